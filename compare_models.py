@@ -1,0 +1,373 @@
+"""Compare the original SAM 2.1 with the fine-tuned one on every validation image.
+
+    python compare_models.py
+
+Both models get the same prompt, and of the three masks that each returns the one with the highest
+predicted score counts. They share a frozen encoder, so an image is encoded once for both.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+import unicodedata
+import warnings
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from sam2.build_sam import build_sam2
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+# ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
+
+for _stream in (sys.stdout, sys.stderr):
+    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
+
+
+class ImageError(Exception):
+    """An image or mask that cannot be used; the message names the file."""
+
+
+def fail(message):
+    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
+    print(f"오류: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def write_file(path, content):
+    """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def detect_device(requested="auto"):
+    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
+
+    A device asked for by name ("cuda", "cuda:1", "mps", "cpu") that is not there is an error.
+    """
+    available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    if requested == "auto":
+        return next(name for name, there in available.items() if there)
+    if not available.get(requested.split(":")[0]):
+        usable = ", ".join(name for name, there in available.items() if there)
+        fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {usable}")
+    return requested
+
+
+def calculate_iou(pred_mask, gt_mask):
+    """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
+    intersection = np.logical_and(pred_mask, gt_mask).sum()
+    union = np.logical_or(pred_mask, gt_mask).sum()
+    return float(intersection / (union + 1e-6))
+
+
+def decode_file(path, flags):
+    """Decode an image file with OpenCV; ImageError if it is none.
+
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
+    """
+    try:
+        decoded = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flags)
+    except (OSError, cv2.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "이미지 파일이 아니거나 비어 있습니다"
+        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason})") from None
+    if decoded is None:
+        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
+    return decoded
+
+
+def read_image(path):
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, 16-bit and EXIF-rotated files too.
+
+    Raises ImageError, naming the file, if it cannot be read.
+    """
+    return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path):
+    """Read a mask as bool H x W: True where the grey value is above 127. Raises as read_image does."""
+    return decode_file(path, cv2.IMREAD_GRAYSCALE) > 127
+
+
+def load_predictor(model_cfg, checkpoint, device):
+    """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
+
+    model_cfg: a config inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or the path of
+        a YAML file of your own. An image_size other than 1024 works.
+    checkpoint: the official form {"model": state_dict}, or a bare state dict. Nothing in the file is run
+        (weights_only=True). A file that is missing, damaged or does not fit the config is an error.
+    """
+    checkpoint, own_config = Path(checkpoint), Path(model_cfg)
+    if not checkpoint.is_file():
+        official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
+        fetch = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
+        fail(f"체크포인트가 없습니다: {checkpoint}.{fetch} (체크포인트 없이 체험하려면: make demo)")
+    try:
+        if own_config.is_file():
+            with initialize_config_dir(str(own_config.resolve().parent), version_base="1.2"):
+                model = build_sam2(own_config.name, device="cpu")
+        else:
+            model = build_sam2(model_cfg, device="cpu")
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({reason}). 예: configs/sam2.1/sam2.1_hiera_s.yaml")
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = dict(weights.get("model", weights))
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({reason})")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} (설정 {expected.get(name, '없음')}, 파일 {shapes.get(name, '없음')})"
+                          for name in differing[:3])
+        fail(f"체크포인트 {checkpoint}가 설정 {model_cfg}와 맞지 않습니다. 다른 항목 {len(differing)}개: {shown}")
+    model.load_state_dict(weights)
+    predictor = SAM2ImagePredictor(model.to(device))
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
+
+# ---- end of shared block ----
+
+
+def find_pairs(image_dir, mask_dir):
+    """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path)."""
+    for folder in (image_dir, mask_dir):
+        if not Path(folder).is_dir():
+            fail(f"폴더가 없습니다: {folder}. 데이터 준비: python download_dataset.py 또는 python prepare_data.py")
+    images = sorted(p for p in Path(image_dir).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
+    return [(image, mask) for image, mask in pairs if mask.is_file()]
+
+
+def middle_point(mask):
+    """The middle one of the mask's foreground pixels in row-major order: float32 1 x 2, (x, y) in pixels."""
+    rows, columns = np.nonzero(mask)
+    middle = len(rows) // 2
+    return np.array([[columns[middle], rows[middle]]], np.float32)
+
+
+def calculate_dice(pred_mask, gt_mask):
+    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
+    return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
+
+
+def mask_box(mask):
+    """The tight box around the mask's foreground: float32 (x1, y1, x2, y2) in pixels, both ends inside."""
+    rows, columns = np.nonzero(mask)
+    return np.array([columns.min(), rows.min(), columns.max(), rows.max()], np.float32)
+
+
+def make_prompt(kind, mask):
+    """Arguments for predictor.predict(): the middle point of the mask ("point") or its box ("box")."""
+    if kind == "box":
+        return {"box": mask_box(mask)}
+    return {"point_coords": middle_point(mask), "point_labels": np.ones(1)}
+
+
+def same_frozen_weights(original, finetuned):
+    """Whether all weights that make an image's features are equal in both models.
+
+    Those are all but the prompt encoder and the mask decoder; the decoder's conv_s0 and conv_s1 run in
+    set_image and count as frozen.
+    """
+    ours, theirs = original.state_dict(), finetuned.state_dict()
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
+
+
+def best_mask(predictor, prompt):
+    """Of the three masks for the image that is set, the one with the highest score: bool H x W."""
+    masks, scores, _ = predictor.predict(**prompt, multimask_output=True)
+    return masks[scores.argmax()] > 0
+
+
+def display_width(text):
+    """Columns that `text` takes on a terminal: a Korean letter takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def result_box(original_iou, finetuned_iou):
+    """The box that the guide shows; IoU from 0 to 1. A drop shows as a negative difference."""
+    inside = 41
+    title = "평균 IoU 비교"
+    difference = 100 * (finetuned_iou - original_iou)
+
+    def line(text):
+        return f"│{text}{' ' * (inside - display_width(text))}│"
+
+    rule = "─" * inside
+    return "\n".join([
+        f"┌{rule}┐",
+        line(" " * ((inside - display_width(title)) // 2) + title),
+        f"├{rule}┤",
+        line(f"  원본 SAM2:      {original_iou:7.2%}"),
+        line(f"  파인튜닝 SAM2:  {finetuned_iou:7.2%}"),
+        f"├{rule}┤",
+        line(f"  개선율:         {difference:+6.1f}%p"),
+        f"└{rule}┘",
+    ])
+
+
+def overlay(image, mask, colour):
+    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+    tinted = image.copy()
+    tinted[mask] = (0.55 * image[mask] + 0.45 * np.array(colour)).astype(np.uint8)
+    edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+
+
+def save_figure(figure, path):
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    write_file(path, picture.getvalue())
+
+
+def save_comparison(path, name, image, gt_mask, prompt, results):
+    """One row of four panels: the input with its prompt, the ground truth, and both models' masks.
+
+    results: {"original": (mask, IoU), "fine-tuned": (mask, IoU)}.
+    """
+    height, width = gt_mask.shape
+    figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained")
+    panels[0].imshow(image)
+    if "box" in prompt:
+        x1, y1, x2, y2 = prompt["box"]
+        panels[0].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
+    else:
+        panels[0].scatter(*prompt["point_coords"].T, s=180, marker="*", color="lime", edgecolor="black")
+    panels[0].set_title(name if len(name) < 32 else name[:14] + "..." + name[-14:])
+    panels[1].imshow(overlay(image, gt_mask, (0, 200, 0)))
+    panels[1].set_title("ground truth")
+    for panel, (title, (mask, iou)), colour in zip(panels[2:], results.items(), ((230, 60, 30), (30, 110, 255))):
+        panel.imshow(overlay(image, mask, colour))
+        panel.set_title(f"{title}, IoU {iou:.1%}")
+    for panel in panels:
+        panel.axis("off")
+    save_figure(figure, path)
+
+
+def save_scatter(path, rows):
+    """Original IoU against fine-tuned IoU, one dot an image; above the diagonal is better."""
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    axes.scatter([row["original_iou"] for row in rows], [row["finetuned_iou"] for row in rows], s=18, alpha=0.6)
+    better = sum(row["finetuned_iou"] > row["original_iou"] for row in rows)
+    axes.set(xlabel="original IoU", ylabel="fine-tuned IoU", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal",
+             title=f"{better} of {len(rows)} images better after fine-tuning")
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="원본 SAM 2.1과 파인튜닝한 모델을 검증 이미지에서 비교합니다.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
+                        help="sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
+    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트")
+    parser.add_argument("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트")
+    parser.add_argument("--image-dir", default="data/images/val", help="비교할 이미지 폴더")
+    parser.add_argument("--mask-dir", default="data/masks/val", help="정답 마스크 폴더 (이미지와 이름이 같은 PNG)")
+    parser.add_argument("--output-dir", type=Path, default=Path("output/comparison"), help="결과를 쓸 폴더")
+    parser.add_argument("--num-images", type=int, default=None, help="앞에서부터 몇 장만 비교할지 (None이면 전부)")
+    parser.add_argument("--num-visualize", type=int, default=5, help="비교 그림을 몇 장 저장할지 (고르게 뽑음)")
+    parser.add_argument("--prompt", choices=["point", "box"], default="point",
+                        help="프롬프트: 마스크 가운데 점 하나(point) 또는 마스크를 둘러싼 상자(box)")
+    parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu")
+    args = parser.parse_args()
+    if args.num_images is not None and args.num_images < 1:
+        parser.error("--num-images는 1 이상이어야 합니다")
+    return args
+
+
+def main():
+    args = parse_args()
+    device = detect_device(args.device)
+    if not Path(args.finetuned).is_file():
+        fail(f"파인튜닝한 모델이 없습니다: {args.finetuned}. 먼저 python train_sam2_proper.py 를 실행하세요")
+    pairs = find_pairs(args.image_dir, args.mask_dir)[:args.num_images]
+    if not pairs:
+        fail(f"비교할 이미지가 없습니다: {args.image_dir}와 {args.mask_dir}에 이름이 같은 이미지와 마스크가 있어야 합니다")
+    original = load_predictor(args.model_cfg, args.checkpoint, device)
+    finetuned = load_predictor(args.model_cfg, args.finetuned, device)
+    shared = same_frozen_weights(original.model, finetuned.model)
+    print("고정된 가중치가 같아 이미지를 한 번만 인코딩합니다." if shared else
+          "고정된 가중치가 서로 달라 이미지를 모델마다 인코딩합니다.")
+
+    chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
+    rows, empty = [], 0
+    for number, (image_path, mask_path) in enumerate(tqdm(pairs, "비교", disable=None)):
+        image, gt_mask = read_image(image_path), read_mask(mask_path)
+        if image.shape[:2] != gt_mask.shape:
+            raise ImageError(f"{image_path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+        if not gt_mask.any():
+            empty += 1
+            continue
+        original.set_image(image)
+        if shared:
+            finetuned._features, finetuned._orig_hw = original._features, original._orig_hw
+            finetuned._is_image_set = True
+        else:
+            finetuned.set_image(image)
+        prompt = make_prompt(args.prompt, gt_mask)
+        masks = {"original": best_mask(original, prompt), "fine-tuned": best_mask(finetuned, prompt)}
+        ious = {name: calculate_iou(mask, gt_mask) for name, mask in masks.items()}
+        rows.append({
+            "image": image_path.name,
+            "original_iou": ious["original"],
+            "finetuned_iou": ious["fine-tuned"],
+            "original_dice": calculate_dice(masks["original"], gt_mask),
+            "finetuned_dice": calculate_dice(masks["fine-tuned"], gt_mask),
+        })
+        if number in chosen:
+            save_comparison(args.output_dir / f"compare_{chosen.index(number) + 1}.png", image_path.name, image,
+                            gt_mask, prompt, {name: (masks[name], ious[name]) for name in masks})
+    if not rows:
+        fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(args.output_dir / "per_image.csv", text.getvalue().encode())
+    save_scatter(args.output_dir / "scatter.png", rows)
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "image"}
+    summary = {"num_images": len(rows), **mean,
+               "difference_pp": 100 * (mean["finetuned_iou"] - mean["original_iou"]),
+               "prompt": args.prompt, "device": device, "image_size": original.model.image_size,
+               "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
+    write_file(args.output_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+
+    print(result_box(mean["original_iou"], mean["finetuned_iou"]))
+    print(f"이미지 {len(rows)}장, 프롬프트 {args.prompt}, 장치 {device}, "
+          f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")
+    if empty:
+        print(f"정답 마스크가 비어 있어 뺀 이미지: {empty}장")
+    print(f"저장: {args.output_dir} (비교 그림 {len(chosen)}장, per_image.csv, summary.json, scatter.png)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImageError as error:
+        fail(error)

@@ -1,0 +1,236 @@
+"""Fetch Kvasir-SEG and make data/ from it, or fetch an official SAM 2.1 checkpoint.
+
+    python download_dataset.py                       download, unpack to Kvasir-SEG/, split into data/
+    python download_dataset.py --zip kvasir-seg.zip  the same from an archive that is already here
+    python download_dataset.py --checkpoint small    the weights, into checkpoints/
+
+An interrupted download goes on where it stopped. What is already done is not done again.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import requests
+from tqdm import tqdm
+
+KVASIR_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
+CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_{}.pt"
+KVASIR_DIR = Path("Kvasir-SEG")
+TRIES = 3
+WAIT = 2            # seconds before the second try; doubled before each further one
+TIMEOUT = (10, 30)  # seconds to connect, and without a byte arriving
+
+for _stream in (sys.stdout, sys.stderr):
+    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+
+
+class BadDownload(Exception):
+    """What arrived cannot be used; the message says why, in the user's words."""
+
+
+def fail(message):
+    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
+    print(f"오류: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def fetch_once(url, part):
+    """One try at `url`: append to `part` what is missing. BadDownload or a requests error if it falls short."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # Range and Content-Length count the bytes as they are stored
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # nothing left to send, or the file there is another one: start over
+            part.unlink()
+            raise BadDownload("서버가 이어받기를 거절했습니다")
+        response.raise_for_status()
+        if response.status_code != 206:
+            have = 0  # the server sends the whole file
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with part.open("ab" if have else "wb") as file, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+            for chunk in response.iter_content(1 << 18):
+                file.write(chunk)
+                bar.update(len(chunk))
+    size = part.stat().st_size
+    if total is not None and size != total:
+        if size > total:
+            part.unlink()
+        raise BadDownload(f"{total:,}바이트 중 {size:,}바이트만 받았습니다")
+
+
+def check_archive(path):
+    """BadDownload unless `path` is a zip whose every member passes its CRC. (A .pt file is a zip too.)"""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise BadDownload(f"온전한 zip 파일이 아닙니다 ({error})") from None
+    except Exception as error:  # zlib.error and its kin, which differ between Python versions
+        raise BadDownload(f"zip 파일 안의 데이터가 손상되었습니다 ({error})") from None
+    if damaged:
+        raise BadDownload(f"zip 파일 안의 {damaged}가 손상되었습니다")
+
+
+def download(url, path):
+    """Download `url` to `path`, which appears only when it is whole. Gives up after TRIES tries."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    wait = WAIT
+    for attempt in range(1, TRIES + 1):
+        try:
+            fetch_once(url, part)
+            try:
+                check_archive(part)
+            except BadDownload:
+                part.unlink()  # going on from damaged bytes would never mend them
+                raise
+            part.replace(path)
+            return
+        except (requests.RequestException, BadDownload) as error:
+            print(f"받지 못했습니다 ({attempt}/{TRIES}): {describe(error)}")
+        if attempt < TRIES:
+            time.sleep(wait)
+            wait *= 2
+    fail(f"{url} 을 받지 못했습니다. 네트워크를 확인하고 같은 명령을 다시 실행하면 이어서 받습니다")
+
+
+def describe(error):
+    """A requests error in one line of the user's words."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"서버 응답 {response.status_code} {response.reason}"
+    for kind, words in ((requests.exceptions.SSLError, "인증서를 믿을 수 없습니다"),
+                        (requests.exceptions.Timeout, "응답이 없습니다 (시간 초과)"),
+                        (requests.exceptions.ConnectionError, "연결할 수 없거나 끊겼습니다"),
+                        (requests.exceptions.ChunkedEncodingError, "전송이 중간에 끊겼습니다")):
+        if isinstance(error, kind):
+            return words
+    return str(error)
+
+
+def member_problem(member):
+    """Why a zip member must not be unpacked, or None: it would leave the target folder, or is a link."""
+    name = member.filename.replace("\\", "/")
+    if name.startswith("/") or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
+        return "폴더 밖을 가리키는 이름"
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return "심볼릭 링크"
+    return None
+
+
+def unpack(archive_path, target):
+    """Unpack a Kvasir-SEG archive so that `target`/images and `target`/masks appear, both or neither."""
+    staging = target.with_name(target.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    with zipfile.ZipFile(archive_path) as archive:
+        members = archive.infolist()
+        for member in members:
+            if problem := member_problem(member):
+                fail(f"{archive_path}: 안전하지 않은 압축 파일입니다 ({problem}: {member.filename})")
+        for member in tqdm(members, "압축 풀기", disable=None):
+            archive.extract(member, staging)
+    root = next((folder for folder in (staging, *sorted(staging.iterdir()))
+                 if (folder / "images").is_dir() and (folder / "masks").is_dir()), None)
+    if root is None:
+        shutil.rmtree(staging)
+        fail(f"{archive_path}: Kvasir-SEG 압축 파일이 아닙니다 (images와 masks 폴더가 없음)")
+    shutil.rmtree(target, ignore_errors=True)
+    root.rename(target)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_source(target):
+    """What `target` was unpacked from, as written by remember_source; {} if unknown."""
+    try:
+        return json.loads((target / ".source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def fetch_kvasir(args):
+    """Make Kvasir-SEG/ from the archive named by the arguments, unless it is there already."""
+    if args.zip:
+        if not args.zip.is_file():
+            fail(f"파일이 없습니다: {args.zip}")
+        with args.zip.open("rb") as file:
+            source = {"zip": hashlib.file_digest(file, "sha256").hexdigest()} if hasattr(hashlib, "file_digest") \
+                else {"zip": hashlib.sha256(file.read()).hexdigest()}
+    else:
+        source = {"url": args.url}
+    if read_source(KVASIR_DIR) == source:
+        print(f"이미 있습니다: {KVASIR_DIR}")
+        return
+    if KVASIR_DIR.exists() and not read_source(KVASIR_DIR):
+        fail(f"{KVASIR_DIR} 폴더가 이미 있는데 이 스크립트가 만든 것이 아닙니다. 옮기거나 지운 뒤 다시 실행하세요")
+
+    archive = args.zip or Path(Path(args.url.split("?")[0]).name or "kvasir-seg.zip")
+    if args.zip:
+        try:
+            check_archive(archive)
+        except BadDownload as problem:
+            fail(f"{archive}: {problem}")
+    elif not archive.is_file():
+        print(f"Kvasir-SEG를 받습니다: {args.url}")
+        download(args.url, archive)
+    unpack(archive, KVASIR_DIR)
+    (KVASIR_DIR / ".source.json").write_text(json.dumps(source), encoding="utf-8")
+    if not args.zip and not args.keep_zip:
+        archive.unlink()
+    print(f"압축 해제 완료: {KVASIR_DIR}")
+
+
+def fetch_checkpoint(name):
+    url = CHECKPOINT_URL.format(name)
+    path = Path("checkpoints") / url.rsplit("/", 1)[1]
+    if path.is_file():
+        print(f"이미 있습니다: {path}")
+        return
+    print(f"체크포인트를 받습니다: {url}")
+    download(url, path)
+    print(f"저장: {path} ({path.stat().st_size / 1e6:.0f} MB)")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Kvasir-SEG 데이터셋을 받아 data/를 만들거나, SAM 2.1 체크포인트를 받습니다.")
+    parser.add_argument("--url", default=KVASIR_URL, help=f"데이터셋 주소 (기본: {KVASIR_URL})")
+    parser.add_argument("--zip", type=Path, help="이미 받아 둔 압축 파일을 사용")
+    parser.add_argument("--data-dir", default="data", help="결과 폴더 (기본: data)")
+    parser.add_argument("--val-ratio", default="0.2", help="검증에 쓸 비율 (기본: 0.2)")
+    parser.add_argument("--shuffle-seed", default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
+    parser.add_argument("--keep-zip", action="store_true", help="받은 압축 파일을 지우지 않음")
+    parser.add_argument("--checkpoint", choices=["tiny", "small", "base_plus", "large"],
+                        help="데이터셋 대신 공식 SAM 2.1 체크포인트를 checkpoints/에 받음")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.checkpoint:
+        fetch_checkpoint(args.checkpoint)
+        return
+    fetch_kvasir(args)
+    command = [sys.executable, str(Path(__file__).with_name("prepare_data.py")),
+               "--images", str(KVASIR_DIR / "images"), "--masks", str(KVASIR_DIR / "masks"),
+               "--data-dir", args.data_dir, "--val-ratio", args.val_ratio]
+    if args.shuffle_seed is not None:
+        command += ["--shuffle-seed", args.shuffle_seed]
+    sys.exit(subprocess.run(command).returncode)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("중단했습니다. 같은 명령을 다시 실행하면 이어서 합니다")

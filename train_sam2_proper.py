@@ -1,0 +1,513 @@
+"""Fine-tune SAM 2.1's mask decoder and prompt encoder on one's own images and masks.
+
+    python train_sam2_proper.py
+
+The image encoder stays frozen, so an image is encoded at its first visit only and its features are kept.
+Training calls the model's parts through predictor._features, as sagieppel's "Fine-tune SAM2 in 60 lines"
+does: predictor.predict() runs under no_grad, nothing could be learnt through it.
+"""
+
+import argparse
+import csv
+import io
+import json
+import platform
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import psutil
+import torch
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from sam2.build_sam import build_sam2
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+# Every setting is also a flag: --lr 1e-4, --image-dir my/images, ...
+CONFIG = {
+    # model
+    "checkpoint": "checkpoints/sam2.1_hiera_small.pt",
+    "model_cfg": "configs/sam2.1/sam2.1_hiera_s.yaml",
+    # data
+    "image_dir": "data/images/train",
+    "mask_dir": "data/masks/train",
+    "val_image_dir": "data/images/val",
+    "val_mask_dir": "data/masks/val",
+    # training
+    "iterations": 3000,
+    "save_every": 500,    # validate and save after so many iterations
+    "lr": 1e-5,
+    "weight_decay": 4e-5,
+    "seed": 0,
+    # system
+    "output_dir": "output",
+    "device": "auto",
+    "cache_gb": None,     # None: half of the memory that is free
+}
+MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
+MIN_FOREGROUND = 100   # pixels; masks with fewer are left out
+SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
+LOG_EVERY = 10         # iterations between two rows of train_log.csv
+SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
+
+# ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
+
+for _stream in (sys.stdout, sys.stderr):
+    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
+
+
+class ImageError(Exception):
+    """An image or mask that cannot be used; the message names the file."""
+
+
+def fail(message):
+    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
+    print(f"오류: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def write_file(path, content):
+    """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def detect_device(requested="auto"):
+    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
+
+    A device asked for by name ("cuda", "cuda:1", "mps", "cpu") that is not there is an error.
+    """
+    available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    if requested == "auto":
+        return next(name for name, there in available.items() if there)
+    if not available.get(requested.split(":")[0]):
+        usable = ", ".join(name for name, there in available.items() if there)
+        fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {usable}")
+    return requested
+
+
+def calculate_iou(pred_mask, gt_mask):
+    """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
+    intersection = np.logical_and(pred_mask, gt_mask).sum()
+    union = np.logical_or(pred_mask, gt_mask).sum()
+    return float(intersection / (union + 1e-6))
+
+
+def decode_file(path, flags):
+    """Decode an image file with OpenCV; ImageError if it is none.
+
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
+    """
+    try:
+        decoded = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flags)
+    except (OSError, cv2.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "이미지 파일이 아니거나 비어 있습니다"
+        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason})") from None
+    if decoded is None:
+        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
+    return decoded
+
+
+def read_image(path):
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, 16-bit and EXIF-rotated files too.
+
+    Raises ImageError, naming the file, if it cannot be read.
+    """
+    return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path):
+    """Read a mask as bool H x W: True where the grey value is above 127. Raises as read_image does."""
+    return decode_file(path, cv2.IMREAD_GRAYSCALE) > 127
+
+
+def load_predictor(model_cfg, checkpoint, device):
+    """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
+
+    model_cfg: a config inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or the path of
+        a YAML file of your own. An image_size other than 1024 works.
+    checkpoint: the official form {"model": state_dict}, or a bare state dict. Nothing in the file is run
+        (weights_only=True). A file that is missing, damaged or does not fit the config is an error.
+    """
+    checkpoint, own_config = Path(checkpoint), Path(model_cfg)
+    if not checkpoint.is_file():
+        official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
+        fetch = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
+        fail(f"체크포인트가 없습니다: {checkpoint}.{fetch} (체크포인트 없이 체험하려면: make demo)")
+    try:
+        if own_config.is_file():
+            with initialize_config_dir(str(own_config.resolve().parent), version_base="1.2"):
+                model = build_sam2(own_config.name, device="cpu")
+        else:
+            model = build_sam2(model_cfg, device="cpu")
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({reason}). 예: configs/sam2.1/sam2.1_hiera_s.yaml")
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = dict(weights.get("model", weights))
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({reason})")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} (설정 {expected.get(name, '없음')}, 파일 {shapes.get(name, '없음')})"
+                          for name in differing[:3])
+        fail(f"체크포인트 {checkpoint}가 설정 {model_cfg}와 맞지 않습니다. 다른 항목 {len(differing)}개: {shown}")
+    model.load_state_dict(weights)
+    predictor = SAM2ImagePredictor(model.to(device))
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
+
+# ---- end of shared block ----
+
+
+def find_pairs(image_dir, mask_dir):
+    """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path)."""
+    for folder in (image_dir, mask_dir):
+        if not Path(folder).is_dir():
+            fail(f"폴더가 없습니다: {folder}. 데이터 준비: python download_dataset.py 또는 python prepare_data.py")
+    images = sorted(p for p in Path(image_dir).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
+    return [(image, mask) for image, mask in pairs if mask.is_file()]
+
+
+def middle_point(mask):
+    """The middle one of the mask's foreground pixels in row-major order: float32 1 x 2, (x, y) in pixels."""
+    rows, columns = np.nonzero(mask)
+    middle = len(rows) // 2
+    return np.array([[columns[middle], rows[middle]]], np.float32)
+
+
+def calculate_dice(pred_mask, gt_mask):
+    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
+    return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
+
+
+def reduce_to(array, max_side, interpolation):
+    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
+    height, width = array.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(array, size, interpolation=interpolation)
+
+
+class TrainingMasks:
+    """The training masks, decoded once, reduced to MAX_SIDE and kept as one bit a pixel.
+
+    `paths` are the images that can be trained on; `too_small` counts those left out because their
+    mask has fewer than MIN_FOREGROUND foreground pixels.
+    """
+
+    def __init__(self, pairs):
+        self.paths, self.bits, self.sizes, self.too_small = [], [], [], 0
+        for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
+            mask = reduce_to(read_mask(mask_path).astype(np.uint8), MAX_SIDE, cv2.INTER_NEAREST)
+            if mask.sum() < MIN_FOREGROUND:
+                self.too_small += 1
+                continue
+            self.paths.append(image_path)
+            self.bits.append(np.packbits(mask))
+            self.sizes.append(mask.shape)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """Mask of the index-th image: bool H x W."""
+        height, width = self.sizes[index]
+        return np.unpackbits(self.bits[index], count=height * width).reshape(height, width).astype(bool)
+
+
+class FeatureCache:
+    """Encodes images, and keeps what predictor._features holds, in half precision, up to a limit.
+
+    limit: bytes. Features that no longer fit are made anew at each visit. They are rounded to half
+    precision all the same, so that a result does not depend on what happened to fit; only with a limit
+    of 0 (no cache) does training see them unrounded.
+    """
+
+    def __init__(self, predictor, limit):
+        self.predictor, self.limit, self.kept = predictor, limit, {}
+        model = predictor.model
+        side, channels = model.image_size, model.hidden_dim
+        values = channels * ((side // 16) ** 2 + (side // 8) ** 2 // 4 + (side // 4) ** 2 // 8)
+        self.bytes_per_image = 2 * values
+
+    def features(self, path, size):
+        """Features of the image at `path`: {"image_embed": 1 x C x h x w, "high_res_feats": [two of them]}.
+
+        size: (H, W) of the mask that goes with it. A larger image is reduced to it first; ImageError if
+        its proportions are not the mask's.
+        """
+        levels = self.kept.get(path)
+        if levels is None:
+            levels = self.encode(path, size)
+            if (len(self.kept) + 1) * self.bytes_per_image <= self.limit:
+                self.kept[path] = [level.cpu() for level in levels]
+        levels = [level.to(self.predictor.device, torch.float32) for level in levels]
+        return {"image_embed": levels[0], "high_res_feats": levels[1:]}
+
+    def encode(self, path, size):
+        image = reduce_to(read_image(path), max(size), cv2.INTER_AREA)
+        if image.shape[:2] != size:
+            raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+        with mixed_precision(self.predictor.device):
+            self.predictor.set_image(image)
+        features = self.predictor._features
+        levels = [features["image_embed"], *features["high_res_feats"]]
+        return [level.half() for level in levels] if self.limit else levels
+
+
+def mixed_precision(device):
+    """Autocast on CUDA (bfloat16 where the GPU has it, else float16); does nothing on MPS and CPU."""
+    on_cuda = torch.device(device).type == "cuda"
+    dtype = torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported() else torch.float16
+    return torch.autocast("cuda", dtype, enabled=on_cuda)
+
+
+def trained_parameters(model):
+    """Freeze everything but the mask decoder and the prompt encoder; return what is left to train.
+
+    conv_s0 and conv_s1 belong to the decoder, but they run inside set_image, under no_grad: no gradient
+    could ever reach them, so they are frozen too.
+    """
+    model.requires_grad_(False)
+    for part in (model.sam_mask_decoder, model.sam_prompt_encoder):
+        part.requires_grad_(True)
+    for part in (model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1):
+        part.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def predict_masks(predictor, features, size, point):
+    """Decode one positive click with gradients: what predictor.predict() does, without its no_grad.
+
+    features: as in predictor._features; size: (H, W) of the image; point: 1 x 2, (x, y) in pixels.
+    Returns: low-resolution logits 1 x 3 x h x w and predicted scores 1 x 3.
+    """
+    model = predictor.model
+    predictor._features, predictor._orig_hw, predictor._is_image_set = features, [size], True
+    _, coords, labels, _ = predictor._prep_prompts(point, np.ones(1), None, None, True)
+    sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+    low_res_masks, scores, _, _ = model.sam_mask_decoder(
+        image_embeddings=features["image_embed"],
+        image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=True,
+        repeat_image=False,
+        high_res_features=features["high_res_feats"],
+    )
+    return low_res_masks, scores
+
+
+def training_loss(logits, score, gt_mask):
+    """The guide's loss for one mask.
+
+    logits: H x W, at the image's size; score: the IoU the model predicts, scalar; gt_mask: float H x W, 0 or 1.
+    Returns: (loss, IoU), scalars: binary cross-entropy with 1e-5 inside the logarithms, plus SCORE_WEIGHT
+    times the distance between the predicted IoU and the real one.
+    """
+    prob = torch.sigmoid(logits)
+    seg_loss = (-gt_mask * torch.log(prob + 1e-5) - (1 - gt_mask) * torch.log(1 - prob + 1e-5)).mean()
+    predicted = (prob > 0.5).float()
+    intersection = (gt_mask * predicted).sum()
+    iou = intersection / (gt_mask.sum() + predicted.sum() - intersection + 1e-6)
+    score_loss = torch.abs(score - iou).mean()
+    return seg_loss + SCORE_WEIGHT * score_loss, iou
+
+
+def validate(predictor, cache, pairs):
+    """Mean IoU and Dice over `pairs`, as compare_models.py measures them: middle click, highest score."""
+    ious, dices = [], []
+    for image_path, mask_path in tqdm(pairs, "검증", disable=None, leave=False):
+        gt_mask = read_mask(mask_path)
+        if not gt_mask.any():
+            continue
+        predictor._features, predictor._orig_hw = cache.features(image_path, gt_mask.shape), [gt_mask.shape]
+        predictor._is_image_set = True
+        masks, scores, _ = predictor.predict(middle_point(gt_mask), np.ones(1), multimask_output=True)
+        best = masks[scores.argmax()] > 0
+        ious.append(calculate_iou(best, gt_mask))
+        dices.append(calculate_dice(best, gt_mask))
+    return float(np.mean(ious)), float(np.mean(dices))
+
+
+def save_model(model, path):
+    """Save in the official form {"model": state_dict}, which every SAM 2 tool opens."""
+    buffer = io.BytesIO()
+    torch.save({"model": {name: tensor.cpu() for name, tensor in model.state_dict().items()}}, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def save_log(rows, output_dir):
+    """Write train_log.csv and training_curve.png from the rows logged so far."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", "val_iou", "val_dice", "seconds"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(output_dir / "train_log.csv", text.getvalue().encode())
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    iterations = [row["iteration"] for row in rows]
+    left.plot(iterations, [row["loss"] for row in rows], label="training (running mean)")
+    right.plot(iterations, [row["train_iou"] for row in rows], label="training (running mean)")
+    validated = [row for row in rows if "val_iou" in row]
+    if validated:
+        right.plot([row["iteration"] for row in validated], [row["val_iou"] for row in validated], "o-",
+                   label="validation")
+    for axes, name in ((left, "loss"), (right, "IoU")):
+        axes.set(xlabel="iteration", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    right.set_ylim(0, 1)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    write_file(output_dir / "training_curve.png", picture.getvalue())
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def setting(name, kind, text):
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=CONFIG[name], help=text)
+
+    setting("checkpoint", str, "원본 SAM 2.1 체크포인트")
+    setting("model_cfg", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
+    setting("image_dir", str, "학습 이미지 폴더")
+    setting("mask_dir", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)")
+    setting("val_image_dir", str, "검증 이미지 폴더")
+    setting("val_mask_dir", str, "검증 마스크 폴더")
+    setting("iterations", int, "총 학습 반복 횟수")
+    setting("save_every", int, "몇 번 반복할 때마다 검증하고 저장할지")
+    setting("lr", float, "학습률")
+    setting("weight_decay", float, "가중치 감쇠")
+    setting("seed", int, "난수 시드: 같은 값이면 같은 순서로 학습")
+    setting("output_dir", Path, "결과를 쓸 폴더")
+    setting("device", str, "장치: auto, mps, cuda, cpu")
+    setting("cache_gb", float, "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔, None이면 남은 메모리의 절반")
+    args = parser.parse_args()
+    if args.iterations < 1 or args.save_every < 1:
+        parser.error("--iterations와 --save-every는 1 이상이어야 합니다")
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    device = detect_device(args.device)
+    predictor = load_predictor(args.model_cfg, args.checkpoint, device)
+    model = predictor.model
+
+    pairs = find_pairs(args.image_dir, args.mask_dir)
+    masks = TrainingMasks(pairs)
+    if not masks:
+        fail(f"학습할 이미지가 없습니다: {args.image_dir}와 {args.mask_dir}를 python prepare_data.py --check 로 확인하세요")
+    val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
+
+    limit = psutil.virtual_memory().available // 2 if args.cache_gb is None else int(args.cache_gb * 1e9)
+    cache = FeatureCache(predictor, limit)
+    parameters = trained_parameters(model)
+    model.sam_mask_decoder.train()
+    model.sam_prompt_encoder.train()
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    half = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
+    scaler = torch.amp.GradScaler("cuda", enabled=half)
+
+    trained = sum(parameter.numel() for parameter in parameters)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    fitting = min(limit // cache.bytes_per_image, len(masks) + len(val_pairs))
+    print(f"장치: {device}")
+    print(f"학습 {len(masks)}장 (전경이 {MIN_FOREGROUND}픽셀보다 작아 뺀 것 {masks.too_small}장), 검증 {len(val_pairs)}장")
+    print(f"학습하는 가중치: {trained:,} / {total:,} (이미지 인코더와 conv_s0, conv_s1은 고정)")
+    print(f"특징 캐시: {len(masks) + len(val_pairs)}장 중 {fitting}장이 들어갑니다 "
+          f"(한 장 {cache.bytes_per_image / 1e6:.1f} MB, 한도 {limit / 1e9:.1f} GB)")
+    if not val_pairs:
+        print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+
+    rows, best, first_iou, mean, started = [], -1.0, None, None, time.time()
+    bar = tqdm(range(1, args.iterations + 1), "학습", disable=None)
+    for iteration in bar:
+        index = rng.integers(len(masks))
+        gt_mask = masks[index]
+        features = cache.features(masks.paths[index], gt_mask.shape)
+        foreground = np.flatnonzero(gt_mask)
+        y, x = divmod(rng.choice(foreground), gt_mask.shape[1])
+
+        with mixed_precision(device):
+            low_res_masks, scores = predict_masks(predictor, features, gt_mask.shape, np.array([[x, y]], np.float32))
+        logits = predictor._transforms.postprocess_masks(low_res_masks[:, :1], gt_mask.shape)
+        target = torch.from_numpy(gt_mask).to(device).float()
+        loss, iou = training_loss(logits[0, 0], scores[0, 0].float(), target)
+
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        now = torch.stack([loss.detach(), iou])
+        mean = now if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * now
+        saving = iteration % args.save_every == 0 or iteration == args.iterations
+        if not saving and iteration % LOG_EVERY and iteration > 1:
+            continue  # no .item() here: on CUDA it would wait for the GPU
+        row = {"iteration": iteration, "loss": mean[0].item(), "train_iou": mean[1].item(),
+               "seconds": round(time.time() - started, 1)}
+        first_iou = row["train_iou"] if first_iou is None else first_iou
+        bar.set_postfix(loss=f"{row['loss']:.4f}", IoU=f"{row['train_iou']:.1%}")
+        rows.append(row)
+        if saving:
+            if val_pairs:
+                row["val_iou"], row["val_dice"] = validate(predictor, cache, val_pairs)
+            reached = row.get("val_iou", row["train_iou"])
+            text = f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if val_pairs else "검증 없음"
+            bar.write(f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}, {text}")
+            if reached > best:
+                best = reached
+                save_model(model, args.output_dir / "sam2_best.pt")
+            save_log(rows, args.output_dir)
+
+    save_model(model, args.output_dir / "sam2_final.pt")
+    summary = {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "device": device,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                     "opencv": cv2.__version__},
+        "train_images": len(masks), "val_images": len(val_pairs),
+        "best_iou": best, "best_chosen_by": "validation IoU" if val_pairs else "training IoU",
+        "seconds": round(time.time() - started, 1),
+    }
+    write_file(args.output_dir / "training_summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    minutes, seconds = divmod(round(time.time() - started), 60)
+    print(f"학습 시간 {minutes}분 {seconds}초, 학습 IoU(이동 평균) {first_iou:.1%} → {rows[-1]['train_iou']:.1%}, "
+          f"{'검증' if val_pairs else '학습'} 최고 IoU {best:.2%}")
+    print(f"저장: {args.output_dir / 'sam2_best.pt'}, {args.output_dir / 'sam2_final.pt'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImageError as error:
+        fail(error)
