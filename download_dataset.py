@@ -27,6 +27,7 @@ KVASIR_DIR = Path("Kvasir-SEG")
 TRIES = 3
 WAIT = 2            # seconds before the second try; doubled before each further one
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte arriving
+CHUNK = 8192        # bytes; of a connection that breaks, less than this is lost
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
@@ -59,7 +60,7 @@ def fetch_once(url, part):
         total = have + int(length) if length else None
         with part.open("ab" if have else "wb") as file, tqdm(
                 total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
-            for chunk in response.iter_content(1 << 18):
+            for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
     size = part.stat().st_size

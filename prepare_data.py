@@ -87,7 +87,8 @@ def pairs_from_masks(image_dir, mask_dir):
     for stem in sorted(images.keys() | masks.keys()):
         found, drawn = images.get(stem, []), masks.get(stem, [])
         if len(found) > 1 or len(drawn) > 1:
-            problems[stem] = "이름이 같은 파일이 여럿: " + ", ".join(p.name for p in (found if len(found) > 1 else drawn))
+            twins = found if len(found) > 1 else drawn
+            problems[stem] = "이름이 같은 파일이 여럿: " + ", ".join(path.name for path in twins)
         elif not drawn:
             problems[found[0].name] = "마스크 없음"
         elif not found:
@@ -123,7 +124,7 @@ def pairs_from_coco(image_dir, coco_file):
     except OSError as error:
         fail(f"{coco_file}: 읽을 수 없습니다 ({error.strerror})")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{coco_file}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). images와 annotations가 있어야 합니다")
+        fail(f"{coco_file}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
 
     files = {p.name: p for paths in by_stem(image_dir).values() for p in paths}
     stems = Counter(Path(name).stem for name in files)

@@ -14,11 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from hydra import initialize_config_dir
-from hydra.errors import HydraException
+from hydra import compose
+from hydra.utils import instantiate
 from matplotlib import pyplot as plt
-from omegaconf.errors import OmegaConfBaseException
-from sam2.build_sam import build_sam2
+from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
@@ -110,13 +109,16 @@ def load_predictor(model_cfg, checkpoint, device):
         fetch = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{fetch} (체크포인트 없이 체험하려면: make demo)")
     try:
-        if own_config.is_file():
-            with initialize_config_dir(str(own_config.resolve().parent), version_base="1.2"):
-                model = build_sam2(own_config.name, device="cpu")
-        else:
-            model = build_sam2(model_cfg, device="cpu")
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = OmegaConf.load(own_config) if own_config.is_file() else compose(config_name=str(model_cfg))
+        OmegaConf.set_struct(config, False)
+        config.model.sam_mask_decoder_extra_args = {  # as sam2.build_sam.build_sam2 sets them
+            "dynamic_multimask_via_stability": True,
+            "dynamic_multimask_stability_delta": 0.05,
+            "dynamic_multimask_stability_thresh": 0.98,
+        }
+        model = instantiate(config.model, _recursive_=True).eval()
+    except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({reason}). 예: configs/sam2.1/sam2.1_hiera_s.yaml")
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)

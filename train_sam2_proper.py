@@ -23,10 +23,9 @@ import matplotlib
 import numpy as np
 import psutil
 import torch
-from hydra import initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from sam2.build_sam import build_sam2
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 
@@ -149,13 +148,16 @@ def load_predictor(model_cfg, checkpoint, device):
         fetch = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{fetch} (체크포인트 없이 체험하려면: make demo)")
     try:
-        if own_config.is_file():
-            with initialize_config_dir(str(own_config.resolve().parent), version_base="1.2"):
-                model = build_sam2(own_config.name, device="cpu")
-        else:
-            model = build_sam2(model_cfg, device="cpu")
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = OmegaConf.load(own_config) if own_config.is_file() else compose(config_name=str(model_cfg))
+        OmegaConf.set_struct(config, False)
+        config.model.sam_mask_decoder_extra_args = {  # as sam2.build_sam.build_sam2 sets them
+            "dynamic_multimask_via_stability": True,
+            "dynamic_multimask_stability_delta": 0.05,
+            "dynamic_multimask_stability_thresh": 0.98,
+        }
+        model = instantiate(config.model, _recursive_=True).eval()
+    except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({reason}). 예: configs/sam2.1/sam2.1_hiera_s.yaml")
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -425,7 +427,7 @@ def main():
     pairs = find_pairs(args.image_dir, args.mask_dir)
     masks = TrainingMasks(pairs)
     if not masks:
-        fail(f"학습할 이미지가 없습니다: {args.image_dir}와 {args.mask_dir}를 python prepare_data.py --check 로 확인하세요")
+        fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
 
     limit = psutil.virtual_memory().available // 2 if args.cache_gb is None else int(args.cache_gb * 1e9)
@@ -441,7 +443,7 @@ def main():
     total = sum(parameter.numel() for parameter in model.parameters())
     fitting = min(limit // cache.bytes_per_image, len(masks) + len(val_pairs))
     print(f"장치: {device}")
-    print(f"학습 {len(masks)}장 (전경이 {MIN_FOREGROUND}픽셀보다 작아 뺀 것 {masks.too_small}장), 검증 {len(val_pairs)}장")
+    print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.too_small}장), 검증 {len(val_pairs)}장")
     print(f"학습하는 가중치: {trained:,} / {total:,} (이미지 인코더와 conv_s0, conv_s1은 고정)")
     print(f"특징 캐시: {len(masks) + len(val_pairs)}장 중 {fitting}장이 들어갑니다 "
           f"(한 장 {cache.bytes_per_image / 1e6:.1f} MB, 한도 {limit / 1e9:.1f} GB)")
@@ -483,7 +485,8 @@ def main():
                 row["val_iou"], row["val_dice"] = validate(predictor, cache, val_pairs)
             reached = row.get("val_iou", row["train_iou"])
             text = f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if val_pairs else "검증 없음"
-            bar.write(f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}, {text}")
+            bar.write(f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, "
+                      f"학습 IoU {row['train_iou']:.2%}, {text}")
             if reached > best:
                 best = reached
                 save_model(model, args.output_dir / "sam2_best.pt")

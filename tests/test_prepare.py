@@ -1,0 +1,181 @@
+"""prepare_data.py, as a user runs it."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from conftest import assert_fails_in_one_line, draw_pair, make_data, run, write_image
+from pycocotools import mask as coco_mask
+
+
+def make_source(folder, count=10):
+    """images/*.jpg and masks/*.jpg, as Kvasir-SEG has them: JPEG masks."""
+    for number in range(count):
+        image, mask = draw_pair(number)
+        write_image(folder / "images" / f"polyp_{number:02}.jpg", image)
+        write_image(folder / "masks" / f"polyp_{number:02}.jpg", mask)
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_grey(path):
+    return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def test_pairs_are_split_and_masks_become_true_pngs(tmp_path):
+    make_source(tmp_path)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path)
+    assert names(tmp_path / "data/images/train") == [f"polyp_{number:02}.jpg" for number in range(8)]
+    assert names(tmp_path / "data/images/val") == ["polyp_08.jpg", "polyp_09.jpg"]
+    for split in ("train", "val"):
+        for image in (tmp_path / "data/images" / split).iterdir():
+            assert image.read_bytes() == (tmp_path / "images" / image.name).read_bytes()
+            path = tmp_path / "data/masks" / split / f"{image.stem}.png"
+            assert path.read_bytes().startswith(b"\x89PNG")
+            mask = read_grey(path)
+            assert mask.shape == (60, 80) and set(np.unique(mask)) == {0, 255}
+            wanted = read_grey(tmp_path / "masks" / f"{image.stem}.jpg") > 127
+            assert ((mask > 0) == wanted).all()
+
+
+def test_bad_pairs_are_left_out_and_named(tmp_path):
+    make_source(tmp_path, 4)
+    write_image(tmp_path / "images/lonely.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/no_image.png", draw_pair(0)[1])
+    write_image(tmp_path / "images/other_size.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/other_size.png", draw_pair(0, 50, 70)[1])
+    write_image(tmp_path / "images/black.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/black.png", np.zeros((60, 80), np.uint8))
+    (tmp_path / "images/broken.jpg").write_bytes(b"not an image")
+    write_image(tmp_path / "masks/broken.png", draw_pair(0)[1])
+    write_image(tmp_path / "images/polyp_00.png", draw_pair(0)[0])  # a second polyp_00
+    done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path)
+    for name in ("lonely.png", "no_image.png", "other_size.png", "black.png", "broken.jpg", "polyp_00"):
+        assert f"제외: {name}" in done.stdout
+    assert names(tmp_path / "data/images/train") + names(tmp_path / "data/images/val") \
+        == ["polyp_01.jpg", "polyp_02.jpg", "polyp_03.jpg"]
+
+
+def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/b.png", draw_pair(0)[1])
+    done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "하나도 없습니다")
+    assert not (tmp_path / "data").exists()
+
+
+def test_second_run_does_nothing_and_another_split_replaces_the_first(tmp_path):
+    make_source(tmp_path)
+    arguments = ("prepare_data.py", "--images", "images", "--masks", "masks")
+    run(*arguments, cwd=tmp_path)
+    before = (tmp_path / "data/masks/train/polyp_00.png").stat().st_mtime_ns
+    assert "이미 준비되어" in run(*arguments, cwd=tmp_path).stdout
+    assert (tmp_path / "data/masks/train/polyp_00.png").stat().st_mtime_ns == before
+    run(*arguments, "--shuffle-seed", 3, "--val-ratio", 0.5, cwd=tmp_path)
+    train, val = names(tmp_path / "data/images/train"), names(tmp_path / "data/images/val")
+    assert len(train) == len(val) == 5 and not set(train) & set(val)
+    assert [name.replace("png", "jpg") for name in names(tmp_path / "data/masks/val")] == val
+
+
+def test_files_put_there_by_hand_are_never_overwritten(tmp_path):
+    make_source(make_data(tmp_path))
+    done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "덮어쓰지 않습니다")
+    assert len(names(tmp_path / "data/images/train")) == 6
+
+
+def test_masks_of_zero_and_one_and_coloured_masks_count(tmp_path):
+    image, mask = draw_pair(1)
+    red = np.zeros_like(image)
+    red[mask > 0] = (0, 0, 255)
+    for name, drawn in (("ones", mask // 255), ("red", red)):
+        write_image(tmp_path / f"images/{name}.png", image)
+        write_image(tmp_path / f"masks/{name}.png", drawn)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0, cwd=tmp_path)
+    for name in ("ones", "red"):
+        assert (read_grey(tmp_path / f"data/masks/train/{name}.png") == mask).all()
+
+
+def test_formats_that_the_scripts_do_not_read_become_png(tmp_path):
+    image, mask = draw_pair(1)
+    write_image(tmp_path / "images/slide.bmp", image)
+    write_image(tmp_path / "masks/slide.png", mask)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0, cwd=tmp_path)
+    assert (cv2.imread(str(tmp_path / "data/images/train/slide.png")) == image).all()
+
+
+def rle_plain(mask):
+    """Uncompressed RLE, worked out here: run lengths in column-major order, the first one of zeros."""
+    flat = mask.T.ravel() > 0
+    changes = np.flatnonzero(np.diff(flat.astype(int))) + 1
+    runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return {"size": list(mask.shape), "counts": ([0] if flat[0] else []) + runs}
+
+
+def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
+    image, mask = draw_pair(5)
+    compressed = coco_mask.encode(np.asfortranarray(mask // 255))
+    compressed["counts"] = compressed["counts"].decode()
+    square = [10, 10, 30, 10, 30, 25, 10, 25]
+    segmentations = {"polygon": [square], "two": [square, [50, 40, 70, 40, 70, 50, 50, 50]],
+                     "plain": rle_plain(mask), "compressed": compressed}
+    coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "polyp"}]}
+    for identity, (name, segmentation) in enumerate(segmentations.items()):
+        write_image(tmp_path / f"images/{name}.png", image)
+        coco["images"].append({"id": identity, "file_name": f"images/{name}.png", "height": 60, "width": 80})
+        coco["annotations"].append({"id": identity, "image_id": identity, "segmentation": segmentation})
+    write_image(tmp_path / "images/unmarked.png", image)
+    coco["images"].append({"id": 99, "file_name": "unmarked.png", "height": 60, "width": 80})
+    (tmp_path / "annotations.json").write_text(json.dumps(coco), encoding="utf-8")
+    done = run("prepare_data.py", "--images", "images", "--coco", "annotations.json", "--val-ratio", 0, cwd=tmp_path)
+    assert "제외: unmarked.png" in done.stdout
+    got = {path.stem: read_grey(path) > 0 for path in (tmp_path / "data/masks/train").iterdir()}
+    assert set(got) == set(segmentations)
+    assert (got["plain"] == (mask > 0)).all() and (got["compressed"] == (mask > 0)).all()
+    assert got["polygon"][12:24, 12:29].all() and got["polygon"].sum() == pytest.approx(20 * 15, rel=0.1)
+    assert got["two"].sum() == pytest.approx(20 * 15 + 20 * 10, rel=0.1)
+
+
+def test_a_file_that_is_not_coco_is_named(tmp_path):
+    make_source(tmp_path, 1)
+    for content in ("{", "[]", '{"images": 3, "annotations": []}'):
+        (tmp_path / "a.json").write_text(content)
+        done = run("prepare_data.py", "--images", "images", "--coco", "a.json", cwd=tmp_path, code=1)
+        assert_fails_in_one_line(done, "a.json", "COCO")
+
+
+def test_check_counts_and_names_every_problem(data):
+    done = run("prepare_data.py", "--check", cwd=data)
+    assert "train: 6쌍" in done.stdout and "val: 4쌍" in done.stdout and "80x60" in done.stdout
+    (data / "data/masks/train/pair_000.png").unlink()
+    (data / "data/images/train/pair_001.png").unlink()
+    write_image(data / "data/masks/train/pair_002.png", np.zeros((60, 80), np.uint8))
+    write_image(data / "data/masks/val/pair_100.png", draw_pair(0, 50, 70)[1])
+    (data / "data/images/val/pair_101.png").write_bytes(b"broken")
+    done = run("prepare_data.py", "--check", cwd=data, code=1)
+    for name, problem in (("train/pair_000.png", "마스크 없음"), ("train/pair_001.png", "이미지 없음"),
+                          ("train/pair_002.png", "비어 있음"), ("val/pair_100.png", "크기가 다름"),
+                          ("val/pair_101.png", "읽을 수 없는")):
+        line, = (line for line in done.stdout.splitlines() if name in line)
+        assert problem in line
+    assert "문제 5개" in done.stdout and "train: 3쌍" in done.stdout
+
+
+def test_preview_is_a_sheet_of_n_tiles(data):
+    run("prepare_data.py", "--preview", 8, cwd=data)
+    sheet = cv2.imread(str(data / "data/preview.png"))
+    assert sheet.shape == (2 * 256, 6 * 256, 3)
+    green = (sheet[..., 1].astype(int) - sheet[..., 2] > 80).sum()
+    assert green > 1000  # outlines are drawn
+    assert (sheet[256:, 2 * 256:] == 255).all()  # the last four places stay empty
+
+
+def test_without_arguments_it_makes_folders_and_explains(tmp_path):
+    done = run("prepare_data.py", cwd=tmp_path)
+    for part in ("images/train", "images/val", "masks/train", "masks/val"):
+        assert (tmp_path / "data" / part).is_dir()
+    assert "--images" in done.stdout and "--coco" in done.stdout

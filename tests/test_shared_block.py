@@ -1,0 +1,53 @@
+"""The scripts stand alone and carry copies; the copies must not drift apart."""
+
+import ast
+import difflib
+from collections import defaultdict
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["download_dataset.py", "prepare_data.py", "train_sam2_proper.py", "compare_models.py", "test_my_image.py"]
+WITH_BLOCK = SCRIPTS[2:]
+OWN = {"main", "parse_args"}  # every script has its own
+
+
+def source(script):
+    return (ROOT / script).read_text(encoding="utf-8")
+
+
+def block(script):
+    text = source(script)
+    assert text.count("# ---- shared block") == text.count("# ---- end of shared block ----") == 1
+    return text[text.index("# ---- shared block"):text.index("# ---- end of shared block ----")]
+
+
+@pytest.mark.parametrize("script", WITH_BLOCK[1:])
+def test_shared_block_is_the_same_letter_for_letter(script):
+    first, second = block(WITH_BLOCK[0]).splitlines(), block(script).splitlines()
+    assert not "\n".join(difflib.unified_diff(first, second, WITH_BLOCK[0], script, lineterm=""))
+
+
+def test_shared_block_holds_what_the_contract_names():
+    names = {node.name for node in ast.parse(block(WITH_BLOCK[0])).body if isinstance(node, ast.FunctionDef)}
+    assert names >= {"detect_device", "calculate_iou", "read_image", "read_mask", "load_predictor", "fail"}
+
+
+def test_functions_of_one_name_are_the_same_in_every_script():
+    found = defaultdict(dict)
+    for script in SCRIPTS:
+        text = source(script)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.name not in OWN:
+                found[node.name][script] = ast.get_source_segment(text, node)
+    differing = {name: list(copies) for name, copies in found.items() if len(set(copies.values())) > 1}
+    assert not differing
+
+
+def test_no_script_imports_another():
+    stems = {script.removesuffix(".py") for script in SCRIPTS}
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse(source(script))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = {node.module} if isinstance(node, ast.ImportFrom) else {name.name for name in node.names}
+                assert not modules & stems

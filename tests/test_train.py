@@ -1,0 +1,152 @@
+"""train_sam2_proper.py, as a user runs it."""
+
+import csv
+import json
+import re
+
+import cv2
+import numpy as np
+import torch
+from conftest import SMALL_CFG, assert_fails_in_one_line, draw_pair, make_data, run, write_image
+from hydra import initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from sam2.build_sam import build_sam2
+
+TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def read_log(folder):
+    with (folder / "output/train_log.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_only_decoder_and_prompt_encoder_change(trained, weights):
+    before, after = load(weights), load(trained[0] / "output/sam2_final.pt")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(TRAINED.match(name) for name in changed)
+    # All that one click and the first of the three masks pass through has learnt. What has not: the other
+    # masks' heads, the object score, the embeddings of prompts that were not given, and the fixed Gaussian.
+    idle = re.compile(r"sam_mask_decoder\.(output_hypernetworks_mlps\.[023]|pred_obj_score_head|obj_score_token)"
+                      r"|sam_prompt_encoder\.(mask_downscaling|point_embeddings\.[023]|pe_layer)")
+    must = {name for name in before if TRAINED.match(name) and not idle.match(name)}
+    assert len(must) > 50 and must <= changed
+
+
+def test_what_is_trained_is_counted(trained, weights):
+    before = load(weights)
+    parameters = {name: tensor for name, tensor in before.items() if "pe_layer" not in name}
+    count = sum(tensor.numel() for name, tensor in parameters.items() if TRAINED.match(name))
+    assert f"{count:,} / {sum(tensor.numel() for tensor in parameters.values()):,}" in trained[1].stdout
+
+
+def test_log_starts_at_the_first_value_and_best_is_the_best_validation(trained):
+    folder, done = trained
+    rows = read_log(folder)
+    assert [row["iteration"] for row in rows] == ["1", "10", "20", "25"]
+    validated = {row["iteration"]: float(row["val_iou"]) for row in rows if row["val_iou"]}
+    assert list(validated) == ["10", "20", "25"]
+    assert f"학습 IoU(이동 평균) {float(rows[0]['train_iou']):.1%} → {float(rows[-1]['train_iou']):.1%}" in done.stdout
+    summary = json.loads((folder / "output/training_summary.json").read_text(encoding="utf-8"))
+    assert summary["best_iou"] == max(validated.values()) and summary["best_chosen_by"] == "validation IoU"
+    assert summary["settings"]["lr"] == 1e-3 and summary["train_images"] == 6 and summary["val_images"] == 4
+    assert f"검증 최고 IoU {summary['best_iou']:.2%}" in done.stdout
+    assert cv2.imread(str(folder / "output/training_curve.png")).shape[2] == 3
+    assert not list((folder / "output").glob("*.tmp"))
+
+
+def test_plain_sam2_opens_what_was_saved(trained):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(SMALL_CFG.parent), version_base="1.2"):
+        model = build_sam2(SMALL_CFG.name, str(trained[0] / "output/sam2_best.pt"), device="cpu")
+    initialize_config_module("sam2", version_base="1.2")  # as importing sam2 leaves it
+    saved = load(trained[0] / "output/sam2_best.pt")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+
+
+def train(folder, weights, *arguments, **options):
+    return run("train_sam2_proper.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
+               *arguments, cwd=folder, **options)
+
+
+def test_small_masks_are_left_out_and_counted(data, weights):
+    speck = np.zeros((60, 80), np.uint8)
+    speck[:3, :33] = 255  # 99 pixels
+    write_image(data / "data/masks/train/pair_000.png", speck)
+    assert "학습 5장 (전경 100픽셀 미만이라 뺀 1장)" in train(data, weights, "--iterations", 1).stdout
+    for path in (data / "data/masks/train").iterdir():
+        write_image(path, speck)
+    assert_fails_in_one_line(train(data, weights, "--iterations", 1, code=1), "prepare_data.py --check")
+
+
+def test_without_validation_images_it_says_so(tmp_path, weights):
+    make_data(tmp_path, val=0)
+    assert "검증 데이터가 없어" in train(tmp_path, weights, "--iterations", 2).stdout
+    assert (tmp_path / "output/sam2_best.pt").is_file()
+
+
+def test_large_and_wide_images_train(tmp_path, weights):
+    image, mask = (cv2.resize(picture, (2200, 500), interpolation=cv2.INTER_NEAREST) for picture in draw_pair(0))
+    write_image(tmp_path / "data/images/train/wide.jpg", image)
+    write_image(tmp_path / "data/masks/train/wide.png", mask)
+    train(tmp_path, weights, "--iterations", 2)
+    assert len(read_log(tmp_path)) == 2
+
+
+def test_image_and_mask_of_different_sizes_are_named(data, weights):
+    for path in (data / "data/images/train").iterdir():
+        write_image(path, draw_pair(0, 60, 90)[0])
+    assert_fails_in_one_line(train(data, weights, "--iterations", 1, code=1), "pair_00", "크기가 다릅니다")
+
+
+def test_same_seed_gives_the_same_weights(data, weights):
+    for folder in ("one", "two"):
+        train(data, weights, "--iterations", 8, "--lr", "1e-3", "--output-dir", folder)
+    one, two = load(data / "one/sam2_final.pt"), load(data / "two/sam2_final.pt")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_cached_features_train_as_fresh_ones_do(data, weights):
+    """Within half precision: the learning rate is small enough for the runs to stay side by side."""
+    arguments = ("--iterations", 12, "--lr", "1e-4")
+    cached = train(data, weights, *arguments, "--output-dir", "cached")
+    assert "10장 중 10장이 들어갑니다" in cached.stdout
+    fresh = train(data, weights, *arguments, "--output-dir", "fresh", "--cache-gb", 0)
+    assert "10장 중 0장이 들어갑니다" in fresh.stdout
+    start = load(weights)
+    one, two = load(data / "cached/sam2_final.pt"), load(data / "fresh/sam2_final.pt")
+    moved = sum((two[name] - start[name]).square().sum() for name in two) ** 0.5
+    apart = sum((two[name] - one[name]).square().sum() for name in two) ** 0.5
+    assert 0 < apart < 0.2 * moved
+
+
+def test_missing_checkpoint_says_how_to_fetch_it(data):
+    done = run("train_sam2_proper.py", "--device", "cpu", cwd=data, code=1)
+    assert_fails_in_one_line(done, "python download_dataset.py --checkpoint small", "make demo")
+
+
+def test_checkpoint_of_another_config_names_the_keys(data, weights):
+    wrong = load(weights)
+    wrong["extra.weight"] = torch.zeros(3)
+    del wrong["no_mem_embed"]
+    torch.save({"model": wrong}, data / "wrong.pt")
+    done = train(data, data / "wrong.pt", code=1)
+    assert_fails_in_one_line(done, "sam2_demo.yaml", "다른 항목 2개", "extra.weight", "no_mem_embed")
+
+
+def test_damaged_checkpoint_is_named(data, weights):
+    (data / "cut.pt").write_bytes(weights.read_bytes()[:5000])
+    assert_fails_in_one_line(train(data, data / "cut.pt", code=1), "cut.pt")
+
+
+def test_config_that_sam2_does_not_have_is_named(data, weights):
+    done = run("train_sam2_proper.py", "--model-cfg", "sam2.1_hiera_s", "--checkpoint", weights, cwd=data, code=1)
+    assert_fails_in_one_line(done, "sam2.1_hiera_s", "configs/sam2.1/sam2.1_hiera_s.yaml")
+
+
+def test_no_data_says_what_to_run(tmp_path, weights):
+    assert_fails_in_one_line(train(tmp_path, weights, code=1), "download_dataset.py", "prepare_data.py")
