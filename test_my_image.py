@@ -198,8 +198,9 @@ def draw_points(axes, points):
 
 
 def open_window(image):
-    """Open a window in which clicks place points; returns the list that the clicks fill, (x, y, label).
+    """Open a window in which clicks place points.
 
+    Returns: the list that the clicks fill with (x, y, label), in pixels to one decimal.
     Left click: foreground (1), right click: background (0). While the toolbar pans or zooms, and outside
     the image, clicks place nothing. The list is complete when plt.show() returns.
     """
@@ -215,7 +216,7 @@ def open_window(image):
             return
         x, y = event.xdata, event.ydata
         if 0 <= x < width and 0 <= y < height:
-            points.append((x, y, 1 if event.button == 1 else 0))
+            points.append((round(x, 1), round(y, 1), 1 if event.button == 1 else 0))
             draw_points(axes, points[-1:])
             figure.canvas.draw_idle()
 
@@ -298,7 +299,7 @@ def main():
         plt.show()
         if not points:
             fail("찍은 점이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
-        print("찍은 점: --point \"" + ";".join(f"{x:.1f},{y:.1f},{label}" for x, y, label in points) + '"')
+        print("찍은 점: --point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"')
 
     predictor.set_image(image)
     masks, scores, _ = predictor.predict(

@@ -17,10 +17,14 @@ SMALL_CFG = ROOT / "demo" / "sam2_demo.yaml"  # the demo's model; here with rand
 
 
 def run(script, *arguments, cwd, env=None, code=0, timeout=120):
-    """Run a script of the project in `cwd`; assert its exit code; return the finished process."""
+    """Run a script of the project in `cwd`; assert its exit code; return the finished process.
+
+    env: variables to set; None takes one away.
+    """
+    variables = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "2", **(env or {})}
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, timeout=timeout,
-        env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "2", **(env or {})},
+        env={name: value for name, value in variables.items() if value is not None},
         capture_output=True, encoding="utf-8")
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

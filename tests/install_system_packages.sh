@@ -1,9 +1,11 @@
 #!/bin/sh
-# What the tests need besides Python packages: a virtual screen and a hand to click with, and the shared
+# What the tests need besides Python packages: a virtual screen with a window
+# manager and a hand to click with, and the shared
 # libraries that opencv-python expects. Installs them as root on Debian or Ubuntu; elsewhere it only looks.
 set -eu
 wanted=""
 command -v Xvfb >/dev/null 2>&1 || wanted="$wanted xvfb"
+command -v openbox >/dev/null 2>&1 || wanted="$wanted openbox"
 command -v xdotool >/dev/null 2>&1 || wanted="$wanted xdotool"
 ldconfig -p 2>/dev/null | grep -q "libGL.so.1" || wanted="$wanted libgl1"
 ldconfig -p 2>/dev/null | grep -q "libglib-2.0.so.0" || wanted="$wanted libglib2.0-0"
