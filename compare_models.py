@@ -104,13 +104,14 @@ def read_mask(path):
     return decode_file(path, cv2.IMREAD_GRAYSCALE) > 127
 
 
-def load_predictor(model_cfg, checkpoint, device):
+def load_predictor(model_cfg, checkpoint, device, image_size=None):
     """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
 
     model_cfg: a config inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or the path of
-        a YAML file of your own. An image_size other than 1024 works.
+        a YAML file of your own.
     checkpoint: the official form {"model": state_dict}, or a bare state dict. Nothing in the file is run
         (weights_only=True). A file that is missing, damaged or does not fit the config is an error.
+    image_size: the side in pixels that images are resized to, if not the config's own.
     """
     checkpoint, own_config = Path(checkpoint), Path(model_cfg)
     if not checkpoint.is_file():
@@ -120,6 +121,7 @@ def load_predictor(model_cfg, checkpoint, device):
     try:
         config = OmegaConf.load(own_config) if own_config.is_file() else compose(config_name=str(model_cfg))
         OmegaConf.set_struct(config, False)
+        config.model.image_size = image_size or config.model.image_size
         config.model.sam_mask_decoder_extra_args = {  # as sam2.build_sam.build_sam2 sets them
             "dynamic_multimask_via_stability": True,
             "dynamic_multimask_stability_delta": 0.05,
@@ -295,6 +297,9 @@ def parse_args():
     parser.add_argument("--num-visualize", type=int, default=5, help="비교 그림을 몇 장 저장할지 (고르게 뽑음)")
     parser.add_argument("--prompt", choices=["point", "box"], default="point",
                         help="프롬프트: 마스크 가운데 점 하나(point) 또는 마스크를 둘러싼 상자(box)")
+    parser.add_argument("--image-size", type=int, choices=[512, 768, 1024], default=None,
+                        help="모델 입력 한 변(픽셀), 없으면 모델 설정대로. 작을수록 빠르지만 사전 학습된 가중치는 "
+                             "1024에서 배운 것이라 정확도가 떨어짐")
     parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu")
     args = parser.parse_args()
     if args.num_images is not None and args.num_images < 1:
@@ -310,8 +315,8 @@ def main():
     pairs = find_pairs(args.image_dir, args.mask_dir)[:args.num_images]
     if not pairs:
         fail(f"비교할 쌍이 없습니다: {args.image_dir}와 {args.mask_dir}에 이름이 같은 이미지와 마스크를 넣으세요")
-    original = load_predictor(args.model_cfg, args.checkpoint, device)
-    finetuned = load_predictor(args.model_cfg, args.finetuned, device)
+    original = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
+    finetuned = load_predictor(args.model_cfg, args.finetuned, device, args.image_size)
     shared = same_frozen_weights(original.model, finetuned.model)
     print("고정된 가중치가 같아 이미지를 한 번만 인코딩합니다." if shared else
           "고정된 가중치가 서로 달라 이미지를 모델마다 인코딩합니다.")
@@ -371,5 +376,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ImageError as error:
+    except (ImageError, OSError) as error:
         fail(error)

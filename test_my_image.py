@@ -95,13 +95,14 @@ def read_mask(path):
     return decode_file(path, cv2.IMREAD_GRAYSCALE) > 127
 
 
-def load_predictor(model_cfg, checkpoint, device):
+def load_predictor(model_cfg, checkpoint, device, image_size=None):
     """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
 
     model_cfg: a config inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or the path of
-        a YAML file of your own. An image_size other than 1024 works.
+        a YAML file of your own.
     checkpoint: the official form {"model": state_dict}, or a bare state dict. Nothing in the file is run
         (weights_only=True). A file that is missing, damaged or does not fit the config is an error.
+    image_size: the side in pixels that images are resized to, if not the config's own.
     """
     checkpoint, own_config = Path(checkpoint), Path(model_cfg)
     if not checkpoint.is_file():
@@ -111,6 +112,7 @@ def load_predictor(model_cfg, checkpoint, device):
     try:
         config = OmegaConf.load(own_config) if own_config.is_file() else compose(config_name=str(model_cfg))
         OmegaConf.set_struct(config, False)
+        config.model.image_size = image_size or config.model.image_size
         config.model.sam_mask_decoder_extra_args = {  # as sam2.build_sam.build_sam2 sets them
             "dynamic_multimask_via_stability": True,
             "dynamic_multimask_stability_delta": 0.05,
@@ -270,6 +272,9 @@ def parse_args():
                         help="원본 체크포인트 (기본: checkpoints/sam2.1_hiera_small.pt)")
     parser.add_argument("--finetuned", default="output/sam2_best.pt",
                         help="파인튜닝한 체크포인트 (기본: output/sam2_best.pt)")
+    parser.add_argument("--image-size", type=int, choices=[512, 768, 1024], default=None,
+                        help="모델 입력 한 변(픽셀), 없으면 모델 설정대로. 작을수록 빠르지만 사전 학습된 가중치는 "
+                             "1024에서 배운 것이라 정확도가 떨어짐")
     parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
     return parser.parse_args()
 
@@ -290,7 +295,7 @@ def main():
     if args.original or not Path(args.finetuned).is_file():
         checkpoint, title = args.checkpoint, "original model"
     device = detect_device(args.device)
-    predictor = load_predictor(args.model_cfg, checkpoint, device)
+    predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
     print(f"모델: {checkpoint}, 장치: {device}")
 
     if not points and not box:
@@ -321,5 +326,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ImageError as error:
+    except (ImageError, OSError) as error:
         fail(error)

@@ -9,8 +9,10 @@ does: predictor.predict() runs under no_grad, nothing could be learnt through it
 
 import argparse
 import csv
+import hashlib
 import io
 import json
+import math
 import platform
 import re
 import sys
@@ -47,16 +49,22 @@ CONFIG = {
     "save_every": 500,    # validate and save after so many iterations
     "lr": 1e-5,
     "weight_decay": 4e-5,
+    "batch_size": 1,      # images decoded at once
+    "clicks": 1,          # clicks on each of them, decoded at once, each a prompt of its own
     "seed": 0,
     # system
     "output_dir": "output",
     "device": "auto",
-    "cache_gb": None,     # None: half of the memory that is free
+    "image_size": None,   # None: as the model has it (1024)
+    "cache_gb": None,     # features kept in memory; None: half of the memory that is free
+    "cache_dir": None,    # features kept on disk, across runs
+    "cache_dtype": "float16",
 }
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; masks with fewer are left out
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
+TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")  # names of weights
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
@@ -134,13 +142,14 @@ def read_mask(path):
     return decode_file(path, cv2.IMREAD_GRAYSCALE) > 127
 
 
-def load_predictor(model_cfg, checkpoint, device):
+def load_predictor(model_cfg, checkpoint, device, image_size=None):
     """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
 
     model_cfg: a config inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or the path of
-        a YAML file of your own. An image_size other than 1024 works.
+        a YAML file of your own.
     checkpoint: the official form {"model": state_dict}, or a bare state dict. Nothing in the file is run
         (weights_only=True). A file that is missing, damaged or does not fit the config is an error.
+    image_size: the side in pixels that images are resized to, if not the config's own.
     """
     checkpoint, own_config = Path(checkpoint), Path(model_cfg)
     if not checkpoint.is_file():
@@ -150,6 +159,7 @@ def load_predictor(model_cfg, checkpoint, device):
     try:
         config = OmegaConf.load(own_config) if own_config.is_file() else compose(config_name=str(model_cfg))
         OmegaConf.set_struct(config, False)
+        config.model.image_size = image_size or config.model.image_size
         config.model.sam_mask_decoder_extra_args = {  # as sam2.build_sam.build_sam2 sets them
             "dynamic_multimask_via_stability": True,
             "dynamic_multimask_stability_delta": 0.05,
@@ -240,33 +250,48 @@ class TrainingMasks:
 
 
 class FeatureCache:
-    """Encodes images, and keeps what predictor._features holds, in half precision, up to a limit.
+    """What predictor._features holds for each image, encoded at the first visit and kept from then on.
 
-    limit: bytes. Features that no longer fit are made anew at each visit. They are rounded to half
-    precision all the same, so that a result does not depend on what happened to fit; only with a limit
-    of 0 (no cache) does training see them unrounded.
+    limit: bytes to keep in memory. What no longer fits is encoded again at each visit, and rounded to
+        `dtype` all the same, so that a result does not depend on what happened to fit. With a limit
+        of 0 nothing is kept or rounded.
+    folder: if given, features are also kept there as files, across runs. A file's name is a hash of all
+        that its content depends on; a file whose checksum is wrong is made anew.
     """
 
-    def __init__(self, predictor, limit):
-        self.predictor, self.limit, self.kept = predictor, limit, {}
+    def __init__(self, predictor, limit, dtype=torch.float16, folder=None):
+        self.predictor, self.limit, self.dtype, self.folder = predictor, limit, dtype, folder
+        self.kept, self.encoded = {}, 0
         model = predictor.model
         side, channels = model.image_size, model.hidden_dim
-        values = channels * ((side // 16) ** 2 + (side // 8) ** 2 // 4 + (side // 4) ** 2 // 8)
-        self.bytes_per_image = 2 * values
+        self.shapes = [(1, channels, side // 16, side // 16), (1, channels // 8, side // 4, side // 4),
+                       (1, channels // 4, side // 8, side // 8)]
+        self.bytes_per_image = dtype.itemsize * sum(math.prod(shape) for shape in self.shapes)
+        if folder:
+            frozen = hashlib.sha256(f"{side} {dtype} {predictor.device.type}".encode())
+            for name, tensor in model.state_dict().items():
+                if not TRAINED.match(name):
+                    frozen.update(name.encode() + tensor.cpu().numpy().tobytes())
+            self.identity = frozen.digest()
 
-    def features(self, path, size):
-        """Features of the image at `path`: {"image_embed": 1 x C x h x w, "high_res_feats": [two of them]}.
+    def __call__(self, images):
+        """Features of a batch on the model's device: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}.
 
-        size: (H, W) of the mask that goes with it. A larger image is reduced to it first; ImageError if
-        its proportions are not the mask's.
+        images: list of (path, (H, W) of its mask). A larger image is reduced to its mask's size before it
+        is encoded; ImageError if its proportions are others.
         """
-        levels = self.kept.get(path)
-        if levels is None:
-            levels = self.encode(path, size)
-            if (len(self.kept) + 1) * self.bytes_per_image <= self.limit:
-                self.kept[path] = [level.cpu() for level in levels]
-        levels = [level.to(self.predictor.device, torch.float32) for level in levels]
-        return {"image_embed": levels[0], "high_res_feats": levels[1:]}
+        batch = [torch.cat(levels) for levels in zip(*(self.levels(path, size) for path, size in images))]
+        batch = [level.to(self.predictor.device).float() for level in batch]
+        return {"image_embed": batch[0], "high_res_feats": batch[1:]}
+
+    def levels(self, path, size):
+        """Features of one image: [image_embed, stride 4, stride 8], each 1 x C x h x w in self.dtype."""
+        if path in self.kept:
+            return self.kept[path]
+        levels = self.read_or_encode(path, size) if self.folder else self.encode(path, size)
+        if (len(self.kept) + 1) * self.bytes_per_image <= self.limit:
+            self.kept[path] = levels
+        return levels
 
     def encode(self, path, size):
         image = reduce_to(read_image(path), max(size), cv2.INTER_AREA)
@@ -274,9 +299,26 @@ class FeatureCache:
             raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
         with mixed_precision(self.predictor.device):
             self.predictor.set_image(image)
-        features = self.predictor._features
-        levels = [features["image_embed"], *features["high_res_feats"]]
-        return [level.half() for level in levels] if self.limit else levels
+        self.encoded += 1
+        levels = [self.predictor._features["image_embed"], *self.predictor._features["high_res_feats"]]
+        return [level.to(self.dtype).cpu() for level in levels] if self.limit or self.folder else levels
+
+    def read_or_encode(self, path, size):
+        try:
+            key = hashlib.sha256(self.identity + repr(size).encode() + path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ImageError(f"{path}: 읽을 수 없습니다 ({error.strerror})") from None
+        entry = Path(self.folder) / f"{key}.features"
+        stored = entry.read_bytes() if entry.is_file() else b""
+        checksum, content = stored[:32], stored[32:]
+        if len(content) == self.bytes_per_image and hashlib.sha256(content).digest() == checksum:
+            values = torch.frombuffer(bytearray(content), dtype=self.dtype)
+            parts = values.split([math.prod(shape) for shape in self.shapes])
+            return [part.view(shape) for part, shape in zip(parts, self.shapes)]
+        levels = self.encode(path, size)
+        content = b"".join(level.numpy().tobytes() for level in levels)
+        write_file(entry, hashlib.sha256(content).digest() + content)
+        return levels
 
 
 def mixed_precision(device):
@@ -292,50 +334,61 @@ def trained_parameters(model):
     conv_s0 and conv_s1 belong to the decoder, but they run inside set_image, under no_grad: no gradient
     could ever reach them, so they are frozen too.
     """
-    model.requires_grad_(False)
-    for part in (model.sam_mask_decoder, model.sam_prompt_encoder):
-        part.requires_grad_(True)
-    for part in (model.sam_mask_decoder.conv_s0, model.sam_mask_decoder.conv_s1):
-        part.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(TRAINED.match(name) is not None)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def predict_masks(predictor, features, size, point):
-    """Decode one positive click with gradients: what predictor.predict() does, without its no_grad.
+def random_clicks(rng, mask, count):
+    """`count` random foreground pixels of a bool H x W mask: float32 count x 1 x 2, (x, y) in pixels."""
+    y, x = np.divmod(rng.choice(np.flatnonzero(mask), count), mask.shape[1])
+    return np.stack([x, y], 1).astype(np.float32)[:, None]
 
-    features: as in predictor._features; size: (H, W) of the image; point: 1 x 2, (x, y) in pixels.
-    Returns: low-resolution logits 1 x 3 x h x w and predicted scores 1 x 3.
+
+def predict_masks(predictor, features, sizes, points):
+    """Decode positive clicks with gradients: what predictor.predict() does, without its no_grad.
+
+    features: of N images, as in predictor._features; sizes: their N (H, W); points: N arrays K x 1 x 2,
+    (x, y) in pixels of the image.
+    Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3.
     """
     model = predictor.model
-    predictor._features, predictor._orig_hw, predictor._is_image_set = features, [size], True
-    _, coords, labels, _ = predictor._prep_prompts(point, np.ones(1), None, None, True)
+    predictor._features, predictor._orig_hw, predictor._is_image_set = features, sizes, True
+    prompts = [predictor._prep_prompts(coords, np.ones(coords.shape[:2]), None, None, True, img_idx=number)
+               for number, coords in enumerate(points)]
+    coords, labels = (torch.cat([prompt[part] for prompt in prompts]) for part in (1, 2))
     sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+
+    def for_each_click(level):
+        return level[:, None].expand(-1, len(points[0]), -1, -1, -1).flatten(0, 1)
+
     low_res_masks, scores, _, _ = model.sam_mask_decoder(
-        image_embeddings=features["image_embed"],
+        image_embeddings=for_each_click(features["image_embed"]),
         image_pe=model.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
         multimask_output=True,
         repeat_image=False,
-        high_res_features=features["high_res_feats"],
+        high_res_features=[for_each_click(level) for level in features["high_res_feats"]],
     )
     return low_res_masks, scores
 
 
-def training_loss(logits, score, gt_mask):
-    """The guide's loss for one mask.
+def training_loss(logits, scores, gt_mask):
+    """The guide's loss for the clicks on one image.
 
-    logits: H x W, at the image's size; score: the IoU the model predicts, scalar; gt_mask: float H x W, 0 or 1.
-    Returns: (loss, IoU), scalars: binary cross-entropy with 1e-5 inside the logarithms, plus SCORE_WEIGHT
-    times the distance between the predicted IoU and the real one.
+    logits: (K x) H x W, at the image's size; scores: (K) IoUs that the model predicts; gt_mask: float
+    H x W, 0 or 1.
+    Returns: (loss, IoU), scalars, means over K: binary cross-entropy with 1e-5 inside the logarithms, plus
+    SCORE_WEIGHT times the distance between the predicted IoU and the real one.
     """
     prob = torch.sigmoid(logits)
     seg_loss = (-gt_mask * torch.log(prob + 1e-5) - (1 - gt_mask) * torch.log(1 - prob + 1e-5)).mean()
     predicted = (prob > 0.5).float()
-    intersection = (gt_mask * predicted).sum()
-    iou = intersection / (gt_mask.sum() + predicted.sum() - intersection + 1e-6)
-    score_loss = torch.abs(score - iou).mean()
-    return seg_loss + SCORE_WEIGHT * score_loss, iou
+    intersection = (gt_mask * predicted).sum((-2, -1))
+    iou = intersection / (gt_mask.sum() + predicted.sum((-2, -1)) - intersection + 1e-6)
+    score_loss = torch.abs(scores - iou).mean()
+    return seg_loss + SCORE_WEIGHT * score_loss, iou.mean()
 
 
 def validate(predictor, cache, pairs):
@@ -345,7 +398,7 @@ def validate(predictor, cache, pairs):
         gt_mask = read_mask(mask_path)
         if not gt_mask.any():
             continue
-        predictor._features, predictor._orig_hw = cache.features(image_path, gt_mask.shape), [gt_mask.shape]
+        predictor._features, predictor._orig_hw = cache([(image_path, gt_mask.shape)]), [gt_mask.shape]
         predictor._is_image_set = True
         masks, scores, _ = predictor.predict(middle_point(gt_mask), np.ones(1), multimask_output=True)
         best = masks[scores.argmax()] > 0
@@ -406,13 +459,22 @@ def parse_args():
     setting("save_every", int, "몇 번 반복할 때마다 검증하고 저장할지")
     setting("lr", float, "학습률")
     setting("weight_decay", float, "가중치 감쇠")
+    setting("batch_size", int, "한 번에 디코딩할 이미지 수")
+    setting("clicks", int, "이미지마다 한 번에 디코딩할 클릭 수")
     setting("seed", int, "난수 시드: 같은 값이면 같은 순서로 학습")
     setting("output_dir", Path, "결과를 쓸 폴더")
     setting("device", str, "장치: auto, mps, cuda, cpu")
+    parser.add_argument("--image-size", type=int, choices=[512, 768, 1024], default=CONFIG["image_size"],
+                        help="모델 입력 한 변(픽셀), None이면 모델 설정대로. 작을수록 빠르지만 사전 학습된 가중치는 "
+                             "1024에서 배운 것이라 정확도가 떨어짐")
     setting("cache_gb", float, "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔, None이면 남은 메모리의 절반")
+    setting("cache_dir", Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더")
+    parser.add_argument("--cache-dtype", choices=["float16", "float32"], default=CONFIG["cache_dtype"],
+                        help="남겨 둘 특징의 정밀도")
     args = parser.parse_args()
-    if args.iterations < 1 or args.save_every < 1:
-        parser.error("--iterations와 --save-every는 1 이상이어야 합니다")
+    for name in ("iterations", "save_every", "batch_size", "clicks"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}는 1 이상이어야 합니다")
     return args
 
 
@@ -421,7 +483,7 @@ def main():
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     device = detect_device(args.device)
-    predictor = load_predictor(args.model_cfg, args.checkpoint, device)
+    predictor = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
     model = predictor.model
 
     pairs = find_pairs(args.image_dir, args.mask_dir)
@@ -430,8 +492,9 @@ def main():
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
 
-    limit = psutil.virtual_memory().available // 2 if args.cache_gb is None else int(args.cache_gb * 1e9)
-    cache = FeatureCache(predictor, limit)
+    free = psutil.virtual_memory().available // 2
+    limit = free if args.cache_gb is None else min(free, int(args.cache_gb * 1e9))
+    cache = FeatureCache(predictor, limit, getattr(torch, args.cache_dtype), args.cache_dir)
     parameters = trained_parameters(model)
     model.sam_mask_decoder.train()
     model.sam_prompt_encoder.train()
@@ -446,31 +509,36 @@ def main():
     print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.too_small}장), 검증 {len(val_pairs)}장")
     print(f"학습하는 가중치: {trained:,} / {total:,} (이미지 인코더와 conv_s0, conv_s1은 고정)")
     print(f"특징 캐시: {len(masks) + len(val_pairs)}장 중 {fitting}장이 들어갑니다 "
-          f"(한 장 {cache.bytes_per_image / 1e6:.1f} MB, 한도 {limit / 1e9:.1f} GB)")
+          f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {limit / 1e9:.3g} GB)"
+          + (f", 파일로도 남깁니다: {args.cache_dir}" if args.cache_dir else ""))
     if not val_pairs:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
 
     rows, best, first_iou, mean, started = [], -1.0, None, None, time.time()
     bar = tqdm(range(1, args.iterations + 1), "학습", disable=None)
     for iteration in bar:
-        index = rng.integers(len(masks))
-        gt_mask = masks[index]
-        features = cache.features(masks.paths[index], gt_mask.shape)
-        foreground = np.flatnonzero(gt_mask)
-        y, x = divmod(rng.choice(foreground), gt_mask.shape[1])
+        picks = rng.integers(len(masks), size=args.batch_size)
+        gt_masks = [masks[index] for index in picks]
+        sizes = [gt_mask.shape for gt_mask in gt_masks]
+        points = [random_clicks(rng, gt_mask, args.clicks) for gt_mask in gt_masks]
+        features = cache([(masks.paths[index], size) for index, size in zip(picks, sizes)])
 
         with mixed_precision(device):
-            low_res_masks, scores = predict_masks(predictor, features, gt_mask.shape, np.array([[x, y]], np.float32))
-        logits = predictor._transforms.postprocess_masks(low_res_masks[:, :1], gt_mask.shape)
-        target = torch.from_numpy(gt_mask).to(device).float()
-        loss, iou = training_loss(logits[0, 0], scores[0, 0].float(), target)
+            low_res_masks, scores = predict_masks(predictor, features, sizes, points)
+        results = []
+        for number, gt_mask in enumerate(gt_masks):
+            own = slice(number * args.clicks, (number + 1) * args.clicks)
+            logits = predictor._transforms.postprocess_masks(low_res_masks[own, :1], gt_mask.shape)
+            target = torch.from_numpy(gt_mask).to(device).float()
+            results.append(torch.stack(training_loss(logits[:, 0], scores[own, 0].float(), target)))
+        loss, iou = torch.stack(results).mean(0)
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-        now = torch.stack([loss.detach(), iou])
+        now = torch.stack([loss, iou]).detach()
         mean = now if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * now
         saving = iteration % args.save_every == 0 or iteration == args.iterations
         if not saving and iteration % LOG_EVERY and iteration > 1:
@@ -498,7 +566,7 @@ def main():
         "device": device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "opencv": cv2.__version__},
-        "train_images": len(masks), "val_images": len(val_pairs),
+        "train_images": len(masks), "val_images": len(val_pairs), "encodings": cache.encoded,
         "best_iou": best, "best_chosen_by": "validation IoU" if val_pairs else "training IoU",
         "seconds": round(time.time() - started, 1),
     }
@@ -512,5 +580,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except ImageError as error:
+    except (ImageError, OSError) as error:
         fail(error)
