@@ -198,6 +198,16 @@ def same_frozen_weights(original, finetuned):
     return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
 
 
+def set_image_in_both(original, finetuned, image, shared):
+    """Encode `image` for both predictors: once if they share their frozen weights, else once for each."""
+    original.set_image(image)
+    if shared:
+        finetuned._features, finetuned._orig_hw = original._features, original._orig_hw
+        finetuned._is_image_set = True
+    else:
+        finetuned.set_image(image)
+
+
 def best_mask(predictor, prompt):
     """Of the three masks for the image that is set, the one with the highest score: bool H x W."""
     masks, scores, _ = predictor.predict(**prompt, multimask_output=True)
@@ -330,12 +340,7 @@ def main():
         if not gt_mask.any():
             empty += 1
             continue
-        original.set_image(image)
-        if shared:
-            finetuned._features, finetuned._orig_hw = original._features, original._orig_hw
-            finetuned._is_image_set = True
-        else:
-            finetuned.set_image(image)
+        set_image_in_both(original, finetuned, image, shared)
         prompt = make_prompt(args.prompt, gt_mask)
         masks = {"original": best_mask(original, prompt), "fine-tuned": best_mask(finetuned, prompt)}
         ious = {name: calculate_iou(mask, gt_mask) for name, mask in masks.items()}

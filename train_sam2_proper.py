@@ -391,6 +391,23 @@ def training_loss(logits, scores, gt_mask):
     return seg_loss + SCORE_WEIGHT * score_loss, iou.mean()
 
 
+def batch_loss(predictor, cache, masks, picks, clicks, rng):
+    """Mean training_loss over the images at the indices `picks`, with random clicks on each: (loss, IoU)."""
+    gt_masks = [masks[index] for index in picks]
+    sizes = [gt_mask.shape for gt_mask in gt_masks]
+    points = [random_clicks(rng, gt_mask, clicks) for gt_mask in gt_masks]
+    features = cache([(masks.paths[index], size) for index, size in zip(picks, sizes)])
+    with mixed_precision(predictor.device):
+        low_res_masks, scores = predict_masks(predictor, features, sizes, points)
+    results = []
+    for gt_mask, own_masks, own_scores in zip(gt_masks, low_res_masks.split(clicks), scores.float().split(clicks)):
+        # only the first of the three masks enters the loss, so only that one is enlarged
+        logits = predictor._transforms.postprocess_masks(own_masks[:, :1], gt_mask.shape)
+        target = torch.from_numpy(gt_mask).to(logits.device).float()
+        results.append(torch.stack(training_loss(logits[:, 0], own_scores[:, 0], target)))
+    return torch.stack(results).mean(0)
+
+
 def validate(predictor, cache, pairs):
     """Mean IoU and Dice over `pairs`, as compare_models.py measures them: middle click, highest score."""
     ious, dices = [], []
@@ -518,21 +535,7 @@ def main():
     bar = tqdm(range(1, args.iterations + 1), "학습", disable=None)
     for iteration in bar:
         picks = rng.integers(len(masks), size=args.batch_size)
-        gt_masks = [masks[index] for index in picks]
-        sizes = [gt_mask.shape for gt_mask in gt_masks]
-        points = [random_clicks(rng, gt_mask, args.clicks) for gt_mask in gt_masks]
-        features = cache([(masks.paths[index], size) for index, size in zip(picks, sizes)])
-
-        with mixed_precision(device):
-            low_res_masks, scores = predict_masks(predictor, features, sizes, points)
-        results = []
-        for number, gt_mask in enumerate(gt_masks):
-            own = slice(number * args.clicks, (number + 1) * args.clicks)
-            logits = predictor._transforms.postprocess_masks(low_res_masks[own, :1], gt_mask.shape)
-            target = torch.from_numpy(gt_mask).to(device).float()
-            results.append(torch.stack(training_loss(logits[:, 0], scores[own, 0].float(), target)))
-        loss, iou = torch.stack(results).mean(0)
-
+        loss, iou = batch_loss(predictor, cache, masks, picks, args.clicks, rng)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -1,0 +1,161 @@
+"""Time train_sam2_proper.py's iteration against the plain loop of the reference guide.
+
+    python benchmarks/bench_training.py
+
+Both start from the same weights and visit the same images in the same order, turn by turn in one run, so
+that a busy machine slows both. The plain loop encodes the image at every iteration, enlarges all three
+masks and hands all weights to AdamW; this project's keeps the features. The model is sam2.1_hiera_s at
+1024 px with random weights: right for speed, meaningless for quality. Images are drawn if none are named.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from sam2.build_sam import build_sam2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+import make_demo_data  # noqa: E402
+
+import train_sam2_proper as project  # noqa: E402
+
+
+def draw_pairs(folder, count):
+    """`count` pairs of the demo's drawn images: [(image path, mask path)]."""
+    pairs = []
+    for number in range(count):
+        image, mask = make_demo_data.draw_image(np.random.default_rng([0, number]))
+        pairs.append((folder / "images" / f"{number:03}.jpg", folder / "masks" / f"{number:03}.png"))
+        for path, picture in zip(pairs[-1], (image[..., ::-1], mask)):
+            path.parent.mkdir(exist_ok=True)
+            cv2.imwrite(str(path), picture)
+    return pairs
+
+
+def save_random_weights(model_cfg, path):
+    torch.manual_seed(0)
+    torch.save({"model": build_sam2(model_cfg, device="cpu").state_dict()}, path)
+    return path
+
+
+def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
+    """One iteration as the reference guide writes it."""
+    device = predictor.device
+    image, gt = project.read_image(image_path), project.read_mask(mask_path)
+    point = np.array([[rng.choice(np.argwhere(gt))[::-1]]], np.float32)
+    with project.mixed_precision(device):
+        predictor.set_image(image)
+        _, coords, labels, _ = predictor._prep_prompts(point, np.ones((1, 1)), None, None, True)
+        sparse, dense = predictor.model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+        low_res_masks, scores, _, _ = predictor.model.sam_mask_decoder(
+            image_embeddings=predictor._features["image_embed"][-1].unsqueeze(0),
+            image_pe=predictor.model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
+            multimask_output=True, repeat_image=False,
+            high_res_features=[level[-1].unsqueeze(0) for level in predictor._features["high_res_feats"]])
+    masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
+    target = torch.from_numpy(gt.astype(np.float32)).to(device)
+    loss, iou = project.training_loss(torch.stack([masks[0, 0]]), scores[:, 0].float(), target)
+    predictor.model.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.item(), iou.item()
+
+
+def project_iteration(predictor, optimizer, scaler, cache, masks, index, rng):
+    """One iteration of train_sam2_proper.py."""
+    loss, _ = project.batch_loss(predictor, cache, masks, [index], 1, rng)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def timed(device, function, *arguments):
+    started = time.perf_counter()
+    function(*arguments)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def time_iterations(args, checkpoint, pairs):
+    device = project.detect_device(args.device)
+    plain = project.load_predictor(args.model_cfg, checkpoint, device)
+    ours = project.load_predictor(args.model_cfg, checkpoint, device)
+    plain.model.sam_mask_decoder.train()
+    plain.model.sam_prompt_encoder.train()
+    plain_optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-5, weight_decay=4e-5)
+    our_optimizer = torch.optim.AdamW(project.trained_parameters(ours.model), lr=1e-5, weight_decay=4e-5)
+    ours.model.sam_mask_decoder.train()
+    ours.model.sam_prompt_encoder.train()
+    half = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
+    scaler = torch.amp.GradScaler("cuda", enabled=half)
+    masks = project.TrainingMasks(pairs)
+    cache = project.FeatureCache(ours, 10**12)
+    rng = np.random.default_rng(0)
+
+    # each image is visited 3.75 times on average, as in 3,000 iterations over 800 images, in random order
+    visits = rng.permutation(np.resize(rng.permutation(len(pairs)), round(3.75 * len(pairs))))
+    plain_iteration(plain, plain_optimizer, scaler, *pairs[0], rng)  # warm up: neither counts
+    project_iteration(ours, our_optimizer, scaler, cache, masks, 0, rng)
+    cache.kept.clear()
+    rows = []
+    for index in visits:
+        first = masks.paths[index] not in cache.kept
+        rows.append((first,
+                     timed(device, plain_iteration, plain, plain_optimizer, scaler, *pairs[index], rng),
+                     timed(device, project_iteration, ours, our_optimizer, scaler, cache, masks, index, rng)))
+    first, plain_time, our_time = (np.array(column) for column in zip(*rows))
+    print(f"{args.model_cfg}, {ours.model.image_size} px, {device}, {torch.get_num_threads()} CPU threads, "
+          f"{len(pairs)} images, {len(visits)} iterations")
+    print(f"{'seconds an iteration':28} {'plain loop':>10} {'project':>10} {'ratio':>7}")
+    for name, which in (("all, first visits included", slice(None)), ("first visits", first), ("later visits", ~first)):
+        a, b = plain_time[which].mean(), our_time[which].mean()
+        print(f"{name:28} {a:10.3f} {b:10.3f} {a / b:6.2f}x")
+
+
+def peak_memory(args, checkpoint, folder, cache_gb):
+    """Peak resident memory, in GB, of a process that trains with --cache-gb."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", args.model_cfg, "--checkpoint", checkpoint,
+         "--image-dir", folder / "images", "--mask-dir", folder / "masks", "--val-image-dir", folder / "none",
+         "--output-dir", folder / "output", "--iterations", "25", "--cache-gb", str(cache_gb),
+         "--device", args.device], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024 / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--image-dir", type=Path, help="images to use instead of drawn ones")
+    parser.add_argument("--mask-dir", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory with and without a cache instead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = save_random_weights(args.model_cfg, folder / "random.pt")
+        pairs = project.find_pairs(args.image_dir, args.mask_dir)[:args.images] if args.image_dir \
+            else draw_pairs(folder, args.images)
+        if not args.memory:
+            time_iterations(args, checkpoint, pairs)
+            return
+        for cache_gb in (0, 0.05, 0.1):
+            print(f"--cache-gb {cache_gb}: peak {peak_memory(args, checkpoint, folder, cache_gb):.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
