@@ -38,7 +38,7 @@ demo: venv/.installed
 system-packages:
 	@sh tests/install_system_packages.sh
 
-test: system-packages venv/.installed-dev
+test: system-packages lint
 	$(PY) -m pytest
 
 lint: venv/.installed-dev

@@ -294,23 +294,25 @@ def save_scatter(path, rows):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description="원본 SAM 2.1과 파인튜닝한 모델을 검증 이미지에서 비교합니다.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
-                        help="sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
-    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트")
-    parser.add_argument("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트")
-    parser.add_argument("--image-dir", default="data/images/val", help="비교할 이미지 폴더")
-    parser.add_argument("--mask-dir", default="data/masks/val", help="정답 마스크 폴더 (이미지와 이름이 같은 PNG)")
-    parser.add_argument("--output-dir", type=Path, default=Path("output/comparison"), help="결과를 쓸 폴더")
-    parser.add_argument("--num-images", type=int, default=None, help="앞에서부터 몇 장만 비교할지 (None이면 전부)")
-    parser.add_argument("--num-visualize", type=int, default=5, help="비교 그림을 몇 장 저장할지 (고르게 뽑음)")
-    parser.add_argument("--prompt", choices=["point", "box"], default="point",
-                        help="프롬프트: 마스크 가운데 점 하나(point) 또는 마스크를 둘러싼 상자(box)")
-    parser.add_argument("--image-size", type=int, choices=[512, 768, 1024], default=None,
-                        help="모델 입력 한 변(픽셀), 없으면 모델 설정대로. 작을수록 빠르지만 사전 학습된 가중치는 "
-                             "1024에서 배운 것이라 정확도가 떨어짐")
-    parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu")
+        description="원본 SAM 2.1과 파인튜닝한 모델을 검증 이미지에서 비교합니다.")
+
+    def option(name, default, text, **options):
+        shown = "" if default is None else f" (기본: {default})"
+        parser.add_argument(name, default=default, help=text + shown, **options)
+
+    option("--model-cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
+    option("--checkpoint", "checkpoints/sam2.1_hiera_small.pt", "원본 체크포인트")
+    option("--finetuned", "output/sam2_best.pt", "파인튜닝한 체크포인트")
+    option("--image-dir", "data/images/val", "비교할 이미지 폴더")
+    option("--mask-dir", "data/masks/val", "정답 마스크 폴더 (이미지와 이름이 같은 PNG)")
+    option("--output-dir", Path("output/comparison"), "결과를 쓸 폴더", type=Path)
+    option("--num-images", None, "앞에서부터 몇 장만 비교할지 (기본: 전부)", type=int)
+    option("--num-visualize", 5, "비교 그림을 몇 장 저장할지, 고르게 뽑음", type=int)
+    option("--prompt", "point", "프롬프트: 마스크의 가운데 점(point) 또는 마스크를 둘러싼 상자(box)",
+           choices=["point", "box"])
+    option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
+           "정확도가 떨어짐 (기본: 모델 설정대로)", type=int, choices=[512, 768, 1024])
+    option("--device", "auto", "장치: auto, mps, cuda, cpu")
     args = parser.parse_args()
     if args.num_images is not None and args.num_images < 1:
         parser.error("--num-images는 1 이상이어야 합니다")

@@ -273,8 +273,8 @@ def parse_args():
     parser.add_argument("--finetuned", default="output/sam2_best.pt",
                         help="파인튜닝한 체크포인트 (기본: output/sam2_best.pt)")
     parser.add_argument("--image-size", type=int, choices=[512, 768, 1024], default=None,
-                        help="모델 입력 한 변(픽셀), 없으면 모델 설정대로. 작을수록 빠르지만 사전 학습된 가중치는 "
-                             "1024에서 배운 것이라 정확도가 떨어짐")
+                        help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 "
+                             "1024에서 배운 것이라 정확도가 떨어짐 (기본: 모델 설정대로)")
     parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
     return parser.parse_args()
 

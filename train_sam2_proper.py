@@ -460,11 +460,12 @@ def save_log(rows, output_dir):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.")
 
-    def setting(name, kind, text):
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=CONFIG[name], help=text)
+    def setting(name, kind, text, **options):
+        default = "" if CONFIG[name] is None else f" (기본: {CONFIG[name]})"
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=CONFIG[name], help=text + default,
+                            **options)
 
     setting("checkpoint", str, "원본 SAM 2.1 체크포인트")
     setting("model_cfg", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
@@ -481,13 +482,11 @@ def parse_args():
     setting("seed", int, "난수 시드: 같은 값이면 같은 순서로 학습")
     setting("output_dir", Path, "결과를 쓸 폴더")
     setting("device", str, "장치: auto, mps, cuda, cpu")
-    parser.add_argument("--image-size", type=int, choices=[512, 768, 1024], default=CONFIG["image_size"],
-                        help="모델 입력 한 변(픽셀), None이면 모델 설정대로. 작을수록 빠르지만 사전 학습된 가중치는 "
-                             "1024에서 배운 것이라 정확도가 떨어짐")
-    setting("cache_gb", float, "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔, None이면 남은 메모리의 절반")
-    setting("cache_dir", Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더")
-    parser.add_argument("--cache-dtype", choices=["float16", "float32"], default=CONFIG["cache_dtype"],
-                        help="남겨 둘 특징의 정밀도")
+    setting("image_size", int, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
+            "정확도가 떨어짐 (기본: 모델 설정대로)", choices=[512, 768, 1024])
+    setting("cache_gb", float, "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)")
+    setting("cache_dir", Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더 (기본: 쓰지 않음)")
+    setting("cache_dtype", str, "남겨 둘 특징의 정밀도", choices=["float16", "float32"])
     args = parser.parse_args()
     for name in ("iterations", "save_every", "batch_size", "clicks"):
         if getattr(args, name) < 1:
