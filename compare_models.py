@@ -300,7 +300,7 @@ def parse_args():
         shown = "" if default is None else f" (기본: {default})"
         parser.add_argument(name, default=default, help=text + shown, **options)
 
-    option("--model-cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
+    option("--model-cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", "sam2 패키지의 모델 설정 이름 또는 내 YAML 파일")
     option("--checkpoint", "checkpoints/sam2.1_hiera_small.pt", "원본 체크포인트")
     option("--finetuned", "output/sam2_best.pt", "파인튜닝한 체크포인트")
     option("--image-dir", "data/images/val", "비교할 이미지 폴더")
