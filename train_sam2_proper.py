@@ -222,19 +222,19 @@ def reduce_to(array, max_side, interpolation):
     return cv2.resize(array, size, interpolation=interpolation)
 
 
-class TrainingMasks:
-    """The training masks, decoded once, reduced to MAX_SIDE and kept as one bit a pixel.
+class Masks:
+    """The masks of a folder, decoded once and kept as one bit a pixel.
 
-    `paths` are the images that can be trained on; `too_small` counts those left out because their
-    mask has fewer than MIN_FOREGROUND foreground pixels.
+    Larger ones are reduced to max_side. Those with fewer than min_foreground pixels are left out, and
+    counted in `left_out`; `paths` are the images of the others.
     """
 
-    def __init__(self, pairs):
-        self.paths, self.bits, self.sizes, self.too_small = [], [], [], 0
+    def __init__(self, pairs, max_side, min_foreground):
+        self.paths, self.bits, self.sizes, self.left_out = [], [], [], 0
         for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
-            mask = reduce_to(read_mask(mask_path).astype(np.uint8), MAX_SIDE, cv2.INTER_NEAREST)
-            if mask.sum() < MIN_FOREGROUND:
-                self.too_small += 1
+            mask = reduce_to(read_mask(mask_path).astype(np.uint8), max_side, cv2.INTER_NEAREST)
+            if mask.sum() < min_foreground:
+                self.left_out += 1
                 continue
             self.paths.append(image_path)
             self.bits.append(np.packbits(mask))
@@ -257,10 +257,12 @@ class FeatureCache:
         of 0 nothing is kept or rounded.
     folder: if given, features are also kept there as files, across runs. A file's name is a hash of all
         that its content depends on; a file whose checksum is wrong is made anew.
+    autocast: encode in mixed precision where the device has it.
     """
 
-    def __init__(self, predictor, limit, dtype=torch.float16, folder=None):
+    def __init__(self, predictor, limit, dtype=torch.float16, folder=None, autocast=True):
         self.predictor, self.limit, self.dtype, self.folder = predictor, limit, dtype, folder
+        self.autocast = autocast
         self.kept, self.encoded = {}, 0
         model = predictor.model
         side, channels = model.image_size, model.hidden_dim
@@ -268,7 +270,7 @@ class FeatureCache:
                        (1, channels // 4, side // 8, side // 8)]
         self.bytes_per_image = dtype.itemsize * sum(math.prod(shape) for shape in self.shapes)
         if folder:
-            frozen = hashlib.sha256(f"{side} {dtype} {predictor.device.type}".encode())
+            frozen = hashlib.sha256(f"{side} {dtype} {predictor.device.type} {autocast}".encode())
             for name, tensor in model.state_dict().items():
                 if not TRAINED.match(name):
                     frozen.update(name.encode() + tensor.cpu().numpy().tobytes())
@@ -297,7 +299,7 @@ class FeatureCache:
         image = reduce_to(read_image(path), max(size), cv2.INTER_AREA)
         if image.shape[:2] != size:
             raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-        with mixed_precision(self.predictor.device):
+        with mixed_precision(self.predictor.device, self.autocast):
             self.predictor.set_image(image)
         self.encoded += 1
         levels = [self.predictor._features["image_embed"], *self.predictor._features["high_res_feats"]]
@@ -321,9 +323,9 @@ class FeatureCache:
         return levels
 
 
-def mixed_precision(device):
+def mixed_precision(device, wanted=True):
     """Autocast on CUDA (bfloat16 where the GPU has it, else float16); does nothing on MPS and CPU."""
-    on_cuda = torch.device(device).type == "cuda"
+    on_cuda = wanted and torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if on_cuda and torch.cuda.is_bf16_supported() else torch.float16
     return torch.autocast("cuda", dtype, enabled=on_cuda)
 
@@ -408,17 +410,15 @@ def batch_loss(predictor, cache, masks, picks, clicks, rng):
     return torch.stack(results).mean(0)
 
 
-def validate(predictor, cache, pairs):
-    """Mean IoU and Dice over `pairs`, as compare_models.py measures them: middle click, highest score."""
+def validate(predictor, cache, masks):
+    """Mean IoU and Dice, as compare_models.py measures them: middle click, mask with the highest score."""
     ious, dices = [], []
-    for image_path, mask_path in tqdm(pairs, "검증", disable=None, leave=False):
-        gt_mask = read_mask(mask_path)
-        if not gt_mask.any():
-            continue
-        predictor._features, predictor._orig_hw = cache([(image_path, gt_mask.shape)]), [gt_mask.shape]
+    for index in tqdm(range(len(masks)), "검증", disable=None, leave=False):
+        gt_mask = masks[index]
+        predictor._features, predictor._orig_hw = cache([(masks.paths[index], gt_mask.shape)]), [gt_mask.shape]
         predictor._is_image_set = True
-        masks, scores, _ = predictor.predict(middle_point(gt_mask), np.ones(1), multimask_output=True)
-        best = masks[scores.argmax()] > 0
+        predicted, scores, _ = predictor.predict(middle_point(gt_mask), np.ones(1), multimask_output=True)
+        best = predicted[scores.argmax()] > 0
         ious.append(calculate_iou(best, gt_mask))
         dices.append(calculate_dice(best, gt_mask))
     return float(np.mean(ious)), float(np.mean(dices))
@@ -502,15 +502,20 @@ def main():
     predictor = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
     model = predictor.model
 
-    pairs = find_pairs(args.image_dir, args.mask_dir)
-    masks = TrainingMasks(pairs)
+    masks = Masks(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND)
     if not masks:
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
+    val_masks = Masks(val_pairs, math.inf, 1)
 
     free = psutil.virtual_memory().available // 2
     limit = free if args.cache_gb is None else min(free, int(args.cache_gb * 1e9))
     cache = FeatureCache(predictor, limit, getattr(torch, args.cache_dtype), args.cache_dir)
+    fitting = min(len(masks), limit // cache.bytes_per_image)
+    # validation sees features in full precision, as compare_models.py does, so that its numbers are the same
+    val_limit = limit - fitting * cache.bytes_per_image
+    val_cache = FeatureCache(predictor, val_limit, torch.float32, args.cache_dir, autocast=False)
+    val_fitting = min(len(val_masks), val_limit // val_cache.bytes_per_image)
     parameters = trained_parameters(model)
     model.sam_mask_decoder.train()
     model.sam_prompt_encoder.train()
@@ -520,14 +525,13 @@ def main():
 
     trained = sum(parameter.numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in model.parameters())
-    fitting = min(limit // cache.bytes_per_image, len(masks) + len(val_pairs))
     print(f"장치: {device}")
-    print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.too_small}장), 검증 {len(val_pairs)}장")
+    print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.left_out}장), 검증 {len(val_masks)}장")
     print(f"학습하는 가중치: {trained:,} / {total:,} (이미지 인코더와 conv_s0, conv_s1은 고정)")
-    print(f"특징 캐시: {len(masks) + len(val_pairs)}장 중 {fitting}장이 들어갑니다 "
+    print(f"특징 캐시: 학습 {len(masks)}장 중 {fitting}장, 검증 {len(val_masks)}장 중 {val_fitting}장이 들어갑니다 "
           f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {limit / 1e9:.3g} GB)"
           + (f", 파일로도 남깁니다: {args.cache_dir}" if args.cache_dir else ""))
-    if not val_pairs:
+    if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
 
     rows, best, first_iou, mean, started = [], -1.0, None, None, time.time()
@@ -551,10 +555,10 @@ def main():
         bar.set_postfix(loss=f"{row['loss']:.4f}", IoU=f"{row['train_iou']:.1%}")
         rows.append(row)
         if saving:
-            if val_pairs:
-                row["val_iou"], row["val_dice"] = validate(predictor, cache, val_pairs)
+            if val_masks:
+                row["val_iou"], row["val_dice"] = validate(predictor, val_cache, val_masks)
             reached = row.get("val_iou", row["train_iou"])
-            text = f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if val_pairs else "검증 없음"
+            text = f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if val_masks else "검증 없음"
             bar.write(f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, "
                       f"학습 IoU {row['train_iou']:.2%}, {text}")
             if reached > best:
@@ -568,14 +572,15 @@ def main():
         "device": device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "opencv": cv2.__version__},
-        "train_images": len(masks), "val_images": len(val_pairs), "encodings": cache.encoded,
-        "best_iou": best, "best_chosen_by": "validation IoU" if val_pairs else "training IoU",
+        "train_images": len(masks), "val_images": len(val_masks),
+        "encodings": cache.encoded + val_cache.encoded,
+        "best_iou": best, "best_chosen_by": "validation IoU" if val_masks else "training IoU",
         "seconds": round(time.time() - started, 1),
     }
     write_file(args.output_dir / "training_summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
     minutes, seconds = divmod(round(time.time() - started), 60)
     print(f"학습 시간 {minutes}분 {seconds}초, 학습 IoU(이동 평균) {first_iou:.1%} → {rows[-1]['train_iou']:.1%}, "
-          f"{'검증' if val_pairs else '학습'} 최고 IoU {best:.2%}")
+          f"{'검증' if val_masks else '학습'} 최고 IoU {best:.2%}")
     print(f"저장: {args.output_dir / 'sam2_best.pt'}, {args.output_dir / 'sam2_final.pt'}")
 
 

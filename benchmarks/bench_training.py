@@ -100,7 +100,7 @@ def time_iterations(args, checkpoint, pairs):
     ours.model.sam_prompt_encoder.train()
     half = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
     scaler = torch.amp.GradScaler("cuda", enabled=half)
-    masks = project.TrainingMasks(pairs)
+    masks = project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
     cache = project.FeatureCache(ours, 10**12)
     rng = np.random.default_rng(0)
 

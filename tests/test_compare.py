@@ -67,12 +67,14 @@ def test_iou_is_that_of_the_best_scored_mask_for_the_middle_click(trained, weigh
             (best & gt_mask).sum() / (best | gt_mask).sum(), abs=1e-5)
 
 
-def test_best_model_has_the_iou_that_training_reported(trained, weights):
-    folder, _ = trained
-    compare(folder, weights, "--output-dir", "same")
+def test_training_reports_exactly_the_iou_that_is_measured_here(trained, weights):
+    folder, done = trained
+    compared = compare(folder, weights, "--output-dir", "same")
     summary = json.loads((folder / "same/summary.json").read_text(encoding="utf-8"))
     training = json.loads((folder / "output/training_summary.json").read_text(encoding="utf-8"))
-    assert summary["finetuned_iou"] == pytest.approx(training["best_iou"], abs=2e-3)  # half-precision features
+    assert summary["finetuned_iou"] == training["best_iou"]
+    shown = re.search(r"파인튜닝 SAM2:\s+([\d.]+%)", compared.stdout)[1]
+    assert f"검증 최고 IoU {shown}" in done.stdout
 
 
 def test_a_bare_state_dict_opens_and_numbers_are_flags(trained, weights):
