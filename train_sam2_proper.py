@@ -15,6 +15,8 @@ import json
 import math
 import platform
 import re
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -60,6 +62,7 @@ CONFIG = {
     "cache_dir": None,    # features kept on disk, across runs
     "cache_dtype": "float16",
 }
+FREE_ON_RESUME = {"resume", "iterations", "output_dir", "device", "cache_gb", "cache_dir"}  # may differ from before
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; masks with fewer are left out
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
@@ -424,11 +427,46 @@ def validate(predictor, cache, masks):
     return float(np.mean(ious)), float(np.mean(dices))
 
 
-def save_model(model, path):
-    """Save in the official form {"model": state_dict}, which every SAM 2 tool opens."""
+def save_model(model, path, **more):
+    """Save in the official form {"model": state_dict}, which every SAM 2 tool opens; `more` goes beside it.
+
+    Weights that are not finite are never saved.
+    """
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        fail("가중치가 유한하지 않아 저장하지 않습니다. --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
     buffer = io.BytesIO()
-    torch.save({"model": {name: tensor.cpu() for name, tensor in model.state_dict().items()}}, buffer)
-    write_file(path, buffer.getvalue())
+    torch.save({"model": weights, **more}, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def data_fingerprint(masks):
+    """A hash of the training images' names and their masks."""
+    digest = hashlib.sha256()
+    for path, bits, size in zip(masks.paths, masks.bits, masks.sizes):
+        digest.update(f"{path.name} {size}".encode() + bits.tobytes())
+    return digest.hexdigest()
+
+
+def load_last(path, settings, data):
+    """Read sam2_last.pt to go on from; fail, with the reason, if it belongs to another training.
+
+    settings: this run's, which must equal those before but for FREE_ON_RESUME; data: its fingerprint.
+    """
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        before = json.loads(last["settings"])
+    except FileNotFoundError:
+        fail(f"이어서 할 학습이 없습니다: {path}")
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
+    changed = [f"{name} {before.get(name)} → {value}" for name, value in settings.items()
+               if name not in FREE_ON_RESUME and before.get(name) != value]
+    if changed:
+        fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
+    if last["data"] != data:
+        fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습 이미지나 마스크가 바뀌었습니다")
+    return last
 
 
 def save_log(rows, output_dir):
@@ -458,6 +496,13 @@ def save_log(rows, output_dir):
     write_file(output_dir / "training_curve.png", picture.getvalue())
 
 
+def on_interrupt(interrupted):
+    """Ctrl-C: let the iteration end and be saved; a second one ends the program at once."""
+    interrupted.append(True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("이번 반복을 마치고 저장합니다. 바로 끝내려면 Ctrl-C를 한 번 더 누르세요.")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         description="SAM 2.1의 마스크 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.")
@@ -481,6 +526,7 @@ def parse_args():
     setting("clicks", int, "이미지마다 한 번에 디코딩할 클릭 수")
     setting("seed", int, "난수 시드: 같은 값이면 같은 순서로 학습")
     setting("output_dir", Path, "결과를 쓸 폴더")
+    parser.add_argument("--resume", action="store_true", help="중단된 학습을 결과 폴더의 sam2_last.pt에서 이어서 하기")
     setting("device", str, "장치: auto, mps, cuda, cpu")
     setting("image_size", int, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
             "정확도가 떨어짐 (기본: 모델 설정대로)", choices=[512, 768, 1024])
@@ -534,8 +580,23 @@ def main():
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
 
-    rows, best, first_iou, mean, started = [], -1.0, None, None, time.time()
-    bar = tqdm(range(1, args.iterations + 1), "학습", disable=None)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    data = data_fingerprint(masks)
+    done, rows, best, mean, started = 0, [], -1.0, None, time.time()
+    if args.resume:
+        last = load_last(args.output_dir / "sam2_last.pt", settings, data)
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        rng.bit_generator.state = json.loads(last["rng"])
+        done, rows, best, mean = last["iteration"], last["rows"], last["best"], last["mean"].to(device)
+        started -= last["seconds"]
+        print(f"{done}회까지 한 학습을 이어서 합니다.")
+
+    interrupted = []
+    signal.signal(signal.SIGINT, lambda *_: on_interrupt(interrupted))
+    recent = []  # the losses since the last row, and their images
+    bar = tqdm(range(done + 1, args.iterations + 1), "학습", initial=done, total=args.iterations, disable=None)
     for iteration in bar:
         picks = rng.integers(len(masks), size=args.batch_size)
         loss, iou = batch_loss(predictor, cache, masks, picks, args.clicks, rng)
@@ -544,17 +605,24 @@ def main():
         scaler.step(optimizer)
         scaler.update()
 
+        recent.append((loss.detach(), picks))
         now = torch.stack([loss, iou]).detach()
         mean = now if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * now
-        saving = iteration % args.save_every == 0 or iteration == args.iterations
-        if not saving and iteration % LOG_EVERY and iteration > 1:
+        validating = iteration % args.save_every == 0 or iteration == args.iterations
+        logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
+        if not (logging or interrupted):
             continue  # no .item() here: on CUDA it would wait for the GPU
         row = {"iteration": iteration, "loss": mean[0].item(), "train_iou": mean[1].item(),
                "seconds": round(time.time() - started, 1)}
-        first_iou = row["train_iou"] if first_iou is None else first_iou
+        if not math.isfinite(row["loss"]):
+            picks = next(picks for value, picks in recent if not torch.isfinite(value))
+            names = ", ".join(masks.paths[index].name for index in picks)
+            fail(f"손실이 유한하지 않습니다 (이미지 {names}). --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
+        recent.clear()
         bar.set_postfix(loss=f"{row['loss']:.4f}", IoU=f"{row['train_iou']:.1%}")
-        rows.append(row)
-        if saving:
+        if logging:
+            rows.append(row)
+        if validating:
             if val_masks:
                 row["val_iou"], row["val_dice"] = validate(predictor, val_cache, val_masks)
             reached = row.get("val_iou", row["train_iou"])
@@ -565,10 +633,20 @@ def main():
                 best = reached
                 save_model(model, args.output_dir / "sam2_best.pt")
             save_log(rows, args.output_dir)
+        if validating or interrupted:
+            save_model(model, args.output_dir / "sam2_last.pt", optimizer=optimizer.state_dict(),
+                       scaler=scaler.state_dict(), rng=json.dumps(rng.bit_generator.state), mean=mean.cpu(),
+                       iteration=iteration, rows=rows, best=best, seconds=row["seconds"],
+                       settings=json.dumps(settings), data=data)
+        if interrupted:
+            bar.close()
+            again = shlex.join([Path(sys.executable).name, *sys.argv, *([] if args.resume else ["--resume"])])
+            print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {again}")
+            sys.exit(130)
 
     save_model(model, args.output_dir / "sam2_final.pt")
     summary = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "settings": settings,
         "device": device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                      "opencv": cv2.__version__},
@@ -579,8 +657,8 @@ def main():
     }
     write_file(args.output_dir / "training_summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
     minutes, seconds = divmod(round(time.time() - started), 60)
-    print(f"학습 시간 {minutes}분 {seconds}초, 학습 IoU(이동 평균) {first_iou:.1%} → {rows[-1]['train_iou']:.1%}, "
-          f"{'검증' if val_masks else '학습'} 최고 IoU {best:.2%}")
+    print(f"학습 시간 {minutes}분 {seconds}초, 학습 IoU(이동 평균) {rows[0]['train_iou']:.1%} → "
+          f"{rows[-1]['train_iou']:.1%}, {'검증' if val_masks else '학습'} 최고 IoU {best:.2%}")
     print(f"저장: {args.output_dir / 'sam2_best.pt'}, {args.output_dir / 'sam2_final.pt'}")
 
 

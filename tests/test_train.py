@@ -2,12 +2,25 @@
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import torch
-from conftest import SMALL_CFG, assert_fails_in_one_line, draw_pair, make_data, run, save_small_model, write_image
+from conftest import (
+    ROOT,
+    SMALL_CFG,
+    assert_fails_in_one_line,
+    draw_pair,
+    make_data,
+    run,
+    save_small_model,
+    write_image,
+)
 from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from sam2.build_sam import build_sam2
@@ -21,8 +34,8 @@ def load(path):
     return torch.load(path, weights_only=True)["model"]
 
 
-def read_log(folder):
-    with (folder / "output/train_log.csv").open(encoding="utf-8") as file:
+def read_log(folder, output="output"):
+    with (folder / output / "train_log.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -110,6 +123,60 @@ def test_same_seed_gives_the_same_weights(data, weights):
         train(data, weights, "--iterations", 8, "--lr", "1e-3", "--output-dir", folder)
     one, two = load(data / "one/sam2_final.pt"), load(data / "two/sam2_final.pt")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_resume_continues_bit_for_bit(data, weights):
+    arguments = ("--save-every", 4, "--lr", "1e-3")
+    train(data, weights, *arguments, "--iterations", 13, "--output-dir", "whole")
+    train(data, weights, *arguments, "--iterations", 8, "--output-dir", "parts")
+    done = train(data, weights, *arguments, "--iterations", 13, "--output-dir", "parts", "--resume")
+    assert "8회까지" in done.stdout
+    for name in ("sam2_final.pt", "sam2_best.pt"):
+        whole, parts = load(data / "whole" / name), load(data / "parts" / name)
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
+    arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--lr", "1e-3"]
+    script = subprocess.Popen([sys.executable, str(ROOT / "train_sam2_proper.py"), *arguments,
+                               "--iterations", "100000", "--save-every", "20"], cwd=data, encoding="utf-8",
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"})
+    try:
+        while "[20/" not in (line := script.stdout.readline()):
+            assert line, "the script ended by itself"
+        script.send_signal(signal.SIGINT)
+        output, _ = script.communicate(timeout=60)
+    finally:
+        script.kill()
+    stopped = int(re.search(r"(\d+)회까지 저장했습니다", output)[1])
+    assert script.returncode == 130 and "--resume" in output and stopped >= 20 and "Traceback" not in output
+    resumed = ("--resume", "--save-every", 20, "--lr", "1e-3")
+    train(data, weights, *resumed, "--iterations", stopped + 3)
+    whole = ("--save-every", 20, "--lr", "1e-3", "--iterations", stopped + 3)
+    train(data, weights, *whole, "--output-dir", "whole")
+    assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
+
+
+def test_resume_refuses_another_training(data, weights):
+    assert_fails_in_one_line(train(data, weights, "--resume", code=1), "이어서 할 학습이 없습니다")
+    train(data, weights, "--iterations", 2)
+    done = train(data, weights, "--iterations", 4, "--resume", "--lr", "1e-3", code=1)
+    assert_fails_in_one_line(done, "lr 1e-05 → 0.001")
+    write_image(data / "data/masks/train/pair_001.png", draw_pair(50)[1])
+    assert_fails_in_one_line(train(data, weights, "--iterations", 4, "--resume", code=1), "다른 데이터")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data, weights):
+    train(data, weights, "--iterations", 2)
+    before = {path.name: path.read_bytes() for path in (data / "output").iterdir()}
+    done = train(data, weights, "--iterations", 30, "--lr", "1e30", code=1)
+    assert_fails_in_one_line(done, "유한하지 않", "--lr")
+    for path in (data / "output").glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in load(path).values())
+    assert (data / "output/sam2_best.pt").read_bytes() == before["sam2_best.pt"]
 
 
 def read_summary(folder):
