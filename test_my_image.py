@@ -172,12 +172,17 @@ def parse_box(text):
     return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
 
 
-def check_inside(coords, image):
-    """Fail, with the image's size, if a point (x, y) of `coords` lies outside `image`."""
+def check_inside(points, box, image):
+    """Fail, with the image's size, if a point (x, y, label) or a corner of the box lies outside `image`.
+
+    A box may end at the image's very edge (x2 = width), a point may not: there is no pixel.
+    """
     height, width = image.shape[:2]
-    for x, y in coords:
-        if not (0 <= x < width and 0 <= y < height):
-            fail(f"점 ({x:g}, {y:g})이 이미지 밖에 있습니다. 이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
+    outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
+    if box:
+        outside += [(x, y) for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
+    for x, y in outside:
+        fail(f"좌표 ({x:g}, {y:g})가 이미지 밖에 있습니다. 이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
 
 
 def require_display():
@@ -216,9 +221,9 @@ def open_window(image):
     def on_click(event):
         if event.inaxes is not axes or event.button not in (1, 3) or getattr(figure.canvas.toolbar, "mode", ""):
             return
-        x, y = event.xdata, event.ydata
+        x, y = round(event.xdata, 1), round(event.ydata, 1)
         if 0 <= x < width and 0 <= y < height:
-            points.append((round(x, 1), round(y, 1), 1 if event.button == 1 else 0))
+            points.append((x, y, 1 if event.button == 1 else 0))
             draw_points(axes, points[-1:])
             figure.canvas.draw_idle()
 
@@ -287,7 +292,7 @@ def main():
         plt.switch_backend("Agg")
     else:
         require_display()
-    check_inside([point[:2] for point in points] + ([box[:2], box[2:]] if box else []), image)
+    check_inside(points, box, image)
 
     checkpoint, title = args.finetuned, "fine-tuned model"
     if not args.original and not Path(args.finetuned).is_file():

@@ -78,6 +78,8 @@ def test_original_and_missing_model(photo, weights):
 
 def test_point_outside_the_image_is_refused_with_its_size(photo, weights):
     assert_fails_in_one_line(segment(photo, weights, "-p", "80,10", code=1), "(80, 10)", "가로 80", "세로 60")
+    assert_fails_in_one_line(segment(photo, weights, "--box", "0,0,81,60", code=1), "(81, 60)", "가로 80", "세로 60")
+    segment(photo, weights, "--box", "0,0,80,60")
 
 
 def test_a_file_that_is_no_image_is_named(photo, weights):
