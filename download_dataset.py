@@ -130,8 +130,11 @@ def member_problem(member):
     return None
 
 
-def unpack(archive_path, target):
-    """Unpack a Kvasir-SEG archive so that `target`/images and `target`/masks appear, both or neither."""
+def unpack(archive_path, target, source):
+    """Unpack a Kvasir-SEG archive so that `target`/images and `target`/masks appear, both or neither.
+
+    source: what read_source will return for `target` from then on.
+    """
     staging = target.with_name(target.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
     with zipfile.ZipFile(archive_path) as archive:
@@ -146,13 +149,14 @@ def unpack(archive_path, target):
     if root is None:
         shutil.rmtree(staging)
         fail(f"{archive_path}: Kvasir-SEG 압축 파일이 아닙니다 (images와 masks 폴더가 없음)")
+    (root / ".source.json").write_text(json.dumps(source), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     root.rename(target)
     shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_source(target):
-    """What `target` was unpacked from, as written by remember_source; {} if unknown."""
+    """What `target` was unpacked from, as unpack wrote it; {} if unknown."""
     try:
         return json.loads((target / ".source.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -176,17 +180,17 @@ def fetch_kvasir(args):
         fail(f"{KVASIR_DIR} 폴더가 이미 있는데 이 스크립트가 만든 것이 아닙니다. 옮기거나 지운 뒤 다시 실행하세요")
 
     archive = args.zip or Path(Path(args.url.split("?")[0]).name or "kvasir-seg.zip")
-    if args.zip:
+    found = archive.is_file()  # given with --zip, or left by an earlier run: it is used, and not deleted
+    if found:
         try:
             check_archive(archive)
         except BadDownload as problem:
             fail(f"{archive}: {problem}")
-    elif not archive.is_file():
+    else:
         print(f"Kvasir-SEG를 받습니다: {args.url}")
         download(args.url, archive)
-    unpack(archive, KVASIR_DIR)
-    (KVASIR_DIR / ".source.json").write_text(json.dumps(source), encoding="utf-8")
-    if not args.zip and not args.keep_zip:
+    unpack(archive, KVASIR_DIR, source)
+    if not found and not args.keep_zip:
         archive.unlink()
     print(f"압축 해제 완료: {KVASIR_DIR}")
 

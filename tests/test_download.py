@@ -90,6 +90,13 @@ def test_keep_zip_and_data_dir(tmp_path, archive, server):
     assert count(tmp_path / "polyps/images/train") == 8 and not (tmp_path / "data").exists()
 
 
+def test_an_archive_that_lies_here_is_used_and_kept(tmp_path, archive, server):
+    (tmp_path / "kvasir-seg.zip").write_bytes(archive.read_bytes())
+    run("download_dataset.py", "--url", server.url, cwd=tmp_path)
+    assert_whole(tmp_path)
+    assert server.requests == [] and (tmp_path / "kvasir-seg.zip").is_file()
+
+
 def test_cut_off_download_goes_on_where_it_stopped(tmp_path, archive, server):
     server.content = archive.read_bytes()
     server.cuts = [20000, 9000]
