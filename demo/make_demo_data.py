@@ -72,7 +72,8 @@ def draw_polyp(rng, image, colour, x, y, share):
     tint = colour * rng.uniform(0.92, 1.12) * rng.uniform(0.93, 1.08, 3)
     pits = 0.06 * smooth_noise(rng, int(rng.integers(25, 50))) + 0.05 * smooth_noise(rng, 12)
     ground = blur(image, 12)  # the polyp lies in the light that falls on its place
-    ambient = np.clip(ground.mean(axis=2, keepdims=True) / colour.mean(), 0.55, 1.1)
+    ambient = ground.mean(axis=2, keepdims=True) / colour.mean()
+    ambient = np.clip(0.3 * ambient + 0.7 * ambient[mask].mean(), 0.6, 1.1)
     surface = tint * ambient * (shade + pits)[..., None]
     # a shadow beside the polyp, then the polyp with a soft border
     shadow = blur(np.roll(mask, (round(radius * 0.12 * np.sin(lamp)), round(radius * 0.12 * np.cos(lamp))),
