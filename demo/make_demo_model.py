@@ -11,7 +11,9 @@ makes the model promptable. Nothing in the scenes imitates the fine-tuning domai
 The first steps run at 128 px, the last at 256 px: SAM 2's weights do not depend on the image size, and
 a step at 256 costs four times as much.
 
-RESULT_PLACEHOLDER
+The run that made the tracked file (seed 0, 2 CPU cores shared with other work, 2026-11-21) took 101 minutes
+and reached on 200 held-out scenes, 8 prompts each, with the mask of the highest predicted score, a mean
+IoU of 0.682 for one click and 0.788 for a box.
 """
 
 import argparse
