@@ -68,9 +68,9 @@ def draw_polyp(rng, image, colour, x, y, share):
     height = np.sqrt(np.clip(1 - reach**2, 0, None)) * (1 + 0.1 * smooth_noise(rng, 12))
     slope_y, slope_x = np.gradient(blur(height.astype(np.float32), 0.02 * radius + 1) * radius * 0.5)
     lamp = rng.uniform(0, 2 * np.pi)
-    shade = 0.92 + 0.16 * height - 0.22 * np.clip(slope_x * np.cos(lamp) + slope_y * np.sin(lamp), -1, 1)
-    tint = colour * rng.uniform(0.92, 1.12) * rng.uniform(0.93, 1.08, 3)
-    pits = 0.06 * smooth_noise(rng, int(rng.integers(25, 50))) + 0.05 * smooth_noise(rng, 12)
+    shade = 0.84 + 0.3 * height - 0.14 * np.clip(slope_x * np.cos(lamp) + slope_y * np.sin(lamp), -1, 1)
+    tint = colour * rng.uniform(1.0, 1.2) * rng.uniform(0.95, 1.06, 3)
+    pits = 0.08 * smooth_noise(rng, int(rng.integers(30, 50))) + 0.05 * smooth_noise(rng, 12)
     ground = blur(image, 12)  # the polyp lies in the light that falls on its place
     ambient = ground.mean(axis=2, keepdims=True) / colour.mean()
     ambient = np.clip(0.3 * ambient + 0.7 * ambient[mask].mean(), 0.6, 1.1)
