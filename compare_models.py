@@ -55,6 +55,14 @@ def write_file(path, content):
     beside.replace(path)
 
 
+def save_figure(figure, path):
+    """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    write_file(path, picture.getvalue())
+
+
 def detect_device(requested="auto"):
     """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
 
@@ -249,13 +257,6 @@ def overlay(image, mask, colour):
     return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
 
 
-def save_figure(figure, path):
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
-    write_file(path, picture.getvalue())
-
-
 def save_comparison(path, name, image, gt_mask, prompt, results):
     """One row of four panels: the input with its prompt, the ground truth, and both models' masks.
 
@@ -334,7 +335,7 @@ def main():
           "고정된 가중치가 서로 달라 이미지를 모델마다 인코딩합니다.")
 
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
-    rows, empty = [], 0
+    rows, empty, pictures = [], 0, 0
     for number, (image_path, mask_path) in enumerate(tqdm(pairs, "비교", disable=None)):
         image, gt_mask = read_image(image_path), read_mask(mask_path)
         if image.shape[:2] != gt_mask.shape:
@@ -354,8 +355,9 @@ def main():
             "finetuned_dice": calculate_dice(masks["fine-tuned"], gt_mask),
         })
         if number in chosen:
-            save_comparison(args.output_dir / f"compare_{chosen.index(number) + 1}.png", image_path.name, image,
-                            gt_mask, prompt, {name: (masks[name], ious[name]) for name in masks})
+            pictures += 1
+            save_comparison(args.output_dir / f"compare_{pictures}.png", image_path.name, image, gt_mask, prompt,
+                            {name: (masks[name], ious[name]) for name in masks})
     if not rows:
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
 
@@ -377,7 +379,7 @@ def main():
           f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")
     if empty:
         print(f"정답 마스크가 비어 있어 뺀 이미지: {empty}장")
-    print(f"저장: {args.output_dir} (비교 그림 {len(chosen)}장, per_image.csv, summary.json, scatter.png)")
+    print(f"저장: {args.output_dir} (비교 그림 {pictures}장, per_image.csv, summary.json, scatter.png)")
 
 
 if __name__ == "__main__":

@@ -168,9 +168,7 @@ def fetch_kvasir(args):
     if args.zip:
         if not args.zip.is_file():
             fail(f"파일이 없습니다: {args.zip}")
-        with args.zip.open("rb") as file:
-            source = {"zip": hashlib.file_digest(file, "sha256").hexdigest()} if hasattr(hashlib, "file_digest") \
-                else {"zip": hashlib.sha256(file.read()).hexdigest()}
+        source = {"zip": hashlib.sha256(args.zip.read_bytes()).hexdigest()}
     else:
         source = {"url": args.url}
     if read_source(KVASIR_DIR) == source:

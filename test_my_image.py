@@ -46,6 +46,14 @@ def write_file(path, content):
     beside.replace(path)
 
 
+def save_figure(figure, path):
+    """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    write_file(path, picture.getvalue())
+
+
 def detect_device(requested="auto"):
     """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
 
@@ -256,10 +264,7 @@ def save_result(path, image, points, box, masks, scores, title):
         panel.set(xticks=[], yticks=[])
     for spine in panels[0].spines.values():
         spine.set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
-    write_file(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def parse_args():

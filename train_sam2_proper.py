@@ -96,6 +96,14 @@ def write_file(path, content):
     beside.replace(path)
 
 
+def save_figure(figure, path):
+    """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    write_file(path, picture.getvalue())
+
+
 def detect_device(requested="auto"):
     """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
 
@@ -490,10 +498,7 @@ def save_log(rows, output_dir):
         axes.grid(alpha=0.3)
         axes.legend()
     right.set_ylim(0, 1)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
-    write_file(output_dir / "training_curve.png", picture.getvalue())
+    save_figure(figure, output_dir / "training_curve.png")
 
 
 def on_interrupt(interrupted):
