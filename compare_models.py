@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -41,16 +42,15 @@ class ImageError(Exception):
 
 
 def fail(message):
-    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
-    print(f"오류: {message}", file=sys.stderr)
-    sys.exit(1)
+    """End with status 1 and one line on stderr: for failures that the user can mend."""
+    sys.exit(f"오류: {message}")
 
 
 def write_file(path, content):
     """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_bytes(content)
     beside.replace(path)
 
@@ -177,22 +177,52 @@ def middle_point(mask):
     return np.array([[columns[middle], rows[middle]]], np.float32)
 
 
-def calculate_dice(pred_mask, gt_mask):
-    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
-    return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
-
-
 def mask_box(mask):
     """The tight box around the mask's foreground: float32 (x1, y1, x2, y2) in pixels, both ends inside."""
     rows, columns = np.nonzero(mask)
     return np.array([columns.min(), rows.min(), columns.max(), rows.max()], np.float32)
 
 
-def make_prompt(kind, mask):
-    """Arguments for predictor.predict(): the middle point of the mask ("point") or its box ("box")."""
-    if kind == "box":
-        return {"box": mask_box(mask)}
-    return {"point_coords": middle_point(mask), "point_labels": np.ones(1)}
+def error_click(predicted, gt_mask):
+    """The click that mends most: the pixel deepest inside what is missed (label 1) or too much (label 0).
+
+    predicted, gt_mask: bool H x W. Returns ([[x, y]] in pixels, label). Source: the evaluation of SAM 2
+    with clicks (sam2.modeling.sam2_utils.sample_one_point_from_error_center).
+    """
+    missed, excess = (cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
+                      for error in (gt_mask & ~predicted, predicted & ~gt_mask))
+    if not missed.any() and not excess.any():
+        return middle_point(gt_mask), 1
+    label = int(missed.max() > excess.max())
+    y, x = np.unravel_index((missed if label else excess).argmax(), gt_mask.shape)
+    return np.array([[x, y]], np.float32), label
+
+
+def predict_prompted(predictor, kind, gt_mask):
+    """Masks for the image that is set, with a prompt made from gt_mask (bool H x W).
+
+    kind: "point", the mask's middle pixel; "box", its tight box; "points", its middle pixel and then two
+        clicks, one after the other, each on the largest error of the mask with the highest score.
+    Returns: logits 3 x H x W, scores 3, and the prompt as (coordinates P x 2 in pixels, labels P): 1 for a
+        click on the object, 0 beside it, 2 and 3 for a box's corners, as SAM has them.
+    """
+    coords, labels = (mask_box(gt_mask).reshape(2, 2), [2, 3]) if kind == "box" else (middle_point(gt_mask), [1])
+    logits, scores, _ = predictor.predict(coords, np.array(labels), multimask_output=True, return_logits=True)
+    for _ in range(2 if kind == "points" else 0):
+        point, label = error_click(logits[scores.argmax()] > 0, gt_mask)
+        coords, labels = np.concatenate([coords, point]), [*labels, label]
+        logits, scores, _ = predictor.predict(coords, np.array(labels), multimask_output=True, return_logits=True)
+    return logits, scores, (coords, labels)
+
+
+def prompt_kind(kind, number):
+    """The kind of the number-th prompt: with "mixed", point, points and box in turn."""
+    return ("point", "points", "box")[number % 3] if kind == "mixed" else kind
+
+
+def calculate_dice(pred_mask, gt_mask):
+    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
+    return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 
 def same_frozen_weights(original, finetuned):
@@ -214,12 +244,6 @@ def set_image_in_both(original, finetuned, image, shared):
         finetuned._is_image_set = True
     else:
         finetuned.set_image(image)
-
-
-def best_mask(predictor, prompt):
-    """Of the three masks for the image that is set, the one with the highest score: bool H x W."""
-    masks, scores, _ = predictor.predict(**prompt, multimask_output=True)
-    return masks[scores.argmax()] > 0
 
 
 def display_width(text):
@@ -257,24 +281,35 @@ def overlay(image, mask, colour):
     return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
 
 
-def save_comparison(path, name, image, gt_mask, prompt, results):
+def draw_prompt(panel, coords, labels):
+    """Mark clicks with stars, green on the object and red beside it, or the box between two corners."""
+    if 2 in labels:
+        (x1, y1), (x2, y2) = coords
+        panel.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
+        return
+    for (x, y), label in zip(coords, labels):
+        panel.scatter(x, y, s=180, marker="*", color="lime" if label else "red", edgecolor="black")
+
+
+def save_comparison(path, name, image, gt_mask, results):
     """One row of four panels: the input with its prompt, the ground truth, and both models' masks.
 
-    results: {"original": (mask, IoU), "fine-tuned": (mask, IoU)}.
+    results: {"original": (mask, IoU, prompt), "fine-tuned": ...}; prompts as predict_prompted returns them.
+    Clicks after the first are each model's own, and so drawn on its mask.
     """
     height, width = gt_mask.shape
     figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained")
     panels[0].imshow(image)
-    if "box" in prompt:
-        x1, y1, x2, y2 = prompt["box"]
-        panels[0].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
-    else:
-        panels[0].scatter(*prompt["point_coords"].T, s=180, marker="*", color="lime", edgecolor="black")
+    coords, labels = results["original"][2]
+    shared = 2 if 2 in labels else 1
+    draw_prompt(panels[0], coords[:shared], labels[:shared])
     panels[0].set_title(name if len(name) < 32 else name[:14] + "..." + name[-14:])
     panels[1].imshow(overlay(image, gt_mask, (0, 200, 0)))
     panels[1].set_title("ground truth")
-    for panel, (title, (mask, iou)), colour in zip(panels[2:], results.items(), ((230, 60, 30), (30, 110, 255))):
+    for panel, (title, (mask, iou, (coords, labels))), colour in zip(panels[2:], results.items(),
+                                                                     ((230, 60, 30), (30, 110, 255))):
         panel.imshow(overlay(image, mask, colour))
+        draw_prompt(panel, coords[shared:], labels[shared:])
         panel.set_title(f"{title}, IoU {iou:.1%}")
     for panel in panels:
         panel.axis("off")
@@ -309,8 +344,8 @@ def parse_args():
     option("--output-dir", Path("output/comparison"), "결과를 쓸 폴더", type=Path)
     option("--num-images", None, "앞에서부터 몇 장만 비교할지 (기본: 전부)", type=int)
     option("--num-visualize", 5, "비교 그림을 몇 장 저장할지, 고르게 뽑음", type=int)
-    option("--prompt", "point", "프롬프트: 마스크의 가운데 점(point) 또는 마스크를 둘러싼 상자(box)",
-           choices=["point", "box"])
+    option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 거기에 가장 크게 틀린 곳의 점 둘을 더함, "
+           "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아", choices=["point", "points", "box", "mixed"])
     option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
            "정확도가 떨어짐 (기본: 모델 설정대로)", type=int, choices=[512, 768, 1024])
     option("--device", "auto", "장치: auto, mps, cuda, cpu")
@@ -344,9 +379,11 @@ def main():
             empty += 1
             continue
         set_image_in_both(original, finetuned, image, shared)
-        prompt = make_prompt(args.prompt, gt_mask)
-        masks = {"original": best_mask(original, prompt), "fine-tuned": best_mask(finetuned, prompt)}
-        ious = {name: calculate_iou(mask, gt_mask) for name, mask in masks.items()}
+        masks, prompts, ious = {}, {}, {}
+        for name, predictor in (("original", original), ("fine-tuned", finetuned)):
+            logits, scores, prompts[name] = predict_prompted(predictor, prompt_kind(args.prompt, len(rows)), gt_mask)
+            masks[name] = logits[scores.argmax()] > 0
+            ious[name] = calculate_iou(masks[name], gt_mask)
         rows.append({
             "image": image_path.name,
             "original_iou": ious["original"],
@@ -356,8 +393,8 @@ def main():
         })
         if number in chosen:
             pictures += 1
-            save_comparison(args.output_dir / f"compare_{pictures}.png", image_path.name, image, gt_mask, prompt,
-                            {name: (masks[name], ious[name]) for name in masks})
+            save_comparison(args.output_dir / f"compare_{pictures}.png", image_path.name, image, gt_mask,
+                            {name: (masks[name], ious[name], prompts[name]) for name in masks})
     if not rows:
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
 

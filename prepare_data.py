@@ -40,9 +40,8 @@ class BadPair(Exception):
 
 
 def fail(message):
-    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
-    print(f"오류: {message}", file=sys.stderr)
-    sys.exit(1)
+    """End with status 1 and one line on stderr: for failures that the user can mend."""
+    sys.exit(f"오류: {message}")
 
 
 def decode(path, flags):

@@ -6,6 +6,7 @@
 
 import argparse
 import io
+import os
 import re
 import sys
 import warnings
@@ -32,16 +33,15 @@ class ImageError(Exception):
 
 
 def fail(message):
-    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
-    print(f"오류: {message}", file=sys.stderr)
-    sys.exit(1)
+    """End with status 1 and one line on stderr: for failures that the user can mend."""
+    sys.exit(f"오류: {message}")
 
 
 def write_file(path, content):
     """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_bytes(content)
     beside.replace(path)
 

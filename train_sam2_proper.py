@@ -8,11 +8,14 @@ does: predictor.predict() runs under no_grad, nothing could be learnt through it
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -27,10 +30,13 @@ import matplotlib
 import numpy as np
 import psutil
 import torch
+import torch.distributed
 from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -41,31 +47,43 @@ CONFIG = {
     # model
     "checkpoint": "checkpoints/sam2.1_hiera_small.pt",
     "model_cfg": "configs/sam2.1/sam2.1_hiera_s.yaml",
+    "image_size": None,    # None: as the model has it (1024)
     # data
     "image_dir": "data/images/train",
     "mask_dir": "data/masks/train",
     "val_image_dir": "data/images/val",
     "val_mask_dir": "data/masks/val",
     # training
-    "iterations": 3000,
-    "save_every": 500,    # validate and save after so many iterations
+    "iterations": 3000,    # steps of the optimizer
+    "save_every": 500,     # validate and save after so many iterations
+    "patience": 0,         # stop after so many validations without a better one; 0: never
+    "batch_size": 1,       # images decoded at once, in each process
+    "accumulate": 1,       # batches whose gradients make one iteration
+    "seed": 0,
+    # optimizer
     "lr": 1e-5,
     "weight_decay": 4e-5,
-    "batch_size": 1,      # images decoded at once
-    "clicks": 1,          # clicks on each of them, decoded at once, each a prompt of its own
-    "seed": 0,
-    # system
+    "scheduler": "none",
+    "warmup": 0,           # iterations over which the learning rate grows to lr
+    "max_grad_norm": 0.0,  # longer gradients are shortened to this; 0: never
+    "amp": True,           # mixed precision, on CUDA
+    # prompts
+    "prompt": "point",
+    "clicks": 1,           # prompts on each image, decoded at once, each on its own
+    "max_points": 3,       # of --prompt points
+    # output and system
     "output_dir": "output",
     "device": "auto",
-    "image_size": None,   # None: as the model has it (1024)
-    "cache_gb": None,     # features kept in memory; None: half of the memory that is free
-    "cache_dir": None,    # features kept on disk, across runs
+    "cache_gb": None,      # features kept in memory; None: half of the memory that is free
+    "cache_dir": None,     # features kept on disk, across runs
     "cache_dtype": "float16",
 }
-FREE_ON_RESUME = {"resume", "iterations", "output_dir", "device", "cache_gb", "cache_dir"}  # may differ from before
+FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
+                  "tensorboard", "wandb"}  # may differ from the run before
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; masks with fewer are left out
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
+BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")  # names of weights
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
@@ -82,16 +100,15 @@ class ImageError(Exception):
 
 
 def fail(message):
-    """Print one line to stderr and exit with status 1: for failures that the user can mend."""
-    print(f"오류: {message}", file=sys.stderr)
-    sys.exit(1)
+    """End with status 1 and one line on stderr: for failures that the user can mend."""
+    sys.exit(f"오류: {message}")
 
 
 def write_file(path, content):
     """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_bytes(content)
     beside.replace(path)
 
@@ -216,6 +233,49 @@ def middle_point(mask):
     rows, columns = np.nonzero(mask)
     middle = len(rows) // 2
     return np.array([[columns[middle], rows[middle]]], np.float32)
+
+
+def mask_box(mask):
+    """The tight box around the mask's foreground: float32 (x1, y1, x2, y2) in pixels, both ends inside."""
+    rows, columns = np.nonzero(mask)
+    return np.array([columns.min(), rows.min(), columns.max(), rows.max()], np.float32)
+
+
+def error_click(predicted, gt_mask):
+    """The click that mends most: the pixel deepest inside what is missed (label 1) or too much (label 0).
+
+    predicted, gt_mask: bool H x W. Returns ([[x, y]] in pixels, label). Source: the evaluation of SAM 2
+    with clicks (sam2.modeling.sam2_utils.sample_one_point_from_error_center).
+    """
+    missed, excess = (cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
+                      for error in (gt_mask & ~predicted, predicted & ~gt_mask))
+    if not missed.any() and not excess.any():
+        return middle_point(gt_mask), 1
+    label = int(missed.max() > excess.max())
+    y, x = np.unravel_index((missed if label else excess).argmax(), gt_mask.shape)
+    return np.array([[x, y]], np.float32), label
+
+
+def predict_prompted(predictor, kind, gt_mask):
+    """Masks for the image that is set, with a prompt made from gt_mask (bool H x W).
+
+    kind: "point", the mask's middle pixel; "box", its tight box; "points", its middle pixel and then two
+        clicks, one after the other, each on the largest error of the mask with the highest score.
+    Returns: logits 3 x H x W, scores 3, and the prompt as (coordinates P x 2 in pixels, labels P): 1 for a
+        click on the object, 0 beside it, 2 and 3 for a box's corners, as SAM has them.
+    """
+    coords, labels = (mask_box(gt_mask).reshape(2, 2), [2, 3]) if kind == "box" else (middle_point(gt_mask), [1])
+    logits, scores, _ = predictor.predict(coords, np.array(labels), multimask_output=True, return_logits=True)
+    for _ in range(2 if kind == "points" else 0):
+        point, label = error_click(logits[scores.argmax()] > 0, gt_mask)
+        coords, labels = np.concatenate([coords, point]), [*labels, label]
+        logits, scores, _ = predictor.predict(coords, np.array(labels), multimask_output=True, return_logits=True)
+    return logits, scores, (coords, labels)
+
+
+def prompt_kind(kind, number):
+    """The kind of the number-th prompt: with "mixed", point, points and box in turn."""
+    return ("point", "points", "box")[number % 3] if kind == "mixed" else kind
 
 
 def calculate_dice(pred_mask, gt_mask):
@@ -352,43 +412,70 @@ def trained_parameters(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def random_clicks(rng, mask, count):
-    """`count` random foreground pixels of a bool H x W mask: float32 count x 1 x 2, (x, y) in pixels."""
+def random_pixels(rng, mask, count):
+    """`count` random true pixels of a bool H x W mask: float32 count x 1 x 2, (x, y) in pixels."""
     y, x = np.divmod(rng.choice(np.flatnonzero(mask), count), mask.shape[1])
     return np.stack([x, y], 1).astype(np.float32)[:, None]
 
 
-def predict_masks(predictor, features, sizes, points):
-    """Decode positive clicks with gradients: what predictor.predict() does, without its no_grad.
+def random_prompts(rng, kind, gt_mask, count):
+    """`count` random prompts for one mask: (coordinates count x P x 2 in pixels, labels count x P).
 
-    features: of N images, as in predictor._features; sizes: their N (H, W); points: N arrays K x 1 x 2,
-    (x, y) in pixels of the image.
+    kind: "box", its box with jittered sides (the corners' labels are 2 and 3, as SAM has them), else a
+        random click on it.
+    """
+    if kind != "box":
+        return random_pixels(rng, gt_mask, count), np.ones((count, 1))
+    box, (height, width) = mask_box(gt_mask), gt_mask.shape
+    spread = BOX_JITTER * np.tile(box[2:] - box[:2], 2)
+    box = box + np.clip(rng.normal(0, spread, (count, 4)), -20, 20)
+    box = np.clip(box, 0, [width - 1, height - 1, width - 1, height - 1])
+    return box.reshape(count, 2, 2).astype(np.float32), np.tile([2.0, 3.0], (count, 1))
+
+
+def with_clicks_on_errors(rng, prompts, predicted, gt_mask):
+    """`prompts` with one more click each, on a random wrong pixel: label 1 if it was missed, 0 if too much.
+
+    prompts: (K x P x 2, K x P); predicted: bool K x H x W; gt_mask: bool H x W. Source: SAM 2's training.
+    """
+    coords, labels = prompts
+    wrong = [mask != gt_mask for mask in predicted]
+    added = np.stack([random_pixels(rng, error if error.any() else gt_mask, 1)[0] for error in wrong])
+    x, y = added[:, 0].astype(int).T
+    return np.concatenate([coords, added], 1), np.concatenate([labels, gt_mask[y, x, None]], 1)
+
+
+def predict_masks(predictor, features, sizes, prompts):
+    """Decode prompts with gradients: what predictor.predict() does, without its no_grad.
+
+    features: of N images, as in predictor._features; sizes: their N (H, W); prompts: for each image
+    (coordinates K x P x 2 in its pixels, labels K x P), as random_prompts makes them.
     Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3.
     """
     model = predictor.model
     predictor._features, predictor._orig_hw, predictor._is_image_set = features, sizes, True
-    prompts = [predictor._prep_prompts(coords, np.ones(coords.shape[:2]), None, None, True, img_idx=number)
-               for number, coords in enumerate(points)]
-    coords, labels = (torch.cat([prompt[part] for prompt in prompts]) for part in (1, 2))
+    prepared = [predictor._prep_prompts(coords, labels, None, None, True, img_idx=number)
+                for number, (coords, labels) in enumerate(prompts)]
+    coords, labels = (torch.cat([prompt[part] for prompt in prepared]) for part in (1, 2))
     sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
 
-    def for_each_click(level):
-        return level[:, None].expand(-1, len(points[0]), -1, -1, -1).flatten(0, 1)
+    def for_each_prompt(level):
+        return level[:, None].expand(-1, len(coords) // len(sizes), -1, -1, -1).flatten(0, 1)
 
     low_res_masks, scores, _, _ = model.sam_mask_decoder(
-        image_embeddings=for_each_click(features["image_embed"]),
+        image_embeddings=for_each_prompt(features["image_embed"]),
         image_pe=model.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
         multimask_output=True,
         repeat_image=False,
-        high_res_features=[for_each_click(level) for level in features["high_res_feats"]],
+        high_res_features=[for_each_prompt(level) for level in features["high_res_feats"]],
     )
     return low_res_masks, scores
 
 
 def training_loss(logits, scores, gt_mask):
-    """The guide's loss for the clicks on one image.
+    """The guide's loss for the prompts on one image.
 
     logits: (K x) H x W, at the image's size; scores: (K) IoUs that the model predicts; gt_mask: float
     H x W, 0 or 1.
@@ -404,35 +491,241 @@ def training_loss(logits, scores, gt_mask):
     return seg_loss + SCORE_WEIGHT * score_loss, iou.mean()
 
 
-def batch_loss(predictor, cache, masks, picks, clicks, rng):
-    """Mean training_loss over the images at the indices `picks`, with random clicks on each: (loss, IoU)."""
-    gt_masks = [masks[index] for index in picks]
-    sizes = [gt_mask.shape for gt_mask in gt_masks]
-    points = [random_clicks(rng, gt_mask, clicks) for gt_mask in gt_masks]
-    features = cache([(masks.paths[index], size) for index, size in zip(picks, sizes)])
-    with mixed_precision(predictor.device):
-        low_res_masks, scores = predict_masks(predictor, features, sizes, points)
-    results = []
-    for gt_mask, own_masks, own_scores in zip(gt_masks, low_res_masks.split(clicks), scores.float().split(clicks)):
-        # only the first of the three masks enters the loss, so only that one is enlarged
-        logits = predictor._transforms.postprocess_masks(own_masks[:, :1], gt_mask.shape)
-        target = torch.from_numpy(gt_mask).to(logits.device).float()
-        results.append(torch.stack(training_loss(logits[:, 0], own_scores[:, 0], target)))
-    return torch.stack(results).mean(0)
+class BatchLoss(torch.nn.Module):
+    """The mean training_loss of some images, as the one module that DistributedDataParallel wraps."""
+
+    def __init__(self, predictor, cache, masks, amp):
+        super().__init__()
+        self.predictor, self.cache, self.masks, self.amp = predictor, cache, masks, amp
+        self.prompt_encoder = predictor.model.sam_prompt_encoder
+        self.mask_decoder = predictor.model.sam_mask_decoder
+
+    def forward(self, picks, kind, count, further_clicks=0):
+        """(loss, IoU), scalars, for `count` random prompts of a kind on each image.
+
+        picks: (index, random generator) of each image; further_clicks: how many are put, one after the
+        other, on what the model got wrong with the prompts before.
+        """
+        gt_masks = [self.masks[index] for index, _ in picks]
+        sizes = [gt_mask.shape for gt_mask in gt_masks]
+        features = self.cache([(self.masks.paths[index], size) for (index, _), size in zip(picks, sizes)])
+        prompts = [random_prompts(rng, kind, gt_mask, count) for (_, rng), gt_mask in zip(picks, gt_masks)]
+        enlarge = self.predictor._transforms.postprocess_masks
+        with mixed_precision(self.predictor.device, self.amp):
+            for _ in range(further_clicks):
+                with torch.no_grad():
+                    low_res_masks, scores = predict_masks(self.predictor, features, sizes, prompts)
+                best = low_res_masks.gather(1, scores.argmax(1)[:, None, None, None].expand_as(low_res_masks))[:, :1]
+                predicted = [(enlarge(own, size)[:, 0] > 0).cpu().numpy()
+                             for own, size in zip(best.split(count), sizes)]
+                prompts = [with_clicks_on_errors(rng, *rest)
+                           for (_, rng), *rest in zip(picks, prompts, predicted, gt_masks)]
+            low_res_masks, scores = predict_masks(self.predictor, features, sizes, prompts)
+        results = []
+        for gt_mask, own_masks, own_scores in zip(gt_masks, low_res_masks.split(count), scores.float().split(count)):
+            # only the first of the three masks enters the loss, so only that one is enlarged
+            logits = enlarge(own_masks[:, :1], gt_mask.shape)
+            target = torch.from_numpy(gt_mask).to(logits.device).float()
+            results.append(torch.stack(training_loss(logits[:, 0], own_scores[:, 0], target)))
+        return torch.stack(results).mean(0).unbind()
 
 
-def validate(predictor, cache, masks):
-    """Mean IoU and Dice, as compare_models.py measures them: middle click, mask with the highest score."""
-    ious, dices = [], []
-    for index in tqdm(range(len(masks)), "검증", disable=None, leave=False):
-        gt_mask = masks[index]
-        predictor._features, predictor._orig_hw = cache([(masks.paths[index], gt_mask.shape)]), [gt_mask.shape]
-        predictor._is_image_set = True
-        predicted, scores, _ = predictor.predict(middle_point(gt_mask), np.ones(1), multimask_output=True)
-        best = predicted[scores.argmax()] > 0
-        ious.append(calculate_iou(best, gt_mask))
-        dices.append(calculate_dice(best, gt_mask))
-    return float(np.mean(ious)), float(np.mean(dices))
+def draw_batch(seed, iteration, count, images, kind, max_points):
+    """What an iteration trains on: (kind of prompt, further clicks, `count` pairs (index, random generator)).
+
+    All of it follows from the seed and the iteration: so it is the same however many processes share the
+    batch, and a resumed training needs no saved random state.
+    """
+    rng = np.random.default_rng([seed, iteration])
+    picks = rng.integers(images, size=count)
+    kind = prompt_kind(kind, rng.integers(3))
+    further_clicks = int(rng.integers(max_points)) if kind == "points" else 0
+    return kind, further_clicks, [(index, np.random.default_rng([seed, iteration, place]))
+                                  for place, index in enumerate(picks, start=1)]
+
+
+def make_schedulers(optimizer, args):
+    """torch's schedulers for --scheduler and --warmup; they multiply. "plateau" steps at validations only."""
+    schedulers = []
+    if args.warmup:
+        schedulers.append(lr_scheduler.LinearLR(optimizer, 1 / (args.warmup + 1), total_iters=args.warmup))
+    if args.scheduler == "cosine":
+        schedulers.append(lr_scheduler.CosineAnnealingLR(optimizer, args.iterations))
+    if args.scheduler == "step":  # a tenth after each third
+        schedulers.append(lr_scheduler.StepLR(optimizer, math.ceil(args.iterations / 3), gamma=0.1))
+    if args.scheduler == "plateau":  # half after two validations without a better one
+        schedulers.append(lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=1, eps=0))
+    return schedulers
+
+
+def step_schedulers(schedulers, reached=None):
+    """Step after an iteration or, with the IoU that it reached, after a validation ("plateau" only)."""
+    for scheduler in schedulers:
+        if not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            if reached is None:
+                scheduler.step()
+        elif reached is not None:
+            scheduler.step(reached)
+
+
+class Training:
+    """All that a run consists of: made from the settings, saved to and taken up from sam2_last.pt."""
+
+    def __init__(self, args, device, rank=0, processes=1):
+        self.args, self.rank, self.processes = args, rank, processes
+        self.predictor = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
+        self.model = self.predictor.model
+        self.masks, self.val_masks = load_masks(args)
+        self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        self.settings["processes"] = processes
+
+        free = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.limit = free if args.cache_gb is None else min(free, int(args.cache_gb * 1e9))
+        self.cache = FeatureCache(self.predictor, self.limit, getattr(torch, args.cache_dtype), args.cache_dir,
+                                  args.amp)
+        self.fitting = min(len(self.masks), self.limit // self.cache.bytes_per_image)
+        # validation sees features in full precision, as compare_models.py does, so that its numbers are the same
+        val_limit = self.limit - self.fitting * self.cache.bytes_per_image
+        self.val_cache = FeatureCache(self.predictor, val_limit, torch.float32, args.cache_dir, autocast=False)
+        self.val_fitting = min(len(self.val_masks), val_limit // self.val_cache.bytes_per_image)
+
+        self.parameters = trained_parameters(self.model)
+        self.model.sam_mask_decoder.train()
+        self.model.sam_prompt_encoder.train()
+        self.batch_loss = BatchLoss(self.predictor, self.cache, self.masks, args.amp)
+        if processes > 1:  # unused: what belongs to the masks that are not in the loss
+            self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
+        self.schedulers = make_schedulers(self.optimizer, args)
+        half = torch.device(device).type == "cuda" and args.amp and not torch.cuda.is_bf16_supported()
+        self.scaler = torch.amp.GradScaler("cuda", enabled=half)
+        self.iteration, self.rows, self.mean, self.started = 0, [], None, time.time()
+        self.best, self.best_iteration = -1.0, 0
+
+    def step(self, iteration, stop=False):
+        """One step of the optimizer. Returns whether any process was asked to stop (by `stop`)."""
+        args = self.args
+        kind, further_clicks, picks = draw_batch(
+            args.seed, iteration, args.batch_size * args.accumulate * self.processes, len(self.masks),
+            args.prompt, args.max_points)
+        picks = picks[self.rank::self.processes]
+        total = torch.zeros(3)
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.zero_grad()
+        for start in range(0, len(picks), args.batch_size):
+            batch, last = picks[start:start + args.batch_size], start + args.batch_size >= len(picks)
+            with contextlib.nullcontext() if last or self.processes == 1 else self.batch_loss.no_sync():
+                loss, iou = self.batch_loss(batch, kind, args.clicks, further_clicks)
+                values = [loss.item(), iou.item(), 0]
+                if not math.isfinite(values[0]):
+                    names = ", ".join(self.masks.paths[index].name for index, _ in batch)
+                    fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
+                         "이번 반복은 적용하지 않았고, 전에 저장한 모델은 그대로입니다")
+                self.scaler.scale(loss / args.accumulate).backward()
+            total += torch.tensor(values) / args.accumulate
+        if args.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        step_schedulers(self.schedulers)
+        total[2] = stop
+        if self.processes > 1:
+            total = total.to(self.predictor.device)
+            torch.distributed.all_reduce(total)
+            total = total.cpu() / self.processes
+        now = total[:2].tolist()
+        self.mean = now if self.mean is None else [SMOOTHING * old + (1 - SMOOTHING) * new
+                                                   for old, new in zip(self.mean, now)]
+        self.iteration = iteration
+        return bool(total[2])
+
+    def log(self):
+        """Add a row with the running means to the log."""
+        self.rows.append({"iteration": self.iteration, "loss": self.mean[0], "train_iou": self.mean[1],
+                          "lr": self.lr, "seconds": round(time.time() - self.started, 1)})
+
+    def validate(self):
+        """Add what compare_models.py would measure now, and the loss, to the log's last row.
+
+        Returns whether the model is the best so far: by its IoU or, without validation images, by the
+        running mean of the training IoU.
+        """
+        own = []  # with several processes each takes its share of the images
+        for index in tqdm(range(self.rank, len(self.val_masks), self.processes), "검증", leave=False,
+                          disable=True if self.rank else None):
+            gt_mask = self.val_masks[index]
+            self.predictor._features = self.val_cache([(self.val_masks.paths[index], gt_mask.shape)])
+            self.predictor._orig_hw, self.predictor._is_image_set = [gt_mask.shape], True
+            logits, scores, _ = predict_prompted(self.predictor, prompt_kind(self.args.prompt, index), gt_mask)
+            loss, _ = training_loss(torch.from_numpy(logits[:1]), torch.from_numpy(scores[:1]),
+                                    torch.from_numpy(gt_mask).float())
+            best = logits[scores.argmax()] > 0
+            own.append((loss.item(), calculate_iou(best, gt_mask), calculate_dice(best, gt_mask)))
+        if self.processes > 1:
+            shares = [None] * self.processes
+            torch.distributed.all_gather_object(shares, own)
+            own = sum(shares, [])
+        if own:
+            means = (float(np.mean(values)) for values in zip(*own))
+            self.rows[-1].update(zip(("val_loss", "val_iou", "val_dice"), means))
+        reached = self.rows[-1].get("val_iou", self.mean[1])
+        step_schedulers(self.schedulers, reached)
+        if better := reached > self.best:
+            self.best, self.best_iteration = reached, self.iteration
+        return better
+
+    def write(self, better):
+        """Write the log, sam2_last.pt and, if the last validation was the best so far, sam2_best.pt."""
+        if better:
+            save_model(self.model, self.args.output_dir / "sam2_best.pt")
+        save_log(self.rows, self.args.output_dir)
+        self.save(self.args.output_dir / "sam2_last.pt")
+
+    def report(self):
+        """The line that the terminal shows for the log's last row."""
+        row = self.rows[-1]
+        validated = (f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "검증 없음")
+        return (f"[{row['iteration']}/{self.args.iterations}] loss {row['loss']:.4f}, "
+                f"학습 IoU {row['train_iou']:.2%}, {validated}")
+
+    def out_of_patience(self):
+        """Whether so many validations as --patience says have passed without a better one."""
+        waited = self.iteration - self.best_iteration
+        return 0 < self.args.patience * self.args.save_every <= waited
+
+    def save(self, path):
+        """Save all that --resume needs; the model lies in it in the official form."""
+        save_model(self.model, path, optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                   schedulers=[scheduler.state_dict() for scheduler in self.schedulers],
+                   iteration=self.iteration, rows=self.rows, mean=self.mean, best=self.best,
+                   best_iteration=self.best_iteration, seconds=time.time() - self.started,
+                   settings=json.dumps(self.settings), data=data_fingerprint(self.masks))
+
+    def load(self, path):
+        """Go on from what save() wrote; fail, with the reason, if it belongs to another training."""
+        try:
+            last = torch.load(path, map_location="cpu", weights_only=True)
+            before = json.loads(last["settings"])
+        except FileNotFoundError:
+            fail(f"이어서 할 학습이 없습니다: {path}")
+        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+            fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
+        fixed = {"iterations"} if self.args.scheduler in ("cosine", "step") else set()  # their length is the run's
+        changed = [f"{name} {before.get(name)} → {value}" for name, value in self.settings.items()
+                   if name not in FREE_ON_RESUME - fixed and before.get(name) != value]
+        if changed:
+            fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
+        if last["data"] != data_fingerprint(self.masks):
+            fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습 이미지나 마스크가 바뀌었습니다")
+        self.model.load_state_dict(last["model"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        self.scaler.load_state_dict(last["scaler"])
+        for scheduler, state in zip(self.schedulers, last["schedulers"]):
+            scheduler.load_state_dict(state)
+        for name in ("iteration", "rows", "mean", "best", "best_iteration"):
+            setattr(self, name, last[name])
+        self.started = time.time() - last["seconds"]
 
 
 def save_model(model, path, **more):
@@ -456,44 +749,31 @@ def data_fingerprint(masks):
     return digest.hexdigest()
 
 
-def load_last(path, settings, data):
-    """Read sam2_last.pt to go on from; fail, with the reason, if it belongs to another training.
-
-    settings: this run's, which must equal those before but for FREE_ON_RESUME; data: its fingerprint.
-    """
-    try:
-        last = torch.load(path, map_location="cpu", weights_only=True)
-        before = json.loads(last["settings"])
-    except FileNotFoundError:
-        fail(f"이어서 할 학습이 없습니다: {path}")
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
-    changed = [f"{name} {before.get(name)} → {value}" for name, value in settings.items()
-               if name not in FREE_ON_RESUME and before.get(name) != value]
-    if changed:
-        fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
-    if last["data"] != data:
-        fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습 이미지나 마스크가 바뀌었습니다")
-    return last
+def load_masks(args):
+    """The training masks and the validation masks (none, if there is no folder of validation images)."""
+    masks = Masks(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND)
+    if not masks:
+        fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
+    val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
+    return masks, Masks(val_pairs, math.inf, 1)
 
 
 def save_log(rows, output_dir):
     """Write train_log.csv and training_curve.png from the rows logged so far."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", "val_iou", "val_dice", "seconds"])
+    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", "lr", "val_loss", "val_iou", "val_dice",
+                                   "seconds"])
     writer.writeheader()
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    iterations = [row["iteration"] for row in rows]
-    left.plot(iterations, [row["loss"] for row in rows], label="training (running mean)")
-    right.plot(iterations, [row["train_iou"] for row in rows], label="training (running mean)")
     validated = [row for row in rows if "val_iou" in row]
-    if validated:
-        right.plot([row["iteration"] for row in validated], [row["val_iou"] for row in validated], "o-",
-                   label="validation")
-    for axes, name in ((left, "loss"), (right, "IoU")):
+    for axes, name, train, val in ((left, "loss", "loss", "val_loss"), (right, "IoU", "train_iou", "val_iou")):
+        axes.plot([row["iteration"] for row in rows], [row[train] for row in rows], label="training (running mean)")
+        if validated:
+            axes.plot([row["iteration"] for row in validated], [row[val] for row in validated], "o-",
+                      label="validation")
         axes.set(xlabel="iteration", ylabel=name)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -501,11 +781,122 @@ def save_log(rows, output_dir):
     save_figure(figure, output_dir / "training_curve.png")
 
 
-def on_interrupt(interrupted):
-    """Ctrl-C: let the iteration end and be saved; a second one ends the program at once."""
+def versions():
+    """The versions of Python and of the packages that a result depends on."""
+    packages = ("torchvision", "sam2", "numpy", "opencv-python")
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def save_summary(training, device):
+    """Write training_summary.json."""
+    summary = {
+        "settings": training.settings, "device": device, "versions": versions(),
+        "train_images": len(training.masks), "val_images": len(training.val_masks),
+        "trained_weights": sum(parameter.numel() for parameter in training.parameters),
+        "encodings": training.cache.encoded + training.val_cache.encoded,
+        "iterations": training.iteration, "best_iou": training.best, "best_iteration": training.best_iteration,
+        "best_chosen_by": "validation IoU" if training.val_masks else "training IoU",
+        "seconds": round(time.time() - training.started, 1),
+    }
+    write_file(training.args.output_dir / "training_summary.json",
+               json.dumps(summary, indent=2, ensure_ascii=False).encode())
+
+
+def open_trackers(args):
+    """Functions that take (iteration, values by name), for --tensorboard and --wandb; fail if not installed."""
+    trackers = []
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("--tensorboard를 쓰려면 tensorboard 패키지가 필요합니다: pip install tensorboard")
+        writer = SummaryWriter(args.output_dir / "tensorboard")
+
+        def track(iteration, values):
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+            writer.flush()
+        trackers.append(track)
+    if args.wandb:
+        try:
+            import wandb
+        except ImportError:
+            fail("--wandb를 쓰려면 wandb 패키지가 필요합니다: pip install wandb")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
+        trackers.append(lambda iteration, values: run.log(values, step=iteration))
+    return trackers
+
+
+def join_processes(requested):
+    """(rank, number of processes, device): 0, 1 and the device, or as torchrun says; only rank 0 speaks."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = detect_device(requested)
+    if processes > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open to the end)
+    return rank, processes, device
+
+
+def system_check(args):
+    """--test: try all that a training needs, one line each. Returns whether all of it is there."""
+    def memory():
+        free = psutil.virtual_memory().available / 1e9
+        if free < 2:
+            fail(f"{free:.1f} GB 남음. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
+        on_gpu = f", GPU {torch.cuda.mem_get_info()[0] / 1e9:.1f} GB 남음" if torch.cuda.is_available() else ""
+        return f"{free:.1f} GB 남음{on_gpu}"
+
+    def checkpoint():
+        model = load_predictor(args.model_cfg, args.checkpoint, "cpu", args.image_size).model
+        return f"{args.checkpoint}, 가중치 {sum(weight.numel() for weight in model.parameters()):,}개"
+
+    def data():
+        masks, val_masks = load_masks(args)
+        return f"학습 {len(masks)}장 (뺀 {masks.left_out}장), 검증 {len(val_masks)}장"
+
+    def output():
+        write_file(args.output_dir / "check.tmp", b"")
+        (args.output_dir / "check.tmp").unlink()
+        return str(args.output_dir)
+
+    def iteration():
+        training, started = Training(args, detect_device(args.device)), time.time()
+        training.step(1)
+        return f"loss {training.mean[0]:.4f}, {time.time() - started:.1f}초 (이미지를 처음 인코딩하는 시간 포함)"
+
+    passed = True
+    for name, check in (("장치", lambda: detect_device(args.device)), ("메모리", memory),
+                        ("버전", lambda: ", ".join(" ".join(pair) for pair in versions().items())),
+                        ("체크포인트", checkpoint), ("데이터", data), ("결과 폴더", output), ("학습 1회", iteration)):
+        try:
+            print(f"✓ {name}: {check()}", flush=True)
+        except (SystemExit, ImageError, OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0].removeprefix("오류: ")
+            print(f"✗ {name}: {reason}", flush=True)
+            passed = False
+    return passed
+
+
+def on_interrupt(interrupted, processes):
+    """Ctrl-C: let the iteration end and be saved; a second one ends the program at once.
+
+    Below torchrun every process gets two, one of them from torchrun, and only the first may count.
+    """
     interrupted.append(True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
     print("이번 반복을 마치고 저장합니다. 바로 끝내려면 Ctrl-C를 한 번 더 누르세요.")
+
+
+def command_to_go_on(processes):
+    """The command line that goes on with this training."""
+    start = ["torchrun", f"--nproc-per-node={processes}"] if processes > 1 else [Path(sys.executable).name]
+    return shlex.join([*start, *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
 
 
 def parse_args():
@@ -519,152 +910,115 @@ def parse_args():
 
     setting("checkpoint", str, "원본 SAM 2.1 체크포인트")
     setting("model_cfg", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로")
+    setting("image_size", int, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
+            "정확도가 떨어짐 (기본: 모델 설정대로)", choices=[512, 768, 1024])
     setting("image_dir", str, "학습 이미지 폴더")
     setting("mask_dir", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)")
     setting("val_image_dir", str, "검증 이미지 폴더")
     setting("val_mask_dir", str, "검증 마스크 폴더")
     setting("iterations", int, "총 학습 반복 횟수")
     setting("save_every", int, "몇 번 반복할 때마다 검증하고 저장할지")
+    setting("patience", int, "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지")
+    setting("batch_size", int, "한 번에 디코딩할 이미지 수 (프로세스마다)")
+    setting("accumulate", int, "기울기를 몇 배치 모아 한 번 학습할지: 메모리를 더 쓰지 않고 배치를 키움")
+    setting("seed", int, "난수 시드: 같은 값이면 같은 순서로 학습")
     setting("lr", float, "학습률")
     setting("weight_decay", float, "가중치 감쇠")
-    setting("batch_size", int, "한 번에 디코딩할 이미지 수")
-    setting("clicks", int, "이미지마다 한 번에 디코딩할 클릭 수")
-    setting("seed", int, "난수 시드: 같은 값이면 같은 순서로 학습")
+    setting("scheduler", str, "학습률을 바꾸는 방법: none 그대로, cosine 끝에서 0까지 부드럽게, step 3분의 1이 지날 "
+            "때마다 10분의 1, plateau 검증이 두 번 나아지지 않으면 절반", choices=["none", "cosine", "step", "plateau"])
+    setting("warmup", int, "처음 몇 번 반복하는 동안 학습률을 0 가까이에서부터 올릴지")
+    setting("max_grad_norm", float, "기울기의 길이를 이 값까지 줄임, 0이면 줄이지 않음")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=CONFIG["amp"],
+                        help="CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐 (기본: 씀)")
+    setting("prompt", str, "학습하고 검증할 프롬프트: point 점 하나, points 점 하나에 틀린 곳의 점을 더함, box 상자"
+            "(학습할 때는 조금 흔듦), mixed 셋을 섞음", choices=["point", "points", "box", "mixed"])
+    setting("clicks", int, "이미지마다 한 번에 디코딩할 프롬프트 수")
+    setting("max_points", int, "--prompt points에서 점을 많아야 몇 개 찍을지")
     setting("output_dir", Path, "결과를 쓸 폴더")
     parser.add_argument("--resume", action="store_true", help="중단된 학습을 결과 폴더의 sam2_last.pt에서 이어서 하기")
+    parser.add_argument("--test", action="store_true", help="학습하지 않고, 필요한 것이 다 있는지 1분 안에 검사하기")
+    parser.add_argument("--tensorboard", action="store_true", help="결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기")
+    parser.add_argument("--wandb", metavar="PROJECT", help="Weights & Biases의 이 프로젝트에도 기록")
     setting("device", str, "장치: auto, mps, cuda, cpu")
-    setting("image_size", int, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
-            "정확도가 떨어짐 (기본: 모델 설정대로)", choices=[512, 768, 1024])
     setting("cache_gb", float, "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)")
     setting("cache_dir", Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더 (기본: 쓰지 않음)")
     setting("cache_dtype", str, "남겨 둘 특징의 정밀도", choices=["float16", "float32"])
     args = parser.parse_args()
-    for name in ("iterations", "save_every", "batch_size", "clicks"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}는 1 이상이어야 합니다")
+    for least, names in ((1, ("iterations", "save_every", "batch_size", "accumulate", "clicks", "max_points")),
+                         (0, ("seed", "patience", "warmup", "lr", "weight_decay", "max_grad_norm"))):
+        for name in names:
+            if not getattr(args, name) >= least:
+                parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
     return args
 
 
-def main():
-    args = parse_args()
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    device = detect_device(args.device)
-    predictor = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
-    model = predictor.model
-
-    masks = Masks(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND)
-    if not masks:
-        fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
-    val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
-    val_masks = Masks(val_pairs, math.inf, 1)
-
-    free = psutil.virtual_memory().available // 2
-    limit = free if args.cache_gb is None else min(free, int(args.cache_gb * 1e9))
-    cache = FeatureCache(predictor, limit, getattr(torch, args.cache_dtype), args.cache_dir)
-    fitting = min(len(masks), limit // cache.bytes_per_image)
-    # validation sees features in full precision, as compare_models.py does, so that its numbers are the same
-    val_limit = limit - fitting * cache.bytes_per_image
-    val_cache = FeatureCache(predictor, val_limit, torch.float32, args.cache_dir, autocast=False)
-    val_fitting = min(len(val_masks), val_limit // val_cache.bytes_per_image)
-    parameters = trained_parameters(model)
-    model.sam_mask_decoder.train()
-    model.sam_prompt_encoder.train()
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    half = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
-    scaler = torch.amp.GradScaler("cuda", enabled=half)
-
-    trained = sum(parameter.numel() for parameter in parameters)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"장치: {device}")
+def print_setup(training, device):
+    """Print what is about to be trained, on what."""
+    masks, val_masks, cache = training.masks, training.val_masks, training.cache
+    trained = sum(parameter.numel() for parameter in training.parameters)
+    total = sum(parameter.numel() for parameter in training.model.parameters())
+    print(f"장치: {device}" + (f", 프로세스 {training.processes}개" if training.processes > 1 else ""))
     print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.left_out}장), 검증 {len(val_masks)}장")
     print(f"학습하는 가중치: {trained:,} / {total:,} (이미지 인코더와 conv_s0, conv_s1은 고정)")
-    print(f"특징 캐시: 학습 {len(masks)}장 중 {fitting}장, 검증 {len(val_masks)}장 중 {val_fitting}장이 들어갑니다 "
-          f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {limit / 1e9:.3g} GB)"
-          + (f", 파일로도 남깁니다: {args.cache_dir}" if args.cache_dir else ""))
+    print(f"특징 캐시: 학습 {len(masks)}장 중 {training.fitting}장, "
+          f"검증 {len(val_masks)}장 중 {training.val_fitting}장이 들어갑니다 "
+          f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {cache.limit / 1e9:.3g} GB)"
+          + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
 
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    data = data_fingerprint(masks)
-    done, rows, best, mean, started = 0, [], -1.0, None, time.time()
+
+def main():
+    """Train as the command line says; returns the finished Training, for whoever calls this from Python."""
+    args = parse_args()
+    if args.test:
+        sys.exit(not system_check(args))
+    rank, processes, device = join_processes(args.device)
+    trackers = [] if rank else open_trackers(args)
+    training = Training(args, device, rank, processes)
+    print_setup(training, device)
     if args.resume:
-        last = load_last(args.output_dir / "sam2_last.pt", settings, data)
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        rng.bit_generator.state = json.loads(last["rng"])
-        done, rows, best, mean = last["iteration"], last["rows"], last["best"], last["mean"].to(device)
-        started -= last["seconds"]
-        print(f"{done}회까지 한 학습을 이어서 합니다.")
+        training.load(args.output_dir / "sam2_last.pt")
+        print(f"{training.iteration}회까지 한 학습을 이어서 합니다.")
 
     interrupted = []
-    signal.signal(signal.SIGINT, lambda *_: on_interrupt(interrupted))
-    recent = []  # the losses since the last row, and their images
-    bar = tqdm(range(done + 1, args.iterations + 1), "학습", initial=done, total=args.iterations, disable=None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: on_interrupt(interrupted, processes))
+    bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
+               total=args.iterations, disable=True if rank else None)
     for iteration in bar:
-        picks = rng.integers(len(masks), size=args.batch_size)
-        loss, iou = batch_loss(predictor, cache, masks, picks, args.clicks, rng)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
-        recent.append((loss.detach(), picks))
-        now = torch.stack([loss, iou]).detach()
-        mean = now if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * now
+        stopping, better = training.step(iteration, bool(interrupted)), False
+        bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
         validating = iteration % args.save_every == 0 or iteration == args.iterations
-        logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
-        if not (logging or interrupted):
-            continue  # no .item() here: on CUDA it would wait for the GPU
-        row = {"iteration": iteration, "loss": mean[0].item(), "train_iou": mean[1].item(),
-               "seconds": round(time.time() - started, 1)}
-        if not math.isfinite(row["loss"]):
-            picks = next(picks for value, picks in recent if not torch.isfinite(value))
-            names = ", ".join(masks.paths[index].name for index in picks)
-            fail(f"손실이 유한하지 않습니다 (이미지 {names}). --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
-        recent.clear()
-        bar.set_postfix(loss=f"{row['loss']:.4f}", IoU=f"{row['train_iou']:.1%}")
-        if logging:
-            rows.append(row)
-        if validating:
-            if val_masks:
-                row["val_iou"], row["val_dice"] = validate(predictor, val_cache, val_masks)
-            reached = row.get("val_iou", row["train_iou"])
-            text = f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if val_masks else "검증 없음"
-            bar.write(f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, "
-                      f"학습 IoU {row['train_iou']:.2%}, {text}")
-            if reached > best:
-                best = reached
-                save_model(model, args.output_dir / "sam2_best.pt")
-            save_log(rows, args.output_dir)
-        if validating or interrupted:
-            save_model(model, args.output_dir / "sam2_last.pt", optimizer=optimizer.state_dict(),
-                       scaler=scaler.state_dict(), rng=json.dumps(rng.bit_generator.state), mean=mean.cpu(),
-                       iteration=iteration, rows=rows, best=best, seconds=row["seconds"],
-                       settings=json.dumps(settings), data=data)
-        if interrupted:
+        if validating or iteration % LOG_EVERY == 0 or iteration == 1:
+            training.log()
+            if validating:
+                better = training.validate()
+                bar.write(training.report())
+            for track in trackers:
+                track(iteration, training.rows[-1])
+        if (validating or stopping) and rank == 0:
+            training.write(better)
+        if stopping:
             bar.close()
-            again = shlex.join([Path(sys.executable).name, *sys.argv, *([] if args.resume else ["--resume"])])
-            print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {again}")
+            print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {command_to_go_on(processes)}")
             sys.exit(130)
+        if training.out_of_patience():
+            bar.close()
+            print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 뒤로 나아지지 않았습니다.")
+            break
 
-    save_model(model, args.output_dir / "sam2_final.pt")
-    summary = {
-        "settings": settings,
-        "device": device,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "opencv": cv2.__version__},
-        "train_images": len(masks), "val_images": len(val_masks),
-        "encodings": cache.encoded + val_cache.encoded,
-        "best_iou": best, "best_chosen_by": "validation IoU" if val_masks else "training IoU",
-        "seconds": round(time.time() - started, 1),
-    }
-    write_file(args.output_dir / "training_summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
-    minutes, seconds = divmod(round(time.time() - started), 60)
+    if rank == 0:
+        save_model(training.model, args.output_dir / "sam2_final.pt")
+        save_summary(training, device)
+    minutes, seconds = divmod(round(time.time() - training.started), 60)
+    rows, chosen_by = training.rows, "검증" if training.val_masks else "학습"
     print(f"학습 시간 {minutes}분 {seconds}초, 학습 IoU(이동 평균) {rows[0]['train_iou']:.1%} → "
-          f"{rows[-1]['train_iou']:.1%}, {'검증' if val_masks else '학습'} 최고 IoU {best:.2%}")
+          f"{rows[-1]['train_iou']:.1%}, {chosen_by} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
     print(f"저장: {args.output_dir / 'sam2_best.pt'}, {args.output_dir / 'sam2_final.pt'}")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+    return training
 
 
 if __name__ == "__main__":

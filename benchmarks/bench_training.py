@@ -71,9 +71,9 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
     return loss.item(), iou.item()
 
 
-def project_iteration(predictor, optimizer, scaler, cache, masks, index, rng):
+def project_iteration(batch_loss, optimizer, scaler, index, rng):
     """One iteration of train_sam2_proper.py."""
-    loss, _ = project.batch_loss(predictor, cache, masks, [index], 1, rng)
+    loss, _ = batch_loss([(index, rng)], "point", 1)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -102,19 +102,20 @@ def time_iterations(args, checkpoint, pairs):
     scaler = torch.amp.GradScaler("cuda", enabled=half)
     masks = project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
     cache = project.FeatureCache(ours, 10**12)
+    batch_loss = project.BatchLoss(ours, cache, masks, amp=True)
     rng = np.random.default_rng(0)
 
     # each image is visited 3.75 times on average, as in 3,000 iterations over 800 images, in random order
     visits = rng.permutation(np.resize(rng.permutation(len(pairs)), round(3.75 * len(pairs))))
     plain_iteration(plain, plain_optimizer, scaler, *pairs[0], rng)  # warm up: neither counts
-    project_iteration(ours, our_optimizer, scaler, cache, masks, 0, rng)
+    project_iteration(batch_loss, our_optimizer, scaler, 0, rng)
     cache.kept.clear()
     rows = []
     for index in visits:
         first = masks.paths[index] not in cache.kept
         rows.append((first,
                      timed(device, plain_iteration, plain, plain_optimizer, scaler, *pairs[index], rng),
-                     timed(device, project_iteration, ours, our_optimizer, scaler, cache, masks, index, rng)))
+                     timed(device, project_iteration, batch_loss, our_optimizer, scaler, index, rng)))
     first, plain_time, our_time = (np.array(column) for column in zip(*rows))
     print(f"{args.model_cfg}, {ours.model.image_size} px, {device}, {torch.get_num_threads()} CPU threads, "
           f"{len(pairs)} images, {len(visits)} iterations")

@@ -1,8 +1,12 @@
 """Helpers of the tests: run a script as a user does, on a small SAM 2 and on small drawn images."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import cv2
@@ -16,16 +20,47 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_CFG = ROOT / "demo" / "sam2_demo.yaml"  # the demo's model; here with random weights
 
 
+ENV = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+
+
+class ForkServer:
+    """tests/fork_server.py, which has imported what takes long; started at the first job."""
+
+    process = None
+
+    def run(self, argv, cwd, env, timeout):
+        if not self.process:
+            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=ENV,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+                                            start_new_session=True)
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            job = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err)}
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            watchdog = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
+            watchdog.start()
+            answer = self.process.stdout.readline()
+            watchdog.cancel()
+            assert answer, f"no answer in {timeout} s"
+            return subprocess.CompletedProcess(argv, int(answer), out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+FORK_SERVER = ForkServer()
+
+
 def run(script, *arguments, cwd, env=None, code=0, timeout=120):
     """Run a script of the project in `cwd`; assert its exit code; return the finished process.
 
-    env: variables to set; None takes one away.
+    env: variables to set, None takes one away. With it the process starts from nothing, as Python reads some
+    of them at its start; without it, it is forked from one that has imported the large packages.
     """
-    variables = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "2", **(env or {})}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, timeout=timeout,
-        env={name: value for name, value in variables.items() if value is not None},
-        capture_output=True, encoding="utf-8")
+    argv = [str(ROOT / script), *map(str, arguments)]
+    if env is None and hasattr(os, "fork"):
+        done = FORK_SERVER.run(argv, cwd, ENV, timeout)
+    else:
+        variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
+        done = subprocess.run([sys.executable, *argv], cwd=cwd, timeout=timeout, env=variables,
+                              capture_output=True, encoding="utf-8")
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from conftest import draw_pair, write_image
 
 import compare_models
 import prepare_data
@@ -53,6 +53,93 @@ def test_mask_box_is_tight():
     mask = np.zeros((10, 20), bool)
     mask[3:6, 7:15] = True
     assert compare_models.mask_box(mask).tolist() == [7, 3, 14, 5]
+
+
+def test_the_next_click_lies_deepest_inside_the_largest_error():
+    gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    gt_mask[2:9, 2:9] = True        # 7 x 7 missed: its middle is (5, 5), 4 pixels deep
+    predicted[12:17, 20:25] = True  # 5 x 5 too much: its middle is (22, 14), 3 pixels deep
+    point, label = compare_models.error_click(predicted, gt_mask)
+    assert point.tolist() == [[5, 5]] and label == 1
+    predicted[2:9, 2:9] = True
+    point, label = compare_models.error_click(predicted, gt_mask)
+    assert point.tolist() == [[22, 14]] and label == 0
+    point, label = compare_models.error_click(gt_mask, gt_mask)  # nothing is wrong: the middle again
+    assert point.tolist() == [[5, 5]] and label == 1
+
+
+def test_an_error_at_the_border_of_the_image_is_no_deeper_than_its_pixels():
+    gt_mask = np.zeros((10, 10), bool)
+    gt_mask[:3] = True
+    point, label = compare_models.error_click(np.zeros_like(gt_mask), gt_mask)
+    assert point[0, 1] == 1 and label == 1
+
+
+def test_random_clicks_fall_on_the_foreground():
+    mask = draw_pair(0)[1] > 0
+    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "point", mask, 500)
+    x, y = coords[:, 0].astype(int).T
+    assert coords.shape == (500, 1, 2) and mask[y, x].all() and len(set(zip(x, y))) > 200
+    assert labels.shape == (500, 1) and (labels == 1).all()
+
+
+def test_random_boxes_lie_around_the_mask_and_inside_the_image():
+    mask = np.zeros((100, 200), bool)
+    mask[0:51, 40:141] = True  # 100 wide, 50 tall, at the upper edge
+    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "box", mask, 2000)
+    assert coords.shape == (2000, 2, 2) and (labels == [2, 3]).all()
+    x1, y1, x2, y2 = coords.reshape(-1, 4).T
+    assert x1.mean() == pytest.approx(40, abs=1) and x2.mean() == pytest.approx(140, abs=1)
+    assert x1.std() == pytest.approx(10, abs=1) and y2.std() == pytest.approx(5, abs=0.5)  # a tenth of the side
+    assert x1.min() >= 20 and x1.max() <= 60  # at most 20 pixels
+    assert y1.min() == 0
+
+
+def test_further_clicks_fall_on_errors_with_the_label_that_mends_them():
+    gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((2, 20, 30), bool)
+    gt_mask[2:9, 2:9] = True
+    predicted[1, 2:9, 2:9] = predicted[1, 12:17, 20:25] = True
+    prompts = np.array([[[5, 5]], [[6, 6]]], np.float32), np.ones((2, 1))
+    coords, labels = train_sam2_proper.with_clicks_on_errors(np.random.default_rng(0), prompts, predicted, gt_mask)
+    assert coords.shape == (2, 2, 2) and labels.shape == (2, 2) and (coords[:, 0] == [[5, 5], [6, 6]]).all()
+    assert labels[:, 1].tolist() == [1, 0]  # the first missed all, the second has too much
+    (x, y), (u, v) = coords[:, 1].astype(int)
+    assert gt_mask[y, x] and predicted[1, v, u] and not gt_mask[v, u]
+
+
+def test_mixed_prompts_take_turns():
+    assert [compare_models.prompt_kind("mixed", number) for number in range(4)] == ["point", "points", "box", "point"]
+    assert [compare_models.prompt_kind("box", number) for number in range(2)] == ["box", "box"]
+
+
+def learning_rates(scheduler, warmup=0, reached=(0.5,) * 12):
+    """The learning rate of each of 12 iterations, from 1; after each one comes a validation."""
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    args = argparse.Namespace(iterations=12, scheduler=scheduler, warmup=warmup)
+    schedulers = train_sam2_proper.make_schedulers(optimizer, args)
+    rates = []
+    for iou in reached:
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        train_sam2_proper.step_schedulers(schedulers)
+        train_sam2_proper.step_schedulers(schedulers, iou)
+    return rates
+
+
+def test_learning_rate_follows_the_scheduler():
+    warm = [min(1, (number + 1) / 5) for number in range(12)]
+    half_wave = [(1 + math.cos(math.pi * number / 12)) / 2 for number in range(12)]
+    assert learning_rates("none") == [1] * 12
+    assert learning_rates("none", warmup=4) == pytest.approx(warm)
+    assert learning_rates("step") == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 4)
+    assert learning_rates("cosine") == pytest.approx(half_wave)
+    assert learning_rates("cosine", warmup=4) == pytest.approx([a * b for a, b in zip(warm, half_wave)])
+
+
+def test_plateau_halves_the_learning_rate_after_two_validations_without_a_better_one():
+    # 0.5 is the best at first; the third validation is the second that is no better
+    assert learning_rates("plateau") == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625, 0.03125]
+    assert learning_rates("plateau", reached=[0.1 + number / 100 for number in range(12)]) == [1] * 12
 
 
 def test_box_lines_up_for_every_value():
@@ -141,9 +228,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
             train_sam2_proper.read_image(tmp_path / name)
 
 
-def test_device_that_is_not_there_is_an_error(capsys):
+def test_device_that_is_not_there_is_an_error():
     assert train_sam2_proper.detect_device("cpu") == "cpu"
     assert train_sam2_proper.detect_device() in ("cpu", "cuda", "mps")
     with pytest.raises(SystemExit) as stop:
         train_sam2_proper.detect_device("tpu")
-    assert stop.value.code == 1 and "tpu" in capsys.readouterr().err
+    assert stop.value.code.startswith("오류: ") and "tpu" in stop.value.code

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,8 +9,10 @@ import sys
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from conftest import (
+    ENV,
     ROOT,
     SMALL_CFG,
     assert_fails_in_one_line,
@@ -69,7 +70,9 @@ def test_log_starts_at_the_first_value_and_best_is_the_best_validation(trained):
     summary = json.loads((folder / "output/training_summary.json").read_text(encoding="utf-8"))
     assert summary["best_iou"] == max(validated.values()) and summary["best_chosen_by"] == "validation IoU"
     assert summary["settings"]["lr"] == 1e-3 and summary["train_images"] == 6 and summary["val_images"] == 4
-    assert f"검증 최고 IoU {summary['best_iou']:.2%}" in done.stdout
+    assert summary["settings"].keys() >= train_sam2_proper.CONFIG.keys() and summary["device"] == "cpu"
+    assert summary["versions"]["sam2"].startswith("1.1") and summary["versions"]["torch"] == torch.__version__
+    assert f"검증 최고 IoU {summary['best_iou']:.2%} ({summary['best_iteration']}회)" in done.stdout
     assert cv2.imread(str(folder / "output/training_curve.png")).shape[2] == 3
     assert not list((folder / "output").glob("*.tmp"))
 
@@ -118,32 +121,144 @@ def test_image_and_mask_of_different_sizes_are_named(data, weights):
     assert_fails_in_one_line(train(data, weights, "--iterations", 1, code=1), "pair_00", "크기가 다릅니다")
 
 
-def test_same_seed_gives_the_same_weights(data, weights):
+def test_same_seed_gives_the_same_files(data, weights):
     for folder in ("one", "two"):
-        train(data, weights, "--iterations", 8, "--lr", "1e-3", "--output-dir", folder)
-    one, two = load(data / "one/sam2_final.pt"), load(data / "two/sam2_final.pt")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+        train(data, weights, "--iterations", 12, "--lr", "1e-3", "--save-every", 6, "--output-dir", folder)
+    for name in ("sam2_best.pt", "sam2_final.pt"):
+        assert distance(load(data / "one" / name), load(data / "two" / name)) == 0
+    assert (data / "one/training_curve.png").read_bytes() == (data / "two/training_curve.png").read_bytes()
+    logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("one", "two")]
+    assert logs[0] == logs[1]
+    train(data, weights, "--iterations", 12, "--lr", "1e-3", "--seed", 1, "--output-dir", "three")
+    assert distance(load(data / "one/sam2_final.pt"), load(data / "three/sam2_final.pt")) > 0
 
 
-def test_resume_continues_bit_for_bit(data, weights):
-    arguments = ("--save-every", 4, "--lr", "1e-3")
-    train(data, weights, *arguments, "--iterations", 13, "--output-dir", "whole")
-    train(data, weights, *arguments, "--iterations", 8, "--output-dir", "parts")
-    done = train(data, weights, *arguments, "--iterations", 13, "--output-dir", "parts", "--resume")
-    assert "8회까지" in done.stdout
+@pytest.mark.parametrize("more", [
+    (), ("--scheduler", "cosine", "--warmup", 3, "--prompt", "mixed", "--accumulate", 2, "--max-grad-norm", 1),
+    ("--scheduler", "plateau", "--prompt", "points")], ids=["plain", "cosine-mixed", "plateau-points"])
+def test_resume_continues_bit_for_bit(data, weights, more):
+    """An interrupted training (here: killed by the system after its second validation) and one that was not."""
+    arguments = (*more, "--save-every", 4, "--lr", "1e-3", "--iterations", 13)
+    train(data, weights, *arguments, "--output-dir", "whole")
+    script = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", str(SMALL_CFG), "--checkpoint",
+         str(weights), "--device", "cpu", *map(str, arguments), "--output-dir", "parts"], cwd=data, encoding="utf-8",
+        stdout=subprocess.PIPE, env=ENV)
+    with script:
+        while "[8/" not in (line := script.stdout.readline()):
+            assert line, "the script ended by itself"
+        script.kill()
+    done = train(data, weights, *arguments, "--output-dir", "parts", "--resume")
+    assert re.search("[48]회까지 한 학습을 이어서", done.stdout)
     for name in ("sam2_final.pt", "sam2_best.pt"):
-        whole, parts = load(data / "whole" / name), load(data / "parts" / name)
-        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+        assert distance(load(data / "whole" / name), load(data / "parts" / name)) == 0
     logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "parts")]
     assert logs[0] == logs[1]
+
+
+def test_patience_ends_a_training_that_no_longer_improves(data, weights):
+    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 1e-9)
+    assert "8회에 일찍 끝냅니다: 2회 뒤로" in done.stdout
+    assert read_log(data)[-1]["iteration"] == "8" and read_summary(data / "output")["best_iteration"] == 2
+    assert (data / "output/sam2_final.pt").is_file()
+
+
+def test_accumulated_batches_train_as_one_batch_does(data, weights):
+    arguments = ("--iterations", 6, "--lr", "1e-4")
+    train(data, weights, *arguments, "--batch-size", 4, "--output-dir", "one")
+    train(data, weights, *arguments, "--batch-size", 2, "--accumulate", 2, "--output-dir", "two")
+    one, two, start = load(data / "one/sam2_final.pt"), load(data / "two/sam2_final.pt"), load(weights)
+    assert distance(one, two) < 0.01 * distance(one, start)
+
+
+def test_max_grad_norm_shortens_the_gradients(data, weights):
+    """Below AdamW's epsilon of 1e-8 a gradient moves next to nothing."""
+    arguments = ("--iterations", 3, "--lr", "1e-3", "--weight-decay", 0)
+    train(data, weights, *arguments, "--output-dir", "free")
+    train(data, weights, *arguments, "--max-grad-norm", "1e-10", "--output-dir", "short")
+    start = load(weights)
+    moved = distance(load(data / "short/sam2_final.pt"), start)
+    assert 0 < moved < 0.05 * distance(load(data / "free/sam2_final.pt"), start)
+
+
+@pytest.mark.parametrize("prompt", ["points", "box", "mixed"])
+def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, prompt):
+    train(data, weights, "--prompt", prompt, "--iterations", 14, "--save-every", 7, "--batch-size", 2, "--clicks", 2,
+          "--lr", "1e-3")
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--prompt", prompt,
+        cwd=data)
+    summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"] and summary["prompt"] == prompt
+    before, after = load(weights), load(data / "output/sam2_final.pt")
+    names = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]  # 2, 3: a box's corners
+    learnt = [(before[name] - after[name]).abs().max() > 1e-4 for name in names]
+    assert learnt[2] == learnt[3] == (prompt != "points")
+    if prompt != "mixed":  # "mixed" may not have needed one in so few iterations
+        assert learnt[0] == (prompt == "points")  # a click beside the object, on what was too much
+
+
+def test_system_check_names_what_is_missing(data, weights, tmp_path_factory):
+    done = train(data, weights, "--test")
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == 7 and all(line.startswith("✓ ") for line in lines) and "학습 6장" in done.stdout
+    assert not list((data / "output").iterdir())
+    empty = tmp_path_factory.mktemp("empty")
+    done = train(empty, empty / "none.pt", "--test", code=1)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("✗ ")]
+    assert len(failed) == 3 and "none.pt" in failed[0] and "data/images/train" in failed[1]
+    assert not done.stderr.strip()
+
+
+def test_tensorboard_and_wandb_get_the_log(data, weights):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(data, weights, "--iterations", 12, "--save-every", 6, "--tensorboard", "--wandb", "polyps",
+          env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    events = EventAccumulator(str(data / "output/tensorboard")).Reload()
+    rows = read_log(data)
+    assert [event.step for event in events.Scalars("loss")] == [int(row["iteration"]) for row in rows] == [1, 6, 10, 12]
+    assert [event.value for event in events.Scalars("val_iou")] == pytest.approx(
+        [float(row["val_iou"]) for row in rows if row["val_iou"]])
+    assert list((data / "output/wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("flag", [("tensorboard",), ("wandb", "polyps")], ids=["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(data, weights, flag):
+    name = flag[0]
+    (data / "hidden" / name).mkdir(parents=True)
+    (data / "hidden" / name / "__init__.py").write_text(f"raise ModuleNotFoundError('{name}')")
+    done = train(data, weights, f"--{name}", *flag[1:], env={"PYTHONPATH": str(data / "hidden")}, code=1)
+    assert_fails_in_one_line(done, f"pip install {name}")
+    assert not done.stdout and not (data / "output").exists()
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(data, weights):
+    """Started by torchrun, with gloo on the CPU; both processes must end with the same weights."""
+    (data / "keep_weights.py").write_text(
+        "import os, sys\nimport torch\nimport train_sam2_proper\n"
+        "if __name__ == '__main__':\n"
+        "    model = train_sam2_proper.main().model\n"
+        "    torch.save({'model': model.state_dict()}, f\"rank{os.environ['RANK']}.pt\")\n", encoding="utf-8")
+    arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--iterations", "12",
+                 "--save-every", "6", "--lr", "1e-4"]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "keep_weights.py",
+                           *arguments, "--output-dir", "two"], cwd=data, capture_output=True, encoding="utf-8",
+                          env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "프로세스 2개" in done.stdout and done.stdout.count("[12/12]") == 1  # only one of them speaks
+    first, second, saved = load(data / "rank0.pt"), load(data / "rank1.pt"), load(data / "two/sam2_final.pt")
+    assert distance(first, second) == distance(first, saved) == 0
+    run("train_sam2_proper.py", *arguments, "--batch-size", 2, "--output-dir", "one", cwd=data)
+    one = load(data / "one/sam2_final.pt")
+    assert distance(one, saved) < 0.01 * distance(one, load(weights))
+    assert float(read_log(data, "two")[-1]["val_iou"]) == pytest.approx(float(read_log(data, "one")[-1]["val_iou"]),
+                                                                         abs=1e-3)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
     arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--lr", "1e-3"]
     script = subprocess.Popen([sys.executable, str(ROOT / "train_sam2_proper.py"), *arguments,
                                "--iterations", "100000", "--save-every", "20"], cwd=data, encoding="utf-8",
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"})
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV)
     try:
         while "[20/" not in (line := script.stdout.readline()):
             assert line, "the script ended by itself"
@@ -173,7 +288,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data, weight
     train(data, weights, "--iterations", 2)
     before = {path.name: path.read_bytes() for path in (data / "output").iterdir()}
     done = train(data, weights, "--iterations", 30, "--lr", "1e30", code=1)
-    assert_fails_in_one_line(done, "유한하지 않", "--lr")
+    assert_fails_in_one_line(done, "유한하지 않", "--lr", "이미지 pair_00")
     for path in (data / "output").glob("*.pt"):
         assert all(tensor.isfinite().all() for tensor in load(path).values())
     assert (data / "output/sam2_best.pt").read_bytes() == before["sam2_best.pt"]
@@ -256,24 +371,18 @@ def test_a_batch_decodes_as_its_images_and_clicks_do_one_by_one(data, weights):
     cache = train_sam2_proper.FeatureCache(predictor, 10**9)
     images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in (0, 1)]
     sizes = [size for _, size in images]
-    points = [np.array([[[10, 20]], [[40, 30]], [[70, 5]]], np.float32), np.array([[[1, 2]], [[3, 4]], [[50, 50]]],
-                                                                                  np.float32)]
+    prompts = [(np.array(points, np.float32), np.ones((3, 1)))
+               for points in ([[[10, 20]], [[40, 30]], [[70, 5]]], [[[1, 2]], [[3, 4]], [[50, 50]]])]
     with torch.no_grad():
-        together, scores = train_sam2_proper.predict_masks(predictor, cache(images), sizes, points)
+        together, scores = train_sam2_proper.predict_masks(predictor, cache(images), sizes, prompts)
         assert together.shape == (6, 3, 64, 64) and scores.shape == (6, 3)
         for row in range(6):
             own, click = divmod(row, 3)
             alone, score = train_sam2_proper.predict_masks(
-                predictor, cache([images[own]]), [sizes[own]], [points[own][click:click + 1]])
+                predictor, cache([images[own]]), [sizes[own]],
+                [tuple(part[click:click + 1] for part in prompts[own])])
             torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(scores[row:row + 1], score, rtol=1e-3, atol=1e-4)
-
-
-def test_clicks_fall_on_the_foreground():
-    mask = draw_pair(0)[1] > 0
-    clicks = train_sam2_proper.random_clicks(np.random.default_rng(0), mask, 500)
-    x, y = clicks[:, 0].astype(int).T
-    assert clicks.shape == (500, 1, 2) and mask[y, x].all() and len(set(zip(x, y))) > 200
 
 
 def test_image_size_is_the_side_that_the_model_sees(data, weights):
