@@ -54,6 +54,8 @@ CONFIG = {
     "val_image_dir": "data/images/val",
     "val_mask_dir": "data/masks/val",
     # training
+    "recipe": "reference",
+    "train_encoder": False,
     "iterations": 3000,    # steps of the optimizer
     "save_every": 500,     # validate and save after so many iterations
     "patience": 0,         # stop after so many validations without a better one; 0: never
@@ -67,6 +69,9 @@ CONFIG = {
     "warmup": 0,           # iterations over which the learning rate grows to lr
     "max_grad_norm": 0.0,  # longer gradients are shortened to this; 0: never
     "amp": True,           # mixed precision, on CUDA
+    # loss
+    "dice_weight": 0.0,    # of 1 - Dice beside the cross-entropy
+    "supervise": "first",  # of the three masks
     # prompts
     "prompt": "point",
     "clicks": 1,           # prompts on each image, decoded at once, each on its own
@@ -78,6 +83,10 @@ CONFIG = {
     "cache_dir": None,     # features kept on disk, across runs
     "cache_dtype": "float16",
 }
+RECIPES = {  # what --recipe sets, where a flag does not say otherwise
+    "reference": {},
+    "improved": {"dice_weight": 1.0, "supervise": "all"},
+}
 FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
                   "tensorboard", "wandb"}  # may differ from the run before
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
@@ -86,6 +95,7 @@ SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")  # names of weights
+WITH_ENCODER = re.compile(r"image_encoder\.|sam_prompt_encoder\.|sam_mask_decoder\.")  # with --train-encoder
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
@@ -329,11 +339,12 @@ class FeatureCache:
     folder: if given, features are also kept there as files, across runs. A file's name is a hash of all
         that its content depends on; a file whose checksum is wrong is made anew.
     autocast: encode in mixed precision where the device has it.
+    gradients: encode with gradients, for an encoder that is trained; limit must be 0 then.
     """
 
-    def __init__(self, predictor, limit, dtype=torch.float16, folder=None, autocast=True):
+    def __init__(self, predictor, limit, dtype=torch.float16, folder=None, autocast=True, gradients=False):
         self.predictor, self.limit, self.dtype, self.folder = predictor, limit, dtype, folder
-        self.autocast = autocast
+        self.autocast, self.gradients = autocast, gradients
         self.kept, self.encoded = {}, 0
         model = predictor.model
         side, channels = model.image_size, model.hidden_dim
@@ -370,8 +381,9 @@ class FeatureCache:
         image = reduce_to(read_image(path), max(size), cv2.INTER_AREA)
         if image.shape[:2] != size:
             raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+        set_image = type(self.predictor).set_image
         with mixed_precision(self.predictor.device, self.autocast):
-            self.predictor.set_image(image)
+            (set_image.__wrapped__ if self.gradients else set_image)(self.predictor, image)  # unwrapped: of no_grad
         self.encoded += 1
         levels = [self.predictor._features["image_embed"], *self.predictor._features["high_res_feats"]]
         return [level.to(self.dtype).cpu() for level in levels] if self.limit or self.folder else levels
@@ -401,14 +413,14 @@ def mixed_precision(device, wanted=True):
     return torch.autocast("cuda", dtype, enabled=on_cuda)
 
 
-def trained_parameters(model):
-    """Freeze everything but the mask decoder and the prompt encoder; return what is left to train.
+def trained_parameters(model, names=TRAINED):
+    """Freeze all weights but those whose names match; return what is left to train.
 
-    conv_s0 and conv_s1 belong to the decoder, but they run inside set_image, under no_grad: no gradient
-    could ever reach them, so they are frozen too.
+    TRAINED: the mask decoder and the prompt encoder. conv_s0 and conv_s1 belong to the decoder, but they run
+    inside set_image, under no_grad: no gradient could ever reach them, so they are frozen too.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(TRAINED.match(name) is not None)
+        parameter.requires_grad_(names.match(name) is not None)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -474,29 +486,42 @@ def predict_masks(predictor, features, sizes, prompts):
     return low_res_masks, scores
 
 
-def training_loss(logits, scores, gt_mask):
-    """The guide's loss for the prompts on one image.
+def training_loss(logits, scores, gt_mask, dice_weight=0.0, supervise="first"):
+    """The loss of the guide ("reference"), or more of it, for the prompts on one image.
 
-    logits: (K x) H x W, at the image's size; scores: (K) IoUs that the model predicts; gt_mask: float
-    H x W, 0 or 1.
-    Returns: (loss, IoU), scalars, means over K: binary cross-entropy with 1e-5 inside the logarithms, plus
-    SCORE_WEIGHT times the distance between the predicted IoU and the real one.
+    logits: K x 3 x H x W, at the image's size; scores: K x 3 IoUs that the model predicts; with "first",
+    only the first mask is looked at, and the others may be left out. gt_mask: float H x W, 0 or 1.
+    Returns: (loss, IoU), scalars, means over K. The loss is the binary cross-entropy with 1e-5 inside the
+    logarithms, plus dice_weight times 1 - Dice (of probabilities), plus SCORE_WEIGHT times the distance
+    between the predicted IoU and the real one: of the first mask, of "all" three on average, or of the
+    mask that fits "best" (the scores of all three, as in SAM 2's training). The IoU is that of the mask
+    with the highest score among those in the loss.
     """
+    if supervise == "first":
+        logits, scores = logits[:, :1], scores[:, :1]
     prob = torch.sigmoid(logits)
-    seg_loss = (-gt_mask * torch.log(prob + 1e-5) - (1 - gt_mask) * torch.log(1 - prob + 1e-5)).mean()
+    mask_loss = (-gt_mask * torch.log(prob + 1e-5) - (1 - gt_mask) * torch.log(1 - prob + 1e-5)).mean((-2, -1))
+    if dice_weight:
+        dice = (2 * (gt_mask * prob).sum((-2, -1)) + 1) / (gt_mask.sum() + prob.sum((-2, -1)) + 1)
+        mask_loss = mask_loss + dice_weight * (1 - dice)
     predicted = (prob > 0.5).float()
     intersection = (gt_mask * predicted).sum((-2, -1))
     iou = intersection / (gt_mask.sum() + predicted.sum((-2, -1)) - intersection + 1e-6)
     score_loss = torch.abs(scores - iou).mean()
-    return seg_loss + SCORE_WEIGHT * score_loss, iou.mean()
+    if supervise == "best":
+        mask_loss = mask_loss.min(1).values
+    shown = iou.gather(1, scores.argmax(1, keepdim=True))
+    return mask_loss.mean() + SCORE_WEIGHT * score_loss, shown.mean()
 
 
 class BatchLoss(torch.nn.Module):
     """The mean training_loss of some images, as the one module that DistributedDataParallel wraps."""
 
-    def __init__(self, predictor, cache, masks, amp):
+    def __init__(self, predictor, cache, masks, amp=True, dice_weight=0.0, supervise="first"):
         super().__init__()
         self.predictor, self.cache, self.masks, self.amp = predictor, cache, masks, amp
+        self.loss = {"dice_weight": dice_weight, "supervise": supervise}
+        self.image_encoder = predictor.model.image_encoder
         self.prompt_encoder = predictor.model.sam_prompt_encoder
         self.mask_decoder = predictor.model.sam_mask_decoder
 
@@ -521,12 +546,13 @@ class BatchLoss(torch.nn.Module):
                 prompts = [with_clicks_on_errors(rng, *rest)
                            for (_, rng), *rest in zip(picks, prompts, predicted, gt_masks)]
             low_res_masks, scores = predict_masks(self.predictor, features, sizes, prompts)
+        if self.loss["supervise"] == "first":  # masks that are not in the loss are not enlarged
+            low_res_masks = low_res_masks[:, :1]
         results = []
         for gt_mask, own_masks, own_scores in zip(gt_masks, low_res_masks.split(count), scores.float().split(count)):
-            # only the first of the three masks enters the loss, so only that one is enlarged
-            logits = enlarge(own_masks[:, :1], gt_mask.shape)
+            logits = enlarge(own_masks, gt_mask.shape)
             target = torch.from_numpy(gt_mask).to(logits.device).float()
-            results.append(torch.stack(training_loss(logits[:, 0], own_scores[:, 0], target)))
+            results.append(torch.stack(training_loss(logits, own_scores, target, **self.loss)))
         return torch.stack(results).mean(0).unbind()
 
 
@@ -581,18 +607,20 @@ class Training:
 
         free = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.limit = free if args.cache_gb is None else min(free, int(args.cache_gb * 1e9))
+        if args.train_encoder:
+            self.limit, args.cache_dir = 0, None  # features change with the encoder
         self.cache = FeatureCache(self.predictor, self.limit, getattr(torch, args.cache_dtype), args.cache_dir,
-                                  args.amp)
+                                  args.amp, gradients=args.train_encoder)
         self.fitting = min(len(self.masks), self.limit // self.cache.bytes_per_image)
         # validation sees features in full precision, as compare_models.py does, so that its numbers are the same
         val_limit = self.limit - self.fitting * self.cache.bytes_per_image
         self.val_cache = FeatureCache(self.predictor, val_limit, torch.float32, args.cache_dir, autocast=False)
         self.val_fitting = min(len(self.val_masks), val_limit // self.val_cache.bytes_per_image)
 
-        self.parameters = trained_parameters(self.model)
+        self.parameters = trained_parameters(self.model, WITH_ENCODER if args.train_encoder else TRAINED)
         self.model.sam_mask_decoder.train()
         self.model.sam_prompt_encoder.train()
-        self.batch_loss = BatchLoss(self.predictor, self.cache, self.masks, args.amp)
+        self.batch_loss = BatchLoss(self.predictor, self.cache, self.masks, args.amp, args.dice_weight, args.supervise)
         if processes > 1:  # unused: what belongs to the masks that are not in the loss
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -658,8 +686,8 @@ class Training:
             self.predictor._features = self.val_cache([(self.val_masks.paths[index], gt_mask.shape)])
             self.predictor._orig_hw, self.predictor._is_image_set = [gt_mask.shape], True
             logits, scores, _ = predict_prompted(self.predictor, prompt_kind(self.args.prompt, index), gt_mask)
-            loss, _ = training_loss(torch.from_numpy(logits[:1]), torch.from_numpy(scores[:1]),
-                                    torch.from_numpy(gt_mask).float())
+            loss, _ = training_loss(torch.from_numpy(logits[None]), torch.from_numpy(scores[None]),
+                                    torch.from_numpy(gt_mask).float(), self.args.dice_weight, self.args.supervise)
             best = logits[scores.argmax()] > 0
             own.append((loss.item(), calculate_iou(best, gt_mask), calculate_dice(best, gt_mask)))
         if self.processes > 1:
@@ -916,6 +944,10 @@ def parse_args():
     setting("mask_dir", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)")
     setting("val_image_dir", str, "검증 이미지 폴더")
     setting("val_mask_dir", str, "검증 마스크 폴더")
+    setting("recipe", str, "학습 방법: reference 원래 가이드의 손실 그대로, improved 같은 계산량으로 IoU를 더 올리는 "
+            "설정 묶음(따로 준 옵션이 우선)", choices=list(RECIPES))
+    parser.add_argument("--train-encoder", action="store_true",
+                        help="이미지 인코더까지 학습: 캐시 없이 느리고 메모리를 훨씬 더 씀 (기본: 고정)")
     setting("iterations", int, "총 학습 반복 횟수")
     setting("save_every", int, "몇 번 반복할 때마다 검증하고 저장할지")
     setting("patience", int, "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지")
@@ -930,6 +962,9 @@ def parse_args():
     setting("max_grad_norm", float, "기울기의 길이를 이 값까지 줄임, 0이면 줄이지 않음")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=CONFIG["amp"],
                         help="CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐 (기본: 씀)")
+    setting("dice_weight", float, "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음")
+    setting("supervise", str, "손실에 넣을 마스크: first 첫째만, all 셋 모두, best 가장 잘 맞는 것만",
+            choices=["first", "all", "best"])
     setting("prompt", str, "학습하고 검증할 프롬프트: point 점 하나, points 점 하나에 틀린 곳의 점을 더함, box 상자"
             "(학습할 때는 조금 흔듦), mixed 셋을 섞음", choices=["point", "points", "box", "mixed"])
     setting("clicks", int, "이미지마다 한 번에 디코딩할 프롬프트 수")
@@ -943,9 +978,10 @@ def parse_args():
     setting("cache_gb", float, "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)")
     setting("cache_dir", Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더 (기본: 쓰지 않음)")
     setting("cache_dtype", str, "남겨 둘 특징의 정밀도", choices=["float16", "float32"])
+    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     for least, names in ((1, ("iterations", "save_every", "batch_size", "accumulate", "clicks", "max_points")),
-                         (0, ("seed", "patience", "warmup", "lr", "weight_decay", "max_grad_norm"))):
+                         (0, ("seed", "patience", "warmup", "lr", "weight_decay", "max_grad_norm", "dice_weight"))):
         for name in names:
             if not getattr(args, name) >= least:
                 parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
@@ -959,7 +995,9 @@ def print_setup(training, device):
     total = sum(parameter.numel() for parameter in training.model.parameters())
     print(f"장치: {device}" + (f", 프로세스 {training.processes}개" if training.processes > 1 else ""))
     print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.left_out}장), 검증 {len(val_masks)}장")
-    print(f"학습하는 가중치: {trained:,} / {total:,} (이미지 인코더와 conv_s0, conv_s1은 고정)")
+    frozen = "이미지 인코더도 학습하므로 특징을 캐시하지 않음" if training.args.train_encoder else \
+        "이미지 인코더와 conv_s0, conv_s1은 고정"
+    print(f"학습하는 가중치: {trained:,} / {total:,} ({frozen})")
     print(f"특징 캐시: 학습 {len(masks)}장 중 {training.fitting}장, "
           f"검증 {len(val_masks)}장 중 {training.val_fitting}장이 들어갑니다 "
           f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {cache.limit / 1e9:.3g} GB)"

@@ -1,0 +1,222 @@
+"""Train recipes at an equal budget and compare their IoU: how --recipe improved was chosen.
+
+    python benchmarks/study_recipes.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
+    python benchmarks/study_recipes.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt --final
+
+The budget is a number of decoder passes: one prompt on one image, forward and backward. Encoder passes are
+counted apart. The study trains on four fifths of data/images/train and measures on the held-back fifth;
+--final, to be run once, trains only the recipes of train_sam2_proper.py, on all training images, and measures
+on data/images/val. Always the model after the last iteration, the mask with the highest score, one click in
+the middle or the box. As many runs go on side by side as there are cores, each on one.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_sam2_proper as project  # noqa: E402
+
+TRAINING_LOSS, RANDOM_PIXELS = project.training_loss, project.random_pixels
+BASE = "--dice-weight 1 --supervise all --batch-size 4 --lr 3e-4 --scheduler cosine --warmup 50"
+
+
+def recipe(flags, **more):
+    """The number of iterations follows from the budget."""
+    return {"flags": flags.split(), **more}
+
+
+# name: what is trained, and why it might help. From "base" on, each is the base with one change.
+STUDY = {
+    "reference": recipe(""),
+    "reference, lr 1e-4": recipe("--lr 1e-4"),      # the default 1e-5 is made for long trainings of a large model
+    "base": recipe(BASE),                           # less noisy steps, and overlap itself in the loss
+    "no Dice": recipe(f"{BASE} --dice-weight 0"),
+    "Dice x 3": recipe(f"{BASE} --dice-weight 3"),
+    "focal (x 20) + Dice": recipe(f"{BASE}", focal=20),  # SAM 2's own loss: sure pixels count less
+    "first mask": recipe(f"{BASE} --supervise first"),   # the others stay as they were, and may be shown
+    "best mask": recipe(f"{BASE} --supervise best"),     # SAM 2's own: the masks stay alternatives
+    "score x 1": recipe(BASE, score_weight=1.0),         # SAM 2's own: choose the shown mask better
+    "batch 1": recipe(f"{BASE} --batch-size 1 --lr 1e-4"),
+    "batch 8": recipe(f"{BASE} --batch-size 8"),
+    "lr 1e-4": recipe(f"{BASE} --lr 1e-4"),
+    "lr 6e-4": recipe(f"{BASE} --lr 6e-4"),
+    "lr 1e-3": recipe(f"{BASE} --lr 1e-3"),
+    "no cosine": recipe(f"{BASE} --scheduler none"),
+    "4 clicks on 1 image": recipe(f"{BASE} --batch-size 1 --clicks 4"),  # fewer images to encode
+    "2 clicks on 4 images": recipe(f"{BASE} --clicks 2"),
+    "clicks in the middle": recipe(BASE, clicks="middle"),   # as the validation clicks
+    "clicks at the border": recipe(BASE, clicks="border"),   # the hard ones
+    "points": recipe(f"{BASE} --prompt points"),             # corrections, negative clicks
+    "mixed": recipe(f"{BASE} --prompt mixed"),               # and boxes
+    "average of weights": recipe(BASE, average=0.99),        # a smoother end
+    "flips": recipe(BASE, views=(0, 2, 4, 6)),               # more images for the same labels; 4x to encode
+    "flips and turns": recipe(BASE, views=tuple(range(8))),  # 8x to encode
+    "neck too": recipe(f"{BASE} --train-encoder", trained=r"image_encoder\.neck|sam_prompt_encoder|sam_mask_decoder"),
+    "encoder too": recipe(f"{BASE} --train-encoder"),        # the features learn too; no cache
+}
+FINAL = {"reference": recipe("--recipe reference"), "reference, lr 1e-4": recipe("--recipe reference --lr 1e-4"),
+         "improved": recipe("--recipe improved")}
+
+
+def view(array, number):
+    """One of the eight views of an image or mask: number % 2 transposes, then flips up-down and left-right."""
+    array = array.swapaxes(0, 1) if number % 2 else array
+    return np.ascontiguousarray(array[::-1 if number & 2 else 1, ::-1 if number & 4 else 1])
+
+
+def write_views(pairs, numbers, folder):
+    """Write views of the pairs as files; returns the pairs of all of them."""
+    written = []
+    for image_path, mask_path in pairs:
+        for number in numbers:
+            image, mask = (folder / kind / f"{image_path.stem}_{number}.png" for kind in ("images", "masks"))
+            if not mask.is_file():
+                pixels = view(project.read_image(image_path), number)[..., ::-1]
+                project.write_file(image, cv2.imencode(".png", pixels)[1].tobytes())
+                pixels = view(project.read_mask(mask_path), number) * np.uint8(255)
+                project.write_file(mask, cv2.imencode(".png", pixels)[1].tobytes())
+            written.append((image, mask))
+    return written
+
+
+def focal_loss(weight, logits, scores, gt_mask, dice_weight, supervise):
+    """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) for the cross-entropy."""
+    del supervise  # all
+    prob = torch.sigmoid(logits)
+    right = prob * gt_mask + (1 - prob) * (1 - gt_mask)
+    alpha = 0.25 * gt_mask + 0.75 * (1 - gt_mask)
+    focal = (-alpha * (1 - right) ** 2 * torch.log(right + 1e-5)).mean((-2, -1))
+    plain, iou = TRAINING_LOSS(logits, scores, gt_mask, dice_weight, "all")
+    entropy = (-torch.log(right + 1e-5)).mean((-2, -1))
+    return plain + (weight * focal - entropy).mean(), iou
+
+
+def clicks_by_depth(where, rng, mask, count):
+    """Random pixels among the deepest half of the mask ("middle") or the other half ("border")."""
+    depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    limit = np.median(depth[mask])
+    half = mask & (depth >= limit if where == "middle" else depth <= limit)
+    return RANDOM_PIXELS(rng, half, count)
+
+
+def measure(training):
+    """Mean IoU and Dice on the validation masks for a click and for the box, and the click's first mask: percent."""
+    predictor, masks, values = training.predictor, training.val_masks, []
+    for index in range(len(masks)):
+        gt_mask, row = masks[index], []
+        predictor._features = training.val_cache([(masks.paths[index], gt_mask.shape)])
+        predictor._orig_hw, predictor._is_image_set = [gt_mask.shape], True
+        for kind in ("point", "box"):
+            logits, scores, _ = project.predict_prompted(predictor, kind, gt_mask)
+            best = logits[scores.argmax()] > 0
+            row += [project.calculate_iou(best, gt_mask), project.calculate_dice(best, gt_mask)]
+            if kind == "point":
+                first = project.calculate_iou(logits[0] > 0, gt_mask)
+        values.append([*row, first])
+    return 100 * np.mean(values, 0)
+
+
+def run(job):
+    """Train one recipe with one seed: (name, measured values, encoder passes, seconds)."""
+    name, options, seed, pairs, val_pairs, args = job
+    torch.set_num_threads(1)
+    flags = ["--model-cfg", args.model_cfg, "--checkpoint", args.checkpoint, "--device", args.device,
+             "--cache-dir", str(args.cache_dir), "--cache-gb", "2", "--seed", str(seed), *options["flags"]]
+    patches = [mock.patch.object(sys, "argv", ["study", *flags])]
+    if "focal" in options:
+        patches.append(mock.patch.object(project, "training_loss", partial(focal_loss, options["focal"])))
+    if "clicks" in options:
+        patches.append(mock.patch.object(project, "random_pixels", partial(clicks_by_depth, options["clicks"])))
+    if "trained" in options:
+        patches.append(mock.patch.object(project, "WITH_ENCODER", re.compile(options["trained"])))
+    if "score_weight" in options:
+        patches.append(mock.patch.object(project, "SCORE_WEIGHT", options["score_weight"]))
+    if "views" in options:
+        pairs = write_views(pairs, options["views"], args.cache_dir / "views")
+    patches.append(mock.patch.object(project, "load_masks", lambda _: (
+        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND), project.Masks(val_pairs, 10**9, 1))))
+    patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
+    started = time.time()
+    for patch in patches:
+        patch.start()
+    settings = project.parse_args()
+    settings.iterations = args.passes // (settings.batch_size * settings.accumulate * settings.clicks)
+    training = project.Training(settings, args.device)
+    if "average" in options:
+        parts = torch.nn.ModuleList([training.model.sam_prompt_encoder, training.model.sam_mask_decoder])
+        average = torch.optim.swa_utils.AveragedModel(
+            parts, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options["average"]))
+        training.optimizer.register_step_post_hook(lambda *_: average.update_parameters(parts))
+    for iteration in range(1, settings.iterations + 1) if name != "original" else ():
+        training.step(iteration)
+    if "average" in options:
+        parts.load_state_dict(average.module.state_dict())
+    encoded = settings.iterations * settings.batch_size if settings.train_encoder else len(
+        {index for iteration in range(1, settings.iterations + 1) for index, _ in project.draw_batch(
+            seed, iteration, settings.batch_size, len(training.masks), settings.prompt, 1)[2]})
+    values = measure(training)
+    for patch in patches:
+        patch.stop()
+    return name, values, encoded, time.time() - started
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
+    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--passes", type=int, default=3000, help="decoder passes of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--only", help="names of recipes, separated by ';'")
+    parser.add_argument("--cache-dir", type=Path, help="features, kept for the next run")
+    parser.add_argument("--final", action="store_true", help="train_sam2_proper.py's recipes on data/images/val")
+    args = parser.parse_args()
+    temporary = None if args.cache_dir else tempfile.TemporaryDirectory()
+    args.cache_dir = args.cache_dir or Path(temporary.name)
+    pairs = {split: project.find_pairs(args.data_dir / "images" / split, args.data_dir / "masks" / split)
+             for split in (("train", "val") if args.final else ("train",))}
+    if args.final:
+        train, val = pairs["train"], pairs["val"]
+    else:
+        val = pairs["train"][::5]
+        train = [pair for pair in pairs["train"] if pair not in val]
+    recipes = {"original": recipe(""), **(FINAL if args.final else STUDY)}
+    if args.only:
+        recipes = {name: recipes[name] for name in args.only.split(";")}
+    jobs = [(name, options, seed, train, val, args) for name, options in recipes.items()
+            for seed in range(args.seeds if name != "original" else 1)]
+    print(f"{args.model_cfg}, {len(train)} images to train on, {len(val)} to measure on, {args.passes} decoder passes, "
+          f"{args.seeds} seeds; mean ± standard deviation, in percent", flush=True)
+    print(f"{'recipe':24} {'point IoU':>12} {'point Dice':>12} {'box IoU':>12} {'box Dice':>12} {'first mask':>12} "
+          f"{'encodings':>9} {'seconds':>7}  point IoU by seed", flush=True)
+    done = {name: [] for name in recipes}
+    with ProcessPoolExecutor(args.workers) as pool:
+        for name, *result in pool.map(run, jobs):
+            done[name].append(result)
+            if len(done[name]) < (args.seeds if name != "original" else 1):
+                continue
+            values = np.array([values for values, *_ in done[name]])
+            cells = " ".join(f"{mean:6.1f} ± {spread:3.1f}" for mean, spread in zip(values.mean(0), values.std(0)))
+            print(f"{name:24} {cells} {done[name][0][1]:9} {np.mean([seconds for *_, seconds in done[name]]):7.0f}  "
+                  + " ".join(f"{value:.1f}" for value in values[:, 0]), flush=True)
+    if temporary:
+        temporary.cleanup()
+
+
+if __name__ == "__main__":
+    main()
