@@ -1,15 +1,19 @@
-"""Segment one image with the fine-tuned SAM 2.1, from points, a box, or clicks in a window.
+"""Segment your own images with the fine-tuned SAM 2.1: from points, boxes or a rough mask, or in a window.
 
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg
+    python test_my_image.py --image test_images --everything
 """
 
 import argparse
 import io
+import json
+import math
 import os
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,8 +22,20 @@ import torch
 from hydra import compose
 from hydra.utils import instantiate
 from matplotlib import pyplot as plt
+from matplotlib.colors import hsv_to_rgb
 from omegaconf import OmegaConf
+from pycocotools import mask as coco_mask
+from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.sam2_image_predictor import SAM2ImagePredictor
+from sam2.utils.amg import remove_small_regions
+from tqdm import tqdm
+
+FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
+SHOWN_SIDE = 1500      # pixels: larger images are reduced to this for display
+EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
+COLOURS = {"original model": (230, 60, 30), "fine-tuned model": (30, 110, 255)}
+WINDOW_HELP = ("left click: object    right click: background    drag: box    u: undo    r: reset    "
+               "1 2 3: candidate    Enter: save")
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
@@ -169,28 +185,208 @@ def parse_points(text):
     return points
 
 
-def parse_box(text):
-    """Parse "x1,y1,x2,y2" in pixels: a list of four floats, the corners put in order."""
-    try:
-        x1, y1, x2, y2 = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}'는 \"x1,y1,x2,y2\" 형식이 아닙니다") from None
-    if not np.isfinite([x1, y1, x2, y2]).all() or x1 == x2 or y1 == y2:
-        raise argparse.ArgumentTypeError(f"'{text}': 넓이가 있는 상자여야 합니다")
-    return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+def parse_boxes(text):
+    """Parse "x1,y1,x2,y2" or several of them, separated by ";": a list of [x1, y1, x2, y2] in pixels, in order."""
+    boxes = []
+    for part in text.strip().strip(";").split(";"):
+        try:
+            x1, y1, x2, y2 = map(float, part.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{part}'는 \"x1,y1,x2,y2\" 형식이 아닙니다") from None
+        if not np.isfinite([x1, y1, x2, y2]).all() or x1 == x2 or y1 == y2:
+            raise argparse.ArgumentTypeError(f"'{part}': 넓이가 있는 상자여야 합니다")
+        boxes.append([min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)])
+    return boxes
 
 
-def check_inside(points, box, image):
-    """Fail, with the image's size, if a point (x, y, label) or a corner of the box lies outside `image`.
+def is_inside(point, box):
+    """Whether (x, y, ...) lies in [x1, y1, x2, y2], edges included."""
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
-    A box may end at the image's very edge (x2 = width), a point may not: there is no pixel.
+
+def check_prompts(path, image, points, boxes, rough):
+    """Raise ImageError, with the image's size, if a prompt does not fit the image.
+
+    A box may end at the image's very edge (x2 = width), a point may not: there is no pixel. With several
+    boxes each point must lie in one, to say which of the objects it belongs to.
     """
     height, width = image.shape[:2]
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
-    if box:
-        outside += [(x, y) for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
+    outside += [(x, y) for box in boxes for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
     for x, y in outside:
-        fail(f"좌표 ({x:g}, {y:g})가 이미지 밖에 있습니다. 이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
+        raise ImageError(f"{path}: 좌표 ({x:g}, {y:g})가 이미지 밖에 있습니다. "
+                         f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
+    for x, y, _ in points:
+        if len(boxes) > 1 and not any(is_inside((x, y), box) for box in boxes):
+            raise ImageError(f"{path}: 점 ({x:g}, {y:g})가 어느 상자에도 들어 있지 않습니다. "
+                             "상자가 여럿이면 점은 자기 상자 안에 있어야 합니다")
+    if rough is not None and rough.shape != (height, width):
+        raise ImageError(f"{path}: --mask의 크기가 이미지와 다릅니다. 마스크는 가로 {rough.shape[1]}, "
+                         f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
+
+
+def find_images(names):
+    """The image files that --image names: files as they are, folders as the images in them, sorted."""
+    paths = []
+    for path in map(Path, names):
+        paths += sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS) if path.is_dir() else [path]
+    if not paths:
+        fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
+    return paths
+
+
+def result_names(paths):
+    """A name for each image's results: its stem, or, where several have the same, one that tells them apart."""
+    names = []
+    for path in paths:
+        twice = sum(other.stem == path.stem for other in paths) > 1
+        name = f"{path.stem}_{path.suffix[1:]}" if twice else path.stem
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def segment(predictor, points, boxes, rough=None, refine=0):
+    """Segment in the image that is set: bool masks 3 x H x W and scores 3.
+
+    points: (x, y, label) in pixels; boxes: [x1, y1, x2, y2]; rough: a mask to start from, bool H x W, or None;
+    refine: how often the best mask is given back to the model as a prompt.
+    Several boxes are several objects, each with the points inside it: the first mask unites what is best
+    for each, the second what is second best, and the scores are means.
+    """
+    start = None
+    if rough is not None:  # as logits, the way SAM 2 itself writes a given mask (SAM2Base._use_mask_as_output)
+        height, width = predictor.model.sam_prompt_encoder.mask_input_size
+        share = cv2.resize(rough.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+        start = 20 * share[None] - 10
+    objects = []
+    for box in boxes or [None]:
+        own = points if len(boxes) < 2 else [point for point in points if is_inside(point, box)]
+        logits = start
+        for _ in range(refine + 1):
+            # always the three masks: fine-tuning trains those, not the single one that SAM 2 would give instead
+            masks, scores, low_res = predictor.predict(
+                point_coords=np.array([point[:2] for point in own], np.float32) if own else None,
+                point_labels=np.array([point[2] for point in own]) if own else None,
+                box=np.array(box, np.float32) if box else None,
+                mask_input=logits, multimask_output=True)
+            logits = low_res[scores.argmax()][None]
+        order = np.argsort(-scores, kind="stable") if len(boxes) > 1 else np.arange(3)
+        objects.append((masks[order] > 0, scores[order]))
+    return np.any([masks for masks, _ in objects], axis=0), np.mean([scores for _, scores in objects], axis=0)
+
+
+def segment_everything(predictor, image, args):
+    """All that SAM 2's automatic mask generator finds: COCO annotations, the largest first.
+
+    Each holds bbox [x, y, width, height] and area in pixels of `image`, score (the predicted IoU),
+    stability_score, and segmentation as compressed RLE.
+    """
+    reduced = reduce_to(image, EVERYTHING_SIDE, cv2.INTER_AREA)
+    height, width = image.shape[:2]
+    generator = SAM2AutomaticMaskGenerator(
+        predictor.model, points_per_side=args.points_per_side, pred_iou_thresh=args.pred_iou_thresh,
+        stability_score_thresh=args.stability_score_thresh)
+    generator.predictor = predictor  # its own would take the model's image_size for 1024
+    annotations = []
+    for found in generator.generate(reduced):
+        mask = found["segmentation"]
+        if mask.shape != (height, width):
+            mask = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        for kind in ("holes", "islands"):  # what the generator's own min_mask_region_area does on CUDA only
+            mask, _ = remove_small_regions(mask, args.min_mask_region_area, kind)
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        annotations.append({
+            "bbox": [int(number) for number in coco_mask.toBbox(rle)], "area": int(coco_mask.area(rle)),
+            "score": round(found["predicted_iou"], 4), "stability_score": round(found["stability_score"], 4),
+            "segmentation": {"size": [height, width], "counts": rle["counts"].decode()}, "iscrowd": 0})
+    annotations.sort(key=lambda annotation: -annotation["area"])
+    return [{"id": number, "image_id": 1, "category_id": 1, **annotation}
+            for number, annotation in enumerate(annotations, start=1)]
+
+
+def save_everything(folder, name, path, image, annotations):
+    """Write the overlay in distinct colours, the label map (0: nothing, k: annotation k) and the COCO file."""
+    height, width = image.shape[:2]
+    labels, overlaid = np.zeros((height, width), np.uint16), image.copy()
+    for annotation in annotations:  # smaller ones lie on top
+        mask = coco_mask.decode(annotation["segmentation"]) > 0
+        labels[mask] = annotation["id"]
+        hue = annotation["id"] * 0.618 % 1  # the golden ratio: neighbours in number are far apart in colour
+        overlaid = overlay(overlaid, mask, tuple(int(255 * part) for part in hsv_to_rgb((hue, 0.85, 1))))
+    write_file(folder / f"{name}_everything.png", cv2.imencode(".png", overlaid[..., ::-1])[1].tobytes())
+    write_file(folder / f"{name}_labels.png", cv2.imencode(".png", labels)[1].tobytes())
+    coco = {"images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
+            "categories": [{"id": 1, "name": "object"}], "annotations": annotations}
+    write_file(folder / f"{name}_everything.json", json.dumps(coco, ensure_ascii=False).encode())
+
+
+def same_frozen_weights(original, finetuned):
+    """Whether all weights that make an image's features are equal in both models.
+
+    Those are all but the prompt encoder and the mask decoder; the decoder's conv_s0 and conv_s1 run in
+    set_image and count as frozen.
+    """
+    ours, theirs = original.state_dict(), finetuned.state_dict()
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
+
+
+def set_image_in_all(predictors, image):
+    """Encode `image` for each predictor: once for those that share their frozen weights."""
+    predictors[0].set_image(image)
+    for other in predictors[1:]:
+        if same_frozen_weights(predictors[0].model, other.model):
+            other._features, other._orig_hw, other._is_image_set = predictors[0]._features, [image.shape[:2]], True
+        else:
+            other.set_image(image)
+
+
+def reduce_to(array, max_side, interpolation):
+    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
+    height, width = array.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(array, size, interpolation=interpolation)
+
+
+def overlay(image, mask, colour):
+    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+    tinted = image.copy()
+    tinted[mask] = (0.55 * image[mask] + 0.45 * np.array(colour)).astype(np.uint8)
+    edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+
+
+def show(axes, image, mask=None, colour=None):
+    """Draw `image`, with `mask` over it, in the image's own pixel coordinates, reduced to what a screen shows."""
+    height, width = image.shape[:2]
+    shown = reduce_to(image, SHOWN_SIDE, cv2.INTER_AREA)
+    if mask is not None:
+        small = cv2.resize(mask.astype(np.uint8), shown.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        shown = overlay(shown, small > 0, colour)
+    if axes.images:
+        axes.images[0].set_data(shown)
+    else:
+        axes.imshow(shown, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        axes.set(xticks=[], yticks=[])
+
+
+def draw_prompts(axes, points, boxes, rough=None):
+    """Mark points (x, y, label) with stars, green or red; boxes and the rough mask's outline in green.
+
+    Returns what was drawn, so that it can be taken away again.
+    """
+    drawn = [axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
+             for x, y, label in points]
+    drawn += [axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
+              for x1, y1, x2, y2 in boxes]
+    if rough is not None and rough.any():
+        axes.contour(rough, levels=[0.5], colors="lime", linewidths=2)
+    return drawn
 
 
 def require_display():
@@ -206,74 +402,227 @@ def require_display():
         fail(f"창을 띄울 수 없습니다. 좌표를 직접 주세요: --point \"x,y\"{advice}")
 
 
-def draw_points(axes, points):
-    """Mark points (x, y, label): green stars for foreground, red ones for background."""
-    for x, y, label in points:
-        axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
+class Window:
+    """A matplotlib window in which each click and each dragged box segments the image anew.
 
-
-def open_window(image):
-    """Open a window in which clicks place points.
-
-    Returns: the list that the clicks fill with (x, y, label), in pixels to one decimal.
-    Left click: foreground (1), right click: background (0). While the toolbar pans or zooms, and outside
-    the image, clicks place nothing. The list is complete when plt.show() returns.
+    models: {title: function of (points, boxes) that returns masks 3 x H x W and scores 3}; one panel each.
+    What it holds when plt.show() returns: points (x, y, label) and boxes [x1, y1, x2, y2], in pixels to one
+    decimal; choice, the candidate that a key picked (0 to 2), or None for the one with the highest score;
+    found, {title: (masks, scores)}.
     """
-    points = []
-    height, width = image.shape[:2]
-    figure, axes = plt.subplots(figsize=(10, 10 * min(max(height / width, 0.4), 0.8) + 0.8), layout="constrained")
-    axes.imshow(image)
-    axes.set_title("left click: foreground   right click: background   close the window: segment")
-    axes.axis("off")
 
-    def on_click(event):
-        if event.inaxes is not axes or event.button not in (1, 3) or getattr(figure.canvas.toolbar, "mode", ""):
+    def __init__(self, image, models):
+        self.image, self.models = image, models
+        self.points, self.boxes, self.choice, self.found = [], [], None, {}
+        self.history, self.drawn, self.pressed = [], [], None
+        for action in ("home", "back"):  # matplotlib's own meaning of r and Backspace
+            keys = plt.rcParams[f"keymap.{action}"]
+            plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in ("r", "backspace")]
+        shape = image.shape[0] / image.shape[1]
+        width = 10 if len(models) == 1 else 15
+        self.figure, panels = plt.subplots(1, len(models), squeeze=False, layout="constrained", figsize=(
+            width, min(max(width / len(models) * shape, 4), 8) + 1))
+        self.panels = panels[0]
+        self.figure.supxlabel(WINDOW_HELP, fontsize=10)
+        for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
+                              ("button_release_event", self.on_release), ("key_press_event", self.on_key)):
+            self.figure.canvas.mpl_connect(name, handler)
+        self.update()
+
+    def position(self, event, axes):
+        """Where in the image an event lies, to one decimal, moved inside if it lies beside it: (x, y)."""
+        height, width = self.image.shape[:2]
+        x, y = axes.transData.inverted().transform((event.x, event.y))
+        return round(min(max(x, 0), width - 1), 1), round(min(max(y, 0), height - 1), 1)
+
+    def on_press(self, event):
+        toolbar_is_busy = getattr(self.figure.canvas.toolbar, "mode", "")  # it zooms or pans
+        if event.inaxes not in self.panels or event.button not in (1, 3) or toolbar_is_busy:
             return
-        x, y = round(event.xdata, 1), round(event.ydata, 1)
-        if 0 <= x < width and 0 <= y < height:
-            points.append((x, y, 1 if event.button == 1 else 0))
-            draw_points(axes, points[-1:])
-            figure.canvas.draw_idle()
+        height, width = self.image.shape[:2]
+        if -0.05 <= event.xdata < width - 0.05 and -0.05 <= event.ydata < height - 0.05:  # rounds to a pixel's place
+            self.pressed = event
 
-    figure.canvas.mpl_connect("button_press_event", on_click)
-    return points
+    def dragged_box(self, event):
+        """The box from where the left button was pressed to `event`; None for a click that barely moved."""
+        start = self.pressed
+        if start.button != 1 or max(abs(event.x - start.x), abs(event.y - start.y)) < 6:
+            return None
+        (x1, y1), (x2, y2) = self.position(start, start.inaxes), self.position(event, start.inaxes)
+        return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
+
+    def on_motion(self, event):
+        if self.pressed and (box := self.dragged_box(event)):
+            self.draw_prompts(self.points, [box])
+            self.figure.canvas.draw_idle()
+
+    def on_release(self, event):
+        if not self.pressed or event.button != self.pressed.button:
+            return
+        points, boxes = self.points, self.boxes
+        if box := self.dragged_box(event):
+            boxes = [box]
+        else:
+            points = [*points, (*self.position(self.pressed, self.pressed.inaxes), int(event.button == 1))]
+        self.pressed = None
+        self.history.append((self.points, self.boxes))
+        self.set_prompts(points, boxes)
+
+    def on_key(self, event):
+        if event.key in ("u", "backspace") and self.history:
+            self.set_prompts(*self.history.pop())
+        elif event.key == "r":
+            self.history.clear()
+            self.set_prompts([], [])
+        elif event.key in ("1", "2", "3") and self.found:
+            self.choice = int(event.key) - 1
+            self.update()
+        elif event.key == "enter" and self.found:
+            plt.close(self.figure)
+
+    def set_prompts(self, points, boxes):
+        """Take over new prompts, segment with them and show it."""
+        self.points, self.boxes, self.choice = points, boxes, None
+        self.found = {title: find(points, boxes) for title, find in self.models.items()} if points or boxes else {}
+        self.update()
+
+    def draw_prompts(self, points, boxes):
+        for artist in self.drawn:
+            artist.remove()
+        self.drawn = [artist for axes in self.panels for artist in draw_prompts(axes, points, boxes)]
+
+    def update(self):
+        """Show the image, the candidate and the prompts."""
+        for axes, title in zip(self.panels, self.models):
+            if self.found:
+                masks, scores = self.found[title]
+                number = int(scores.argmax()) if self.choice is None else self.choice
+                show(axes, self.image, masks[number], COLOURS[title])
+                axes.set_title(f"{title}: mask {number + 1} of 3, score {scores[number]:.3f}")
+            else:
+                show(axes, self.image)
+                axes.set_title(title)
+        self.draw_prompts(self.points, self.boxes)
+        self.figure.canvas.draw_idle()
 
 
-def save_result(path, image, points, box, masks, scores, title):
-    """One row of four panels: the input with its prompts, then the three masks with their scores.
+def save_panels(path, panels, shape):
+    """Write panels, functions that draw on axes, side by side; or, for wide images, below each other.
 
-    masks: bool 3 x H x W; scores: 3. The best mask is framed.
+    shape: (H, W) of the images in them.
     """
-    height, width = image.shape[:2]
-    figure, panels = plt.subplots(1, 4, figsize=(16, 4 * min(max(height / width, 0.3), 2) + 0.6), layout="constrained")
-    panels[0].imshow(image)
-    draw_points(panels[0], points)
-    if box:
-        panels[0].add_patch(plt.Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1],
-                                          fill=False, edgecolor="lime", linewidth=2))
-    panels[0].set_title(title)
-    for number, (panel, mask, score) in enumerate(zip(panels[1:], masks, scores)):
-        tinted = image.copy()
-        tinted[mask] = (0.5 * image[mask] + 0.5 * np.array([30, 110, 255])).astype(np.uint8)
-        panel.imshow(tinted)
-        best = number == int(scores.argmax())
-        panel.set_title(f"mask {number + 1}, score {score:.3f}" + ("  (best)" if best else ""))
-        for spine in panel.spines.values():
-            spine.set(visible=best, color="lime", linewidth=4)
-    for panel in panels:
-        panel.set(xticks=[], yticks=[])
-    for spine in panels[0].spines.values():
-        spine.set_visible(False)
+    flatness = shape[1] / shape[0]
+    columns = len(panels) if flatness < 1.6 else 1 if flatness > 5 else math.ceil(len(panels) / 2)
+    rows = math.ceil(len(panels) / columns)
+    width = max(4, 14 / columns)  # inches a panel
+    height = min(max(width / flatness, 1), 9) + 0.4
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
+                                layout="constrained")
+    for panel, draw in zip(axes.flat, panels):
+        draw(panel)
     save_figure(figure, path)
+
+
+def input_panel(image, points, boxes, rough, title):
+    """A panel with the image and its prompts."""
+    def draw(axes):
+        show(axes, image)
+        draw_prompts(axes, points, boxes, rough)
+        axes.set_title(title)
+        axes.spines[:].set_visible(False)
+    return draw
+
+
+def mask_panel(image, mask, colour, title, framed):
+    """A panel with a mask over the image, framed in green or not."""
+    def draw(axes):
+        show(axes, image, mask, colour)
+        axes.set_title(title)
+        axes.spines[:].set(visible=framed, color="lime", linewidth=4)
+    return draw
+
+
+def save_mask(path, mask):
+    """Write a bool H x W mask as a PNG of 0 and 255."""
+    write_file(path, cv2.imencode(".png", mask.astype(np.uint8) * 255)[1].tobytes())
+
+
+def segment_image(path, name, image, predictors, args):
+    """Segment one image with every model and write its results; returns the lines to print."""
+    points, boxes, folder, choice = args.point, args.box, args.output, None
+    titles = list(predictors)
+    if args.everything:
+        annotations = segment_everything(predictors[titles[-1]], image, args)
+        save_everything(folder, name, path, image, annotations)
+        advice = "" if annotations else ". --pred-iou-thresh나 --stability-score-thresh를 낮춰 보세요"
+        return [f"찾은 것: {len(annotations)}개{advice}",
+                "저장: " + ", ".join(str(folder / f"{name}_{end}") for end in (
+                    "everything.png", "labels.png", "everything.json"))]
+
+    set_image_in_all(list(predictors.values()), image)
+    models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
+              for title, predictor in predictors.items()}
+    lines = []
+    if args.interactive:
+        window = Window(image, models)
+        plt.show()
+        if not window.found:
+            raise ImageError(f"{path}: 찍은 점이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
+        points, boxes, found, choice = window.points, window.boxes, window.found, window.choice
+        lines.append("같은 결과를 얻는 명령: " + prompts_as_flags(points, boxes))
+    else:
+        found = {title: find(points, boxes) for title, find in models.items()}
+
+    masks, scores = found[titles[-1]]
+    best = int(scores.argmax()) if choice is None else choice
+    result_path, mask_path = folder / f"{name}_result.png", folder / f"{name}_mask.png"
+    panels = [input_panel(image, points, boxes, args.mask, titles[-1] if len(titles) == 1 else path.name)]
+    if args.compare:
+        for title, (own_masks, own_scores) in found.items():
+            number = int(own_scores.argmax()) if choice is None else choice
+            panels.append(mask_panel(image, own_masks[number], COLOURS[title],
+                                     f"{title}, score {own_scores[number]:.3f}", framed=False))
+            if title != titles[-1]:
+                save_mask(folder / f"{name}_original_mask.png", own_masks[number])
+                mask_path = f"{folder / f'{name}_original_mask.png'}, {mask_path}"
+    else:
+        panels += [mask_panel(image, mask, COLOURS[titles[-1]], f"mask {number + 1}, score {score:.3f}"
+                              + ("  (best)" if number == best else ""), framed=number == best)
+                   for number, (mask, score) in enumerate(zip(masks, scores))]
+    save_panels(result_path, panels, image.shape[:2])
+    save_mask(folder / f"{name}_mask.png", masks[best])
+    return [*lines, f"마스크 {best + 1}번 (점수 {scores[best]:.3f}), 이미지의 {masks[best].mean():.1%}",
+            f"저장: {result_path}, {mask_path}"]
+
+
+def prompts_as_flags(points, boxes):
+    """Points and boxes as they would be written on the command line."""
+    flags = ["--point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"'] if points else []
+    flags += ["--box \"" + ";".join(",".join(f"{number:g}" for number in box) for box in boxes) + '"'] if boxes else []
+    return " ".join(flags)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="내 이미지를 파인튜닝한 SAM 2.1로 분할합니다.")
-    parser.add_argument("--image", "-i", required=True, help="이미지 경로 (필수)")
+    parser.add_argument("--image", "-i", required=True, nargs="+", metavar="PATH",
+                        help="이미지 경로, 여러 개나 폴더도 됨 (필수)")
     parser.add_argument("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
+    parser.add_argument("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
     parser.add_argument("--point", "-p", type=parse_points, default=[],
                         help='점 좌표: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
-    parser.add_argument("--box", type=parse_box, default=None, help='상자 좌표: "x1,y1,x2,y2"')
+    parser.add_argument("--box", type=parse_boxes, default=[],
+                        help='상자 좌표: "x1,y1,x2,y2", 대상이 여럿이면 ";"로 이어서')
+    parser.add_argument("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
+    parser.add_argument("--refine", type=int, default=0, metavar="N",
+                        help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
+    parser.add_argument("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
+    parser.add_argument("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: 32)")
+    parser.add_argument("--pred-iou-thresh", type=float, default=0.88,
+                        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: 0.88)")
+    parser.add_argument("--stability-score-thresh", type=float, default=0.95,
+                        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: 0.95)")
+    parser.add_argument("--min-mask-region-area", type=int, default=100,
+                        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: 100)")
     parser.add_argument("--output", "-o", type=Path, default=Path("output/my_results"),
                         help="결과 폴더 (기본: output/my_results)")
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
@@ -286,51 +635,63 @@ def parse_args():
                         help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 "
                              "1024에서 배운 것이라 정확도가 떨어짐 (기본: 모델 설정대로)")
     parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    prompted = bool(args.point or args.box or args.mask)
+    if args.everything and (prompted or args.compare or args.refine):
+        parser.error("--everything은 --point, --box, --mask, --refine, --compare와 함께 쓸 수 없습니다")
+    if args.compare and args.original:
+        parser.error("--compare와 --original은 함께 쓸 수 없습니다")
+    for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
+    args.interactive = not (prompted or args.everything)
+    return args
 
 
 def main():
     args = parse_args()
-    image = read_image(args.image)
-    points, box = args.point, args.box
-    if points or box:
-        plt.switch_backend("Agg")
-    else:
+    paths = find_images(args.image)
+    if args.interactive:
         require_display()
-    check_inside(points, box, image)
+    else:
+        plt.switch_backend("Agg")
+    args.mask = read_mask(args.mask) if args.mask else None
+    if len(paths) == 1:  # before the model is loaded
+        check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
 
-    checkpoint, title = args.finetuned, "fine-tuned model"
-    if not args.original and not Path(args.finetuned).is_file():
+    checkpoints = {"fine-tuned model": args.finetuned}
+    if not Path(args.finetuned).is_file() and not args.original:
         print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
-    if args.original or not Path(args.finetuned).is_file():
-        checkpoint, title = args.checkpoint, "original model"
+        args.original, args.compare = True, False
+    if args.original:
+        checkpoints = {"original model": args.checkpoint}
+    elif args.compare:
+        checkpoints = {"original model": args.checkpoint, **checkpoints}
     device = detect_device(args.device)
-    predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
-    print(f"모델: {checkpoint}, 장치: {device}")
+    predictors = {title: load_predictor(args.model_cfg, checkpoint, device, args.image_size)
+                  for title, checkpoint in checkpoints.items()}
+    print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
+    if args.interactive:
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자입니다. Enter를 누르거나 창을 닫으면 저장합니다.")
 
-    if not points and not box:
-        print("창에서 좌클릭은 전경, 우클릭은 배경입니다. 창을 닫으면 분할합니다.")
-        points = open_window(image)
-        plt.show()
-        if not points:
-            fail("찍은 점이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
-        print("찍은 점: --point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"')
-
-    predictor.set_image(image)
-    masks, scores, _ = predictor.predict(
-        point_coords=np.array([point[:2] for point in points], np.float32) if points else None,
-        point_labels=np.array([point[2] for point in points]) if points else None,
-        box=np.array(box, np.float32) if box else None,
-        multimask_output=True,
-    )
-    masks = masks > 0
-    best = int(scores.argmax())
-    name = Path(args.image).stem
-    result_path, mask_path = args.output / f"{name}_result.png", args.output / f"{name}_mask.png"
-    save_result(result_path, image, points, box, masks, scores, title)
-    write_file(mask_path, cv2.imencode(".png", masks[best].astype(np.uint8) * 255)[1].tobytes())
-    print(f"마스크 {best + 1}번 (점수 {scores[best]:.3f}), 이미지의 {masks[best].mean():.1%}")
-    print(f"저장: {result_path}, {mask_path}")
+    failed = []
+    for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
+        try:
+            image = read_image(path)
+            check_prompts(path, image, args.point, args.box, args.mask)
+            lines = segment_image(path, name, image, predictors, args)
+        except ImageError as error:
+            if len(paths) == 1:
+                raise
+            failed.append(path)
+            tqdm.write(f"오류: {error}", file=sys.stderr)
+            continue
+        if len(paths) == 1 or args.interactive:
+            tqdm.write("\n".join(lines))
+    if len(paths) > 1:
+        print(f"이미지 {len(paths) - len(failed)}장을 분할했습니다. 저장: {args.output}")
+    if failed:
+        fail(f"{len(failed)}장은 분할하지 못했습니다: {', '.join(path.name for path in failed[:5])}")
 
 
 if __name__ == "__main__":

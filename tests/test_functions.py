@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -176,10 +178,24 @@ def test_points_are_parsed():
 
 
 def test_boxes_are_parsed_and_put_in_order():
-    assert test_my_image.parse_box("30,5,10,25") == [10, 5, 30, 25]
-    for wrong in ("", "1,2,3", "1,2,3,4,5", "1,2,1,4", "inf,1,2,3"):
+    assert test_my_image.parse_boxes("30,5,10,25") == [[10, 5, 30, 25]]
+    assert test_my_image.parse_boxes("1,2,3,4; 5,6,7,8;") == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    for wrong in ("", "1,2,3", "1,2,3,4,5", "1,2,1,4", "inf,1,2,3", "1,2,3,4;;5,6,7,8"):
         with pytest.raises(argparse.ArgumentTypeError):
-            test_my_image.parse_box(wrong)
+            test_my_image.parse_boxes(wrong)
+
+
+def test_results_of_images_with_the_same_stem_get_names_of_their_own():
+    paths = [Path(name) for name in ("a.jpg", "b.png", "a.png", "other/a.png")]
+    assert test_my_image.result_names(paths) == ["a_jpg", "b", "a_png", "a_png_"]
+
+
+def test_prompts_are_written_as_the_flags_that_give_them_again():
+    points, boxes = [(1.5, 2, 1), (3, 4.2, 0)], [[1, 2, 30.5, 40]]
+    flags = test_my_image.prompts_as_flags(points, boxes)
+    assert flags == '--point "1.5,2,1;3,4.2,0" --box "1,2,30.5,40"'
+    point, box = re.findall('"(.*?)"', flags)
+    assert test_my_image.parse_points(point) == points and test_my_image.parse_boxes(box) == boxes
 
 
 def test_reduce_to_shrinks_the_longer_side_and_never_enlarges():
