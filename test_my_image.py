@@ -432,7 +432,7 @@ class Window:
     def position(self, event, axes):
         """Where in the image an event lies, to one decimal, moved inside if it lies beside it: (x, y)."""
         height, width = self.image.shape[:2]
-        x, y = axes.transData.inverted().transform((event.x, event.y))
+        x, y = axes.transData.inverted().transform((event.x, event.y)).tolist()
         return round(min(max(x, 0), width - 1), 1), round(min(max(y, 0), height - 1), 1)
 
     def on_press(self, event):
@@ -440,7 +440,7 @@ class Window:
         if event.inaxes not in self.panels or event.button not in (1, 3) or toolbar_is_busy:
             return
         height, width = self.image.shape[:2]
-        if -0.05 <= event.xdata < width - 0.05 and -0.05 <= event.ydata < height - 0.05:  # rounds to a pixel's place
+        if 0 <= round(event.xdata, 1) < width and 0 <= round(event.ydata, 1) < height:
             self.pressed = event
 
     def dragged_box(self, event):

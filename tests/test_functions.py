@@ -27,18 +27,53 @@ def test_iou_and_dice_by_hand():
     assert compare_models.calculate_iou(a, a) == pytest.approx(1, abs=1e-6)
 
 
-def test_loss_by_hand():
-    third = math.log(3)  # sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4
-    logits = torch.tensor([[0.0, third], [-third, 0.0]])
-    gt_mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    loss, iou = train_sam2_proper.training_loss(logits, torch.tensor(0.8), gt_mask)
-    cross_entropy = -(2 * math.log(0.5 + 1e-5) + 2 * math.log(0.75 + 1e-5)) / 4
-    assert iou.item() == pytest.approx(1 / 2, abs=1e-6)  # one pixel is above 0.5, two are right
-    assert loss.item() == pytest.approx(cross_entropy + 0.05 * abs(0.8 - 0.5), abs=1e-6)
+THIRD = math.log(3)  # sigmoid(log 3) = 3/4, sigmoid(-log 3) = 1/4
+FIRST = [[0.0, THIRD], [-THIRD, 0.0]]         # probabilities 1/2 3/4 / 1/4 1/2
+SECOND = [[THIRD, THIRD], [-THIRD, -THIRD]]   # 3/4 3/4 / 1/4 1/4
+THIRD_MASK = [[-THIRD] * 2, [THIRD] * 2]      # 1/4 1/4 / 3/4 3/4: all wrong
+GT = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+ENTROPY = [-(2 * math.log(0.5 + 1e-5) + 2 * math.log(0.75 + 1e-5)) / 4, -math.log(0.75 + 1e-5),
+           -math.log(0.25 + 1e-5)]
+SCORES = [0.8, 0.9, 0.1]  # real IoUs: 1/2 (one pixel is above 0.5, two are right), 1, 0
+
+
+def loss_of(**options):
+    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK]]), torch.tensor([SCORES]), GT,
+                                                **options)
+    return loss.item(), iou.item()
+
+
+def test_loss_of_the_reference_by_hand():
+    loss, iou = loss_of()
+    assert iou == pytest.approx(1 / 2, abs=1e-6)
+    assert loss == pytest.approx(ENTROPY[0] + 0.05 * abs(0.8 - 0.5), abs=1e-6)
+    assert loss_of(supervise="first") == (loss, iou)
+
+
+def test_loss_of_all_masks_and_of_the_best_by_hand():
+    score_loss = (abs(0.8 - 0.5) + abs(0.9 - 1) + abs(0.1 - 0)) / 3
+    loss, iou = loss_of(supervise="all")
+    assert loss == pytest.approx(sum(ENTROPY) / 3 + 0.05 * score_loss, abs=1e-6)
+    assert iou == pytest.approx(1, abs=1e-6)  # of the mask with the highest score
+    assert loss_of(supervise="best")[0] == pytest.approx(ENTROPY[1] + 0.05 * score_loss, abs=1e-6)
+
+
+def test_dice_loss_by_hand():
+    dice = (2 * (0.75 + 0.75) + 1) / (2 + 2 + 1)  # of the second mask: overlap 1.5, areas 2 and 2
+    assert loss_of(supervise="best", dice_weight=3)[0] - loss_of(supervise="best")[0] == pytest.approx(
+        3 * (1 - dice), abs=1e-5)
+
+
+def test_loss_of_several_prompts_is_their_mean():
+    two = torch.tensor([[FIRST], [SECOND]])
+    loss, iou = train_sam2_proper.training_loss(two, torch.tensor([[0.8], [0.9]]), GT)
+    score_loss = (abs(0.8 - 0.5) + abs(0.9 - 1)) / 2
+    assert loss.item() == pytest.approx((ENTROPY[0] + ENTROPY[1]) / 2 + 0.05 * score_loss, abs=1e-6)
+    assert iou.item() == pytest.approx(3 / 4, abs=1e-6)
 
 
 def test_loss_of_a_sure_and_wrong_pixel_is_finite():
-    loss, _ = train_sam2_proper.training_loss(torch.tensor([[200.0]]), torch.tensor(0.0), torch.tensor([[0.0]]))
+    loss, _ = train_sam2_proper.training_loss(torch.tensor([[[[200.0]]]]), torch.tensor([[0.0]]), torch.tensor([[0.0]]))
     assert loss.item() == pytest.approx(-math.log(1e-5), rel=1e-3)
 
 
