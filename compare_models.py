@@ -8,6 +8,7 @@ predicted score counts. They share a frozen encoder, so an image is encoded once
 
 import argparse
 import csv
+import errno
 import io
 import json
 import os
@@ -24,8 +25,13 @@ import torch
 from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
+
+try:
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
+    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
+             "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -44,6 +50,44 @@ class ImageError(Exception):
 def fail(message):
     """End with status 1 and one line on stderr: for failures that the user can mend."""
     sys.exit(f"오류: {message}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in Korean: a wrong command line ends with one line and status 1."""
+
+    WORDS = {
+        "usage: ": "사용법: ", "options": "옵션", "show this help message and exit": "이 도움말을 보이고 끝냄",
+        "argument %(argument_name)s: %(message)s": "%(argument_name)s: %(message)s",
+        "invalid %(type)s value: %(value)r": "%(value)r는 쓸 수 없는 값입니다 (%(type)s이어야 함)",
+        "invalid choice: %(value)r (choose from %(choices)s)": "%(value)r는 없습니다 (고를 수 있는 값: %(choices)s)",
+        "expected one argument": "값이 하나 있어야 합니다", "expected at least one argument": "값이 있어야 합니다",
+        "the following arguments are required: %s": "꼭 있어야 하는 옵션이 없습니다: %s",
+        "unrecognized arguments: %s": "모르는 옵션입니다: %s",
+        "ambiguous option: %(option)s could match %(matches)s": "%(option)s는 %(matches)s 가운데 무엇인지 모릅니다",
+        "ignored explicit argument %r": "값을 받지 않는 옵션입니다: %r",
+    }
+
+    def error(self, message):
+        fail(f"{message} (도움말: python {self.prog} --help)")
+
+
+argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks its words up
+
+
+def reason(error):
+    """What an OSError says, in the user's words."""
+    known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
+             errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
+             errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
+             errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
+    return known.get(error.errno, error.strerror or str(error))
+
+
+def fail_for(error):
+    """End as fail() does, with what an ImageError or OSError says."""
+    if isinstance(error, OSError):
+        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+    fail(error)
 
 
 def write_file(path, content):
@@ -84,18 +128,35 @@ def calculate_iou(pred_mask, gt_mask):
     return float(intersection / (union + 1e-6))
 
 
+def is_truncated(content):
+    """Whether the bytes of a JPEG or PNG file end too early; OpenCV would fill the rest with grey."""
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content
+    place = 2
+    while content.startswith(b"\xff\xd8") and content[place:place + 1] == b"\xff":
+        marker, length = content[place + 1:place + 2], int.from_bytes(content[place + 2:place + 4], "big")
+        if marker == b"\xda":  # the picture itself, in which FF D9 stands at the end only
+            return content.find(b"\xff\xd9", place) < 0
+        place += 2 + length
+    return False
+
+
 def decode_file(path, flags):
-    """Decode an image file with OpenCV; ImageError if it is none.
+    """Decode an image file with OpenCV; ImageError if it is none, or not whole.
 
     The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        decoded = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flags)
-    except (OSError, cv2.error) as error:
-        reason = error.strerror if isinstance(error, OSError) else "이미지 파일이 아니거나 비어 있습니다"
-        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason})") from None
+        content = Path(path).read_bytes()
+        decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except OSError as error:
+        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason(error)})") from None
+    except cv2.error:
+        decoded = None
     if decoded is None:
-        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
+        problem = "비어 있습니다" if not content else "중간에서 잘렸습니다" if is_truncated(content) else \
+            "이미지 파일이 아니거나 손상되었습니다"
+        raise ImageError(f"{path}: {problem}")
     return decoded
 
 
@@ -161,11 +222,17 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 
 
 def find_pairs(image_dir, mask_dir):
-    """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path)."""
+    """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path).
+
+    Fails if a folder is not there, or if two images have the same stem: the mask could be either's.
+    """
     for folder in (image_dir, mask_dir):
         if not Path(folder).is_dir():
             fail(f"폴더가 없습니다: {folder}. 데이터 준비: python download_dataset.py 또는 python prepare_data.py")
     images = sorted(p for p in Path(image_dir).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    for image, after in zip(images, images[1:]):
+        if image.stem == after.stem:
+            fail(f"이름이 같은 이미지가 둘입니다: {image}, {after.name}. 하나만 남기세요")
     pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
     return [(image, mask) for image, mask in pairs if mask.is_file()]
 
@@ -329,7 +396,7 @@ def save_scatter(path, rows):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="원본 SAM 2.1과 파인튜닝한 모델을 검증 이미지에서 비교합니다.")
 
     def option(name, default, text, **options):
@@ -352,6 +419,8 @@ def parse_args():
     args = parser.parse_args()
     if args.num_images is not None and args.num_images < 1:
         parser.error("--num-images는 1 이상이어야 합니다")
+    if args.num_visualize < 0:
+        parser.error("--num-visualize는 0 이상이어야 합니다")
     return args
 
 
@@ -423,4 +492,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ImageError, OSError) as error:
-        fail(error)
+        fail_for(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("메모리가 부족합니다. --image-size 512나 --device cpu를 써 보세요")

@@ -8,8 +8,10 @@ An interrupted download goes on where it stopped. What is already done is not do
 """
 
 import argparse
+import errno
 import hashlib
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -19,6 +21,7 @@ import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 KVASIR_URL = "https://datasets.simula.no/downloads/kvasir-seg.zip"
@@ -27,7 +30,10 @@ KVASIR_DIR = Path("Kvasir-SEG")
 TRIES = 3
 WAIT = 2            # seconds before the second try; doubled before each further one
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte arriving
+SLOW_SECONDS, SLOW_BYTES = 60, 20_000  # fewer bytes than this in so long a time: the connection is given up
 CHUNK = 8192        # bytes; of a connection that breaks, less than this is lost
+BOMB = 20           # an archive that unpacks to more than so many times its size is refused ...
+BOMB_FROM = 10**9   # ... if that is more than so many bytes
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
@@ -42,6 +48,64 @@ def fail(message):
     sys.exit(f"오류: {message}")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse in Korean: a wrong command line ends with one line and status 1."""
+
+    WORDS = {
+        "usage: ": "사용법: ", "options": "옵션", "show this help message and exit": "이 도움말을 보이고 끝냄",
+        "argument %(argument_name)s: %(message)s": "%(argument_name)s: %(message)s",
+        "invalid %(type)s value: %(value)r": "%(value)r는 쓸 수 없는 값입니다 (%(type)s이어야 함)",
+        "invalid choice: %(value)r (choose from %(choices)s)": "%(value)r는 없습니다 (고를 수 있는 값: %(choices)s)",
+        "expected one argument": "값이 하나 있어야 합니다", "expected at least one argument": "값이 있어야 합니다",
+        "the following arguments are required: %s": "꼭 있어야 하는 옵션이 없습니다: %s",
+        "unrecognized arguments: %s": "모르는 옵션입니다: %s",
+        "ambiguous option: %(option)s could match %(matches)s": "%(option)s는 %(matches)s 가운데 무엇인지 모릅니다",
+        "ignored explicit argument %r": "값을 받지 않는 옵션입니다: %r",
+    }
+
+    def error(self, message):
+        fail(f"{message} (도움말: python {self.prog} --help)")
+
+
+argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks its words up
+
+
+def reason(error):
+    """What an OSError says, in the user's words."""
+    known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
+             errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
+             errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
+             errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
+    return known.get(error.errno, error.strerror or str(error))
+
+
+def fail_for(error):
+    """End as fail() does, with what an OSError says."""
+    fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+
+
+def lock(path):
+    """Lock the file at `path` until the process ends, however it ends; fail if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
+    return file
+
+
+def unlock(file):
+    """Give a lock back and take its file away."""
+    file.close()
+    Path(file.name).unlink(missing_ok=True)
+
+
 def fetch_once(url, part):
     """One try at `url`: append to `part` what is missing. BadDownload or a requests error if it falls short."""
     have = part.stat().st_size if part.exists() else 0
@@ -53,15 +117,13 @@ def fetch_once(url, part):
             part.unlink()
             raise BadDownload("서버가 이어받기를 거절했습니다")
         response.raise_for_status()
-        if response.status_code != 206:
+        if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # the server sends the whole file
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
         with part.open("ab" if have else "wb") as file, tqdm(
                 total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
+            receive(response.raw, file, bar)
     size = part.stat().st_size
     if total is not None and size != total:
         if size > total:
@@ -69,11 +131,30 @@ def fetch_once(url, part):
         raise BadDownload(f"{total:,}바이트 중 {size:,}바이트만 받았습니다")
 
 
+def receive(raw, file, bar):
+    """Write what arrives to `file`; BadDownload if it comes slower than a connection that is alive would send it."""
+    read = getattr(raw, "read1", raw.read)  # read1 returns what has arrived and does not wait for more
+    arrived, since = 0, time.monotonic()
+    while chunk := read(CHUNK):
+        file.write(chunk)
+        bar.update(len(chunk))
+        arrived += len(chunk)
+        if time.monotonic() - since > SLOW_SECONDS:
+            if arrived < SLOW_BYTES:
+                raise BadDownload(f"너무 느립니다 ({SLOW_SECONDS}초에 {arrived:,}바이트)")
+            arrived, since = 0, time.monotonic()
+
+
 def check_archive(path):
     """BadDownload unless `path` is a zip whose every member passes its CRC. (A .pt file is a zip too.)"""
     try:
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > max(BOMB_FROM, BOMB * path.stat().st_size):
+                raise BadDownload(f"풀면 {unpacked / 1e9:,.1f} GB가 되는 의심스러운 압축 파일입니다")
             damaged = archive.testzip()
+    except BadDownload:
+        raise
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise BadDownload(f"온전한 zip 파일이 아닙니다 ({error})") from None
     except Exception as error:  # zlib.error and its kin, which differ between Python versions
@@ -97,8 +178,14 @@ def download(url, path):
                 raise
             part.replace(path)
             return
-        except (requests.RequestException, BadDownload) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, BadDownload) as error:
             print(f"받지 못했습니다 ({attempt}/{TRIES}): {describe(error)}")
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status and 400 <= status < 500 and status not in (408, 429):
+                fail(f"{url} 이 없거나 받을 수 없습니다 (서버 응답 {status}). 주소를 확인하세요")
+            if isinstance(error, requests.exceptions.SSLError):
+                fail(f"{url} 의 인증서를 믿을 수 없어 받지 않았습니다. "
+                     "컴퓨터의 시계와 네트워크(회사 프록시 등)를 확인하세요")
         if attempt < TRIES:
             time.sleep(wait)
             wait *= 2
@@ -113,7 +200,8 @@ def describe(error):
     for kind, words in ((requests.exceptions.SSLError, "인증서를 믿을 수 없습니다"),
                         (requests.exceptions.Timeout, "응답이 없습니다 (시간 초과)"),
                         (requests.exceptions.ConnectionError, "연결할 수 없거나 끊겼습니다"),
-                        (requests.exceptions.ChunkedEncodingError, "전송이 중간에 끊겼습니다")):
+                        (urllib3.exceptions.TimeoutError, "응답이 없습니다 (시간 초과)"),
+                        (urllib3.exceptions.HTTPError, "전송이 중간에 끊겼습니다")):
         if isinstance(error, kind):
             return words
     return str(error)
@@ -141,8 +229,12 @@ def unpack(archive_path, target, source):
         for member in members:
             if problem := member_problem(member):
                 fail(f"{archive_path}: 안전하지 않은 압축 파일입니다 ({problem}: {member.filename})")
-        for member in tqdm(members, "압축 풀기", disable=None):
-            archive.extract(member, staging)
+        try:
+            for member in tqdm(members, "압축 풀기", disable=None):
+                archive.extract(member, staging)
+        except OSError:  # the disk is full, say: leave nothing half unpacked
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
     root = next((folder for folder in (staging, *sorted(staging.iterdir()))
                  if (folder / "images").is_dir() and (folder / "masks").is_dir()), None)
     if root is None:
@@ -199,12 +291,14 @@ def fetch_checkpoint(name):
         print(f"이미 있습니다: {path}")
         return
     print(f"체크포인트를 받습니다: {url}")
+    locked = lock(path.with_name(path.name + ".lock"))
     download(url, path)
+    unlock(locked)
     print(f"저장: {path} ({path.stat().st_size / 1e6:.0f} MB)")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Kvasir-SEG 데이터셋을 받아 data/를 만들거나, SAM 2.1 체크포인트를 받습니다.")
     parser.add_argument("--url", default=KVASIR_URL, help=f"데이터셋 주소 (기본: {KVASIR_URL})")
     parser.add_argument("--zip", type=Path, help="이미 받아 둔 압축 파일을 사용")
@@ -222,7 +316,9 @@ def main():
     if args.checkpoint:
         fetch_checkpoint(args.checkpoint)
         return
+    locked = lock(KVASIR_DIR.with_name(KVASIR_DIR.name + ".lock"))
     fetch_kvasir(args)
+    unlock(locked)
     command = [sys.executable, str(Path(__file__).with_name("prepare_data.py")),
                "--images", str(KVASIR_DIR / "images"), "--masks", str(KVASIR_DIR / "masks"),
                "--data-dir", args.data_dir, "--val-ratio", args.val_ratio]
@@ -236,3 +332,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         fail("중단했습니다. 같은 명령을 다시 실행하면 이어서 합니다")
+    except OSError as error:
+        fail_for(error)

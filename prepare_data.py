@@ -14,8 +14,10 @@ What it writes:
 """
 
 import argparse
+import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -44,14 +46,86 @@ def fail(message):
     sys.exit(f"오류: {message}")
 
 
-def decode(path, flags):
-    """Decode an image file; BadPair if it is none. (cv2.imread cannot open Korean paths on Windows.)"""
+class Parser(argparse.ArgumentParser):
+    """argparse in Korean: a wrong command line ends with one line and status 1."""
+
+    WORDS = {
+        "usage: ": "사용법: ", "options": "옵션", "show this help message and exit": "이 도움말을 보이고 끝냄",
+        "argument %(argument_name)s: %(message)s": "%(argument_name)s: %(message)s",
+        "invalid %(type)s value: %(value)r": "%(value)r는 쓸 수 없는 값입니다 (%(type)s이어야 함)",
+        "invalid choice: %(value)r (choose from %(choices)s)": "%(value)r는 없습니다 (고를 수 있는 값: %(choices)s)",
+        "expected one argument": "값이 하나 있어야 합니다", "expected at least one argument": "값이 있어야 합니다",
+        "the following arguments are required: %s": "꼭 있어야 하는 옵션이 없습니다: %s",
+        "unrecognized arguments: %s": "모르는 옵션입니다: %s",
+        "ambiguous option: %(option)s could match %(matches)s": "%(option)s는 %(matches)s 가운데 무엇인지 모릅니다",
+        "ignored explicit argument %r": "값을 받지 않는 옵션입니다: %r",
+    }
+
+    def error(self, message):
+        fail(f"{message} (도움말: python {self.prog} --help)")
+
+
+argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks its words up
+
+
+def reason(error):
+    """What an OSError says, in the user's words."""
+    known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
+             errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
+             errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
+             errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
+    return known.get(error.errno, error.strerror or str(error))
+
+
+def fail_for(error):
+    """End as fail() does, with what an OSError says."""
+    fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+
+
+def lock(path):
+    """Lock the file at `path` until the process ends, however it ends; fail if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
     try:
-        decoded = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
+    return file
+
+
+def unlock(file):
+    """Give a lock back and take its file away."""
+    file.close()
+    Path(file.name).unlink(missing_ok=True)
+
+
+def is_truncated(content):
+    """Whether the bytes of a JPEG or PNG file end too early; OpenCV would fill the rest with grey."""
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content
+    place = 2
+    while content.startswith(b"\xff\xd8") and content[place:place + 1] == b"\xff":
+        marker, length = content[place + 1:place + 2], int.from_bytes(content[place + 2:place + 4], "big")
+        if marker == b"\xda":  # the picture itself, in which FF D9 stands at the end only
+            return content.find(b"\xff\xd9", place) < 0
+        place += 2 + length
+    return False
+
+
+def decode(path, flags):
+    """Decode an image file; BadPair if it is none, or not whole. (cv2.imread cannot open Korean paths on Windows.)"""
+    try:
+        content = path.read_bytes()
+        decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except (OSError, cv2.error):
-        decoded = None
+        content, decoded = b"", None
     if decoded is None:
-        raise BadPair(f"읽을 수 없는 파일: {path.name}")
+        raise BadPair(f"{'중간에서 잘린' if is_truncated(content) else '읽을 수 없는'} 파일: {path.name}")
     return decoded
 
 
@@ -216,6 +290,7 @@ def prepare(args):
         fail(f"{target}에 직접 넣은 파일이 있어 덮어쓰지 않습니다. 옮기거나 다른 --data-dir을 쓰세요")
 
     staging = target.with_name(target.name + ".part")
+    locked = lock(target.with_name(target.name + ".lock"))
     shutil.rmtree(staging, ignore_errors=True)
     good = staging / "all"
     for part in ("images", "masks"):
@@ -252,6 +327,7 @@ def prepare(args):
     beside = split_file.with_name("split.json.tmp")
     beside.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     beside.replace(split_file)
+    unlock(locked)
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 
@@ -357,7 +433,7 @@ def ratio(text):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="내 이미지와 마스크를 data/에 준비하고 확인합니다.")
+    parser = Parser(description="내 이미지와 마스크를 data/에 준비하고 확인합니다.")
     parser.add_argument("--images", type=Path, help="이미지 폴더")
     parser.add_argument("--masks", type=Path, help="마스크 폴더: 이미지와 이름(확장자 제외)이 같은 파일")
     parser.add_argument("--coco", type=Path, help="마스크 대신 COCO annotations.json (다각형 또는 RLE)")
@@ -389,4 +465,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("중단했습니다. 같은 명령을 다시 실행하면 처음부터 다시 합니다")
+    except OSError as error:
+        fail_for(error)

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import errno
 import io
 import json
 import math
@@ -25,10 +26,15 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
 from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
-from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
-from sam2.sam2_image_predictor import SAM2ImagePredictor
-from sam2.utils.amg import remove_small_regions
 from tqdm import tqdm
+
+try:
+    from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+    from sam2.utils.amg import remove_small_regions
+except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
+    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
+             "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
 SHOWN_SIDE = 1500      # pixels: larger images are reduced to this for display
@@ -51,6 +57,44 @@ class ImageError(Exception):
 def fail(message):
     """End with status 1 and one line on stderr: for failures that the user can mend."""
     sys.exit(f"오류: {message}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in Korean: a wrong command line ends with one line and status 1."""
+
+    WORDS = {
+        "usage: ": "사용법: ", "options": "옵션", "show this help message and exit": "이 도움말을 보이고 끝냄",
+        "argument %(argument_name)s: %(message)s": "%(argument_name)s: %(message)s",
+        "invalid %(type)s value: %(value)r": "%(value)r는 쓸 수 없는 값입니다 (%(type)s이어야 함)",
+        "invalid choice: %(value)r (choose from %(choices)s)": "%(value)r는 없습니다 (고를 수 있는 값: %(choices)s)",
+        "expected one argument": "값이 하나 있어야 합니다", "expected at least one argument": "값이 있어야 합니다",
+        "the following arguments are required: %s": "꼭 있어야 하는 옵션이 없습니다: %s",
+        "unrecognized arguments: %s": "모르는 옵션입니다: %s",
+        "ambiguous option: %(option)s could match %(matches)s": "%(option)s는 %(matches)s 가운데 무엇인지 모릅니다",
+        "ignored explicit argument %r": "값을 받지 않는 옵션입니다: %r",
+    }
+
+    def error(self, message):
+        fail(f"{message} (도움말: python {self.prog} --help)")
+
+
+argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks its words up
+
+
+def reason(error):
+    """What an OSError says, in the user's words."""
+    known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
+             errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
+             errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
+             errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
+    return known.get(error.errno, error.strerror or str(error))
+
+
+def fail_for(error):
+    """End as fail() does, with what an ImageError or OSError says."""
+    if isinstance(error, OSError):
+        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+    fail(error)
 
 
 def write_file(path, content):
@@ -91,18 +135,35 @@ def calculate_iou(pred_mask, gt_mask):
     return float(intersection / (union + 1e-6))
 
 
+def is_truncated(content):
+    """Whether the bytes of a JPEG or PNG file end too early; OpenCV would fill the rest with grey."""
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content
+    place = 2
+    while content.startswith(b"\xff\xd8") and content[place:place + 1] == b"\xff":
+        marker, length = content[place + 1:place + 2], int.from_bytes(content[place + 2:place + 4], "big")
+        if marker == b"\xda":  # the picture itself, in which FF D9 stands at the end only
+            return content.find(b"\xff\xd9", place) < 0
+        place += 2 + length
+    return False
+
+
 def decode_file(path, flags):
-    """Decode an image file with OpenCV; ImageError if it is none.
+    """Decode an image file with OpenCV; ImageError if it is none, or not whole.
 
     The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        decoded = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flags)
-    except (OSError, cv2.error) as error:
-        reason = error.strerror if isinstance(error, OSError) else "이미지 파일이 아니거나 비어 있습니다"
-        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason})") from None
+        content = Path(path).read_bytes()
+        decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except OSError as error:
+        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason(error)})") from None
+    except cv2.error:
+        decoded = None
     if decoded is None:
-        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
+        problem = "비어 있습니다" if not content else "중간에서 잘렸습니다" if is_truncated(content) else \
+            "이미지 파일이 아니거나 손상되었습니다"
+        raise ImageError(f"{path}: {problem}")
     return decoded
 
 
@@ -603,7 +664,7 @@ def prompts_as_flags(points, boxes):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="내 이미지를 파인튜닝한 SAM 2.1로 분할합니다.")
+    parser = Parser(description="내 이미지를 파인튜닝한 SAM 2.1로 분할합니다.")
     parser.add_argument("--image", "-i", required=True, nargs="+", metavar="PATH",
                         help="이미지 경로, 여러 개나 폴더도 됨 (필수)")
     parser.add_argument("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
@@ -698,4 +759,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ImageError, OSError) as error:
-        fail(error)
+        fail_for(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("메모리가 부족합니다. --image-size 512나 --device cpu를 써 보세요")

@@ -10,6 +10,7 @@ does: predictor.predict() runs under no_grad, nothing could be learnt through it
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import importlib.metadata
 import io
@@ -34,10 +35,15 @@ import torch.distributed
 from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from tqdm import tqdm
+
+try:
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
+    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
+             "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -114,6 +120,44 @@ def fail(message):
     sys.exit(f"오류: {message}")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse in Korean: a wrong command line ends with one line and status 1."""
+
+    WORDS = {
+        "usage: ": "사용법: ", "options": "옵션", "show this help message and exit": "이 도움말을 보이고 끝냄",
+        "argument %(argument_name)s: %(message)s": "%(argument_name)s: %(message)s",
+        "invalid %(type)s value: %(value)r": "%(value)r는 쓸 수 없는 값입니다 (%(type)s이어야 함)",
+        "invalid choice: %(value)r (choose from %(choices)s)": "%(value)r는 없습니다 (고를 수 있는 값: %(choices)s)",
+        "expected one argument": "값이 하나 있어야 합니다", "expected at least one argument": "값이 있어야 합니다",
+        "the following arguments are required: %s": "꼭 있어야 하는 옵션이 없습니다: %s",
+        "unrecognized arguments: %s": "모르는 옵션입니다: %s",
+        "ambiguous option: %(option)s could match %(matches)s": "%(option)s는 %(matches)s 가운데 무엇인지 모릅니다",
+        "ignored explicit argument %r": "값을 받지 않는 옵션입니다: %r",
+    }
+
+    def error(self, message):
+        fail(f"{message} (도움말: python {self.prog} --help)")
+
+
+argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks its words up
+
+
+def reason(error):
+    """What an OSError says, in the user's words."""
+    known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
+             errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
+             errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
+             errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
+    return known.get(error.errno, error.strerror or str(error))
+
+
+def fail_for(error):
+    """End as fail() does, with what an ImageError or OSError says."""
+    if isinstance(error, OSError):
+        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+    fail(error)
+
+
 def write_file(path, content):
     """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
@@ -152,18 +196,35 @@ def calculate_iou(pred_mask, gt_mask):
     return float(intersection / (union + 1e-6))
 
 
+def is_truncated(content):
+    """Whether the bytes of a JPEG or PNG file end too early; OpenCV would fill the rest with grey."""
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" not in content
+    place = 2
+    while content.startswith(b"\xff\xd8") and content[place:place + 1] == b"\xff":
+        marker, length = content[place + 1:place + 2], int.from_bytes(content[place + 2:place + 4], "big")
+        if marker == b"\xda":  # the picture itself, in which FF D9 stands at the end only
+            return content.find(b"\xff\xd9", place) < 0
+        place += 2 + length
+    return False
+
+
 def decode_file(path, flags):
-    """Decode an image file with OpenCV; ImageError if it is none.
+    """Decode an image file with OpenCV; ImageError if it is none, or not whole.
 
     The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        decoded = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), flags)
-    except (OSError, cv2.error) as error:
-        reason = error.strerror if isinstance(error, OSError) else "이미지 파일이 아니거나 비어 있습니다"
-        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason})") from None
+        content = Path(path).read_bytes()
+        decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except OSError as error:
+        raise ImageError(f"{path}: 읽을 수 없습니다 ({reason(error)})") from None
+    except cv2.error:
+        decoded = None
     if decoded is None:
-        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
+        problem = "비어 있습니다" if not content else "중간에서 잘렸습니다" if is_truncated(content) else \
+            "이미지 파일이 아니거나 손상되었습니다"
+        raise ImageError(f"{path}: {problem}")
     return decoded
 
 
@@ -229,11 +290,17 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 
 
 def find_pairs(image_dir, mask_dir):
-    """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path)."""
+    """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path).
+
+    Fails if a folder is not there, or if two images have the same stem: the mask could be either's.
+    """
     for folder in (image_dir, mask_dir):
         if not Path(folder).is_dir():
             fail(f"폴더가 없습니다: {folder}. 데이터 준비: python download_dataset.py 또는 python prepare_data.py")
     images = sorted(p for p in Path(image_dir).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    for image, after in zip(images, images[1:]):
+        if image.stem == after.stem:
+            fail(f"이름이 같은 이미지가 둘입니다: {image}, {after.name}. 하나만 남기세요")
     pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
     return [(image, mask) for image, mask in pairs if mask.is_file()]
 
@@ -606,7 +673,7 @@ class Training:
         self.settings["processes"] = processes
 
         free = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.limit = free if args.cache_gb is None else min(free, int(args.cache_gb * 1e9))
+        self.limit = free if args.cache_gb is None else int(min(free, args.cache_gb * 1e9))
         if args.train_encoder:
             self.limit, args.cache_dir = 0, None  # features change with the encoder
         self.cache = FeatureCache(self.predictor, self.limit, getattr(torch, args.cache_dtype), args.cache_dir,
@@ -857,6 +924,22 @@ def open_trackers(args):
     return trackers
 
 
+def lock(path):
+    """Lock the file at `path` until the process ends, however it ends; fail if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
+    return file
+
+
 def join_processes(requested):
     """(rank, number of processes, device): 0, 1 and the device, or as torchrun says; only rank 0 speaks."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -928,7 +1011,7 @@ def command_to_go_on(processes):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="SAM 2.1의 마스크 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.")
 
     def setting(name, kind, text, **options):
@@ -981,9 +1064,10 @@ def parse_args():
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
     for least, names in ((1, ("iterations", "save_every", "batch_size", "accumulate", "clicks", "max_points")),
-                         (0, ("seed", "patience", "warmup", "lr", "weight_decay", "max_grad_norm", "dice_weight"))):
+                         (0, ("seed", "patience", "warmup", "lr", "weight_decay", "max_grad_norm", "dice_weight",
+                          "cache_gb"))):
         for name in names:
-            if not getattr(args, name) >= least:
+            if getattr(args, name) is not None and not getattr(args, name) >= least:
                 parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
     return args
 
@@ -1012,6 +1096,10 @@ def main():
     if args.test:
         sys.exit(not system_check(args))
     rank, processes, device = join_processes(args.device)
+    if rank == 0:
+        locked = lock(args.output_dir / ".lock")  # noqa: F841  (held until the process ends)
+        for left in args.output_dir.glob("*.tmp"):  # by a run that was killed while it wrote
+            left.unlink()
     trackers = [] if rank else open_trackers(args)
     training = Training(args, device, rank, processes)
     print_setup(training, device)
@@ -1063,4 +1151,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ImageError, OSError) as error:
-        fail(error)
+        fail_for(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("메모리가 부족합니다. --batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --image-size 512를 쓰세요")
