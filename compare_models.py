@@ -40,6 +40,8 @@ from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+if Path(__file__).resolve().parent.name == "sam2":
+    print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
 
 
@@ -75,16 +77,16 @@ argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks i
 
 
 def reason(error):
-    """What an OSError says, in the user's words."""
+    """What an OSError, or a ValueError from a path, says in the user's words."""
     known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
              errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
              errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
              errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
-    return known.get(error.errno, error.strerror or str(error))
+    return known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error)
 
 
 def fail_for(error):
-    """End as fail() does, with what an ImageError or OSError says."""
+    """End as fail() does, with what an OSError or another error says."""
     if isinstance(error, OSError):
         error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
     fail(error)
@@ -149,7 +151,7 @@ def decode_file(path, flags):
     try:
         content = Path(path).read_bytes()
         decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ImageError(f"{path}: 읽을 수 없습니다 ({reason(error)})") from None
     except cv2.error:
         decoded = None

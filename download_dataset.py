@@ -31,7 +31,7 @@ TRIES = 3
 WAIT = 2            # seconds before the second try; doubled before each further one
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte arriving
 SLOW_SECONDS, SLOW_BYTES = 60, 20_000  # fewer bytes than this in so long a time: the connection is given up
-CHUNK = 8192        # bytes; of a connection that breaks, less than this is lost
+CHUNK = 8192        # bytes read at once, at most
 BOMB = 20           # an archive that unpacks to more than so many times its size is refused ...
 BOMB_FROM = 10**9   # ... if that is more than so many bytes
 
@@ -71,17 +71,19 @@ argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks i
 
 
 def reason(error):
-    """What an OSError says, in the user's words."""
+    """What an OSError, or a ValueError from a path, says in the user's words."""
     known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
              errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
              errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
              errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
-    return known.get(error.errno, error.strerror or str(error))
+    return known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error)
 
 
 def fail_for(error):
-    """End as fail() does, with what an OSError says."""
-    fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+    """End as fail() does, with what an OSError or another error says."""
+    if isinstance(error, OSError):
+        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+    fail(error)
 
 
 def lock(path):

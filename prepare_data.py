@@ -69,17 +69,19 @@ argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks i
 
 
 def reason(error):
-    """What an OSError says, in the user's words."""
+    """What an OSError, or a ValueError from a path, says in the user's words."""
     known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
              errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
              errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
              errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
-    return known.get(error.errno, error.strerror or str(error))
+    return known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error)
 
 
 def fail_for(error):
-    """End as fail() does, with what an OSError says."""
-    fail(f"{error.filename}: {reason(error)}" if error.filename else reason(error))
+    """End as fail() does, with what an OSError or another error says."""
+    if isinstance(error, OSError):
+        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+    fail(error)
 
 
 def lock(path):
@@ -122,7 +124,7 @@ def decode(path, flags):
     try:
         content = path.read_bytes()
         decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except (OSError, cv2.error):
+    except (OSError, ValueError, cv2.error):
         content, decoded = b"", None
     if decoded is None:
         raise BadPair(f"{'중간에서 잘린' if is_truncated(content) else '읽을 수 없는'} 파일: {path.name}")

@@ -28,14 +28,15 @@ class ForkServer:
 
     process = None
 
-    def run(self, argv, cwd, env, timeout):
+    def run(self, argv, cwd, env, timeout, kill_after=None):
         if not self.process:
             self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=ENV,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
                                             start_new_session=True)
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            job = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err)}
+            job = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err),
+                   "kill_after": kill_after}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             watchdog = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
             watchdog.start()

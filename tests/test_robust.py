@@ -1,0 +1,350 @@
+"""What users, networks, disks and terminals do to the scripts: one clear line, and nothing lost."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ENV,
+    FORK_SERVER,
+    ROOT,
+    SMALL_CFG,
+    assert_fails_in_one_line,
+    draw_pair,
+    make_data,
+    run,
+    write_image,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import compare_models
+import prepare_data
+import test_my_image
+import train_sam2_proper
+
+MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
+
+
+def train(folder, weights, *arguments, **options):
+    return run("train_sam2_proper.py", *MODEL, "--checkpoint", weights, *arguments, cwd=folder, **options)
+
+
+def segment(folder, weights, image, *arguments, **options):
+    return run("test_my_image.py", *MODEL, "--finetuned", weights, "--image", image, *arguments, cwd=folder, **options)
+
+
+# ----------------------------------------------------------------------------- images
+
+def save_kinds(folder):
+    """The same picture (left half white) in every kind of file; returns their names."""
+    picture = Image.new("RGB", (40, 30))
+    picture.paste((255, 255, 255), (0, 0, 20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    turned = picture.rotate(180)
+    picture.save(folder / "plain.png")
+    picture.save(folder / "high.jpg", quality=95)
+    picture.save(folder / "progressive.jpg", progressive=True)
+    picture.convert("L").save(folder / "grey.png")
+    picture.convert("P").save(folder / "palette.png")
+    picture.convert("RGBA").save(folder / "rgba.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    turned.save(folder / "exif.jpg", exif=exif)
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    picture.save(folder / "이름 with 🙂.webp", lossless=True)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_kind_of_image_is_read_alike(tmp_path):
+    names = save_kinds(tmp_path)
+    assert len(names) == 10
+    for name in names:
+        image = train_sam2_proper.read_image(tmp_path / name).astype(int)
+        assert image.shape == (30, 40, 3), name
+        assert image[:, 3:17].min() > 240 and image[:, 23:37].max() < 15, name
+
+
+@pytest.mark.parametrize("script", [train_sam2_proper, prepare_data], ids=lambda script: script.__name__)
+def test_files_that_end_too_early_are_refused_and_whole_ones_are_not(tmp_path, script):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x010E] = "FF D9 in here: \xff\xd9"
+    for name, options in (("a.jpg", {"exif": exif}), ("b.jpg", {"progressive": True}), ("c.png", {})):
+        picture.save(tmp_path / name, **options)
+        whole = (tmp_path / name).read_bytes()
+        assert not script.is_truncated(whole)
+        assert not script.is_truncated(whole + b"a film after the photo \xff\xda \x89PNG")
+        for share in (0.4, 0.7, 0.95, 0.999):
+            assert script.is_truncated(whole[:int(share * len(whole))]), (name, share)
+
+
+@pytest.mark.parametrize("content, word", [(b"", "비어"), (b"not an image", "이미지 파일이 아니"), ("cut.jpg", "잘렸"),
+                                           ("cut.png", "잘렸")], ids=["empty", "text", "jpeg", "png"])
+def test_a_file_that_is_no_whole_image_is_named(tmp_path, weights, content, word):
+    if isinstance(content, str):
+        write_image(tmp_path / content, draw_pair(0)[0])
+        content = (tmp_path / content).read_bytes()[:-1000]
+    (tmp_path / "bad.jpg").write_bytes(content)
+    assert_fails_in_one_line(segment(tmp_path, weights, "bad.jpg", "-p", "1,1", code=1), "bad.jpg", word)
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (12000, 20)])
+def test_tiny_and_huge_images_are_segmented(tmp_path, weights, width, height):
+    write_image(tmp_path / "a.png", np.full((height, width, 3), 90, np.uint8))
+    segment(tmp_path, weights, "a.png", "-p", "0,0")
+    assert cv2.imread(str(tmp_path / "output/my_results/a_mask.png")).shape == (height, width, 3)
+
+
+def test_an_animation_is_its_first_picture_or_named(tmp_path, weights):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("white", "black")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    try:
+        assert train_sam2_proper.read_image(tmp_path / "moving.gif").min() > 200
+    except train_sam2_proper.ImageError as error:  # OpenCV before 4.11
+        assert "moving.gif" in str(error)
+
+
+def test_masks_of_every_kind(tmp_path, weights):
+    """Full and inverted ones train, another size is named, an empty one is counted."""
+    make_data(tmp_path, train=3, val=1)
+    masks = tmp_path / "data/masks/train"
+    write_image(masks / "pair_000.png", np.full((60, 80), 255, np.uint8))
+    write_image(masks / "pair_001.png", 255 - draw_pair(1)[1])
+    write_image(masks / "pair_002.png", np.zeros((60, 80), np.uint8))
+    assert "학습 2장 (전경 100픽셀 미만이라 뺀 1장)" in train(tmp_path, weights, "--iterations", 6).stdout
+    write_image(masks / "pair_002.png", draw_pair(2)[1][:50])
+    done = train(tmp_path, weights, "--iterations", 30, code=1)
+    assert_fails_in_one_line(done, "pair_002", "크기")
+
+
+def test_two_images_of_one_name_are_named(data, weights):
+    shutil.copy(data / "data/images/train/pair_000.png", data / "data/images/train/pair_000.jpg")
+    assert_fails_in_one_line(train(data, weights, code=1), "pair_000.jpg", "pair_000.png")
+
+
+def test_symbolic_links_and_names_of_every_script_work(tmp_path, weights):
+    for number, name in enumerate(("사 진.png", "emoji 🙂.png", "link.png")):
+        image, mask = draw_pair(number)
+        write_image(tmp_path / "elsewhere" / f"{number}.png", image)
+        for split in ("train", "val"):
+            write_image(tmp_path / "data/masks" / split / name, mask)
+            (tmp_path / "data/images" / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data/images" / split / name).symlink_to(tmp_path / "elsewhere" / f"{number}.png")
+    train(tmp_path, weights, "--iterations", 3)
+    run("compare_models.py", *MODEL, "--checkpoint", weights, cwd=tmp_path)
+    assert "emoji 🙂.png" in (tmp_path / "output/comparison/per_image.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("train_sam2_proper.py", ("--iterations", 2, "--output-dir")),
+    ("compare_models.py", ("--finetuned", "small.pt", "--output-dir")),
+    ("test_my_image.py", ("--finetuned", "small.pt", "-i", "data/images/val/pair_100.png", "-p", "5,5", "-o"))])
+@pytest.mark.parametrize("place", ["file/output", "/proc/nothing"])
+def test_a_place_that_cannot_be_written_is_named(data, weights, script, arguments, place):
+    (data / "file").write_text("in the way")
+    shutil.copy(weights, data / "small.pt")
+    done = run(script, *MODEL, "--checkpoint", "small.pt", *arguments, place, cwd=data, code=1)
+    assert_fails_in_one_line(done, place.split("/")[0] or "/proc")
+
+
+# ----------------------------------------------------------------------------- training
+
+def test_killed_twenty_times_and_resumed_it_loses_nothing(tmp_path, weights):
+    make_data(tmp_path, train=4, val=2)
+    argv = [str(ROOT / "train_sam2_proper.py"), *map(str, MODEL), "--checkpoint", str(weights), "--lr", "1e-3",
+            "--save-every", "5", "--iterations", "100000"]
+    rng = np.random.default_rng(0)
+    best, reached = 0.0, 0
+    for _ in range(20):
+        resume = ["--resume"] if (tmp_path / "output/sam2_last.pt").is_file() else []
+        done = FORK_SERVER.run([*argv, *resume], tmp_path, ENV, 60, kill_after=rng.uniform(1.2, 2.2))
+        assert done.returncode == -9, done.stderr
+        if not (tmp_path / "output/sam2_last.pt").is_file():
+            continue
+        last = torch.load(tmp_path / "output/sam2_last.pt", weights_only=True)
+        torch.load(tmp_path / "output/sam2_best.pt", weights_only=True)
+        assert last["best"] >= best and last["iteration"] >= reached
+        best, reached = last["best"], last["iteration"]
+    assert reached >= 40
+    train(tmp_path, weights, "--lr", "1e-3", "--save-every", 5, "--iterations", reached + 5, "--resume")
+    summary = json.loads((tmp_path / "output/training_summary.json").read_text(encoding="utf-8"))
+    assert summary["best_iou"] >= best and not list((tmp_path / "output").glob("*.tmp"))
+    run("compare_models.py", *MODEL, "--checkpoint", weights, cwd=tmp_path)  # the best is the one it says it is
+    compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert compared["finetuned_iou"] == summary["best_iou"]
+
+
+def test_a_second_training_in_the_same_folder_is_refused_while_the_first_lives(data, weights):
+    first = subprocess.Popen([sys.executable, str(ROOT / "train_sam2_proper.py"), *map(str, MODEL), "--checkpoint",
+                              str(weights), "--iterations", "100000", "--save-every", "5"], cwd=data, env=ENV,
+                             stdout=subprocess.PIPE, encoding="utf-8")
+    with first:
+        while "[5/" not in first.stdout.readline():
+            pass
+        assert_fails_in_one_line(train(data, weights, "--iterations", 2, code=1), "이미 실행 중", "output")
+        first.kill()
+    train(data, weights, "--iterations", 2)
+
+
+def test_a_checkpoint_cut_anywhere_is_named(tmp_path, weights):
+    content = weights.read_bytes()
+    for cut in [0, 1, 4, 100, *np.random.default_rng(0).integers(0, len(content), 12), len(content) - 1]:
+        (tmp_path / "cut.pt").write_bytes(content[:cut])
+        with pytest.raises(SystemExit, match="cut.pt"):
+            train_sam2_proper.load_predictor(SMALL_CFG, tmp_path / "cut.pt", "cpu")
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(data, weights, tmp_path):
+    torch.save({"model": torch.load(weights, weights_only=True)["model"], "extra": Harmful()}, data / "evil.pt")
+    assert_fails_in_one_line(train(data, data / "evil.pt", code=1), "evil.pt")
+    (data / "output").mkdir(exist_ok=True)
+    shutil.copy(data / "evil.pt", data / "output/sam2_last.pt")
+    assert_fails_in_one_line(train(data, weights, "--resume", code=1), "sam2_last.pt")
+    for script, arguments in (("compare_models.py", ()), ("test_my_image.py", (
+            "-i", "data/images/val/pair_100.png", "-p", "5,5"))):
+        done = run(script, *MODEL, "--checkpoint", weights, "--finetuned", "evil.pt", *arguments, cwd=data, code=1)
+        assert_fails_in_one_line(done, "evil.pt")
+    assert not (data / "harm").exists()
+
+
+def test_out_of_memory_says_which_flags_help(data, weights):
+    (data / "driver.py").write_text(
+        "import runpy, sys, torch\n"
+        "def step(*_):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n"
+        "torch.optim.AdamW.step = step\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, "driver.py", str(ROOT / "train_sam2_proper.py"), *map(str, MODEL),
+                           "--checkpoint", str(weights), "--iterations", "2"], cwd=data, env=ENV, capture_output=True,
+                          encoding="utf-8")
+    assert done.returncode == 1
+    assert_fails_in_one_line(done, "메모리", "--batch-size", "--image-size 512")
+
+
+# ----------------------------------------------------------------------------- arguments and terminals
+
+NUMBERS = st.one_of(st.text("0123456789.,;-+eEinfax ", max_size=30), st.text(max_size=20))
+
+
+@settings(deadline=None, max_examples=400)
+@given(NUMBERS)
+def test_any_text_is_points_or_an_error(text):
+    try:
+        points = test_my_image.parse_points(text)
+    except argparse.ArgumentTypeError as error:
+        assert str(error)
+    else:
+        assert points and all(np.isfinite(point).all() and point[2] in (0, 1) for point in points)
+
+
+@settings(deadline=None, max_examples=400)
+@given(NUMBERS)
+def test_any_text_is_boxes_or_an_error(text):
+    try:
+        boxes = test_my_image.parse_boxes(text)
+    except argparse.ArgumentTypeError as error:
+        assert str(error)
+    else:
+        assert boxes and all(x1 < x2 and y1 < y2 and np.isfinite([x1, y1, x2, y2]).all() for x1, y1, x2, y2 in boxes)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(-10, 100)), max_size=3),
+       st.integers(1, 60), st.integers(1, 60))
+def test_points_are_inside_or_refused_with_the_size_of_the_image(points, width, height):
+    image = np.zeros((height, width, 3), np.uint8)
+    inside = all(0 <= x < width and 0 <= y < height for x, y in points)
+    try:
+        test_my_image.check_prompts("a.png", image, [(x, y, 1) for x, y in points], [], None)
+    except test_my_image.ImageError as error:
+        assert not inside and f"가로 {width}, 세로 {height}픽셀" in str(error)
+    else:
+        assert inside
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["--lr", "--iterations", "--seed", "--warmup", "--cache-gb", "--max-grad-norm", "--patience"]),
+       st.text(max_size=12))
+def test_any_number_is_taken_or_refused_in_one_line(flag, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_sam2_proper.py", f"{flag}={text}"])
+        try:
+            args = train_sam2_proper.parse_args()
+        except SystemExit as stop:
+            assert stop.code.startswith(f"오류: {flag}") and len(stop.code.splitlines()) == 1
+        else:
+            assert getattr(args, flag[2:].replace("-", "_")) >= 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=40))
+def test_any_path_is_read_or_named(tmp_path_factory, text):
+    path = os.path.join(tmp_path_factory.getbasetemp(), "nothing", text)  # noqa: PTH118  (any text at all)
+    try:
+        train_sam2_proper.read_image(path)
+    except train_sam2_proper.ImageError as error:
+        assert str(path) in str(error)
+    else:
+        raise AssertionError("there is no such image")
+
+
+@pytest.mark.parametrize("script", ["train_sam2_proper.py", "compare_models.py", "test_my_image.py", "prepare_data.py",
+                                    "download_dataset.py"])
+def test_wrong_arguments_end_with_one_korean_line_and_status_1(tmp_path, script):
+    assert_fails_in_one_line(run(script, "--no-such-flag", cwd=tmp_path, code=1), "--help")
+
+
+@pytest.mark.parametrize("terminal", [
+    {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp949"}],
+    ids=["C", "ascii", "cp949"])
+def test_any_terminal_degrades_and_never_raises(data, weights, terminal):
+    environment = {name: value for name, value in ENV.items() if not name.startswith("LC_")} | terminal
+    encoding = terminal.get("PYTHONIOENCODING", "ascii")
+    for arguments in (["train_sam2_proper.py", "--iterations", "3"], ["prepare_data.py", "--check"]):
+        model = [] if arguments[0] == "prepare_data.py" else [*map(str, MODEL), "--checkpoint", str(weights)]
+        done = subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:], *model], cwd=data,
+                              env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert b"Error" not in done.stderr and b"\r" not in done.stderr  # no bar without a terminal
+        text = done.stdout.decode(encoding)
+        assert ("IoU" if model else "train: 6") in text
+        assert "학습" in text if encoding == "cp949" and arguments[0] == "train_sam2_proper.py" else True
+
+
+def test_a_folder_named_sam2_is_found_out(tmp_path):
+    """As a copy of the official repository inside the project, or beside a package that is not installed."""
+    shutil.copy(ROOT / "compare_models.py", tmp_path)
+    (tmp_path / "sam2").mkdir()
+    (tmp_path / "sam2/__init__.py").write_text("")
+    done = subprocess.run([sys.executable, "compare_models.py"], cwd=tmp_path, env=ENV, capture_output=True,
+                          encoding="utf-8")
+    assert done.returncode == 1
+    assert_fails_in_one_line(done, "sam2", "이름", "pip install -r requirements.txt")
+
+
+def test_a_project_folder_named_sam2_is_warned_about(tmp_path):
+    (tmp_path / "sam2").mkdir()
+    shutil.copy(ROOT / "compare_models.py", tmp_path / "sam2")
+    done = subprocess.run([sys.executable, "compare_models.py"], cwd=tmp_path / "sam2", env=ENV, capture_output=True,
+                          encoding="utf-8")
+    first, second = done.stderr.strip().splitlines()
+    assert "sam2" in first and "바꾸" in first and second.startswith("오류: 파인튜닝한 모델이 없습니다")
+
+
+def test_the_box_of_the_comparison_needs_no_utf8(data, weights):
+    assert compare_models.result_box(0.5, 0.6).encode("cp949")
