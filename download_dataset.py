@@ -234,9 +234,11 @@ def unpack(archive_path, target, source):
         try:
             for member in tqdm(members, "압축 풀기", disable=None):
                 archive.extract(member, staging)
-        except OSError:  # the disk is full, say: leave nothing half unpacked
+        except Exception as error:  # the disk is full, or a name that no file can have: leave nothing half unpacked
             shutil.rmtree(staging, ignore_errors=True)
-            raise
+            if isinstance(error, OSError):
+                raise
+            fail(f"{archive_path}: 풀 수 없는 압축 파일입니다 ({type(error).__name__}: {error})")
     root = next((folder for folder in (staging, *sorted(staging.iterdir()))
                  if (folder / "images").is_dir() and (folder / "masks").is_dir()), None)
     if root is None:

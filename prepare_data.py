@@ -35,6 +35,7 @@ SPLITS = ("train", "val")
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+cv2.utils.logging.setLogLevel(0)  # what is wrong with a file is said once, by this script
 
 
 class BadPair(Exception):
@@ -173,16 +174,51 @@ def pairs_from_masks(image_dir, mask_dir):
     return readers, problems
 
 
+def uncompress(text):
+    """The run lengths in COCO's compressed RLE string (cocoapi, rleFrString): 5 bits a letter, differences."""
+    counts, value, shift = [], 0, 0
+    for letter in text:
+        bits = ord(letter) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last letter of a number; its next bit is the sign
+            value -= (bits & 16) << shift - 4
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    return counts
+
+
+def decode_segmentation(segmentation, height, width):
+    """One COCO segmentation (polygons, or RLE, plain or compressed) as bool H x W; ValueError if it is none.
+
+    Everything is checked before it is used: pycocotools' own C code crashes on runs that leave the image.
+    """
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        counts = np.array(uncompress(counts) if isinstance(counts, str) else counts, np.int64)
+        if segmentation["size"] != [height, width] or counts.ndim != 1 or (counts < 0).any() or \
+                counts.sum() != height * width:
+            raise ValueError("RLE does not cover the image")
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    mask = np.zeros((height, width), bool)
+    for polygon in segmentation:
+        points = np.array(polygon, float)
+        if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) < 1e5).all():
+            raise ValueError("not a polygon")
+        for rle in coco_mask.frPyObjects([points.tolist()], height, width):
+            mask |= coco_mask.decode(rle).astype(bool)
+    return mask
+
+
 def decode_segmentations(segmentations, height, width):
-    """Union of COCO segmentations (polygons, or RLE plain or compressed), as bool H x W."""
+    """Union of COCO segmentations, as bool H x W; BadPair if one of them cannot be used."""
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
+        raise BadPair(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
     union = np.zeros((height, width), bool)
     for segmentation in segmentations:
         try:
-            rles = coco_mask.frPyObjects(segmentation, height, width) if not (
-                isinstance(segmentation, dict) and isinstance(segmentation["counts"], str)) else segmentation
-            for rle in rles if isinstance(rles, list) else [rles]:
-                union |= coco_mask.decode(rle).astype(bool)
-        except Exception as error:  # pycocotools raises whatever its C code meets
+            union |= decode_segmentation(segmentation, height, width)
+        except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
             raise BadPair(f"segmentation을 해석할 수 없음 ({type(error).__name__})") from None
     return union
 

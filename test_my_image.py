@@ -20,15 +20,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from hydra import compose
-from hydra.utils import instantiate
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
-from omegaconf import OmegaConf
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 try:
+    from hydra import compose
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.utils.amg import remove_small_regions
@@ -49,6 +49,7 @@ for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
+cv2.utils.logging.setLogLevel(0)  # what is wrong with a file is said once, by this script
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
 
 
@@ -468,13 +469,14 @@ def require_display():
 class Window:
     """A matplotlib window in which each click and each dragged box segments the image anew.
 
-    models: {title: function of (points, boxes) that returns masks 3 x H x W and scores 3}; one panel each.
+    models: {name: function of (points, boxes) that returns masks 3 x H x W and scores 3}; one panel each.
+    title: of the window.
     What it holds when plt.show() returns: points (x, y, label) and boxes [x1, y1, x2, y2], in pixels to one
     decimal; choice, the candidate that a key picked (0 to 2), or None for the one with the highest score;
     found, {title: (masks, scores)}.
     """
 
-    def __init__(self, image, models):
+    def __init__(self, image, models, title):
         self.image, self.models = image, models
         self.points, self.boxes, self.choice, self.found = [], [], None, {}
         self.history, self.drawn, self.pressed = [], [], None
@@ -482,10 +484,11 @@ class Window:
             keys = plt.rcParams[f"keymap.{action}"]
             plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in ("r", "backspace")]
         shape = image.shape[0] / image.shape[1]
-        width = 10 if len(models) == 1 else 15
+        width = 10 if len(models) == 1 else 13
         self.figure, panels = plt.subplots(1, len(models), squeeze=False, layout="constrained", figsize=(
             width, min(max(width / len(models) * shape, 4), 8) + 1))
         self.panels = panels[0]
+        self.figure.canvas.manager.set_window_title(title)
         self.figure.supxlabel(WINDOW_HELP, fontsize=10)
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key)):
@@ -627,7 +630,7 @@ def segment_image(path, name, image, predictors, args):
               for title, predictor in predictors.items()}
     lines = []
     if args.interactive:
-        window = Window(image, models)
+        window = Window(image, models, path.name)
         plt.show()
         if not window.found:
             raise ImageError(f"{path}: 찍은 점이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")

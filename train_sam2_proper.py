@@ -32,14 +32,14 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed
-from hydra import compose
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 try:
+    from hydra import compose
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
@@ -110,6 +110,7 @@ for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
+cv2.utils.logging.setLogLevel(0)  # what is wrong with a file is said once, by this script
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_pair, write_image
+from pycocotools import mask as coco_mask
 
 import compare_models
 import prepare_data
@@ -285,3 +286,27 @@ def test_device_that_is_not_there_is_an_error():
     with pytest.raises(SystemExit) as stop:
         train_sam2_proper.detect_device("tpu")
     assert stop.value.code.startswith("오류: ") and "tpu" in stop.value.code
+
+
+def test_compressed_runs_are_read_as_pycocotools_writes_them():
+    rng = np.random.default_rng(0)
+    for share in (0, 0.001, 0.1, 0.5, 0.99, 1):
+        mask = rng.random((61, 83)) < share
+        if share == 0.1:
+            mask = cv2.blur(mask.astype(np.float32), (15, 15)) > 0.1  # long runs
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        segmentation = {"size": [61, 83], "counts": rle["counts"].decode()}
+        assert (prepare_data.decode_segmentation(segmentation, 61, 83) == mask).all()
+    plain = {"size": [2, 3], "counts": [1, 2, 3]}  # down the columns: 0 11 000
+    assert prepare_data.decode_segmentation(plain, 2, 3).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_runs_and_polygons_that_are_none_are_refused():
+    for wrong in ({"size": [2, 3], "counts": [1, 2]}, {"size": [2, 3], "counts": [-1, 7]}, {"counts": [6]},
+                  {"size": [2, 3], "counts": "zzzz"}, {"size": [3, 2], "counts": [6]}, [[0, 0, 1, 1]],
+                  [[0, 0, 1, 1, float("nan"), 1]], [[0, 0, 1e9, 1, 1, 1]], [["a"] * 6], "abc", 5):
+        with pytest.raises(prepare_data.BadPair):
+            prepare_data.decode_segmentations([wrong], 2, 3)
+    for height, width in ((-1, 5), (0, 5), (2.5, 2), ("3", 3), (10**6, 10**6)):
+        with pytest.raises(prepare_data.BadPair):
+            prepare_data.decode_segmentations([], height, width)

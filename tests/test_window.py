@@ -267,7 +267,7 @@ def window():
             masks[number, :10 * (number + 1)] = True
         return masks, np.array([0.2, 0.9, 0.4])
 
-    window = test_my_image.Window(draw_pair(3)[0], {"fine-tuned model": find})
+    window = test_my_image.Window(draw_pair(3)[0], {"fine-tuned model": find}, "photo")
     window.asked = asked
     window.figure.canvas.draw()
     yield window
@@ -362,7 +362,8 @@ def test_clicks_while_the_toolbar_zooms_place_nothing(window):
 def test_two_models_share_the_prompts():
     def find(points, boxes):
         return np.ones((3, 60, 80), bool), np.array([0.1, 0.2, 0.3 * len(points)])
-    both = test_my_image.Window(draw_pair(3)[0], {"original model": find, "fine-tuned model": find})
+    both = test_my_image.Window(draw_pair(3)[0], {"original model": find, "fine-tuned model": find},
+                                "photo")
     click(both.figure, 40, 30)
     titles = [axes.get_title() for axes in both.figure.axes]
     plt.close(both.figure)
@@ -404,7 +405,7 @@ class RealWindow:
             [sys.executable, str(ROOT / "test_my_image.py"), "--image", photo.name, "--model-cfg", str(SMALL_CFG),
              "--finetuned", str(weights), "--device", "cpu", *arguments],
             cwd=photo.parent, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-        self.id = self.xdotool("search", "--sync", "--onlyvisible", "--name", "Figure 1").split()[0]
+        self.id = self.xdotool("search", "--sync", "--onlyvisible", "--name", ".png").split()[0]
         time.sleep(1.5)  # until it has drawn itself
         size = dict(re.findall(r"(WIDTH|HEIGHT)=(\d+)", self.xdotool("getwindowgeometry", "--shell", self.id)))
         self.width, self.height = int(size["WIDTH"]), int(size["HEIGHT"])
