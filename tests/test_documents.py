@@ -1,0 +1,120 @@
+"""The guide and the README say what is there: command lines, flags, files and settings."""
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import compare_models
+import download_dataset
+import prepare_data
+import test_my_image
+import train_sam2_proper
+
+SCRIPTS = {module.__name__: module for module in (
+    download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image)}
+DOCUMENTS = ["README.md", "SAM2_FINETUNING_GUIDE.md"]
+# what the scripts write, or users bring, so that it need not be in the repository
+WRITTEN = re.compile(r"checkpoints/sam2\.1_hiera_(tiny|small|base_plus|large)\.pt|data/(images|masks)/(train|val)/?|"
+                     r"data/preview\.png|output/.*|demo/(data|output)(/.*)?|test_images/.*|Kvasir-SEG/|data/|output/|"
+                     r"checkpoints/|venv/|(이름|NAME)_\w+\.(png|json)|compare_\d\.png")
+
+
+def text(document):
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def flags_of(module):
+    """All flags that a script's parser knows, from its source."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    flags = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+             and re.fullmatch(r"--?[a-z][a-z-]*", node.value)}
+    if module is train_sam2_proper:
+        flags |= {"--" + name.replace("_", "-") for name in train_sam2_proper.CONFIG} | {"--no-amp"}
+    return {flag for flag in flags if flag not in ("--proc",)}
+
+
+def command_lines(document):
+    """Every line of a code block that starts one of the scripts, without its comment."""
+    for line in text(document).splitlines():
+        line = line.strip()
+        if found := re.match(r"(?:python|torchrun --nproc-per-node=\d+) (\S+?)\.py( .*)?$", line):
+            if found[1] in SCRIPTS:
+                yield found[1], shlex.split(found[2] or "", comments=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_line_parses(document, monkeypatch):
+    lines = list(command_lines(document))
+    assert len(lines) >= 5
+    for script, arguments in lines:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        SCRIPTS[script].parse_args()  # exits if it does not
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_that_is_named_exists(document):
+    known = set().union(*(flags_of(module) for module in SCRIPTS.values())) | {
+        "--nproc-per-node", "--help", "--memory", "--final", "--repeats"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text(document)))
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_in_the_guide(script):
+    guide = text("SAM2_FINETUNING_GUIDE.md")
+    missing = [flag for flag in flags_of(SCRIPTS[script]) if not re.search(rf"(?<![\w-]){flag}(?![\w-])", guide)]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_that_is_named_exists_or_is_written_by_a_script(document):
+    named = set(re.findall(r"[`(]((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|txt|pt|png|yaml))[`)]", text(document)))
+    named |= set(re.findall(r"(?<= )(?:demo|benchmarks|tests)/[\w./-]+", text(document)))
+    made_by_users = {"annotations.json", "rough.png"}
+    sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in SCRIPTS.values())
+    package = {name for name in named if name.startswith("configs/sam2.1/")}
+    missing = [name for name in named - made_by_users - package
+               if not (ROOT / name).exists() and not WRITTEN.fullmatch(name) and f'"{name}"' not in sources]
+    assert not missing
+    import sam2
+    assert all((Path(sam2.__file__).parent / name).is_file() for name in package)
+
+
+def test_what_scripts_write_is_named_in_their_source():
+    sources = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS)
+    for name in re.findall(r"`output/([\w.]+)`", text("SAM2_FINETUNING_GUIDE.md")):
+        assert name in sources
+
+
+def test_every_setting_that_is_quoted_is_that_of_config():
+    quoted = re.findall(r'^"(\w+)": (.+),$', text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
+    assert len(quoted) >= 8
+    for name, value in quoted:
+        assert train_sam2_proper.CONFIG[name] == ast.literal_eval(value), name
+
+
+def test_every_message_that_the_guide_shows_is_in_a_script():
+    sources = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS)
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
+    shown = re.findall(r"^(?:오류|주의): (.*)$", text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
+    assert len(shown) >= 7
+    for message in shown:
+        words = re.split(r"\(?No module named 'sam2'\)?|sam2\.1_hiera_s |\(Cannot find.*?\)|'cuda'|: cpu|"
+                         r"checkpoints/\S+|small|\"x,y\"", message)
+        longest = max(words, key=len).strip(" .():")
+        assert longest.replace('"', '\\"') in sources or longest in sources, longest
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_inside_the_repository_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#:]+)\)", text(document)):
+        assert (ROOT / target).exists(), target
+    headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ")).strip().replace(" ", "-").lower()
+                for line in text(document).splitlines() if line.startswith("#")}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text(document)):
+        assert anchor in headings, anchor
