@@ -80,6 +80,7 @@ CONFIG = {
     "supervise": "first",  # of the three masks
     # prompts
     "prompt": "point",
+    "val_prompt": "point",
     "clicks": 1,           # prompts on each image, decoded at once, each on its own
     "max_points": 3,       # of --prompt points
     # output and system
@@ -755,7 +756,7 @@ class Training:
             gt_mask = self.val_masks[index]
             self.predictor._features = self.val_cache([(self.val_masks.paths[index], gt_mask.shape)])
             self.predictor._orig_hw, self.predictor._is_image_set = [gt_mask.shape], True
-            logits, scores, _ = predict_prompted(self.predictor, prompt_kind(self.args.prompt, index), gt_mask)
+            logits, scores, _ = predict_prompted(self.predictor, prompt_kind(self.args.val_prompt, index), gt_mask)
             loss, _ = training_loss(torch.from_numpy(logits[None]), torch.from_numpy(scores[None]),
                                     torch.from_numpy(gt_mask).float(), self.args.dice_weight, self.args.supervise)
             best = logits[scores.argmax()] > 0
@@ -1051,8 +1052,10 @@ def parse_args():
     setting("dice_weight", float, "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음")
     setting("supervise", str, "손실에 넣을 마스크: first 첫째만, all 셋 모두, best 가장 잘 맞는 것만",
             choices=["first", "all", "best"])
-    setting("prompt", str, "학습하고 검증할 프롬프트: point 점 하나, points 점 하나에 틀린 곳의 점을 더함, box 상자"
-            "(학습할 때는 조금 흔듦), mixed 셋을 섞음", choices=["point", "points", "box", "mixed"])
+    setting("prompt", str, "학습할 프롬프트: point 마스크 안의 점 하나, points 거기에 틀린 곳의 점을 더함, "
+            "box 조금 흔든 상자, mixed 셋을 섞음", choices=["point", "points", "box", "mixed"])
+    setting("val_prompt", str, "검증할 프롬프트: compare_models.py --prompt와 같음",
+            choices=["point", "points", "box", "mixed"])
     setting("clicks", int, "이미지마다 한 번에 디코딩할 프롬프트 수")
     setting("max_points", int, "--prompt points에서 점을 많아야 몇 개 찍을지")
     setting("output_dir", Path, "결과를 쓸 폴더")

@@ -183,8 +183,8 @@ def test_max_grad_norm_shortens_the_gradients(data, weights):
 
 @pytest.mark.parametrize("prompt", ["points", "box", "mixed"])
 def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, prompt):
-    train(data, weights, "--prompt", prompt, "--iterations", 14, "--save-every", 7, "--batch-size", 2, "--clicks", 2,
-          "--lr", "1e-3")
+    train(data, weights, "--prompt", prompt, "--val-prompt", prompt, "--iterations", 14, "--save-every", 7,
+          "--batch-size", 2, "--clicks", 2, "--lr", "1e-3")
     run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--prompt", prompt,
         cwd=data)
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
