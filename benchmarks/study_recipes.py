@@ -63,7 +63,6 @@ STUDY = {
     "mixed": recipe(f"{BASE} --prompt mixed"),               # and boxes
     "mixed, lr 6e-4": recipe(f"{BASE} --prompt mixed --lr 6e-4"),
     "mixed, lr 1e-3": recipe(f"{BASE} --prompt mixed --lr 1e-3"),
-    "mixed, lr 1e-3, batch 8": recipe(f"{BASE} --prompt mixed --lr 1e-3 --batch-size 8"),
     "average of weights": recipe(BASE, average=0.99),        # a smoother end
     "flips": recipe(BASE, views=(0, 2, 4, 6)),               # more images for the same labels; 4x to encode
     "flips and turns": recipe(BASE, views=tuple(range(8))),  # 8x to encode

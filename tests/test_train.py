@@ -422,3 +422,47 @@ def test_config_that_sam2_does_not_have_is_named(data, weights):
 
 def test_no_data_says_what_to_run(tmp_path, weights):
     assert_fails_in_one_line(train(tmp_path, weights, code=1), "download_dataset.py", "prepare_data.py")
+
+
+def settings_of(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_sam2_proper.py", *arguments])
+    return vars(train_sam2_proper.parse_args())
+
+
+def test_improved_is_a_set_of_flags_and_each_can_be_given_otherwise(monkeypatch):
+    reference, improved = settings_of(monkeypatch), settings_of(monkeypatch, "--recipe", "improved")
+    assert {name: reference[name] for name in train_sam2_proper.CONFIG} == {
+        **train_sam2_proper.CONFIG, "output_dir": reference["output_dir"]}
+    changed = {name: value for name, value in improved.items() if value != reference[name]}
+    assert changed == {"recipe": "improved", **train_sam2_proper.RECIPES["improved"]}
+    passes = [each["iterations"] * each["batch_size"] * each["clicks"] for each in (reference, improved)]
+    assert passes[0] == passes[1]  # the same budget
+    mine = settings_of(monkeypatch, "--lr", "2e-4", "--recipe", "improved", "--iterations=10")
+    assert mine["lr"] == 2e-4 and mine["iterations"] == 10 and mine["supervise"] == "all"
+
+
+def test_improved_trains_and_is_validated_with_the_middle_click(data, weights):
+    train(data, weights, "--recipe", "improved", "--iterations", 12, "--save-every", 6, "--warmup", 2)
+    summary = read_summary(data / "output")
+    assert summary["settings"]["val_prompt"] == "point" and summary["settings"]["supervise"] == "all"
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert compared["finetuned_iou"] == summary["best_iou"]
+    idle = re.compile(r"output_hypernetworks_mlps\.0")  # of the single mask, which multimask_output never shows
+    before, after = load(weights), load(data / "output/sam2_final.pt")
+    heads = [name for name in before if "output_hypernetworks_mlps" in name and not idle.search(name)]
+    assert len(heads) == 18 and all(not torch.equal(before[name], after[name]) for name in heads)
+
+
+def test_the_encoder_is_trained_only_when_asked_and_never_cached(data, weights):
+    done = train(data, weights, "--train-encoder", "--iterations", 4, "--lr", "1e-3", "--cache-dir", "features")
+    assert "특징을 캐시하지 않음" in done.stdout and not (data / "features").exists()
+    before, after = load(weights), load(data / "output/sam2_final.pt")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"image_encoder.trunk.patch_embed.proj.weight", "sam_mask_decoder.conv_s0.weight",
+            "sam_mask_decoder.output_hypernetworks_mlps.1.layers.2.weight"} <= changed
+    assert not any(name.startswith("memory") for name in changed)
+    done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    assert "모델마다 인코딩" in done.stdout
+    compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "output")["best_iou"], abs=1e-6)
