@@ -1,0 +1,26 @@
+"""The benchmarks run and print their tables; what they measure is not asserted."""
+
+import re
+
+from conftest import ROOT, SMALL_CFG, run
+
+DEMO_WEIGHTS = ROOT / "demo" / "sam2_demo.pt"
+
+
+def test_the_study_of_recipes_prints_a_row_for_each(data):
+    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO_WEIGHTS, "--passes", 40,
+               "--seeds", 2, "--workers", 1, "--only", "original;reference;focal (x 20) + Dice;mixed;flips;neck too",
+               "--cache-dir", "features", cwd=data)
+    head, columns, *rows = done.stdout.strip().splitlines()
+    assert "4 images to train on, 2 to measure on, 40 decoder passes, 2 seeds" in head and "box IoU" in columns
+    assert len(rows) == 6 and all(len(re.findall(r"[\d.]+ ± +[\d.]+", row)) == 5 for row in rows)
+    assert len({row[24:] for row in rows}) == 6  # each recipe has done something else
+    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO_WEIGHTS, "--passes", 40,
+               "--seeds", 1, "--workers", 1, "--final", "--cache-dir", "features", cwd=data)
+    assert "6 images to train on, 4 to measure on" in done.stdout and "improved" in done.stdout
+
+
+def test_the_window_benchmark_prints_seconds(tmp_path):
+    done = run("benchmarks/bench_window.py", "--model-cfg", "configs/sam2.1/sam2.1_hiera_t.yaml", "--clicks", 1,
+               "--width", 80, "--height", 60, "--device", "cpu", cwd=tmp_path)
+    assert re.search(r"click to redrawn mask: median \d+\.\d+ s", done.stdout)
