@@ -1,6 +1,8 @@
 """Fine-tune SAM 2.1's mask decoder and prompt encoder on one's own images and masks.
 
-    python train_sam2_proper.py
+    python train_sam2_proper.py                      the reference guide's loss and settings
+    python train_sam2_proper.py --recipe improved    more IoU from as many decoder passes
+    python train_sam2_proper.py --test               is everything there that a training needs?
 
 The image encoder stays frozen, so an image is encoded at its first visit only and its features are kept.
 Training calls the model's parts through predictor._features, as sagieppel's "Fine-tune SAM2 in 60 lines"
@@ -1087,9 +1089,9 @@ def print_setup(training, device):
     total = sum(parameter.numel() for parameter in training.model.parameters())
     print(f"장치: {device}" + (f", 프로세스 {training.processes}개" if training.processes > 1 else ""))
     print(f"학습 {len(masks)}장 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 {masks.left_out}장), 검증 {len(val_masks)}장")
-    frozen = "이미지 인코더도 학습하므로 특징을 캐시하지 않음" if training.args.train_encoder else \
-        "이미지 인코더와 conv_s0, conv_s1은 고정"
-    print(f"학습하는 가중치: {trained:,} / {total:,} ({frozen})")
+    print(f"학습하는 가중치: {trained:,} / {total:,} (" + (
+        "이미지 인코더도 학습하므로 특징을 캐시하지 않음" if training.args.train_encoder else
+        "이미지 인코더와 conv_s0, conv_s1은 고정") + ")")
     print(f"특징 캐시: 학습 {len(masks)}장 중 {training.fitting}장, "
           f"검증 {len(val_masks)}장 중 {training.val_fitting}장이 들어갑니다 "
           f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {cache.limit / 1e9:.3g} GB)"

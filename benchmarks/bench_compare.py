@@ -22,9 +22,9 @@ import compare_models as project  # noqa: E402
 def compare_one(original, finetuned, image_path, mask_path, shared):
     image, gt_mask = project.read_image(image_path), project.read_mask(mask_path)
     project.set_image_in_both(original, finetuned, image, shared)
-    prompt = project.make_prompt("point", gt_mask)
     for predictor in (original, finetuned):
-        project.calculate_iou(project.best_mask(predictor, prompt), gt_mask)
+        logits, scores, _ = project.predict_prompted(predictor, "point", gt_mask)
+        project.calculate_iou(logits[scores.argmax()] > 0, gt_mask)
 
 
 def main():

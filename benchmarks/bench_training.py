@@ -19,7 +19,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from sam2.build_sam import build_sam2
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
@@ -41,8 +43,10 @@ def draw_pairs(folder, count):
 
 
 def save_random_weights(model_cfg, path):
+    """A checkpoint in the official form for a config of the sam2 package or a YAML of one's own."""
     torch.manual_seed(0)
-    torch.save({"model": build_sam2(model_cfg, device="cpu").state_dict()}, path)
+    config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=model_cfg)
+    torch.save({"model": instantiate(config.model, _recursive_=True).state_dict()}, path)
     return path
 
 
@@ -63,7 +67,7 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
             high_res_features=[level[-1].unsqueeze(0) for level in predictor._features["high_res_feats"]])
     masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
     target = torch.from_numpy(gt.astype(np.float32)).to(device)
-    loss, iou = project.training_loss(torch.stack([masks[0, 0]]), scores[:, 0].float(), target)
+    loss, iou = project.training_loss(masks, scores.float(), target)
     predictor.model.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)

@@ -20,7 +20,17 @@ def test_the_study_of_recipes_prints_a_row_for_each(data):
     assert "6 images to train on, 4 to measure on" in done.stdout and "improved" in done.stdout
 
 
+def test_the_training_benchmark_prints_ratios(tmp_path):
+    done = run("benchmarks/bench_training.py", "--model-cfg", SMALL_CFG, "--images", 3, "--device", "cpu", cwd=tmp_path)
+    assert "3 images, 11 iterations" in done.stdout and len(re.findall(r"\d+\.\d\dx", done.stdout)) == 3
+
+
+def test_the_comparison_benchmark_prints_a_ratio(tmp_path):
+    done = run("benchmarks/bench_compare.py", "--model-cfg", SMALL_CFG, "--images", 2, "--device", "cpu", cwd=tmp_path)
+    assert re.search(r"encoded twice \d\.\d+, encoded once \d\.\d+, ratio \d+\.\d\dx", done.stdout)
+
+
 def test_the_window_benchmark_prints_seconds(tmp_path):
-    done = run("benchmarks/bench_window.py", "--model-cfg", "configs/sam2.1/sam2.1_hiera_t.yaml", "--clicks", 1,
-               "--width", 80, "--height", 60, "--device", "cpu", cwd=tmp_path)
+    done = run("benchmarks/bench_window.py", "--model-cfg", SMALL_CFG, "--clicks", 2, "--width", 80, "--height", 60,
+               "--device", "cpu", cwd=tmp_path)
     assert re.search(r"click to redrawn mask: median \d+\.\d+ s", done.stdout)
