@@ -345,9 +345,10 @@ def result_box(original_iou, finetuned_iou):
 
 def overlay(image, mask, colour):
     """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
-    tinted = image.copy()
-    tinted[mask] = (0.55 * image[mask] + 0.45 * np.array(colour)).astype(np.uint8)
-    edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    inside = mask.astype(np.uint8)
+    tint = np.full_like(image, colour)
+    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
+    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
 
 

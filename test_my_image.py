@@ -37,7 +37,7 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
-SHOWN_SIDE = 1500      # pixels: larger images are reduced to this for display
+SHOWN_SIDE = 1000      # pixels: larger images are reduced to this for display
 EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
 COLOURS = {"original model": (230, 60, 30), "fine-tuned model": (30, 110, 255)}
 WINDOW_HELP = ("left click: object    right click: background    drag: box    u: undo    r: reset    "
@@ -419,9 +419,10 @@ def reduce_to(array, max_side, interpolation):
 
 def overlay(image, mask, colour):
     """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
-    tinted = image.copy()
-    tinted[mask] = (0.55 * image[mask] + 0.45 * np.array(colour)).astype(np.uint8)
-    edges, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    inside = mask.astype(np.uint8)
+    tint = np.full_like(image, colour)
+    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
+    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
 
 
