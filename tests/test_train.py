@@ -134,8 +134,8 @@ def test_same_seed_gives_the_same_files(data, weights):
 
 
 @pytest.mark.parametrize("more", [
-    (), ("--scheduler", "cosine", "--warmup", 3, "--prompt", "mixed", "--accumulate", 2, "--max-grad-norm", 1),
-    ("--scheduler", "plateau", "--prompt", "points")], ids=["plain", "cosine-mixed", "plateau-points"])
+    ("--scheduler", "cosine", "--warmup", 3, "--prompt", "mixed", "--accumulate", 2, "--max-grad-norm", 1),
+    ("--scheduler", "plateau", "--prompt", "points")], ids=["cosine-mixed", "plateau-points"])
 def test_resume_continues_bit_for_bit(data, weights, more):
     """An interrupted training (here: killed by the system after its second validation) and one that was not."""
     arguments = (*more, "--save-every", 4, "--lr", "1e-3", "--iterations", 13)
