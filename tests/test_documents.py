@@ -73,7 +73,8 @@ def test_every_flag_is_in_the_guide(script):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_is_named_exists_or_is_written_by_a_script(document):
-    named = set(re.findall(r"[`(]((?:[a-zA-Z_][\w.-]*/)+[\w.-]*|[\w-]+\.(?:py|md|txt|pt|png|yaml))[`)]", text(document)))
+    named = set(re.findall(r"[`(]((?:[a-zA-Z_][\w.-]*/)+[\w.-]*|[\w-]+\.(?:py|md|txt|pt|png|yaml))[`)]",
+                           text(document)))
     named |= set(re.findall(r"(?<= )(?:demo|benchmarks|tests)/[\w./-]+", text(document)))
     made_by_users = {"annotations.json", "rough.png"}
     sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in SCRIPTS.values())

@@ -97,13 +97,6 @@ def test_without_a_display_it_says_so_before_the_model_is_loaded(photo):
         assert "python3-tk" in done.stderr
 
 
-def test_terminal_without_hangul_degrades_and_never_raises(photo, weights):
-    done = segment(photo, weights, "-p", "40,30", env={"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"})
-    assert done.stdout.isascii() and "?" in done.stdout
-    done = segment(photo, weights, "-p", "400,30", env={"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}, code=1)
-    assert done.stderr.isascii() and "80" in done.stderr
-
-
 def test_the_real_architecture_runs_through_its_official_name(photo, tmp_path):
     """SAM 2.1 tiny at 1024 px with random weights: that it loads and runs, not what it finds."""
     name = "configs/sam2.1/sam2.1_hiera_t.yaml"
