@@ -15,9 +15,6 @@ def test_the_study_of_recipes_prints_a_row_for_each(data):
     assert "4 images to train on, 2 to measure on, 40 decoder passes, 2 seeds" in head and "box IoU" in columns
     assert len(rows) == 6 and all(len(re.findall(r"[\d.]+ ± +[\d.]+", row)) == 5 for row in rows)
     assert len({row[24:] for row in rows}) == 6  # each recipe has done something else
-    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO_WEIGHTS, "--passes", 40,
-               "--seeds", 1, "--workers", 1, "--final", "--cache-dir", "features", cwd=data)
-    assert "6 images to train on, 4 to measure on" in done.stdout and "improved" in done.stdout
 
 
 def test_the_training_benchmark_prints_ratios(tmp_path):
