@@ -4,6 +4,8 @@ Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths), kill_after
 then). Forks a child that runs the script as __main__ to the interpreter's own end, and answers with its exit code.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -12,9 +14,13 @@ import sys
 import threading
 
 import cv2  # noqa: F401
+import matplotlib.pyplot  # noqa: F401  (chooses its backend later, when the script has had its say)
 import psutil  # noqa: F401
 import sam2.sam2_image_predictor  # noqa: F401
 import torch.distributed  # noqa: F401
+
+gc.freeze()  # a child that ends need not take all this apart: half a second
+atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
 
 for line in sys.stdin:
     job = json.loads(line)
