@@ -8,6 +8,7 @@ An interrupted download goes on where it stopped. What is already done is not do
 """
 
 import argparse
+import atexit
 import errno
 import hashlib
 import json
@@ -71,19 +72,19 @@ argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks i
 
 
 def reason(error):
-    """What an OSError, or a ValueError from a path, says in the user's words."""
+    """What an exception says, in one line; an OSError in the user's words."""
     known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
              errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
              errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
              errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
-    return known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error)
+    words = known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error).strip()
+    return words.splitlines()[0] if words else type(error).__name__
 
 
 def fail_for(error):
-    """End as fail() does, with what an OSError or another error says."""
-    if isinstance(error, OSError):
-        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
-    fail(error)
+    """End as fail() does, with what an exception says and the file that it names."""
+    path = getattr(error, "filename", None)
+    fail(f"{path}: {reason(error)}" if path else reason(error))
 
 
 def lock(path):
@@ -99,13 +100,11 @@ def lock(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
-    return file
 
-
-def unlock(file):
-    """Give a lock back and take its file away."""
-    file.close()
-    Path(file.name).unlink(missing_ok=True)
+    def unlock():
+        file.close()
+        path.unlink(missing_ok=True)
+    atexit.register(unlock)
 
 
 def fetch_once(url, part):
@@ -295,9 +294,8 @@ def fetch_checkpoint(name):
         print(f"이미 있습니다: {path}")
         return
     print(f"체크포인트를 받습니다: {url}")
-    locked = lock(path.with_name(path.name + ".lock"))
+    lock(path.with_name(path.name + ".lock"))
     download(url, path)
-    unlock(locked)
     print(f"저장: {path} ({path.stat().st_size / 1e6:.0f} MB)")
 
 
@@ -320,9 +318,8 @@ def main():
     if args.checkpoint:
         fetch_checkpoint(args.checkpoint)
         return
-    locked = lock(KVASIR_DIR.with_name(KVASIR_DIR.name + ".lock"))
+    lock(KVASIR_DIR.with_name(KVASIR_DIR.name + ".lock"))
     fetch_kvasir(args)
-    unlock(locked)
     command = [sys.executable, str(Path(__file__).with_name("prepare_data.py")),
                "--images", str(KVASIR_DIR / "images"), "--masks", str(KVASIR_DIR / "masks"),
                "--data-dir", args.data_dir, "--val-ratio", args.val_ratio]

@@ -14,6 +14,7 @@ What it writes:
 """
 
 import argparse
+import atexit
 import errno
 import hashlib
 import json
@@ -21,6 +22,8 @@ import os
 import random
 import shutil
 import sys
+import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
@@ -70,19 +73,19 @@ argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks i
 
 
 def reason(error):
-    """What an OSError, or a ValueError from a path, says in the user's words."""
+    """What an exception says, in one line; an OSError in the user's words."""
     known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
              errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
              errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
              errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
-    return known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error)
+    words = known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error).strip()
+    return words.splitlines()[0] if words else type(error).__name__
 
 
 def fail_for(error):
-    """End as fail() does, with what an OSError or another error says."""
-    if isinstance(error, OSError):
-        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
-    fail(error)
+    """End as fail() does, with what an exception says and the file that it names."""
+    path = getattr(error, "filename", None)
+    fail(f"{path}: {reason(error)}" if path else reason(error))
 
 
 def lock(path):
@@ -98,19 +101,29 @@ def lock(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
-    return file
+
+    def unlock():
+        file.close()
+        path.unlink(missing_ok=True)
+    atexit.register(unlock)
 
 
-def unlock(file):
-    """Give a lock back and take its file away."""
-    file.close()
-    Path(file.name).unlink(missing_ok=True)
+def is_broken(content):
+    """Whether a JPEG or PNG file ends too early or, for a PNG, has other checksums than its parts.
 
-
-def is_truncated(content):
-    """Whether the bytes of a JPEG or PNG file end too early; OpenCV would fill the rest with grey."""
+    OpenCV would fill the rest of a cut JPEG with grey, and make room for any length that a PNG claims.
+    """
     if content.startswith(b"\x89PNG"):
-        return b"IEND" not in content
+        place = 8
+        while place + 12 <= len(content):
+            after = place + 8 + int.from_bytes(content[place:place + 4], "big")
+            kind, checksum = content[place + 4:place + 8], content[after:after + 4]
+            if zlib.crc32(content[place + 4:after]).to_bytes(4, "big") != checksum and kind.isupper():
+                return True  # in a part that the picture cannot do without: IHDR, PLTE, IDAT, IEND
+            if kind == b"IEND":
+                return False
+            place = after + 4
+        return True
     place = 2
     while content.startswith(b"\xff\xd8") and content[place:place + 1] == b"\xff":
         marker, length = content[place + 1:place + 2], int.from_bytes(content[place + 2:place + 4], "big")
@@ -124,11 +137,11 @@ def decode(path, flags):
     """Decode an image file; BadPair if it is none, or not whole. (cv2.imread cannot open Korean paths on Windows.)"""
     try:
         content = path.read_bytes()
-        decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        decoded = None if is_broken(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except (OSError, ValueError, cv2.error):
         content, decoded = b"", None
     if decoded is None:
-        raise BadPair(f"{'중간에서 잘린' if is_truncated(content) else '읽을 수 없는'} 파일: {path.name}")
+        raise BadPair(f"{'중간에서 잘렸거나 손상된' if is_broken(content) else '읽을 수 없는'} 파일: {path.name}")
     return decoded
 
 
@@ -142,14 +155,19 @@ def read_source_mask(path):
     return mask > (0 if mask.max() == 1 else 127)
 
 
+def composed(name):
+    """A file name with each Korean letter as one character; macOS and its zip files take them apart."""
+    return unicodedata.normalize("NFC", name)
+
+
 def by_stem(folder):
-    """Image files of a folder by stem: {stem: [paths]}, sorted by name."""
+    """Image files of a folder by stem: {stem: [paths]}, sorted by name; Korean letters composed (NFC)."""
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
     files = defaultdict(list)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            files[path.stem].append(path)
+            files[composed(path.stem)].append(path)
     return files
 
 
@@ -223,11 +241,17 @@ def decode_segmentations(segmentations, height, width):
     return union
 
 
+def base_name(file_name):
+    """The name in a COCO file without the folders that CVAT writes in front of it."""
+    return composed(PurePosixPath(str(file_name).replace("\\", "/")).name)
+
+
 def pairs_from_coco(image_dir, coco_file):
     """As pairs_from_masks, with the masks from a COCO file: the union of all objects of an image."""
     try:
         coco = json.loads(coco_file.read_text(encoding="utf-8-sig"))
-        entries = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in coco["images"]}
+        entries = {image["id"]: (base_name(image["file_name"]), image["height"], image["width"])
+                   for image in coco["images"]}
         segmentations = defaultdict(list)
         for annotation in coco["annotations"]:
             if annotation.get("segmentation"):
@@ -237,11 +261,10 @@ def pairs_from_coco(image_dir, coco_file):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{coco_file}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
 
-    files = {p.name: p for paths in by_stem(image_dir).values() for p in paths}
+    files = {composed(p.name): p for paths in by_stem(image_dir).values() for p in paths}
     stems = Counter(Path(name).stem for name in files)
     readers, problems = {}, {}
-    for identity, (file_name, height, width) in sorted(entries.items(), key=lambda entry: str(entry[1][0])):
-        name = PurePosixPath(str(file_name).replace("\\", "/")).name  # CVAT writes folders in front of it
+    for identity, (name, height, width) in sorted(entries.items(), key=lambda entry: entry[1][0]):
         if name not in files:
             problems[name] = "이미지 없음"
         elif stems[Path(name).stem] > 1:
@@ -253,7 +276,7 @@ def pairs_from_coco(image_dir, coco_file):
         else:
             readers[files[name]] = lambda found=segmentations[identity], h=height, w=width: \
                 decode_segmentations(found, h, w)
-    named = {PurePosixPath(str(entry[0]).replace("\\", "/")).name for entry in entries.values()}
+    named = {name for name, _, _ in entries.values()}
     problems.update({name: "마스크 없음 (COCO 파일에 없음)" for name in files if name not in named})
     return readers, problems
 
@@ -328,7 +351,7 @@ def prepare(args):
         fail(f"{target}에 직접 넣은 파일이 있어 덮어쓰지 않습니다. 옮기거나 다른 --data-dir을 쓰세요")
 
     staging = target.with_name(target.name + ".part")
-    locked = lock(target.with_name(target.name + ".lock"))
+    lock(target.with_name(target.name + ".lock"))
     shutil.rmtree(staging, ignore_errors=True)
     good = staging / "all"
     for part in ("images", "masks"):
@@ -365,7 +388,6 @@ def prepare(args):
     beside = split_file.with_name("split.json.tmp")
     beside.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     beside.replace(split_file)
-    unlock(locked)
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 
@@ -380,10 +402,10 @@ def check(data_dir):
             name = f"{split}/{(found or drawn)[0].name}"
             if len(found) > 1 or len(drawn) > 1:
                 problems.append(f"{name}: 이름이 같은 파일이 여럿")
-            elif not drawn or drawn[0].suffix != ".png":
-                problems.append(f"{name}: 마스크 없음 ({stem}.png이어야 함)")
             elif not found or found[0].suffix.lower() not in KEPT_AS_IS:
                 problems.append(f"{name}: 이미지 없음 (jpg, jpeg, png)")
+            elif not drawn or drawn[0].name != f"{found[0].stem}.png":
+                problems.append(f"{name}: 마스크 없음 ({found[0].stem}.png이어야 함)")
             else:
                 try:
                     image, mask = decode(found[0], cv2.IMREAD_COLOR), decode(drawn[0], cv2.IMREAD_GRAYSCALE)

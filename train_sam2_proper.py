@@ -10,6 +10,7 @@ does: predictor.predict() runs under no_grad, nothing could be learnt through it
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import errno
@@ -26,6 +27,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -151,19 +153,19 @@ argparse._ = lambda text: Parser.WORDS.get(text, text)  # where argparse looks i
 
 
 def reason(error):
-    """What an OSError, or a ValueError from a path, says in the user's words."""
+    """What an exception says, in one line; an OSError in the user's words."""
     known = {errno.ENOSPC: "디스크가 가득 찼습니다", errno.EACCES: "권한이 없습니다", errno.EPERM: "권한이 없습니다",
              errno.EROFS: "읽기 전용입니다", errno.ENOENT: "파일이나 폴더가 없습니다",
              errno.EISDIR: "파일이 아니라 폴더입니다", errno.ENOTDIR: "폴더가 아니라 파일입니다",
              errno.EEXIST: "폴더여야 하는데 파일이 있습니다", errno.ENAMETOOLONG: "이름이 너무 깁니다"}
-    return known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error)
+    words = known.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or str(error).strip()
+    return words.splitlines()[0] if words else type(error).__name__
 
 
 def fail_for(error):
-    """End as fail() does, with what an OSError or another error says."""
-    if isinstance(error, OSError):
-        error = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
-    fail(error)
+    """End as fail() does, with what an exception says and the file that it names."""
+    path = getattr(error, "filename", None)
+    fail(f"{path}: {reason(error)}" if path else reason(error))
 
 
 def write_file(path, content):
@@ -204,10 +206,22 @@ def calculate_iou(pred_mask, gt_mask):
     return float(intersection / (union + 1e-6))
 
 
-def is_truncated(content):
-    """Whether the bytes of a JPEG or PNG file end too early; OpenCV would fill the rest with grey."""
+def is_broken(content):
+    """Whether a JPEG or PNG file ends too early or, for a PNG, has other checksums than its parts.
+
+    OpenCV would fill the rest of a cut JPEG with grey, and make room for any length that a PNG claims.
+    """
     if content.startswith(b"\x89PNG"):
-        return b"IEND" not in content
+        place = 8
+        while place + 12 <= len(content):
+            after = place + 8 + int.from_bytes(content[place:place + 4], "big")
+            kind, checksum = content[place + 4:place + 8], content[after:after + 4]
+            if zlib.crc32(content[place + 4:after]).to_bytes(4, "big") != checksum and kind.isupper():
+                return True  # in a part that the picture cannot do without: IHDR, PLTE, IDAT, IEND
+            if kind == b"IEND":
+                return False
+            place = after + 4
+        return True
     place = 2
     while content.startswith(b"\xff\xd8") and content[place:place + 1] == b"\xff":
         marker, length = content[place + 1:place + 2], int.from_bytes(content[place + 2:place + 4], "big")
@@ -224,15 +238,16 @@ def decode_file(path, flags):
     """
     try:
         content = Path(path).read_bytes()
-        decoded = None if is_truncated(content) else cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: 읽을 수 없습니다 ({reason(error)})") from None
-    except cv2.error:
+    if not content or is_broken(content):
+        raise ImageError(f"{path}: {'중간에서 잘렸거나 손상되었습니다' if content else '비어 있습니다'}")
+    try:
+        decoded = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:  # for example, more pixels than OpenCV allows
         decoded = None
     if decoded is None:
-        problem = "비어 있습니다" if not content else "중간에서 잘렸습니다" if is_truncated(content) else \
-            "이미지 파일이 아니거나 손상되었습니다"
-        raise ImageError(f"{path}: {problem}")
+        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
     return decoded
 
 
@@ -274,15 +289,13 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
         }
         model = instantiate(config.model, _recursive_=True).eval()
     except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({reason}). 예: configs/sam2.1/sam2.1_hiera_s.yaml")
+        fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({reason(error)}). 예: configs/sam2.1/sam2.1_hiera_s.yaml")
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
         weights = dict(weights.get("model", weights))
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({reason})")
+        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({reason(error)})")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if differing:
@@ -945,7 +958,11 @@ def lock(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
-    return file
+
+    def unlock():
+        file.close()
+        path.unlink(missing_ok=True)
+    atexit.register(unlock)
 
 
 def join_processes(requested):
@@ -996,8 +1013,7 @@ def system_check(args):
         try:
             print(f"✓ {name}: {check()}", flush=True)
         except (SystemExit, ImageError, OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0].removeprefix("오류: ")
-            print(f"✗ {name}: {reason}", flush=True)
+            print(f"✗ {name}: {reason(error).removeprefix('오류: ')}", flush=True)
             passed = False
     return passed
 
@@ -1107,7 +1123,7 @@ def main():
         sys.exit(not system_check(args))
     rank, processes, device = join_processes(args.device)
     if rank == 0:
-        locked = lock(args.output_dir / ".lock")  # noqa: F841  (held until the process ends)
+        lock(args.output_dir / ".lock")
         for left in args.output_dir.glob("*.tmp"):  # by a run that was killed while it wrote
             left.unlink()
     trackers = [] if rank else open_trackers(args)
@@ -1162,5 +1178,7 @@ if __name__ == "__main__":
         main()
     except (ImageError, OSError) as error:
         fail_for(error)
+    except KeyboardInterrupt:
+        fail("중단했습니다. 저장한 것이 있으면 --resume으로 이어서 할 수 있습니다")
     except (torch.OutOfMemoryError, MemoryError):
         fail("메모리가 부족합니다. --batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --image-size 512를 쓰세요")

@@ -1,6 +1,7 @@
 """prepare_data.py, as a user runs it."""
 
 import json
+import unicodedata
 
 import cv2
 import numpy as np
@@ -138,6 +139,22 @@ def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
     assert (got["plain"] == (mask > 0)).all() and (got["compressed"] == (mask > 0)).all()
     assert got["polygon"][12:24, 12:29].all() and got["polygon"].sum() == pytest.approx(20 * 15, rel=0.1)
     assert got["two"].sum() == pytest.approx(20 * 15 + 20 * 10, rel=0.1)
+
+
+def test_korean_names_pair_whether_macos_took_their_letters_apart_or_not(tmp_path):
+    image, mask = draw_pair(5)
+    taken_apart, whole = (unicodedata.normalize(form, "용종") for form in ("NFD", "NFC"))
+    assert taken_apart != whole
+    write_image(tmp_path / f"images/{taken_apart}.png", image)
+    write_image(tmp_path / f"masks/{whole}.png", mask)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0, cwd=tmp_path)
+    run("prepare_data.py", "--check", cwd=tmp_path)
+    coco = {"images": [{"id": 1, "file_name": f"{whole}.png", "height": 60, "width": 80}],
+            "annotations": [{"id": 1, "image_id": 1, "segmentation": rle_plain(mask)}]}
+    (tmp_path / "a.json").write_text(json.dumps(coco), encoding="utf-8")
+    run("prepare_data.py", "--images", "images", "--coco", "a.json", "--val-ratio", 0, "--data-dir", "d", cwd=tmp_path)
+    for folder in ("data", "d"):
+        assert (read_grey(tmp_path / f"{folder}/masks/train/{taken_apart}.png") == mask).all()
 
 
 def test_a_file_that_is_not_coco_is_named(tmp_path):

@@ -74,7 +74,7 @@ def test_every_kind_of_image_is_read_alike(tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_sam2_proper, prepare_data], ids=lambda script: script.__name__)
-def test_files_that_end_too_early_are_refused_and_whole_ones_are_not(tmp_path, script):
+def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path, script):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -82,10 +82,15 @@ def test_files_that_end_too_early_are_refused_and_whole_ones_are_not(tmp_path, s
     for name, options in (("a.jpg", {"exif": exif}), ("b.jpg", {"progressive": True}), ("c.png", {})):
         picture.save(tmp_path / name, **options)
         whole = (tmp_path / name).read_bytes()
-        assert not script.is_truncated(whole)
-        assert not script.is_truncated(whole + b"a film after the photo \xff\xda \x89PNG")
+        assert not script.is_broken(whole)
+        assert not script.is_broken(whole + b"a film after the photo \xff\xda \x89PNG")
         for share in (0.4, 0.7, 0.95, 0.999):
-            assert script.is_truncated(whole[:int(share * len(whole))]), (name, share)
+            assert script.is_broken(whole[:int(share * len(whole))]), (name, share)
+    whole = (tmp_path / "c.png").read_bytes()
+    middle = len(whole) // 2
+    assert script.is_broken(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    start = whole.index(b"IDAT") - 4
+    assert script.is_broken(whole[:start] + b"\xff\xff\xff\xff" + whole[start + 4:]), "a part of 4 GB"
 
 
 @pytest.mark.parametrize("content, word", [(b"", "비어"), (b"not an image", "이미지 파일이 아니"), ("cut.jpg", "잘렸"),
