@@ -10,6 +10,7 @@ the current folder.
 import argparse
 import io
 import json
+import os
 import sys
 import tempfile
 import zipfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import atheris
 
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(2**22)  # or it ends at the first header that claims 3 GB of pixels
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports(include=["download_dataset", "prepare_data", "test_my_image", "zipfile", "json"]):
     import download_dataset

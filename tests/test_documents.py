@@ -6,8 +6,12 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, SMALL_CFG, draw_pair
+from hydra.errors import MissingConfigException
+from sam2.build_sam import build_sam2
 
 import compare_models
 import download_dataset
@@ -109,6 +113,32 @@ def test_every_message_that_the_guide_shows_is_in_a_script():
                          r"checkpoints/\S+|small|\"x,y\"", message)
         longest = max(words, key=len).strip(" .():")
         assert longest.replace('"', '\\"') in sources or longest in sources, longest
+
+
+def pitfall(number):
+    """The Python code of a section of the guide's chapter 7."""
+    section = text("SAM2_FINETUNING_GUIDE.md").split(f"### {number} ")[1].split("\n### ")[0]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+def test_a_config_is_found_by_its_whole_name_only_as_the_guide_shows():
+    short_name, whole_name = pitfall("7.3").strip().splitlines()
+    with pytest.raises(MissingConfigException):
+        exec(short_name, {"build_sam2": build_sam2})
+    exec(whole_name, {"build_sam2": build_sam2})
+
+
+def test_nothing_is_learnt_through_predict_and_something_through_features_as_the_guide_shows(weights):
+    through_predict, through_features = pitfall("7.5").split("\n\n")
+    predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
+    predictor.set_image(draw_pair(0)[0])
+    names = {"torch": torch, "predictor": predictor, "predict_masks": train_sam2_proper.predict_masks,
+             "features": predictor._features, "sizes": predictor._orig_hw,
+             "points": np.array([[40, 30]], np.float32), "labels": np.array([1])}
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        exec(through_predict, names)
+    exec(through_features, names)
+    assert predictor.model.sam_mask_decoder.mask_tokens.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
