@@ -15,6 +15,7 @@ import re
 import sys
 import warnings
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -313,14 +314,13 @@ def find_images(names):
 
 def result_names(paths):
     """A name for each image's results: its stem, or, where several have the same, one that tells them apart."""
-    names = []
+    stems, names = Counter(path.stem for path in paths), {}
     for path in paths:
-        twice = sum(other.stem == path.stem for other in paths) > 1
-        name = f"{path.stem}_{path.suffix[1:]}" if twice else path.stem
+        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
         while name in names:
             name += "_"
-        names.append(name)
-    return names
+        names[name] = path
+    return list(names)
 
 
 def segment(predictor, points, boxes, rough=None, refine=0):
