@@ -411,6 +411,23 @@ def save_scatter(path, rows):
     save_figure(figure, path)
 
 
+def save_results(rows, args, device, image_size):
+    """Write per_image.csv, scatter.png and summary.json; returns the mean of each column of numbers."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(args.output_dir / "per_image.csv", text.getvalue().encode())
+    save_scatter(args.output_dir / "scatter.png", rows)
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "image"}
+    summary = {"num_images": len(rows), **mean,
+               "difference_pp": 100 * (mean["finetuned_iou"] - mean["original_iou"]),
+               "prompt": args.prompt, "device": device, "image_size": image_size,
+               "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
+    write_file(args.output_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    return mean
+
+
 def parse_args():
     parser = Parser(
         description="원본 SAM 2.1과 파인튜닝한 모델을 검증 이미지에서 비교합니다.")
@@ -483,19 +500,7 @@ def main():
     if not rows:
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
 
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(args.output_dir / "per_image.csv", text.getvalue().encode())
-    save_scatter(args.output_dir / "scatter.png", rows)
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "image"}
-    summary = {"num_images": len(rows), **mean,
-               "difference_pp": 100 * (mean["finetuned_iou"] - mean["original_iou"]),
-               "prompt": args.prompt, "device": device, "image_size": original.model.image_size,
-               "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
-    write_file(args.output_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
-
+    mean = save_results(rows, args, device, original.model.image_size)
     print(result_box(mean["original_iou"], mean["finetuned_iou"]))
     print(f"이미지 {len(rows)}장, 프롬프트 {args.prompt}, 장치 {device}, "
           f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")

@@ -325,8 +325,42 @@ def data_files(data_dir):
                   for path in (data_dir / part).rglob("*") if path.is_file())
 
 
+def read_record(target):
+    """What data/split.json says; {} if there is none."""
+    try:
+        return json.loads((target / "split.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_pairs(readers, problems, folder):
+    """Write the good pairs to folder/images and folder/masks; the bad ones go into `problems`, by name."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for image_path, read_mask in tqdm(sorted(readers.items()), "준비", disable=None):
+        try:
+            write_pair(image_path, read_mask, folder)
+        except BadPair as problem:
+            problems[image_path.name] = str(problem)
+
+
+def put_in_place(staging, target, record):
+    """Move the new images/ and masks/ to `target`; until both are there, its split.json says so."""
+    target.mkdir(parents=True, exist_ok=True)
+    split_file = target / "split.json"
+    split_file.write_text(json.dumps({"complete": False}), encoding="utf-8")
+    for part in ("images", "masks"):
+        shutil.rmtree(target / part, ignore_errors=True)
+        (staging / part).rename(target / part)
+    staging.rmdir()
+    beside = split_file.with_name("split.json.tmp")
+    beside.write_text(json.dumps({**record, "files": data_files(target)}, indent=1, ensure_ascii=False),
+                      encoding="utf-8")
+    beside.replace(split_file)
+
+
 def prepare(args):
-    """Pair, check, threshold, split and write data/; returns nothing, prints what was done."""
+    """Pair, check, threshold, split and write data/; prints what was done."""
     if args.coco:
         readers, problems = pairs_from_coco(args.images, args.coco)
         sources = [*readers, args.coco]
@@ -337,30 +371,20 @@ def prepare(args):
     if target.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
 
-    record = {"fingerprint": fingerprint(sources, args.val_ratio, args.shuffle_seed), "complete": True}
-    split_file = target / "split.json"
-    try:
-        before = json.loads(split_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
-    if before.get("complete") and before.get("fingerprint") == record["fingerprint"] \
-            and before.get("files") == data_files(target):
+    record = {"fingerprint": fingerprint(sources, args.val_ratio, args.shuffle_seed), "complete": True,
+              "val_ratio": args.val_ratio, "shuffle_seed": args.shuffle_seed}
+    before, files = read_record(target), data_files(target)
+    if before.get("complete") and before.get("fingerprint") == record["fingerprint"] and before.get("files") == files:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
-    if data_files(target) and not before:
+    if files and not before:
         fail(f"{target}에 직접 넣은 파일이 있어 덮어쓰지 않습니다. 옮기거나 다른 --data-dir을 쓰세요")
 
     staging = target.with_name(target.name + ".part")
+    good = staging / "all"
     lock(target.with_name(target.name + ".lock"))
     shutil.rmtree(staging, ignore_errors=True)
-    good = staging / "all"
-    for part in ("images", "masks"):
-        (good / part).mkdir(parents=True)
-    for image_path, read_mask in tqdm(sorted(readers.items()), "준비", disable=None):
-        try:
-            write_pair(image_path, read_mask, good)
-        except BadPair as problem:
-            problems[image_path.name] = str(problem)
+    write_pairs(readers, problems, good)
     for name, problem in sorted(problems.items()):
         print(f"  제외: {name} - {problem}")
     written = {path.name: path.stem for path in (good / "images").iterdir()}
@@ -377,17 +401,7 @@ def prepare(args):
             mask_name = f"{written[name]}.png"
             (good / "masks" / mask_name).rename(staging / "masks" / split / mask_name)
     shutil.rmtree(good)
-
-    target.mkdir(parents=True, exist_ok=True)
-    split_file.write_text(json.dumps({"complete": False}), encoding="utf-8")  # until both folders are in place
-    for part in ("images", "masks"):
-        shutil.rmtree(target / part, ignore_errors=True)
-        (staging / part).rename(target / part)
-    staging.rmdir()
-    record.update(val_ratio=args.val_ratio, shuffle_seed=args.shuffle_seed, files=data_files(target))
-    beside = split_file.with_name("split.json.tmp")
-    beside.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    beside.replace(split_file)
+    put_in_place(staging, target, record)
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 

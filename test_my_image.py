@@ -626,22 +626,24 @@ def save_mask(path, mask):
     write_file(path, cv2.imencode(".png", mask.astype(np.uint8) * 255)[1].tobytes())
 
 
-def segment_image(path, name, image, predictors, args):
-    """Segment one image with every model and write its results; returns the lines to print."""
-    points, boxes, folder, choice = args.point, args.box, args.output, None
-    titles = list(predictors)
-    if args.everything:
-        annotations = segment_everything(predictors[titles[-1]], image, args)
-        save_everything(folder, name, path, image, annotations)
-        advice = "" if annotations else ". --pred-iou-thresh나 --stability-score-thresh를 낮춰 보세요"
-        return [f"찾은 것: {len(annotations)}개{advice}",
-                "저장: " + ", ".join(str(folder / f"{name}_{end}") for end in (
-                    "everything.png", "labels.png", "everything.json"))]
+def run_everything(path, name, image, predictor, args):
+    """Segment all that is in one image and write it; returns the lines to print."""
+    annotations = segment_everything(predictor, image, args)
+    save_everything(args.output, name, path, image, annotations)
+    advice = "" if annotations else ". --pred-iou-thresh나 --stability-score-thresh를 낮춰 보세요"
+    return [f"찾은 것: {len(annotations)}개{advice}",
+            saved_line(args.output, f"{name}_everything.png", f"{name}_labels.png", f"{name}_everything.json")]
 
+
+def run_prompts(path, name, image, predictors, args):
+    """Segment one image with every model, as the arguments or the window say, and write the results.
+
+    predictors: {title: SAM2ImagePredictor}; the mask of the last one is `name`_mask.png. Returns the lines to print.
+    """
     set_image_in_all(list(predictors.values()), image)
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
-    lines = []
+    points, boxes, choice, lines = args.point, args.box, None, []
     if args.interactive:
         window = Window(image, models, path.name)
         plt.show()
@@ -652,26 +654,29 @@ def segment_image(path, name, image, predictors, args):
     else:
         found = {title: find(points, boxes) for title, find in models.items()}
 
-    masks, scores = found[titles[-1]]
-    best = int(scores.argmax()) if choice is None else choice
-    result_path, mask_path = folder / f"{name}_result.png", folder / f"{name}_mask.png"
-    panels = [input_panel(image, points, boxes, args.mask, titles[-1] if len(titles) == 1 else path.name)]
+    numbers = {title: int(scores.argmax()) if choice is None else choice for title, (_, scores) in found.items()}
+    best = {title: (masks[numbers[title]], scores[numbers[title]]) for title, (masks, scores) in found.items()}
+    title = list(found)[-1]
+    mask, score = best[title]
+    names = [f"{name}_result.png", f"{name}_mask.png"]
+    save_mask(args.output / f"{name}_mask.png", mask)
+    panels = [input_panel(image, points, boxes, args.mask, path.name if args.compare else title)]
     if args.compare:
-        for title, (own_masks, own_scores) in found.items():
-            number = int(own_scores.argmax()) if choice is None else choice
-            panels.append(mask_panel(image, own_masks[number], COLOURS[title],
-                                     f"{title}, score {own_scores[number]:.3f}", framed=False))
-            if title != titles[-1]:
-                save_mask(folder / f"{name}_original_mask.png", own_masks[number])
-                mask_path = f"{folder / f'{name}_original_mask.png'}, {mask_path}"
+        panels += [mask_panel(image, own_mask, COLOURS[own], f"{own}, score {own_score:.3f}", framed=False)
+                   for own, (own_mask, own_score) in best.items()]
+        names.append(f"{name}_original_mask.png")
+        save_mask(args.output / f"{name}_original_mask.png", best["original model"][0])
     else:
-        panels += [mask_panel(image, mask, COLOURS[titles[-1]], f"mask {number + 1}, score {score:.3f}"
-                              + ("  (best)" if number == best else ""), framed=number == best)
-                   for number, (mask, score) in enumerate(zip(masks, scores))]
-    save_panels(result_path, panels, image.shape[:2])
-    save_mask(folder / f"{name}_mask.png", masks[best])
-    return [*lines, f"마스크 {best + 1}번 (점수 {scores[best]:.3f}), 이미지의 {masks[best].mean():.1%}",
-            f"저장: {result_path}, {mask_path}"]
+        panels += [mask_panel(image, candidate, COLOURS[title], f"mask {number + 1}, score {own_score:.3f}"
+                              + ("  (best)" if number == numbers[title] else ""), framed=number == numbers[title])
+                   for number, (candidate, own_score) in enumerate(zip(*found[title]))]
+    save_panels(args.output / f"{name}_result.png", panels, image.shape[:2])
+    return [*lines, f"마스크 {numbers[title] + 1}번 (점수 {score:.3f}), 이미지의 {mask.mean():.1%}",
+            saved_line(args.output, *names)]
+
+
+def saved_line(folder, *names):
+    return "저장: " + ", ".join(str(folder / name) for name in names)
 
 
 def prompts_as_flags(points, boxes):
@@ -727,6 +732,15 @@ def parse_args():
     return args
 
 
+def choose_checkpoints(args):
+    """{title: checkpoint} of the models to use; the original alone if there is no fine-tuned one yet."""
+    if not Path(args.finetuned).is_file() and not args.original:
+        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
+        args.original, args.compare = True, False
+    original, finetuned = {"original model": args.checkpoint}, {"fine-tuned model": args.finetuned}
+    return original if args.original else {**original, **finetuned} if args.compare else finetuned
+
+
 def main():
     args = parse_args()
     paths = find_images(args.image)
@@ -738,14 +752,7 @@ def main():
     if len(paths) == 1:  # before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
 
-    checkpoints = {"fine-tuned model": args.finetuned}
-    if not Path(args.finetuned).is_file() and not args.original:
-        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
-        args.original, args.compare = True, False
-    if args.original:
-        checkpoints = {"original model": args.checkpoint}
-    elif args.compare:
-        checkpoints = {"original model": args.checkpoint, **checkpoints}
+    checkpoints = choose_checkpoints(args)
     device = detect_device(args.device)
     predictors = {title: load_predictor(args.model_cfg, checkpoint, device, args.image_size)
                   for title, checkpoint in checkpoints.items()}
@@ -758,7 +765,8 @@ def main():
         try:
             image = read_image(path)
             check_prompts(path, image, args.point, args.box, args.mask)
-            lines = segment_image(path, name, image, predictors, args)
+            lines = run_everything(path, name, image, list(predictors.values())[-1], args) if args.everything \
+                else run_prompts(path, name, image, predictors, args)
         except ImageError as error:
             if len(paths) == 1:
                 raise
