@@ -405,6 +405,25 @@ def prepare(args):
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 
+def inspect_pair(found, drawn):
+    """Size "WxH" and share of foreground of a pair as it lies in data/; BadPair if it cannot be trained on.
+
+    found, drawn: the images and the masks of one stem.
+    """
+    if len(found) > 1 or len(drawn) > 1:
+        raise BadPair("이름이 같은 파일이 여럿")
+    if not found or found[0].suffix.lower() not in KEPT_AS_IS:
+        raise BadPair("이미지 없음 (jpg, jpeg, png)")
+    if not drawn or drawn[0].name != f"{found[0].stem}.png":
+        raise BadPair(f"마스크 없음 ({found[0].stem}.png이어야 함)")
+    image, mask = decode(found[0], cv2.IMREAD_COLOR), decode(drawn[0], cv2.IMREAD_GRAYSCALE)
+    if image.shape[:2] != mask.shape:
+        raise BadPair("크기가 다름 (이미지 {1}x{0}, 마스크 {3}x{2})".format(*image.shape[:2], *mask.shape))
+    if not (mask > 127).any():
+        raise BadPair(f"마스크가 비어 있음 (가장 밝은 값 {mask.max()}, 127보다 커야 전경)")
+    return f"{image.shape[1]}x{image.shape[0]}", (mask > 127).mean()
+
+
 def check(data_dir):
     """Print counts, sizes, share of foreground and every problem of data/; returns the number of problems."""
     problems, pairs = [], 0
@@ -413,27 +432,13 @@ def check(data_dir):
         sizes, shares = Counter(), []
         for stem in tqdm(sorted(images.keys() | masks.keys()), f"{split} 검사", disable=None, leave=False):
             found, drawn = images.get(stem, []), masks.get(stem, [])
-            name = f"{split}/{(found or drawn)[0].name}"
-            if len(found) > 1 or len(drawn) > 1:
-                problems.append(f"{name}: 이름이 같은 파일이 여럿")
-            elif not found or found[0].suffix.lower() not in KEPT_AS_IS:
-                problems.append(f"{name}: 이미지 없음 (jpg, jpeg, png)")
-            elif not drawn or drawn[0].name != f"{found[0].stem}.png":
-                problems.append(f"{name}: 마스크 없음 ({found[0].stem}.png이어야 함)")
-            else:
-                try:
-                    image, mask = decode(found[0], cv2.IMREAD_COLOR), decode(drawn[0], cv2.IMREAD_GRAYSCALE)
-                except BadPair as problem:
-                    problems.append(f"{name}: {problem}")
-                    continue
-                if image.shape[:2] != mask.shape:
-                    problems.append(f"{name}: 크기가 다름 (이미지 {image.shape[1]}x{image.shape[0]}, "
-                                    f"마스크 {mask.shape[1]}x{mask.shape[0]})")
-                elif not (mask > 127).any():
-                    problems.append(f"{name}: 마스크가 비어 있음 (가장 밝은 값 {mask.max()}, 127보다 커야 전경)")
-                else:
-                    sizes[f"{image.shape[1]}x{image.shape[0]}"] += 1
-                    shares.append((mask > 127).mean())
+            try:
+                size, share = inspect_pair(found, drawn)
+            except BadPair as problem:
+                problems.append(f"{split}/{(found or drawn)[0].name}: {problem}")
+                continue
+            sizes[size] += 1
+            shares.append(share)
         pairs += len(shares)
         print(f"{split}: {len(shares)}쌍")
         if shares:

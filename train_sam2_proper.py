@@ -1124,7 +1124,7 @@ def main():
     rank, processes, device = join_processes(args.device)
     if rank == 0:
         lock(args.output_dir / ".lock")
-        for left in args.output_dir.glob("*.tmp"):  # by a run that was killed while it wrote
+        for left in args.output_dir.glob("*.[0-9]*.tmp"):  # by a run that was killed while it wrote
             left.unlink()
     trackers = [] if rank else open_trackers(args)
     training = Training(args, device, rank, processes)
