@@ -883,7 +883,8 @@ def save_log(rows, output_dir):
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.97, wspace=0.15)
     validated = [row for row in rows if "val_iou" in row]
     for axes, name, train, val in ((left, "loss", "loss", "val_loss"), (right, "IoU", "train_iou", "val_iou")):
         axes.plot([row["iteration"] for row in rows], [row[train] for row in rows], label="training (running mean)")

@@ -30,7 +30,8 @@ class ForkServer:
 
     def run(self, argv, cwd, env, timeout, kill_after=None):
         if not self.process:
-            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=ENV,
+            env = {name: value for name, value in ENV.items() if name != "MPLBACKEND"}
+            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=env,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
                                             start_new_session=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -52,14 +53,14 @@ FORK_SERVER = ForkServer()
 def run(script, *arguments, cwd, env=None, code=0, timeout=120):
     """Run a script of the project in `cwd`; assert its exit code; return the finished process.
 
-    env: variables to set, None takes one away. With it the process starts from nothing, as Python reads some
-    of them at its start; without it, it is forked from one that has imported the large packages.
+    env: variables to set, None takes one away. The process is forked from one that has imported the large
+    packages; not if one of the variables is Python's own, which it reads at its start.
     """
     argv = [str(ROOT / script), *map(str, arguments)]
-    if env is None and hasattr(os, "fork"):
-        done = FORK_SERVER.run(argv, cwd, ENV, timeout)
+    variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
+    if hasattr(os, "fork") and not any(name.startswith("PYTHON") for name in env or {}):
+        done = FORK_SERVER.run(argv, cwd, variables, timeout)
     else:
-        variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
         done = subprocess.run([sys.executable, *argv], cwd=cwd, timeout=timeout, env=variables,
                               capture_output=True, encoding="utf-8")
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -8,11 +8,11 @@ DEMO_WEIGHTS = ROOT / "demo" / "sam2_demo.pt"
 
 
 def test_the_study_of_recipes_prints_a_row_for_each(data):
-    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO_WEIGHTS, "--passes", 40,
+    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO_WEIGHTS, "--passes", 16,
                "--seeds", 2, "--workers", 1, "--only", "original;reference;focal (x 20) + Dice;mixed;flips;neck too",
                "--cache-dir", "features", cwd=data)
     head, columns, *rows = done.stdout.strip().splitlines()
-    assert "4 images to train on, 2 to measure on, 40 decoder passes, 2 seeds" in head and "box IoU" in columns
+    assert "4 images to train on, 2 to measure on, 16 decoder passes, 2 seeds" in head and "box IoU" in columns
     assert len(rows) == 6 and all(len(re.findall(r"[\d.]+ ± +[\d.]+", row)) == 5 for row in rows)
     assert len({row[24:] for row in rows}) == 6  # each recipe has done something else
 

@@ -41,9 +41,9 @@ def test_demo_model_is_small_and_in_the_official_form():
 
 
 def test_shortened_demo_gains_iou(tmp_path):
-    """The steps of `make demo`, on a quarter of the data and a seventh of the iterations."""
+    """The steps of `make demo`, on a quarter of the data and a tenth of the iterations."""
     draw(tmp_path / "data", "--train", 40, "--val", 10)
-    run("train_sam2_proper.py", *DEMO_MODEL, "--lr", "1e-4", "--iterations", 300, "--save-every", 150,
+    run("train_sam2_proper.py", *DEMO_MODEL, "--lr", "1e-4", "--iterations", 200, "--save-every", 200,
         "--device", "cpu", cwd=tmp_path)
     run("compare_models.py", *DEMO_MODEL, "--device", "cpu", cwd=tmp_path)
     summary = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))

@@ -172,7 +172,7 @@ def test_killed_twenty_times_and_resumed_it_loses_nothing(tmp_path, weights):
     best, reached = 0.0, 0
     for _ in range(20):
         resume = ["--resume"] if (tmp_path / "output/sam2_last.pt").is_file() else []
-        done = FORK_SERVER.run([*argv, *resume], tmp_path, ENV, 60, kill_after=rng.uniform(1.2, 2.2))
+        done = FORK_SERVER.run([*argv, *resume], tmp_path, ENV, 60, kill_after=rng.uniform(0.8, 1.8))
         assert done.returncode == -9, done.stderr
         if not (tmp_path / "output/sam2_last.pt").is_file():
             continue
