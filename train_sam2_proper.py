@@ -884,7 +884,7 @@ def save_log(rows, output_dir):
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.97, wspace=0.15)
+    figure.subplots_adjust(left=0.075, right=0.99, bottom=0.13, top=0.91, wspace=0.17)
     validated = [row for row in rows if "val_iou" in row]
     for axes, name, train, val in ((left, "loss", "loss", "val_loss"), (right, "IoU", "train_iou", "val_iou")):
         axes.plot([row["iteration"] for row in rows], [row[train] for row in rows], label="training (running mean)")
@@ -893,7 +893,8 @@ def save_log(rows, output_dir):
                       label="validation")
         axes.set(xlabel="iteration", ylabel=name)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.ticklabel_format(useOffset=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     right.set_ylim(0, 1)
     save_figure(figure, output_dir / "training_curve.png")
 
