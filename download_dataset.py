@@ -164,10 +164,20 @@ def check_archive(path):
         raise BadDownload(f"zip 파일 안의 {damaged}가 손상되었습니다")
 
 
-def download(url, path):
-    """Download `url` to `path`, which appears only when it is whole. Gives up after TRIES tries."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def is_whole(path):
+    """Whether `path` is there and passes check_archive."""
+    try:
+        check_archive(path)
+    except BadDownload:
+        return False
+    return True
+
+
+def download(url, part):
+    """Download `url` to `part`, or what of it is missing there, until it is whole. Gives up after TRIES tries."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if is_whole(part):  # an earlier run received it and was stopped before it used it
+        return
     wait = WAIT
     for attempt in range(1, TRIES + 1):
         try:
@@ -177,7 +187,6 @@ def download(url, path):
             except BadDownload:
                 part.unlink()  # going on from damaged bytes would never mend them
                 raise
-            part.replace(path)
             return
         except (requests.RequestException, urllib3.exceptions.HTTPError, BadDownload) as error:
             print(f"받지 못했습니다 ({attempt}/{TRIES}): {describe(error)}")
@@ -218,35 +227,40 @@ def member_problem(member):
     return None
 
 
+def part_of(path):
+    """Where a file or folder grows until it is whole."""
+    return path.with_name(path.name + ".part")
+
+
 def unpack(archive_path, target, source):
     """Unpack a Kvasir-SEG archive so that `target`/images and `target`/masks appear, both or neither.
 
-    source: what read_source will return for `target` from then on.
+    source: what read_source will return for `target` from then on. BadDownload if it is no such archive.
     """
-    staging = target.with_name(target.name + ".part")
+    staging = part_of(target)
     shutil.rmtree(staging, ignore_errors=True)
-    with zipfile.ZipFile(archive_path) as archive:
-        members = archive.infolist()
-        for member in members:
-            if problem := member_problem(member):
-                fail(f"{archive_path}: 안전하지 않은 압축 파일입니다 ({problem}: {member.filename})")
-        try:
+    staging.mkdir(parents=True)
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            members = archive.infolist()
+            for member in members:
+                if problem := member_problem(member):
+                    raise BadDownload(f"안전하지 않은 압축 파일입니다 ({problem}: {member.filename})")
             for member in tqdm(members, "압축 풀기", disable=None):
                 archive.extract(member, staging)
-        except Exception as error:  # the disk is full, or a name that no file can have: leave nothing half unpacked
-            shutil.rmtree(staging, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise
-            fail(f"{archive_path}: 풀 수 없는 압축 파일입니다 ({type(error).__name__}: {error})")
-    root = next((folder for folder in (staging, *sorted(staging.iterdir()))
-                 if (folder / "images").is_dir() and (folder / "masks").is_dir()), None)
-    if root is None:
-        shutil.rmtree(staging)
-        fail(f"{archive_path}: Kvasir-SEG 압축 파일이 아닙니다 (images와 masks 폴더가 없음)")
-    (root / ".source.json").write_text(json.dumps(source), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    root.rename(target)
-    shutil.rmtree(staging, ignore_errors=True)
+        root = next((folder for folder in (staging, *sorted(staging.iterdir()))
+                     if (folder / "images").is_dir() and (folder / "masks").is_dir()), None)
+        if root is None:
+            raise BadDownload("Kvasir-SEG 압축 파일이 아닙니다 (images와 masks 폴더가 없음)")
+        (root / ".source.json").write_text(json.dumps(source), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        root.rename(target)
+    except (BadDownload, OSError):
+        raise
+    except Exception as error:  # such as a name that no file can have
+        raise BadDownload(f"풀 수 없는 압축 파일입니다 ({type(error).__name__}: {error})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_source(target):
@@ -265,26 +279,31 @@ def fetch_kvasir(args):
         source = {"zip": hashlib.sha256(args.zip.read_bytes()).hexdigest()}
     else:
         source = {"url": args.url}
+    archive = args.zip or Path(Path(args.url.split("?")[0]).name or "kvasir-seg.zip")
+    part = part_of(archive)
     if read_source(KVASIR_DIR) == source:
         print(f"이미 있습니다: {KVASIR_DIR}")
-        return
-    if KVASIR_DIR.exists() and not read_source(KVASIR_DIR):
+    elif KVASIR_DIR.exists() and not read_source(KVASIR_DIR):
         fail(f"{KVASIR_DIR} 폴더가 이미 있는데 이 스크립트가 만든 것이 아닙니다. 옮기거나 지운 뒤 다시 실행하세요")
-
-    archive = args.zip or Path(Path(args.url.split("?")[0]).name or "kvasir-seg.zip")
-    found = archive.is_file()  # given with --zip, or left by an earlier run: it is used, and not deleted
-    if found:
-        try:
-            check_archive(archive)
-        except BadDownload as problem:
-            fail(f"{archive}: {problem}")
     else:
-        print(f"Kvasir-SEG를 받습니다: {args.url}")
-        download(args.url, archive)
-    unpack(archive, KVASIR_DIR, source)
-    if not found and not args.keep_zip:
-        archive.unlink()
-    print(f"압축 해제 완료: {KVASIR_DIR}")
+        given = archive.is_file()  # with --zip, or laid here by the user: it is used, and not deleted
+        try:
+            if given:
+                check_archive(archive)
+            else:
+                print(f"Kvasir-SEG를 받습니다: {args.url}")
+                download(args.url, part)
+            unpack(archive if given else part, KVASIR_DIR, source)
+        except BadDownload as problem:
+            if not given:
+                part.unlink()
+            fail(f"{archive}: {problem}")
+        print(f"압축 해제 완료: {KVASIR_DIR}")
+    if not args.zip and part.exists():  # just received, or left by a run that was stopped before it came here
+        if args.keep_zip and is_whole(part):
+            part.replace(archive)
+        else:
+            part.unlink()
 
 
 def fetch_checkpoint(name):
@@ -295,7 +314,8 @@ def fetch_checkpoint(name):
         return
     print(f"체크포인트를 받습니다: {url}")
     lock(path.with_name(path.name + ".lock"))
-    download(url, path)
+    download(url, part_of(path))
+    part_of(path).replace(path)
     print(f"저장: {path} ({path.stat().st_size / 1e6:.0f} MB)")
 
 

@@ -4,6 +4,7 @@ import http.server
 import io
 import os
 import re
+import shutil
 import signal
 import ssl
 import stat
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,8 +247,8 @@ def test_an_endless_slow_drip_is_given_up(tmp_path, server, monkeypatch, capsys)
     monkeypatch.setattr(download_dataset, "SLOW_SECONDS", 0.5)
     monkeypatch.setattr(download_dataset, "WAIT", 0.01)
     with pytest.raises(SystemExit, match="받지 못했습니다"):
-        download_dataset.download(server.url, tmp_path / "slow.zip")
-    assert capsys.readouterr().out.count("너무 느립니다") == 3 and not (tmp_path / "slow.zip").exists()
+        download_dataset.download(server.url, tmp_path / "slow.zip.part")
+    assert capsys.readouterr().out.count("너무 느립니다") == 3
 
 
 def test_silence_is_given_up(tmp_path, server, monkeypatch, capsys):
@@ -254,7 +256,7 @@ def test_silence_is_given_up(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setattr(download_dataset, "TIMEOUT", (1, 0.3))
     monkeypatch.setattr(download_dataset, "WAIT", 0.01)
     with pytest.raises(SystemExit, match="받지 못했습니다"):
-        download_dataset.download(server.url, tmp_path / "silent.zip")
+        download_dataset.download(server.url, tmp_path / "silent.zip.part")
     assert capsys.readouterr().out.count("시간 초과") == 3
 
 
@@ -312,6 +314,14 @@ def test_an_archive_that_is_not_what_it_should_be_is_refused(tmp_path, archive, 
     download_again(tmp_path, archive, server)
 
 
+def test_an_unsafe_archive_from_a_server_is_not_kept(tmp_path, archive, server):
+    server.content = broken_archives()["../x"][0](archive.read_bytes())
+    done = run("download_dataset.py", "--url", server.url, "--keep-zip", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "밖을 가리키는", "kvasir-seg.zip")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    download_again(tmp_path, archive, server)
+
+
 def test_an_untrusted_certificate_is_refused(tmp_path, archive, server):
     certificate = trustme.CA().issue_cert("127.0.0.1")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -363,6 +373,53 @@ def test_ctrl_c_at_any_moment_loses_nothing(tmp_path, archive, server, moment):
     if script.returncode == 1:
         assert "Traceback" not in errors
     download_again(tmp_path, archive, server)
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep-zip"]], ids=["deleted", "kept"])
+def test_stopped_after_any_of_its_steps_it_leaves_and_loses_nothing(tmp_path, archive, server, monkeypatch, keep):
+    """In this process, so that Ctrl-C comes exactly after the first step, after the second, and so on."""
+    server.content = archive.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["download_dataset.py", "--url", server.url, *keep])
+    monkeypatch.setattr(download_dataset, "lock", lambda path: None)  # which else lasts until this process ends
+    monkeypatch.setattr(download_dataset.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
+    steps = [(download_dataset, "fetch_once"), (download_dataset, "check_archive"), (download_dataset, "unpack"),
+             (shutil, "rmtree"), *((Path, name) for name in ("mkdir", "rename", "exists", "replace", "unlink"))]
+
+    def run_until(stop):
+        """Run the script; KeyboardInterrupt after so many of its steps. Returns how many it took."""
+        taken = 0
+
+        def counted(step):
+            def wrapped(*args, **kwargs):
+                nonlocal taken
+                result = step(*args, **kwargs)
+                taken += 1
+                if taken == stop:
+                    raise KeyboardInterrupt
+                return result
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for owner, name in steps:
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            with pytest.raises(KeyboardInterrupt if stop else SystemExit):
+                download_dataset.main()
+        return taken
+
+    (tmp_path / "0").mkdir()
+    monkeypatch.chdir(tmp_path / "0")
+    in_all = run_until(0)
+    assert in_all >= 8
+    for stop in range(1, in_all + 1):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        server.requests = []
+        run_until(stop)
+        run_until(0)
+        assert server.requests == [None]  # received once, and never again
+        assert count(folder / "Kvasir-SEG/images") == count(folder / "Kvasir-SEG/masks") == 10
+        assert {path.name for path in folder.iterdir()} == {"Kvasir-SEG", *(["kvasir-seg.zip"] if keep else [])}
 
 
 def test_of_two_downloads_at_once_the_second_is_refused(tmp_path, archive, server):
