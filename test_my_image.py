@@ -102,6 +102,12 @@ def fail_for(error):
     fail(f"{path}: {reason(error)}" if path else reason(error))
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out: CUDA, MPS and the CPU each say so in other words."""
+    words = re.search("out of memory|not enough memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and words is not None)
+
+
 def write_file(path, content):
     """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
     path = Path(path)
@@ -788,5 +794,7 @@ if __name__ == "__main__":
         fail_for(error)
     except KeyboardInterrupt:
         fail("중단했습니다")
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         fail("메모리가 부족합니다. --image-size 512나 --device cpu를 써 보세요")

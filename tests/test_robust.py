@@ -227,10 +227,15 @@ def test_a_checkpoint_that_would_run_code_is_refused(data, weights, tmp_path):
     assert not (data / "harm").exists()
 
 
-def test_out_of_memory_says_which_flags_help(data, weights):
+@pytest.mark.parametrize("error", [
+    "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')",
+    "RuntimeError('MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)')",
+    "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 9 bytes')"],
+    ids=["cuda", "mps", "cpu"])
+def test_out_of_memory_says_which_flags_help(data, weights, error):
     (data / "driver.py").write_text(
         "import runpy, sys, torch\n"
-        "def step(*_):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')\n"
+        f"def step(*_):\n    raise {error}\n"
         "torch.optim.AdamW.step = step\nsys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n", encoding="utf-8")
     done = subprocess.run([sys.executable, "driver.py", str(ROOT / "train_sam2_proper.py"), *map(str, MODEL),
