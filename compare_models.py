@@ -35,7 +35,7 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import font_manager, pyplot as plt  # noqa: E402, I001  (the backend is chosen first)
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
@@ -43,6 +43,10 @@ for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
+_hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
+plt.rcParams["text.parse_math"] = False  # a "$" in a file's name is one
+warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 cv2.utils.logging.setLogLevel(0)  # what is wrong with a file is said once, by this script
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
 
@@ -109,6 +113,11 @@ def write_file(path, content):
     beside.replace(path)
 
 
+def write_json(path, value):
+    """Write a JSON file for people to read: letters as they are, escapes for a file name's bytes that are none."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
     picture = io.BytesIO()
@@ -129,6 +138,11 @@ def detect_device(requested="auto"):
         usable = ", ".join(name for name, there in available.items() if there)
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {usable}")
     return requested
+
+
+def printable(name):
+    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
+    return name.encode(errors="replace").decode()
 
 
 def calculate_iou(pred_mask, gt_mask):
@@ -392,7 +406,7 @@ def save_comparison(path, name, image, gt_mask, results):
     coords, labels = results["original"][2]
     shared = 2 if 2 in labels else 1
     draw_prompt(panels[0], coords[:shared], labels[:shared])
-    panels[0].set_title(name if len(name) < 32 else name[:14] + "..." + name[-14:])
+    panels[0].set_title(printable(name if len(name) < 32 else name[:14] + "..." + name[-14:]))
     panels[1].imshow(overlay(image, gt_mask, (0, 200, 0)))
     panels[1].set_title("ground truth")
     for panel, (title, (mask, iou, (coords, labels))), colour in zip(panels[2:], results.items(),
@@ -423,14 +437,14 @@ def save_results(rows, args, device, image_size):
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_file(args.output_dir / "per_image.csv", text.getvalue().encode())
+    write_file(args.output_dir / "per_image.csv", text.getvalue().encode(errors="surrogateescape"))
     save_scatter(args.output_dir / "scatter.png", rows)
     mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "image"}
     summary = {"num_images": len(rows), **mean,
                "difference_pp": 100 * (mean["finetuned_iou"] - mean["original_iou"]),
                "prompt": args.prompt, "device": device, "image_size": image_size,
                "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
-    write_file(args.output_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    write_json(args.output_dir / "summary.json", summary)
     return mean
 
 

@@ -108,6 +108,20 @@ def lock(path):
     atexit.register(unlock)
 
 
+def write_file(path, content):
+    """Write bytes beside `path`, then rename: a reader sees the old file or the new, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def write_json(path, value):
+    """Write a JSON file for people to read: letters as they are, escapes for a file name's bytes that are none."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
 def is_broken(content):
     """Whether a JPEG or PNG file ends too early or, for a PNG, has other checksums than its parts.
 
@@ -258,7 +272,7 @@ def pairs_from_coco(image_dir, coco_file):
                 segmentations[annotation["image_id"]].append(annotation["segmentation"])
     except OSError as error:
         fail(f"{coco_file}: 읽을 수 없습니다 ({error.strerror})")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_file}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
 
     files = {composed(p.name): p for paths in by_stem(image_dir).values() for p in paths}
@@ -297,7 +311,7 @@ def fingerprint(files, *settings):
     """A hash of the files' names and contents and of the settings: the same input gives the same one."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in sorted(files):
-        digest.update(f"\0{path.name}\0".encode())
+        digest.update(os.fsencode(f"\0{path.name}\0"))
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -348,15 +362,12 @@ def put_in_place(staging, target, record):
     """Move the new images/ and masks/ to `target`; until both are there, its split.json says so."""
     target.mkdir(parents=True, exist_ok=True)
     split_file = target / "split.json"
-    split_file.write_text(json.dumps({"complete": False}), encoding="utf-8")
+    write_json(split_file, {"complete": False})
     for part in ("images", "masks"):
         shutil.rmtree(target / part, ignore_errors=True)
         (staging / part).rename(target / part)
     staging.rmdir()
-    beside = split_file.with_name("split.json.tmp")
-    beside.write_text(json.dumps({**record, "files": data_files(target)}, indent=1, ensure_ascii=False),
-                      encoding="utf-8")
-    beside.replace(split_file)
+    write_json(split_file, {**record, "files": data_files(target)})
 
 
 def prepare(args):
@@ -480,7 +491,7 @@ def preview(data_dir, count):
         top, left = (4 + place // columns * tile, 4 + place % columns * tile)
         sheet[top:top + size[1], left:left + size[0]] = image
     path = data_dir / "preview.png"
-    path.write_bytes(cv2.imencode(".png", sheet)[1].tobytes())
+    write_file(path, cv2.imencode(".png", sheet)[1].tobytes())
     print(f"저장: {path} ({count}쌍)")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
 from pycocotools import mask as coco_mask
@@ -51,6 +52,10 @@ for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
+_hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
+plt.rcParams["text.parse_math"] = False  # a "$" in a file's name is one
+warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 cv2.utils.logging.setLogLevel(0)  # what is wrong with a file is said once, by this script
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
 
@@ -117,6 +122,11 @@ def write_file(path, content):
     beside.replace(path)
 
 
+def write_json(path, value):
+    """Write a JSON file for people to read: letters as they are, escapes for a file name's bytes that are none."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
     picture = io.BytesIO()
@@ -137,6 +147,11 @@ def detect_device(requested="auto"):
         usable = ", ".join(name for name, there in available.items() if there)
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {usable}")
     return requested
+
+
+def printable(name):
+    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
+    return name.encode(errors="replace").decode()
 
 
 def calculate_iou(pred_mask, gt_mask):
@@ -401,7 +416,7 @@ def save_everything(folder, name, path, image, annotations):
     write_file(folder / f"{name}_labels.png", cv2.imencode(".png", labels)[1].tobytes())
     coco = {"images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
             "categories": [{"id": 1, "name": "object"}], "annotations": annotations}
-    write_file(folder / f"{name}_everything.json", json.dumps(coco, ensure_ascii=False).encode())
+    write_json(folder / f"{name}_everything.json", coco)
 
 
 def same_frozen_weights(original, finetuned):
@@ -651,7 +666,7 @@ def run_prompts(path, name, image, predictors, args):
               for title, predictor in predictors.items()}
     points, boxes, choice, lines = args.point, args.box, None, []
     if args.interactive:
-        window = Window(image, models, path.name)
+        window = Window(image, models, printable(path.name))
         plt.show()
         if not window.found:
             raise ImageError(f"{path}: 찍은 점이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
@@ -666,7 +681,7 @@ def run_prompts(path, name, image, predictors, args):
     mask, score = best[title]
     names = [f"{name}_result.png", f"{name}_mask.png"]
     save_mask(args.output / f"{name}_mask.png", mask)
-    panels = [input_panel(image, points, boxes, args.mask, path.name if args.compare else title)]
+    panels = [input_panel(image, points, boxes, args.mask, printable(path.name) if args.compare else title)]
     if args.compare:
         panels += [mask_panel(image, own_mask, COLOURS[own], f"{own}, score {own_score:.3f}", framed=False)
                    for own, (own_mask, own_score) in best.items()]

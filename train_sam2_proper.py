@@ -50,7 +50,7 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import font_manager, pyplot as plt  # noqa: E402, I001  (the backend is chosen first)
 
 # Every setting is also a flag: --lr 1e-4, --image-dir my/images, ...
 CONFIG = {
@@ -117,6 +117,10 @@ for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
+_hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
+plt.rcParams["text.parse_math"] = False  # a "$" in a file's name is one
+warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 cv2.utils.logging.setLogLevel(0)  # what is wrong with a file is said once, by this script
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # sam2's own use of it
 
@@ -183,6 +187,11 @@ def write_file(path, content):
     beside.replace(path)
 
 
+def write_json(path, value):
+    """Write a JSON file for people to read: letters as they are, escapes for a file name's bytes that are none."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
     picture = io.BytesIO()
@@ -203,6 +212,11 @@ def detect_device(requested="auto"):
         usable = ", ".join(name for name, there in available.items() if there)
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {usable}")
     return requested
+
+
+def printable(name):
+    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
+    return name.encode(errors="replace").decode()
 
 
 def calculate_iou(pred_mask, gt_mask):
@@ -867,7 +881,7 @@ def data_fingerprint(masks):
     """A hash of the training images' names and their masks."""
     digest = hashlib.sha256()
     for path, bits, size in zip(masks.paths, masks.bits, masks.sizes):
-        digest.update(f"{path.name} {size}".encode() + bits.tobytes())
+        digest.update(os.fsencode(f"{path.name} {size}") + bits.tobytes())
     return digest.hexdigest()
 
 
@@ -923,8 +937,7 @@ def save_summary(training, device):
         "best_chosen_by": "validation IoU" if training.val_masks else "training IoU",
         "seconds": round(time.time() - training.started, 1),
     }
-    write_file(training.args.output_dir / "training_summary.json",
-               json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    write_json(training.args.output_dir / "training_summary.json", summary)
 
 
 def open_trackers(args):

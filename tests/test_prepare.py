@@ -159,7 +159,7 @@ def test_korean_names_pair_whether_macos_took_their_letters_apart_or_not(tmp_pat
 
 def test_a_file_that_is_not_coco_is_named(tmp_path):
     make_source(tmp_path, 1)
-    for content in ("{", "[]", '{"images": 3, "annotations": []}'):
+    for content in ("{", "[]", '{"images": 3, "annotations": []}', "[" * 100_000):
         (tmp_path / "a.json").write_text(content)
         done = run("prepare_data.py", "--images", "images", "--coco", "a.json", cwd=tmp_path, code=1)
         assert_fails_in_one_line(done, "a.json", "COCO")

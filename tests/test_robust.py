@@ -1,6 +1,7 @@
 """What users, networks, disks and terminals do to the scripts: one clear line, and nothing lost."""
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -137,17 +138,35 @@ def test_two_images_of_one_name_are_named(data, weights):
     assert_fails_in_one_line(train(data, weights, code=1), "pair_000.jpg", "pair_000.png")
 
 
-def test_symbolic_links_and_names_of_every_script_work(tmp_path, weights):
-    for number, name in enumerate(("사 진.png", "emoji 🙂.png", "link.png")):
+def test_symbolic_links_and_any_names_work_in_every_script(tmp_path, weights):
+    names = ["사 진.png", "emoji 🙂 $\\foo$.png", "link.png", "10% {0} [1].png", "-i.png"]
+    if sys.platform == "linux":  # a name from a Korean Windows, in letters that are no UTF-8
+        names.append(os.fsdecode("용종.png".encode("cp949")))
+    for number, name in enumerate(names):
         image, mask = draw_pair(number)
         write_image(tmp_path / "elsewhere" / f"{number}.png", image)
-        for split in ("train", "val"):
-            write_image(tmp_path / "data/masks" / split / name, mask)
-            (tmp_path / "data/images" / split).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "data/images" / split / name).symlink_to(tmp_path / "elsewhere" / f"{number}.png")
+        write_image(tmp_path / "masks" / name, mask)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).symlink_to(tmp_path / "elsewhere" / f"{number}.png")
+    for _ in range(2):
+        done = run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0.5, cwd=tmp_path)
+    assert "이미 준비되어" in done.stdout
+    shutil.rmtree(tmp_path / "data/images/val")
+    (tmp_path / "data/images/val").symlink_to(tmp_path / "images")
+    shutil.rmtree(tmp_path / "data/masks/val")
+    (tmp_path / "data/masks/val").symlink_to(tmp_path / "masks")
     train(tmp_path, weights, "--iterations", 3)
-    run("compare_models.py", *MODEL, "--checkpoint", weights, cwd=tmp_path)
-    assert "emoji 🙂.png" in (tmp_path / "output/comparison/per_image.csv").read_text(encoding="utf-8")
+    done = run("compare_models.py", *MODEL, "--checkpoint", weights, "--num-visualize", 9, cwd=tmp_path)
+    assert "Warning" not in done.stderr
+    with (tmp_path / "output/comparison/per_image.csv").open(encoding="utf-8", errors="surrogateescape") as file:
+        assert {row["image"] for row in csv.DictReader(file)} == set(names)
+    done = segment(tmp_path, weights, "images", "-p", "5,5", "--compare", "--checkpoint", weights)
+    assert "Warning" not in done.stderr
+    for name in names:
+        assert (tmp_path / f"output/my_results/{name.removesuffix('.png')}_result.png").is_file()
+    segment(tmp_path, weights, f"images/{names[-1]}", "--everything", "--points-per-side", 2)
+    coco = json.loads((tmp_path / f"output/my_results/{names[-1][:-4]}_everything.json").read_text(encoding="utf-8"))
+    assert coco["images"][0]["file_name"] == names[-1]
 
 
 @pytest.mark.parametrize("script, arguments", [
