@@ -28,7 +28,7 @@ class ForkServer:
 
     process = None
 
-    def run(self, argv, cwd, env, timeout, kill_after=None):
+    def run(self, argv, cwd, env, timeout, before="", kill=None):
         if not self.process:
             env = {name: value for name, value in ENV.items() if name != "MPLBACKEND"}
             self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=env,
@@ -37,7 +37,7 @@ class ForkServer:
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             job = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err),
-                   "kill_after": kill_after}
+                   "before": before, "kill": kill}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             watchdog = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
             watchdog.start()
@@ -50,17 +50,19 @@ class ForkServer:
 FORK_SERVER = ForkServer()
 
 
-def run(script, *arguments, cwd, env=None, code=0, timeout=120):
+def run(script, *arguments, cwd, env=None, code=0, timeout=120, **how):
     """Run a script of the project in `cwd`; assert its exit code; return the finished process.
 
     env: variables to set, None takes one away. The process is forked from one that has imported the large
-    packages; not if one of the variables is Python's own, which it reads at its start.
+    packages; not if one of the variables is Python's own, which it reads at its start. how, for such a fork:
+    before, code that runs first; kill, (seconds or a text that stdout shows, signal to send then).
     """
     argv = [str(ROOT / script), *map(str, arguments)]
     variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
     if hasattr(os, "fork") and not any(name.startswith("PYTHON") for name in env or {}):
-        done = FORK_SERVER.run(argv, cwd, variables, timeout)
+        done = FORK_SERVER.run(argv, cwd, variables, timeout, **how)
     else:
+        assert not how, "only a forked process does this"
         done = subprocess.run([sys.executable, *argv], cwd=cwd, timeout=timeout, env=variables,
                               capture_output=True, encoding="utf-8")
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

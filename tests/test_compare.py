@@ -4,14 +4,12 @@ import csv
 import json
 import re
 import signal
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, save_small_model, write_image
+from conftest import SMALL_CFG, assert_fails_in_one_line, draw_pair, run, save_small_model, write_image
 
 import compare_models
 
@@ -123,12 +121,7 @@ def test_ctrl_c_ends_in_one_line(data, weights):
     for number in range(200, 300):  # more than are compared before the signal arrives
         for part, array in zip(("images", "masks"), draw_pair(number)):
             write_image(data / "data" / part / "val" / f"{number}.png", array)
-    script = subprocess.Popen(
-        [sys.executable, str(ROOT / "compare_models.py"), "--model-cfg", SMALL_CFG, "--checkpoint", weights,
-         "--finetuned", weights, "--device", "cpu", "--num-visualize", "0"], cwd=data, env=ENV,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    assert "인코딩" in script.stdout.readline()
-    script.send_signal(signal.SIGINT)
-    _, errors = script.communicate(timeout=60)
-    assert script.returncode == 1 and errors.startswith("오류: 중단했습니다") and len(errors.splitlines()) == 1
+    done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--finetuned", weights,
+               "--device", "cpu", "--num-visualize", 0, cwd=data, code=1, kill=("인코딩", signal.SIGINT))
+    assert_fails_in_one_line(done, "중단했습니다")
     assert not (data / "output/comparison").exists()

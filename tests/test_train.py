@@ -140,14 +140,7 @@ def test_resume_continues_bit_for_bit(data, weights, more):
     """An interrupted training (here: killed by the system after its second validation) and one that was not."""
     arguments = (*more, "--save-every", 4, "--lr", "1e-3", "--iterations", 13)
     train(data, weights, *arguments, "--output-dir", "whole")
-    script = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", str(SMALL_CFG), "--checkpoint",
-         str(weights), "--device", "cpu", *map(str, arguments), "--output-dir", "parts"], cwd=data, encoding="utf-8",
-        stdout=subprocess.PIPE, env=ENV)
-    with script:
-        while "[8/" not in (line := script.stdout.readline()):
-            assert line, "the script ended by itself"
-        script.kill()
+    train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL, kill=("[8/", signal.SIGKILL))
     done = train(data, weights, *arguments, "--output-dir", "parts", "--resume")
     assert re.search("[48]회까지 한 학습을 이어서", done.stdout)
     for name in ("sam2_final.pt", "sam2_best.pt"):
@@ -223,9 +216,7 @@ def test_tensorboard_and_wandb_get_the_log(data, weights):
 @pytest.mark.parametrize("flag", [("tensorboard",), ("wandb", "polyps")], ids=["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(data, weights, flag):
     name = flag[0]
-    (data / "hidden" / name).mkdir(parents=True)
-    (data / "hidden" / name / "__init__.py").write_text(f"raise ModuleNotFoundError('{name}')")
-    done = train(data, weights, f"--{name}", *flag[1:], env={"PYTHONPATH": str(data / "hidden")}, code=1)
+    done = train(data, weights, f"--{name}", *flag[1:], code=1, before=f"sys.modules['{name}'] = None")
     assert_fails_in_one_line(done, f"pip install {name}")
     assert not done.stdout and not list((data / "output").glob("[!.]*"))
 
@@ -254,23 +245,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
-    arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--lr", "1e-3"]
-    script = subprocess.Popen([sys.executable, str(ROOT / "train_sam2_proper.py"), *arguments,
-                               "--iterations", "100000", "--save-every", "20"], cwd=data, encoding="utf-8",
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV)
-    try:
-        while "[20/" not in (line := script.stdout.readline()):
-            assert line, "the script ended by itself"
-        script.send_signal(signal.SIGINT)
-        output, _ = script.communicate(timeout=60)
-    finally:
-        script.kill()
-    stopped = int(re.search(r"(\d+)회까지 저장했습니다", output)[1])
-    assert script.returncode == 130 and "--resume" in output and stopped >= 20 and "Traceback" not in output
-    resumed = ("--resume", "--save-every", 20, "--lr", "1e-3")
-    train(data, weights, *resumed, "--iterations", stopped + 3)
-    whole = ("--save-every", 20, "--lr", "1e-3", "--iterations", stopped + 3)
-    train(data, weights, *whole, "--output-dir", "whole")
+    arguments = ("--lr", "1e-3", "--save-every", 20)
+    done = train(data, weights, *arguments, "--iterations", 100_000, code=130, kill=("[20/", signal.SIGINT))
+    stopped = int(re.search(r"(\d+)회까지 저장했습니다", done.stdout)[1])
+    assert "--resume" in done.stdout and stopped >= 20 and "Traceback" not in done.stderr
+    train(data, weights, *arguments, "--resume", "--iterations", stopped + 3)
+    train(data, weights, *arguments, "--iterations", stopped + 3, "--output-dir", "whole")
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
