@@ -255,9 +255,11 @@ def unpack(archive_path, target, source):
         (root / ".source.json").write_text(json.dumps(source), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         root.rename(target)
-    except (BadDownload, OSError):
+    except BadDownload:
         raise
-    except Exception as error:  # such as a name that no file can have
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # not the archive's fault; else, such as a name that no file can have, it is
         raise BadDownload(f"풀 수 없는 압축 파일입니다 ({type(error).__name__}: {error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

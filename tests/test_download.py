@@ -291,6 +291,9 @@ def broken_archives():
             "damaged member": (damage, "손상"),
             "bomb": (with_member(bomb), "의심스러운"), "lying bomb": (with_member(lying_bomb), "zip"),
             "link": (with_member(link), "심볼릭 링크"),
+            "file in a file": (with_member(lambda archive: archive.writestr(
+                "Kvasir-SEG/kavsir_bboxes.json/x", "x")), "풀 수 없는"),
+            "endless name": (with_member(lambda archive: archive.writestr("x" * 1000, "x")), "풀 수 없는"),
             **{name: (with_member(lambda archive, name=name: archive.writestr(name, "x")), "밖을 가리키는")
                for name in ("../x", "/x", "C:\\x", "Kvasir-SEG/../../x")}}
 
