@@ -140,11 +140,6 @@ def detect_device(requested="auto"):
     return requested
 
 
-def printable(name):
-    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
-    return name.encode(errors="replace").decode()
-
-
 def calculate_iou(pred_mask, gt_mask):
     """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
     intersection = np.logical_and(pred_mask, gt_mask).sum()
@@ -382,6 +377,11 @@ def overlay(image, mask, colour):
     tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
     edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+
+
+def printable(name):
+    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
+    return name.encode(errors="replace").decode()
 
 
 def draw_prompt(panel, coords, labels):

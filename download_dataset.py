@@ -9,6 +9,7 @@ An interrupted download goes on where it stopped. What is already done is not do
 
 import argparse
 import atexit
+import contextlib
 import errno
 import hashlib
 import json
@@ -164,20 +165,12 @@ def check_archive(path):
         raise BadDownload(f"zip 파일 안의 {damaged}가 손상되었습니다")
 
 
-def is_whole(path):
-    """Whether `path` is there and passes check_archive."""
-    try:
-        check_archive(path)
-    except BadDownload:
-        return False
-    return True
-
-
 def download(url, part):
     """Download `url` to `part`, or what of it is missing there, until it is whole. Gives up after TRIES tries."""
     part.parent.mkdir(parents=True, exist_ok=True)
-    if is_whole(part):  # an earlier run received it and was stopped before it used it
-        return
+    with contextlib.suppress(BadDownload):
+        check_archive(part)
+        return  # an earlier run received it and was stopped before it used it
     wait = WAIT
     for attempt in range(1, TRIES + 1):
         try:
@@ -258,8 +251,9 @@ def unpack(archive_path, target, source):
     except BadDownload:
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise  # not the archive's fault; else, such as a name that no file can have, it is
+        of_names = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EINVAL)
+        if isinstance(error, OSError) and error.errno not in of_names:
+            raise  # the disk's fault, not the archive's
         raise BadDownload(f"풀 수 없는 압축 파일입니다 ({type(error).__name__}: {error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -282,10 +276,10 @@ def fetch_kvasir(args):
     else:
         source = {"url": args.url}
     archive = args.zip or Path(Path(args.url.split("?")[0]).name or "kvasir-seg.zip")
-    part = part_of(archive)
-    if read_source(KVASIR_DIR) == source:
+    part, before = part_of(archive), read_source(KVASIR_DIR)
+    if before == source:
         print(f"이미 있습니다: {KVASIR_DIR}")
-    elif KVASIR_DIR.exists() and not read_source(KVASIR_DIR):
+    elif KVASIR_DIR.exists() and not before:
         fail(f"{KVASIR_DIR} 폴더가 이미 있는데 이 스크립트가 만든 것이 아닙니다. 옮기거나 지운 뒤 다시 실행하세요")
     else:
         given = archive.is_file()  # with --zip, or laid here by the user: it is used, and not deleted
@@ -295,17 +289,17 @@ def fetch_kvasir(args):
             else:
                 print(f"Kvasir-SEG를 받습니다: {args.url}")
                 download(args.url, part)
-            unpack(archive if given else part, KVASIR_DIR, source)
+                if args.keep_zip:
+                    part.replace(archive)
+            used = archive if given or args.keep_zip else part
+            unpack(used, KVASIR_DIR, source)
         except BadDownload as problem:
             if not given:
-                part.unlink()
+                used.unlink()
             fail(f"{archive}: {problem}")
         print(f"압축 해제 완료: {KVASIR_DIR}")
-    if not args.zip and part.exists():  # just received, or left by a run that was stopped before it came here
-        if args.keep_zip and is_whole(part):
-            part.replace(archive)
-        else:
-            part.unlink()
+    if not args.zip:
+        part.unlink(missing_ok=True)  # here, so that what a stopped run left goes too
 
 
 def fetch_checkpoint(name):

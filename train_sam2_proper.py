@@ -214,11 +214,6 @@ def detect_device(requested="auto"):
     return requested
 
 
-def printable(name):
-    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
-    return name.encode(errors="replace").decode()
-
-
 def calculate_iou(pred_mask, gt_mask):
     """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
     intersection = np.logical_and(pred_mask, gt_mask).sum()

@@ -30,12 +30,13 @@ class ForkServer:
 
     def run(self, argv, cwd, env, timeout, before="", kill=None):
         if not self.process:
-            env = {name: value for name, value in ENV.items() if name != "MPLBACKEND"}
-            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=env,
+            own = {name: value for name, value in ENV.items() if name != "MPLBACKEND"}
+            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=own,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
                                             start_new_session=True)
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
+            out.touch()
             job = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err),
                    "before": before, "kill": kill}
             print(json.dumps(job), file=self.process.stdin, flush=True)

@@ -25,11 +25,10 @@ gc.freeze()  # a child that ends need not take all this apart: half a second
 atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
 
 
-
 def kill(child, when, number, stdout, ended):
     """Send the signal when it is time, unless the child has ended before."""
     if isinstance(when, str):
-        while not ended.is_set() and when not in (Path(stdout).read_text("utf-8") if Path(stdout).exists() else ""):
+        while not ended.is_set() and when not in Path(stdout).read_text("utf-8", "replace"):
             time.sleep(0.01)
     else:
         ended.wait(when)
