@@ -485,7 +485,7 @@ class Window:
         self.finished, self.current = [], Segmented([], None, {})
         self.history, self.markers, self.pressed, self.closed_by = [], [], None, None
         height, width = image.shape[:2]
-        panel = min(12 / len(models), 5.2 * width / height)  # inches: the window fits a screen of 1280 x 720
+        panel = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
         self.figure, panels = plt.subplots(1, len(models), squeeze=False, layout="constrained", figsize=(
             max(panel * len(models), 8), panel * height / width + 1))
         self.panels = panels[0]
