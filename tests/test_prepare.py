@@ -242,6 +242,19 @@ def test_preview_is_a_sheet_of_n_tiles(data):
     assert (sheet[256:, 2 * 256:] == 255).all()  # the last four places stay empty
 
 
+@pytest.mark.parametrize("script, arguments, word", [
+    ("prepare_data.py", ["--no-such-flag"], "--no-such-flag"),
+    ("prepare_data.py", ["--val-ratio", "1"], "--val-ratio"),
+    ("prepare_data.py", ["--images", "a"], "--coco"),
+    ("prepare_data.py", ["--images", "a", "--masks", "b", "--coco", "c"], "--coco"),
+    ("prepare_data.py", ["--preview", "0"], "--preview"),
+    ("download_dataset.py", ["--checkpoint", "huge"], "base_plus")])
+def test_a_wrong_command_line_is_a_usage_error(tmp_path, script, arguments, word):
+    done = run(script, *arguments, cwd=tmp_path, code=2)
+    assert done.stderr.startswith(f"usage: {script}") and word in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_arguments_it_makes_folders_and_explains(tmp_path):
     done = run("prepare_data.py", cwd=tmp_path)
     for part in ("images/train", "images/val", "masks/train", "masks/val"):
