@@ -34,7 +34,8 @@ def test_box_pictures_and_tables_agree(trained, weights):
     means = {name: np.mean([float(row[name]) for row in rows]) for name in measures}
 
     summary = json.loads((folder / "output/comparison/summary.json").read_text(encoding="utf-8"))
-    assert summary["num_images"] == summary["num_objects"] == 4 and summary["prompt"] == "point" and summary["device"] == "cpu"
+    assert summary["num_images"] == summary["num_objects"] == 4
+    assert summary["prompt"] == "point" and summary["device"] == "cpu"
     assert summary["difference_pp"] == pytest.approx(100 * (means["finetuned_iou"] - means["original_iou"]))
     for name, mean in means.items():
         assert summary[name] == pytest.approx(mean) and 0 <= mean <= 1
