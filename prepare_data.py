@@ -557,8 +557,8 @@ def make_empty_folders(data_dir):
 
 직접 채우기:
   {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
-  {data_dir}/masks/train/이름.png     같은 이름의 마스크 (이미지와 같은 크기. 8비트: 255가 객체, 0이 배경.
-                                      16비트: 값이 객체의 번호, 0이 배경)
+  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
+      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
   {data_dir}/images/val, {data_dir}/masks/val 도 같은 방식으로 (검증용, 전체의 20% 정도)
   확인: python prepare_data.py --check
 
