@@ -198,7 +198,9 @@ def count_pages(path):
 
 
 def colours_to_labels(values):
-    """Pixels of any depth, H x W (x 3 or 4), as uint16 labels: a number for each colour, 0 for black or transparent."""
+    """Pixels, H x W (x 3 or 4), as uint16 labels: a number for each colour, 0 for black or transparent ones."""
+    if values.dtype not in (np.uint8, np.uint16):
+        raise BadPair("색 마스크가 아님 (색은 8비트나 16비트)")
     channels = np.atleast_3d(values).astype(np.int64)
     codes = sum(channels[..., index] << 16 * index for index in range(min(3, channels.shape[2])))
     if channels.shape[2] == 4:
@@ -230,7 +232,9 @@ def decode(path, flags):
     """Decode an image file with OpenCV; BadPair if it cannot be. (cv2.imread cannot open Korean paths on Windows.)"""
     try:
         decoded = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-    except (OSError, cv2.error):  # cv2.error: an empty file, or more pixels than OpenCV allows
+    except OSError as error:
+        raise BadPair(f"{path.name}: {error.strerror}") from None
+    except cv2.error:  # an empty file, or more pixels than OpenCV allows
         decoded = None
     if decoded is None:
         raise BadPair(f"이미지 파일이 아니거나 손상됨: {path.name}")
