@@ -211,6 +211,10 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
     done = run("prepare_data.py", "--images", "images", "--coco", folder / "내 사진_everything.json", "--val-ratio", 0,
                cwd=photo.parent)
     assert "학습 1쌍" in done.stdout
+    write_image(photo.parent / "masks" / photo.name, labels)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--data-dir", "numbered", "--val-ratio", 0,
+        cwd=photo.parent)
+    assert (read_png(photo.parent / "numbered/masks/train" / photo.name) == labels).all()
     done = run("test_my_image.py", "--image", photo.name, "--model-cfg", SMALL_CFG, "--original", "--checkpoint",
                ROOT / "demo/sam2_demo.pt", "--device", "cpu", "--everything", "--pred-iou-thresh", 1, cwd=photo.parent)
     assert "0개" in done.stdout and "--pred-iou-thresh" in done.stdout
@@ -563,6 +567,8 @@ def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_
     assert "4장 가운데 2장은 마스크가 있습니다" in capsys.readouterr().out
     again = masks_in(tmp_path / "masks")
     assert list(again) == list("abcd") and all((again[name] == masks[name]).all() for name in masks)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0.5, cwd=tmp_path)
+    assert "객체 3개: 이미지마다 최소 1" in run("prepare_data.py", "--check", cwd=tmp_path).stdout  # a and b
     with pytest.raises(SystemExit) as stop:  # nothing is left to do
         annotate(more=("--finetuned", "missing.pt"))
     assert not stop.value.code and "4장 가운데 4장" in capsys.readouterr().out
