@@ -262,7 +262,7 @@ def rounded(points, box, *_):
 
 
 def find(points, box, asked):
-    """A model that tells what it was asked; its masks are the upper 10, 20 and 30 rows, within a box only what lies in its columns.
+    """A model that tells what it was asked; its masks are the upper 10, 20 and 30 rows, within a box its columns only.
 
     A point in the lowest rows finds nothing.
     """
