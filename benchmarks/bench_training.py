@@ -163,7 +163,8 @@ def peak_memory(args, checkpoint, folder, flags):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", args.model_cfg, "--checkpoint", checkpoint,
          "--image-dir", folder / "images", "--mask-dir", folder / "masks", "--val-image-dir", folder / "none",
-         "--output-dir", folder / "output", "--workers", "0", "--device", args.device, *flags], stdout=subprocess.DEVNULL)
+         "--output-dir", folder / "output", "--workers", "0", "--device", args.device, *flags],
+        stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
     return usage.ru_maxrss * 1024 / 1e9
