@@ -233,7 +233,9 @@ def unpack(archive_path, target, source):
         (root / ".source.json").write_text(json.dumps(source), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         root.rename(target)
-    except (IndexError, ValueError) as error:  # zipfile, for a member whose name is empty or cannot be encoded
+    except (BadDownload, OSError):
+        raise
+    except Exception as error:  # zipfile: a member without a name, a damaged one that another of its name hides
         raise BadDownload(f"풀 수 없는 압축 파일입니다 ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
