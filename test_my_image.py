@@ -86,6 +86,7 @@ def main():
             tqdm.write(f"오류: {error}", file=sys.stderr)
             continue
         if lines is None:  # the window was closed
+            tqdm.write(f"창을 닫아 끝냅니다. 저장하지 않은 이미지: {path.name}")
             break
         done += bool(lines)
         if len(paths) == 1 or args.interactive:
