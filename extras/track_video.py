@@ -233,8 +233,8 @@ class VideoFile:
                     for frame in packet.decode():
                         size = upright_size(frame)
                         if self.size not in (None, size):
-                            raise ImageError(f"{self.path}: {len(self.times)}번 프레임부터 크기가 다릅니다: 가로 "
-                                             f"{self.size[1]}, 세로 {self.size[0]} → 가로 {size[1]}, 세로 {size[0]}픽셀")
+                            raise ImageError(f"{self.path}: {len(self.times)}번 프레임부터 크기가 다릅니다. 가로 "
+                                             f"{self.size[1]}, 세로 {self.size[0]} → 가로 {size[1]}, 세로 {size[0]}")
                         self.size = size
                         if frame.key_frame:
                             self.keys.append(len(self.times))
