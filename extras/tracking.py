@@ -232,13 +232,13 @@ class Window:
         for action, own in (("home", ("r",)), ("back", ("backspace", "left")), ("forward", ("right",))):
             keys = plt.rcParams[f"keymap.{action}"]  # matplotlib's own meaning of these keys
             plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in own]
-        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 4), 8) + 1.6))
+        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 6.5) + 1.6))
         self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
         self.picture = self.axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect, extent=(
             -0.5, frames.size[1] - 0.5, frames.size[0] - 0.5, -0.5))
         self.axes.set(xticks=[], yticks=[])
         self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
-                             valinit=0, valstep=1)
+                             valinit=0, valstep=1, valfmt="%d")
         self.slider.on_changed(self.on_slider)
         self.figure.text(0.5, 0.02, WINDOW_HELP.format(unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)

@@ -73,7 +73,7 @@ def draw_head(rng):
         volume[ellipsoid((side * 15, -22, 0), (3, 4, 4)) < 1] = 140  # calcified choroid plexus
 
     centre = (34, 12, 8)
-    reach = ellipsoid(centre, (19, 23, 20), 0.4)
+    reach = ellipsoid(centre, (16, 19, 17), 0.4)
     blood = (reach < 1) & inside
     volume[(reach < 1.25) & inside & ~blood] = OEDEMA
     volume[blood] = BLOOD + 5 * smooth_noise(rng, 12)[blood]
