@@ -250,7 +250,8 @@ def test_any_frame_of_a_video_file_can_be_read_in_any_order(tmp_path, name, code
     with av.open(str(path)) as container:
         wanted = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     video = track_video.VideoFile(path)
-    assert len(video) == len(wanted) == 40 and video.size == (48, 64) and len({image.tobytes() for image in wanted}) > 35
+    assert len(video) == len(wanted) == 40 and video.size == (48, 64)
+    assert len({image.tobytes() for image in wanted}) > 35
     video.kept_frames = 4
     for number in (0, 1, 2, 39, 38, 37, 36, 35, 34, 20, 21, 5, 30, 31, 29, 0):
         assert (video[number] == wanted[number]).all() and len(video.kept) <= 4
@@ -443,7 +444,7 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     assert window.tracked_prompts != window.prompts
     hand.press("enter")
     again = read_masks(clip / "windowed")
-    assert (again[6] == preview)[preview != 2].all() and (again != first).any()
+    assert (again[6] == preview)[(preview != 2) & (again[6] != 2)].all() and (again != first).any()
     track(clip, visible, "--prompts", "windowed/prompts.json", "-o", "repeated")
     assert (read_masks(clip / "repeated") == again).all()
 
