@@ -79,7 +79,7 @@ def main():
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자입니다. Enter를 누르면 분할하고, 창을 닫으면 저장합니다.")
         window = Window(slices, predictor, follow, args.name.encode(errors="replace").decode(), max_object=1,
                         unit="slice", aspect=slices.aspect)
-        plt.show()
+        window.show()
         prompts, is_done = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
             fail("프롬프트가 없습니다. 창에서 대상을 클릭하거나 --point \"슬라이스,x,y\"를 쓰세요")

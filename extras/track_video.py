@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+from bisect import bisect
 from fractions import Fraction
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def main():
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, 숫자 키는 대상 번호입니다. "
               "Enter를 누르면 추적하고 저장합니다.")
         window = Window(video, predictor, follow, args.name.encode(errors="replace").decode())
-        plt.show()
+        window.show()
         prompts, is_tracked = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
             fail("프롬프트가 없습니다. 창에서 추적할 대상을 클릭하거나 --point \"x,y\"를 쓰세요")
@@ -249,7 +250,7 @@ class VideoFile:
 
     def __getitem__(self, index):
         if index not in self.kept:
-            key = max((key for key in self.keys if key <= index), default=0)
+            key = self.keys[max(bisect(self.keys, index) - 1, 0)] if self.keys else 0
             if index < self.next or key > self.next:
                 self.decoding = self.decode_from(key)
             self.decode_until(index)
@@ -345,14 +346,19 @@ def track_and_save(predictor, video, prompts, folder, name, to_data):
 
 
 def clear(folder):
-    """Make room for new results: say so if there are old ones, and take away what this script has written."""
-    old = [path for pattern in ("masks/*.png", "overlay.mp4", "tracks.csv", "prompts.json", "*.tmp", "masks/*.tmp")
-           for path in folder.glob(pattern)]
-    if old:
+    """Make room for new results: say so if this script has written some there, and take them away.
+
+    Fails if there are masks of somebody else's.
+    """
+    masks = list(folder.glob("masks/*.png"))
+    if masks and not (folder / "prompts.json").exists():
+        fail(f"{folder / 'masks'}에 이 스크립트가 쓰지 않은 마스크가 있습니다. 다른 --output을 쓰세요")
+    if (folder / "prompts.json").exists():
         print(f"이전 결과를 덮어씁니다: {folder}")
-    for path in old:
-        path.unlink()
-    shutil.rmtree(folder / "to_data", ignore_errors=True)
+        for path in (*masks, *folder.glob("masks/*.tmp"), *folder.glob("*.tmp"), folder / "overlay.mp4",
+                     folder / "tracks.csv"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "to_data", ignore_errors=True)
 
 
 def palette_png(labels):

@@ -216,8 +216,8 @@ class Window:
     follow: function of prompts that tracks and yields (frame, label map); it is called when Enter is pressed.
     max_object: the highest object number that the digits choose (9, or 1 for a single object).
     unit: what a frame is called, in English; aspect: height of a pixel / its width.
-    When plt.show() returns: prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking,
-    whether the window was closed while it tracked.
+    After show(): prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking, whether the
+    window was closed while it tracked.
     A first click on a tracked frame also takes the box around the object's mask there as a prompt, so that the
     correction keeps the object and says only what is wrong. What is shown after a click is what tracking will give.
     """
@@ -228,7 +228,8 @@ class Window:
         self.state = start_state(predictor, frames)
         self.prompts, self.history, self.frame, self.object = {}, [], 0, 1
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
-        self.pressed, self.drawn, self.is_tracking, self.is_stopped, self.is_closed = None, [], False, False, False
+        self.pressed, self.drawn, self.error = None, [], None
+        self.is_tracking, self.is_stopped, self.is_closed = False, False, False
         for action, own in (("home", ("r",)), ("back", ("backspace", "left")), ("forward", ("right",))):
             keys = plt.rcParams[f"keymap.{action}"]  # matplotlib's own meaning of these keys
             plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in own]
@@ -239,14 +240,29 @@ class Window:
         self.axes.set(xticks=[], yticks=[])
         self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
                              valinit=0, valstep=1, valfmt="%d")
-        self.slider.on_changed(self.on_slider)
+        self.slider.on_changed(self.guarded(self.on_slider))
         self.figure.text(0.5, 0.02, WINDOW_HELP.format(unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key),
                               ("close_event", self.on_close)):
-            self.figure.canvas.mpl_connect(name, handler)
+            self.figure.canvas.mpl_connect(name, self.guarded(handler))
         self.update()
+
+    def guarded(self, handler):
+        """A handler whose failure closes the window and is raised by show(): a toolkit would print it and go on."""
+        def handle(event):
+            try:
+                handler(event)
+            except Exception as error:
+                self.error = error
+                plt.close(self.figure)
+        return handle
+
+    def show(self):
+        plt.show()
+        if self.error:
+            raise self.error
 
     def on_slider(self, value):
         frame = min(int(value), len(self.frames) - 1)
@@ -303,8 +319,9 @@ class Window:
         if not len(rows):
             return None
         x, y, label = click
-        columns, rows = np.append(columns, x if label else columns[0]), np.append(rows, y if label else rows[0])
-        return [float(edge) for edge in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+        corners = [(columns.min(), rows.min()), (columns.max(), rows.max()), *([(x, y)] if label else [])]
+        (x1, y1), (x2, y2) = np.min(corners, axis=0), np.max(corners, axis=0)
+        return [float(x1), float(y1), float(x2), float(y2)] if x1 < x2 and y1 < y2 else None
 
     def set_prompts(self, prompts):
         """Take over new prompts, remember the old ones for `u`, segment this frame with them and show it."""

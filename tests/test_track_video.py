@@ -184,6 +184,12 @@ def test_everything_is_written_and_its_own_prompts_give_it_again(clip, visible):
     assert "이전 결과를 덮어씁니다: output/my_tracks/frames" in done.stdout and (read_masks(folder) == masks).all()
 
 
+def test_masks_of_somebody_else_are_not_taken_away(clip, visible):
+    write_image(clip / "mine/masks/00000.png", np.zeros((60, 80), np.uint8))
+    assert_fails_in_one_line(track(clip, visible, "--point", "20,20", "-o", "mine", code=1), "mine/masks")
+    assert [path.name for path in (clip / "mine").glob("**/*.*")] == ["00000.png"]
+
+
 def test_point_and_box_are_for_object_1_on_the_frame_that_is_given(clip, visible):
     track(clip, visible, "--point", "22,20;5,50,0", "--box", "35,30,10,10", "--frame", 3, "-o", "flags")
     assert json.loads((clip / "flags/prompts.json").read_text()) == [
@@ -396,6 +402,7 @@ class Hand:
     def mouse(self, name, place, button):
         x, y = self.window.axes.transData.transform(place)
         self.canvas.callbacks.process(name, MouseEvent(name, self.canvas, x, y, button))
+        assert self.window.error is None
 
     def drag(self, start, end, button=1):
         self.mouse("button_press_event", start, button)
@@ -408,6 +415,7 @@ class Hand:
     def press(self, *keys):
         for key in keys:
             self.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", self.canvas, key))
+            assert self.window.error is None
 
 
 @pytest.fixture
@@ -439,7 +447,7 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     points, box = window.prompts[6, 1]
     assert points == [(pytest.approx(5, abs=0.3), pytest.approx(50, abs=0.3), 0)]
     rows, columns = np.nonzero(first[6] == 1)
-    assert box == ([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else None)
+    assert box == ([columns.min(), rows.min(), columns.max(), rows.max()] if len(rows) else None)
     preview = window.labels()
     assert window.tracked_prompts != window.prompts
     hand.press("enter")
@@ -475,3 +483,11 @@ def test_the_window_undoes_clears_and_stops(window):
     window.follow = follow_and_stop
     hand.press("enter")
     assert seen == [0, 1, 2] and window.tracked_prompts is None and not window.is_tracking and window.object == 1
+
+
+def test_a_failure_in_the_window_closes_it_and_is_reported(window, clip, monkeypatch):
+    (clip / "frames/00001.jpg").write_bytes(b"no image any more")
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
+    window.slider.set_val(1)
+    with pytest.raises(common.ImageError, match="00001.jpg"):
+        window.show()
