@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-lowest lint system-packages
+.PHONY: demo demo-video demo-volume test test-lowest lint system-packages
 
 # torch first, then the rest without build isolation: sam2 comes as source, and an isolated build would download and
 # install torch a second time. SAM2_BUILD_CUDA=0: the CUDA extension only fills holes in masks, which nothing here does.
@@ -40,6 +40,18 @@ demo: $(VENV)/.installed
 	@echo "  demo/output/comparison/scatter.png                       이미지마다의 IoU"
 	@echo "  demo/output/training_curve.png                           학습 곡선"
 	@echo "  demo/output/my_results/demo_0160_result.png              이미지 한 장 분할"
+
+# extras/ on drawn data with the demo's model: a polyp followed through a clip, a bleeding through a CT volume.
+demo-video: $(VENV)/.installed-extras
+	$(PY) extras/demo/make_demo_clip.py
+	$(PY) extras/track_video.py $(DEMO_MODEL) --original --video extras/demo/data/clip.mp4 --box "97,61,214,184" \
+	  --output extras/demo/output/clip
+	$(PY) extras/demo/score_clip.py extras/demo/output/clip
+
+demo-volume: $(VENV)/.installed-extras
+	$(PY) extras/demo/make_demo_volume.py
+	$(PY) extras/segment_volume.py $(DEMO_MODEL) --original --volume extras/demo/data/ct.nii.gz --point "25,145,146" \
+	  --truth extras/demo/data/ct_truth.nii.gz --output extras/demo/output/ct
 
 # The tests drive a real window; as root on Debian they install what that takes.
 system-packages:
