@@ -101,7 +101,7 @@ def main():
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="SAM 2 체크포인트를 공식 형식과 Hugging Face 형식 사이에서 변환합니다.")
+    parser = argparse.ArgumentParser(description="SAM 2 체크포인트를 공식 형식과 Hugging Face 형식 사이에서 바꿉니다.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="공식 체크포인트(.pt) 또는 Hugging Face 폴더")
     parser.add_argument("target", type=Path, metavar="TARGET", help="만들 폴더, 또는 (SOURCE가 폴더일 때) 만들 파일")
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
@@ -109,7 +109,7 @@ def parse_args():
     parser.add_argument("--image-size", type=int, choices=[512, 768, 1024],
                         help="이 크기로 학습한 체크포인트일 때, 모델 입력 한 변 (기본: 모델 설정대로)")
     parser.add_argument("--checkpoint", type=Path,
-                        help="Sam2Model로 저장해 메모리(비디오) 부분이 없는 폴더일 때, 그 부분을 가져올 공식 체크포인트")
+                        help="Sam2Model로 저장해 메모리(비디오) 부분이 없는 폴더일 때, 그것을 가져올 공식 체크포인트")
     return parser.parse_args()
 
 

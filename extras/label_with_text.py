@@ -6,7 +6,8 @@
 
 Writes COCO JSON with boxes and masks, which prepare_data.py --coco reads. From Python:
 
-    model = GroundedSAM2(load_predictor(model_cfg, checkpoint, device), Florence2("models/florence2", ["polyp"], device))
+    predictor = load_predictor("configs/sam2.1/sam2.1_hiera_s.yaml", "output/sam2_best.pt", "cuda")
+    model = GroundedSAM2(predictor, Florence2("models/florence2", ["polyp"], "cuda"))
     detections = model.predict(image)          # sv.Detections with masks
     model.label("photos", "output/my_labels")
 """
@@ -55,11 +56,12 @@ from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-REPOSITORIES = {"florence2": "florence-community/Florence-2-base", "grounding-dino": "IDEA-Research/grounding-dino-tiny"}
+REPOSITORIES = {"florence2": "florence-community/Florence-2-base",
+                "grounding-dino": "IDEA-Research/grounding-dino-tiny"}
 TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}
-NMS_IOU = 0.7     # of two detected boxes of one category that overlap more than this, the one with the lower score goes
-MAX_TOKENS = 1024  # Florence-2's answer: all positions that its decoder has, some 200 boxes
-DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator: 64 take about 2 GB at 1024 px
+NMS_IOU = 0.7       # of two detected boxes of one category that overlap more, the one with the lower score is dropped
+MAX_TOKENS = 1024   # of Florence-2's answer: all positions that its decoder has, some 200 boxes
+DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
 
 
 def main():
@@ -143,8 +145,8 @@ def find_weights(detector, folder=None):
     try:
         return Path(snapshot_download(REPOSITORIES[detector], local_files_only=True))
     except LocalEntryNotFoundError:
-        fail(f"{detector}의 가중치가 없습니다. 받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} "
-             "(이미 받은 폴더는 --detector-dir로)")
+        fail(f"{detector}의 가중치가 없습니다. "
+             f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (이미 받은 폴더는 --detector-dir로)")
 
 
 def load_detector(model_class, processor_class, kinds, folder, device):
@@ -283,7 +285,8 @@ class CocoBoxes:
                 if not annotation.get("iscrowd"):
                     self.boxes[annotation["image_id"]].append(([x, y, x + width, y + height], class_id, score))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            fail(f"{path}: 상자가 든 COCO 형식이 아닙니다 ({type(error).__name__}: {textwrap.shorten(str(error), 100)})")
+            fail(f"{path}: 상자가 든 COCO 형식이 아닙니다 "
+                 f"({type(error).__name__}: {textwrap.shorten(str(error), 100)})")
         self.has_scores = all(isinstance(score, (int, float)) for found in self.boxes.values() for _, _, score in found)
         if crowds:
             print(f"주의: {path}의 iscrowd 상자 {crowds}개는 뺍니다")
