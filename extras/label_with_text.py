@@ -146,7 +146,7 @@ def find_weights(detector, folder=None):
         return Path(snapshot_download(REPOSITORIES[detector], local_files_only=True))
     except LocalEntryNotFoundError:
         fail(f"{detector}의 가중치가 없습니다. "
-             f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (이미 받은 폴더는 --detector-dir로)")
+             f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (받은 폴더는 --detector-dir로)")
 
 
 def load_detector(model_class, processor_class, kinds, folder, device):
@@ -278,7 +278,7 @@ class CocoBoxes:
                 size = image.get("width"), image.get("height")
                 self.images[base_name(image["file_name"])].append((image["id"], size))
             for annotation in coco["annotations"]:
-                x, y, width, height = map(float, annotation["bbox"])
+                x, y, width, height = np.nan_to_num(np.array(annotation["bbox"], float), posinf=0, neginf=0).tolist()
                 class_id, score = int(annotation["category_id"]), annotation.get("score")
                 self.categories[class_id]  # one that is not listed is an error of the file
                 crowds += bool(annotation.get("iscrowd"))
@@ -424,8 +424,8 @@ class GroundedSAM2:
         for identity, (name, entry) in enumerate(sorted(entries.items()), 1):
             height, width = entry["size"]
             images.append({"id": identity, "file_name": name, "height": height, "width": width})
-            annotations += ({"id": len(annotations) + number, "image_id": identity, **annotation}
-                            for number, annotation in enumerate(entry["annotations"], 1))
+            annotations += [{"id": number, "image_id": identity, **annotation}
+                            for number, annotation in enumerate(entry["annotations"], len(annotations) + 1)]
         if not annotations:
             fail("라벨을 하나도 만들지 못했습니다")
         names = self.detector.categories
@@ -440,7 +440,7 @@ class GroundedSAM2:
 def clip_to_image(detections, shape):
     """Clip boxes to an image of shape (H, W, ...), and drop those of which less than a pixel is left."""
     boxes = sv.clip_boxes(detections.xyxy, (shape[1], shape[0]))
-    large = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)  # False for what is not a number
+    large = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
     return sv.Detections(xyxy=boxes, confidence=detections.confidence, class_id=detections.class_id)[large]
 
 
