@@ -144,8 +144,8 @@ def test_boxes_become_labels_and_bad_images_and_boxes_are_named(tmp_path):
                cwd=tmp_path)
     for line in ("iscrowd 상자 1개", "image_0.png - 이미지 밖이거나 넓이가 0인 상자 3개 제외",
                  "image_1.png - 상자 없음", "image_3.jpg - 이름이 같은", "image_3.png - 이름이 같은",
-                 "image_4.png - 이미지 파일이 아니거나", "other.png - COCO 파일에 없음", "라벨이 있는 이미지 2장, 객체 4개: polyp 2, instrument 2",
-                 "학습 2쌍"):
+                 "image_4.png - 이미지 파일이 아니거나", "other.png - COCO 파일에 없음",
+                 "라벨이 있는 이미지 2장, 객체 4개: polyp 2, instrument 2", "학습 2쌍"):
         assert line in done.stdout, line
     labels = read_labels(tmp_path / "out")
     assert_valid_coco(labels)
