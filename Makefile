@@ -51,7 +51,8 @@ test: system-packages lint $(VENV)/.installed-extras
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 
-# The demo and the scripts' tests with exactly the lowest versions that requirements.txt allows. Not part of `make test`.
+# The demo and the scripts' tests with exactly the lowest versions that requirements.txt allows (they have wheels for
+# Python 3.10 to 3.12). Not part of `make test`.
 LOWEST := venv-lowest
 SCRIPT_TESTS := $(foreach name,functions prepare download train compare window robust demo,tests/test_$(name).py)
 test-lowest: system-packages

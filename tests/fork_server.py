@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import sys
 
 import cv2  # noqa: F401
@@ -38,6 +39,7 @@ os.environ.update(job["env"])
 for stream, path in ((sys.stdin, os.devnull), (sys.stdout, job["stdout"]), (sys.stderr, job["stderr"])):
     opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, stream.fileno())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.argv[:] = job["argv"]
 sys.path[0] = os.path.dirname(job["argv"][0])  # noqa: PTH120
 exec(job["before"])
