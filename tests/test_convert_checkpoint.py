@@ -12,6 +12,7 @@ from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run
 from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 from transformers import Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor, pipeline
 
 SCRIPT = "extras/convert_checkpoint.py"
@@ -132,12 +133,8 @@ def test_sam2_video_model_gives_the_logits_of_sam2(tiny, tmp_path):
 
 def test_the_pipeline_mask_generation_opens_the_folder(demo):
     generate = pipeline("mask-generation", model=str(demo / "hf"), device="cpu")
-    assert generate(draw_as_pil(), points_per_crop=4, pred_iou_thresh=0, stability_score_thresh=0)["masks"]
-
-
-def draw_as_pil():
-    from PIL import Image
-    return Image.fromarray(cv2.cvtColor(draw_pair(0)[0], cv2.COLOR_BGR2RGB))
+    image = Image.fromarray(cv2.cvtColor(draw_pair(0)[0], cv2.COLOR_BGR2RGB))
+    assert generate(image, points_per_crop=4, pred_iou_thresh=0, stability_score_thresh=0)["masks"]
 
 
 def test_an_image_model_without_memory_takes_it_from_the_original_checkpoint(demo, tmp_path, monkeypatch):
@@ -146,12 +143,10 @@ def test_an_image_model_without_memory_takes_it_from_the_original_checkpoint(dem
         model.mask_decoder.iou_token.weight += 1  # fine-tuned with transformers
     model.save_pretrained(tmp_path / "image_model")
     Sam2Processor.from_pretrained(demo / "hf").save_pretrained(tmp_path / "image_model")
-    done = run(SCRIPT, "image_model", "back.pt", "--model-cfg", SMALL_CFG, cwd=tmp_path, code=1)
-    assert_fails_in_one_line(done, "메모리", "--checkpoint")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x", "image_model", "back.pt", "--model-cfg", str(SMALL_CFG), "--checkpoint",
-                                     str(DEMO)])
-    convert_checkpoint.main()
+    with pytest.raises(SystemExit, match="메모리.*--checkpoint"):
+        convert(monkeypatch, "image_model", "back.pt", "--model-cfg", SMALL_CFG)
+    convert(monkeypatch, "image_model", "back.pt", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO)
     expected = load(DEMO)
     expected["sam_mask_decoder.iou_token.weight"] += 1
     assert_same_bits(expected, load(tmp_path / "back.pt"))
@@ -159,29 +154,37 @@ def test_an_image_model_without_memory_takes_it_from_the_original_checkpoint(dem
 
 @pytest.mark.parametrize("kind", ["sam", "sam3", "sam3_video"])
 def test_folders_of_sam_1_and_sam_3_are_refused(tmp_path, monkeypatch, kind):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": kind}))
-    monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "other"), str(tmp_path / "back.pt")])
-    with pytest.raises(SystemExit, match=f"SAM 2가 아니라 {kind}"):
-        convert_checkpoint.main()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(SystemExit, match=f"SAM 2가 아니라 {kind}의"):
+        convert(monkeypatch, tmp_path, tmp_path / "back.pt")
     assert not (tmp_path / "back.pt").exists()
 
 
-def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo):
-    tmp_path.joinpath("empty").mkdir()
+def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo, monkeypatch):
+    (tmp_path / "empty").mkdir()
     done = run(SCRIPT, "empty", "back.pt", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "empty", "config.json")
-    other = ("--model-cfg", "configs/sam2.1/sam2.1_hiera_t.yaml")
-    done = run(SCRIPT, demo / "hf", "back.pt", *other, cwd=tmp_path, code=1)
-    assert_fails_in_one_line(done, "sam2.1_hiera_t.yaml", "맞지 않습니다")
-    done = run(SCRIPT, DEMO, "hf", *other, cwd=tmp_path, code=1)
-    assert_fails_in_one_line(done, "sam2_demo.pt", "맞지 않습니다")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "sam2_video"}')
+    with pytest.raises(SystemExit, match="model.safetensors가 없습니다"):
+        convert(monkeypatch, "empty", "back.pt")
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="손상되었습니다"):
+        convert(monkeypatch, "empty", "back.pt")
+    for source, target in ((demo / "hf", "back.pt"), (DEMO, "hf")):
+        with pytest.raises(SystemExit, match=r"설정 configs/sam2.1/sam2.1_hiera_t.yaml와 맞지 않습니다"):
+            convert(monkeypatch, source, target, "--model-cfg", "configs/sam2.1/sam2.1_hiera_t.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # nothing half made
 
 
-def test_models_that_do_not_agree_are_not_written(tmp_path, demo, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", str(DEMO), str(tmp_path / "hf"), "--model-cfg", str(SMALL_CFG)])
+def test_models_that_do_not_agree_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_checkpoint, "largest_difference", lambda predictor, folder: float("nan"))
     with pytest.raises(SystemExit, match="저장하지 않았습니다"):
-        convert_checkpoint.main()
+        convert(monkeypatch, DEMO, tmp_path / "hf", "--model-cfg", SMALL_CFG)
     assert not list(tmp_path.iterdir())
+
+
+def convert(monkeypatch, *arguments):
+    """The script's main() in this process."""
+    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, arguments)])
+    convert_checkpoint.main()
