@@ -29,7 +29,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import compare_models
-import prepare_data
 import test_my_image
 import train_sam2_proper
 
@@ -75,7 +74,7 @@ def test_every_kind_of_image_is_read_alike(tmp_path):
         assert image[:, 3:17].min() > 240 and image[:, 23:37].max() < 15, name
 
 
-@pytest.mark.parametrize("script", [train_sam2_proper, prepare_data], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [train_sam2_proper], ids=lambda script: script.__name__)
 def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path, script):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
@@ -325,8 +324,7 @@ def test_any_path_is_read_or_named(tmp_path_factory, text):
         raise AssertionError("there is no such image")
 
 
-@pytest.mark.parametrize("script", ["train_sam2_proper.py", "compare_models.py", "test_my_image.py", "prepare_data.py",
-                                    "download_dataset.py"])
+@pytest.mark.parametrize("script", ["train_sam2_proper.py", "compare_models.py", "test_my_image.py"])
 def test_wrong_arguments_end_with_one_korean_line_and_status_1(tmp_path, script):
     assert_fails_in_one_line(run(script, "--no-such-flag", cwd=tmp_path, code=1), "--help")
 
