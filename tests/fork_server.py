@@ -1,5 +1,6 @@
 """Runs scripts as processes of their own without importing torch anew for each (4 of the 5 seconds of a run).
 
+The arguments are further modules to import.
 Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths), before (code to run first), and kill: null or
 [when, signal number], where `when` is a number of seconds or a text that stdout shows. Forks a child that runs
 the script as __main__ to the interpreter's own end, and answers with its exit code.
@@ -7,6 +8,7 @@ the script as __main__ to the interpreter's own end, and answers with its exit c
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -21,6 +23,8 @@ import psutil  # noqa: F401
 import sam2.sam2_image_predictor  # noqa: F401
 import torch.distributed  # noqa: F401
 
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 gc.freeze()  # a child that ends need not take all this apart: half a second
 atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
 

@@ -128,7 +128,7 @@ def draw_patient(folder, number, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="SAM-Med3D 데모용 머리 CT 그림과 출혈 마스크를 그려 CSV와 함께 저장합니다.")
+    parser = argparse.ArgumentParser(description="SAM-Med3D 데모용 머리 CT와 출혈 마스크를 그려 저장합니다.")
     parser.add_argument("--seed", type=int, default=0, help="난수 시드 (기본: 0)")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "data" / "ich",
                         help="결과 폴더, 있으면 새로 만듦 (기본: extras/demo/data/ich)")

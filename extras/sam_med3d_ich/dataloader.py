@@ -122,7 +122,7 @@ def read_rows(csv_path, mask_dir):
 def check_patients(train, val):
     """What is wrong between rows: a patient on both sides, a volume twice, two volumes with one mask."""
     problems = []
-    patients = {row.patient_id: row.place for row in train}
+    patients = {row.patient_id: row.place for row in reversed(train)}
     for patient_id in dict.fromkeys(row.patient_id for row in val if row.patient_id in patients):
         place = next(row.place for row in val if row.patient_id == patient_id)
         problems.append(f"{place}: 환자 {patient_id}가 학습에도 있습니다 ({patients[patient_id]}). "
@@ -182,8 +182,8 @@ class PickledBuffer(StandIn):
 class PickledScalar(StandIn):
     """A number of numpy's: scalar(dtype, content)."""
 
-    def __init__(self, dtype, content):
-        self.array = np.frombuffer(content, dtype.dtype)[0]
+    def __new__(cls, dtype, content):
+        return np.frombuffer(content, dtype.dtype)[0]
 
 
 class PickledBytes(StandIn):
@@ -332,10 +332,10 @@ class Volumes:
                 return number, None, str(error)
             return number, case, None
 
-        problems, sizes = [], []
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            for number, case, problem in tqdm(pool.map(check, range(len(self))), title, len(self), disable=None,
-                                              leave=False):
+        problems, sizes, pool = [], [], ThreadPoolExecutor(max(1, threads))
+        try:
+            results = pool.map(check, range(len(self)))
+            for number, case, problem in tqdm(results, title, len(self), disable=None, leave=False):
                 if problem:
                     problems.append(problem)
                     continue
@@ -343,6 +343,8 @@ class Volumes:
                     sizes.append(millilitres(case["truth"]))
                 if keep:
                     self.kept[number] = case
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for all the others
         return problems, sizes
 
 

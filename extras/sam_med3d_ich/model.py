@@ -18,15 +18,16 @@ class RepresentationHead(nn.Module):
         super().__init__()
         self.project = nn.Linear(channels, visual_tokens)
         self.norm = nn.LayerNorm(visual_tokens)
-        self.classify = nn.Linear(2 * visual_tokens, 2)
+        self.classify = nn.Linear(visual_tokens, 2)
 
     def forward(self, features):
         """features [B, C, X, Y, Z] -> tokens [B, X * Y * Z, visual_tokens], logits [B, 2] (without, with bleeding).
 
-        The label sees the mean over the tokens and their maximum: a small bleeding shows in few of them.
+        Each token speaks for and against a bleeding, and logsumexp lets the loudest be heard: a small bleeding shows
+        in few tokens, and a mean would lose it.
         """
         tokens = self.norm(self.project(features.flatten(2).transpose(1, 2)))
-        return tokens, self.classify(torch.cat([tokens.mean(1), tokens.amax(1)], dim=1))
+        return tokens, self.classify(tokens).logsumexp(1)
 
 
 class SamMed3dIch(nn.Module):

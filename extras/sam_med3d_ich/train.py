@@ -56,8 +56,9 @@ def main():
     if early:
         print(f"일찍 끝냅니다: 에포크 {trainer.best_epoch} 뒤로 나아지지 않았습니다.")
     best = trainer.best
-    print(f"학습 시간 {duration(time.time() - started)}. 최고 에포크 {trainer.best_epoch}: 검증 Dice {best['dice']:.3f}, "
-          f"IoU {best['iou']:.3f}, 부피 오차 {best['volume_error_ml']:.1f} ml, 라벨 정확도 {best['label_accuracy']:.0%}")
+    print(f"학습 시간 {duration(time.time() - started)}. 최고 에포크 {trainer.best_epoch}: "
+          f"검증 Dice {best['dice']:.3f}, IoU {best['iou']:.3f}, 부피 오차 {best['volume_error_ml']:.1f} ml, "
+          f"라벨 정확도 {best['label_accuracy']:.0%}")
     print(f"저장: {args.output_dir}/ (best_model.pth, sam_encoder.pth, patients.csv, patients.png)")
 
 

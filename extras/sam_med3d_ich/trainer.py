@@ -148,10 +148,9 @@ def make_scheduler(optimizer, args):
 class Trainer:
     """Trains a SamMed3dIch on Volumes and writes its files to args.output_dir."""
 
-    def __init__(self, model, train, val, args, device, on_epoch=lambda history, figure: None):
-        """on_epoch: called after each epoch with the history (its last row is new) and a function that draws."""
+    def __init__(self, model, train, val, args, device):
         self.model, self.train, self.val, self.args, self.device = model.to(device), train, val, args, device
-        self.on_epoch = on_epoch
+        self.on_epoch = lambda history, draw: None  # called after each epoch; draw() gives the figure of the patients
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = make_scheduler(self.optimizer, args)
@@ -214,7 +213,8 @@ class Trainer:
                 self.step()
             sums += [mask_loss.sum().item(), (mask_loss > 0).sum().item(), label_loss.sum().item(),
                      (batch["label"] >= 0).sum().item()]
-        return {"mask_loss": sums[0] / max(sums[1], 1), "label_loss": sums[2] / max(sums[3], 1)}
+        mask_sum, masks, label_sum, labels = sums.tolist()
+        return {"mask_loss": mask_sum / max(masks, 1), "label_loss": label_sum / max(labels, 1)}
 
     def step(self):
         """One step of the optimizer with the accumulated gradients."""

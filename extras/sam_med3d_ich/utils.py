@@ -11,6 +11,8 @@ import os
 import platform
 import re
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +21,14 @@ import psutil
 import torch
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import font_manager, pyplot as plt  # noqa: E402, I001  (the backend is chosen first)
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+_hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
+plt.rcParams["text.parse_math"] = False  # names of files and patients may contain "$"
+warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 
 
 class DataError(Exception):
@@ -104,7 +110,8 @@ def load_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds for damaged files
         refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        what = f"가중치가 아닌 것이 들어 있습니다: {refused[1]}" if refused else type(error).__name__
+        what = (f"가중치가 아닌 것이 들어 있습니다: {refused[1]}" if refused
+                else textwrap.shorten(str(error), 200) or type(error).__name__)
         fail(f"체크포인트를 읽을 수 없습니다: {path} ({what})")
 
 
@@ -186,8 +193,7 @@ def draw_patients(pictures):
             if mask and picture[mask].any():
                 axes[column].contour(picture[mask].T, [0.5], colors="lime" if mask == "truth" else "red",
                                      linewidths=1.2)
-            axes[column].set_title(f"{picture['title']}: {name}" if column == 0 else name, fontsize=10,
-                                   parse_math=False)
+            axes[column].set_title(f"{picture['title']}: {name}" if column == 0 else name, fontsize=10)
             axes[column].axis("off")
         axes[0].plot(*picture["click"], "*", color="cyan", markersize=11)
     return figure
