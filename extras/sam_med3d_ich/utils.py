@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import os
+import pickle
 import platform
 import re
 import sys
@@ -108,10 +109,12 @@ def load_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its text advises to load the file all the same
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"가중치가 아닌 것이 들어 있습니다: {refused[1]}" if refused else "체크포인트가 아닙니다"
+        fail(f"체크포인트를 열지 않았습니다: {path} ({what})")
     except Exception as error:  # torch.load raises a dozen kinds for damaged files
-        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        what = (f"가중치가 아닌 것이 들어 있습니다: {refused[1]}" if refused
-                else textwrap.shorten(str(error), 200) or type(error).__name__)
+        what = textwrap.shorten(str(error), 200) or type(error).__name__
         fail(f"체크포인트를 읽을 수 없습니다: {path} ({what})")
 
 
