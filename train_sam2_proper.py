@@ -543,8 +543,8 @@ class Masks:
     """The objects of a folder's masks, decoded once and kept as run lengths (COCO's RLE).
 
     Larger masks are reduced to max_side. Objects with fewer than min_foreground pixels are left out, and counted in
-    `left_out`; so are, without counting, all but the first max_objects of an image. `paths` are the images that have
-    an object, `sizes` their (H, W), `count` is the number of objects.
+    `left_out` (an empty mask as one); so are, without counting, all but the first max_objects of an image. `paths` are
+    the images that have an object, `sizes` their (H, W), `count` is the number of objects.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None):
@@ -554,7 +554,7 @@ class Masks:
             pixels = np.bincount(labels.ravel())
             pixels[0] = 0  # the background
             numbers = np.flatnonzero(pixels >= min_foreground)
-            self.left_out += np.count_nonzero(pixels) - len(numbers)
+            self.left_out += max(np.count_nonzero(pixels), 1) - len(numbers)
             if len(numbers):
                 self.paths.append(image_path)
                 self.objects.append([coco_mask.encode(np.asfortranarray(labels == number, np.uint8))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import trainer
-from conftest import ForkServer, assert_fails_in_one_line
+from conftest import ForkServer, assert_fails_in_one_line, signal_at
 from conftest import run as run_script
 from dataloader import Row
 from medim import create_model
@@ -164,7 +164,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(scheduler, tmp_path):
     flags = ("--scheduler_type", scheduler, "--epochs", 3)
     whole, broken = make_data(tmp_path / "whole"), make_data(tmp_path / "broken")
     train(whole, *flags)
-    done = train(broken, *flags, code=1, kill=("에포크 1/3", signal.SIGINT))
+    done = train(broken, *flags, code=1, before=signal_at("에포크 1/3", signal.SIGINT))
     assert_fails_in_one_line(done, "--resume")
     assert load(broken / "outputs/latest_model.pth")["epoch"] < 3
     assert "이어서" in train(broken, *flags, "--resume").stdout
