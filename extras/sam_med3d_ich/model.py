@@ -12,22 +12,21 @@ from utils import fail, load_checkpoint
 
 
 class RepresentationHead(nn.Module):
-    """Tokens and the label of the volume from the encoder's features, whatever their number of channels."""
+    """Tokens, and what they say about a bleeding, from the encoder's features, whatever their number of channels."""
 
     def __init__(self, channels, visual_tokens):
         super().__init__()
         self.project = nn.Linear(channels, visual_tokens)
         self.norm = nn.LayerNorm(visual_tokens)
-        self.classify = nn.Linear(visual_tokens, 2)
+        self.classify = nn.Linear(visual_tokens, 1)
 
     def forward(self, features):
-        """features [B, C, X, Y, Z] -> tokens [B, X * Y * Z, visual_tokens], logits [B, 2] (without, with bleeding).
+        """features [B, C, X, Y, Z] -> tokens [B, X * Y * Z, visual_tokens], logits of a bleeding in each [B, X * Y * Z].
 
-        Each token speaks for and against a bleeding, and logsumexp lets the loudest be heard: a small bleeding shows
-        in few tokens, and a mean would lose it.
+        The logit of the volume is the largest of them: a small bleeding shows in few tokens.
         """
         tokens = self.norm(self.project(features.flatten(2).transpose(1, 2)))
-        return tokens, self.classify(tokens).logsumexp(1)
+        return tokens, self.classify(tokens)[..., 0]
 
 
 class SamMed3dIch(nn.Module):

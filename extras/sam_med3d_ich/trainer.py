@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from config import differing_settings, settings_of
-from dataloader import training_loader, validation_loader
+from dataloader import NO_LABEL, training_loader, validation_loader
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -31,7 +31,8 @@ from utils import (
     write_file,
 )
 
-LABEL_WEIGHT = 0.5        # of the label's cross-entropy beside the mask's loss
+LABEL_WEIGHT = 0.5        # of the label's loss beside the mask's
+TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy beside the volume's, within the label's loss
 PLATEAU = {"mode": "max", "factor": 0.5, "patience": 5}  # reduce_on_plateau: half after 6 epochs without a better Dice
 VALIDATION_SEED = 1       # of the clicks in the validation: the same ones every time
 PATIENT_COLUMNS = ("patient_id", "volumes", "ich", "predicted_ich", "ich_probability", "dice", "iou", "true_ml",
@@ -67,6 +68,18 @@ def mask_losses(logits, truth):
     size = (probability**2).sum(axes) + (truth**2).sum(axes)
     dice = 1 - (2 * overlap + 1e-5) / (size + 1e-5)
     return dice + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(axes)
+
+
+def label_losses(logits, mask, label):
+    """Cross-entropy of each volume's label, [B], and of its tokens', which learn where they see a bleeding.
+
+    logits: of the tokens, [B, N]; mask: float [B, 1, S, S, S]; label: 0, 1, or NO_LABEL, whose loss is 0.
+    """
+    patch = mask.shape[-1] // round(logits.shape[1] ** (1 / 3))
+    truth = F.max_pool3d(mask, patch).flatten(1)
+    volume = F.binary_cross_entropy_with_logits(logits.amax(1), label.float(), reduction="none")
+    tokens = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    return torch.where(label == NO_LABEL, 0, volume + TOKEN_WEIGHT * tokens)
 
 
 def upscale(low_res, size):
@@ -185,7 +198,7 @@ class Trainer:
         features = self.encode(batch["image"])
         mask = batch["mask"].to(self.device, non_blocking=True)
         _, logits = self.model.head(features)
-        label_loss = F.cross_entropy(logits, batch["label"].to(self.device), reduction="none")
+        label_loss = label_losses(logits, mask, batch["label"].to(self.device))
         bleeding = mask.flatten(1).any(1)
         mask_loss = torch.zeros_like(label_loss)
         if bleeding.any():
@@ -237,7 +250,7 @@ class Trainer:
         for item in tqdm(self.val_loader, "검증", disable=None, leave=False):
             row = self.val.rows[item["number"]]
             _, logits = self.model.head(self.encode(item["head"]))
-            results.append({"probability": logits.softmax(1)[0, 1].item()})
+            results.append({"probability": logits.max().sigmoid().item()})
             if row.ich:
                 generator = np.random.default_rng([VALIDATION_SEED, item["number"]])
                 points, labels = next_clicks(torch.zeros_like(item["mask"]), item["mask"], [generator])
