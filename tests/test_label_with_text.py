@@ -311,7 +311,7 @@ def test_two_processes_write_the_json_that_one_writes(tmp_path):
     run(SCRIPT, *flags, "--output", "one", cwd=tmp_path)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / SCRIPT),
                            *map(str, flags), "--output", "two"], cwd=tmp_path, env=ENV, capture_output=True,
-                          encoding="utf-8", timeout=120)
+                          encoding="utf-8", timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("image_4.png - ") == done.stdout.count("저장: ") == 1  # only one of them speaks
     assert (tmp_path / "one" / "annotations.json").read_bytes() == (tmp_path / "two" / "annotations.json").read_bytes()
