@@ -1,24 +1,31 @@
 # make demo · make test · make lint: each sets up venv/ first, from nothing.
 PYTHON ?= python3
-PY := venv/bin/python
+VENV := venv
+PY := $(VENV)/bin/python
 
-.PHONY: demo test lint system-packages
+.PHONY: demo test test-lowest lint system-packages
 
-# SAM2_BUILD_CUDA=0: the CUDA extension only fills holes in masks, which no script here does.
-venv/.installed: requirements.txt
-	$(PYTHON) -m venv venv
-	SAM2_BUILD_CUDA=0 $(PY) -m pip install -r requirements.txt
+# torch first, then the rest without build isolation: sam2 comes as source, and an isolated build would download and
+# install torch a second time. SAM2_BUILD_CUDA=0: the CUDA extension only fills holes in masks, which nothing here does.
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install torch torchvision setuptools wheel
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --no-build-isolation -r requirements.txt
 	touch $@
 
-venv/.installed-dev: venv/.installed requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PY) -m pip install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-extras: $(VENV)/.installed-dev extras/requirements.txt
+	$(PY) -m pip install -r extras/requirements.txt
 	touch $@
 
 # The whole pipeline on drawn images with a model of 2 M parameters: no download, no GPU, a few minutes.
 # Only --lr and --iterations differ from the training's defaults. Everything is written below demo/.
 DEMO_MODEL := --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
 DEMO_VAL := demo/data/images/val
-demo: venv/.installed
+demo: $(VENV)/.installed
 	$(PY) demo/make_demo_data.py
 	$(PY) train_sam2_proper.py $(DEMO_MODEL) --image-dir demo/data/images/train --mask-dir demo/data/masks/train \
 	  --val-image-dir $(DEMO_VAL) --val-mask-dir demo/data/masks/val --output-dir demo/output \
@@ -38,8 +45,17 @@ demo: venv/.installed
 system-packages:
 	@sh tests/install_system_packages.sh
 
-test: system-packages lint
+test: system-packages lint $(VENV)/.installed-extras
 	$(PY) -m pytest
 
-lint: venv/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
+
+# The demo and the scripts' tests with exactly the lowest versions that requirements.txt allows. Not part of `make test`.
+LOWEST := venv-lowest
+SCRIPT_TESTS := $(foreach name,functions prepare download train compare window robust demo,tests/test_$(name).py)
+test-lowest: system-packages
+	mkdir -p $(LOWEST)
+	sed -n 's/>=\([^,]*\).*/==\1/p' requirements.txt > $(LOWEST)/lowest.txt
+	PIP_CONSTRAINT=$(CURDIR)/$(LOWEST)/lowest.txt $(MAKE) VENV=$(LOWEST) demo $(LOWEST)/.installed-dev
+	$(LOWEST)/bin/python -m pytest $(SCRIPT_TESTS)

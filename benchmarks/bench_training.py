@@ -30,6 +30,35 @@ import make_demo_data  # noqa: E402
 import train_sam2_proper as project  # noqa: E402
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--image-dir", type=Path, help="images to use instead of drawn ones")
+    parser.add_argument("--mask-dir", type=Path)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory with and without a cache instead")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint = save_random_weights(args.model_cfg, folder / "random.pt")
+        pairs = project.find_pairs(args.image_dir, args.mask_dir)[:args.images] if args.image_dir \
+            else draw_pairs(folder, args.images)
+        if not args.memory:
+            time_iterations(args, checkpoint, pairs)
+            return
+        for cache_gb in (0, 0.05, 0.1):
+            print(f"--cache-gb {cache_gb}: peak {peak_memory(args, checkpoint, folder, cache_gb):.2f} GB")
+
+
+def save_random_weights(model_cfg, path):
+    """A checkpoint in the official form for a config of the sam2 package or a YAML of one's own."""
+    torch.manual_seed(0)
+    config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=model_cfg)
+    torch.save({"model": instantiate(config.model, _recursive_=True).state_dict()}, path)
+    return path
+
+
 def draw_pairs(folder, count):
     """`count` pairs of the demo's drawn images: [(image path, mask path)]."""
     pairs = []
@@ -42,56 +71,6 @@ def draw_pairs(folder, count):
     return pairs
 
 
-def save_random_weights(model_cfg, path):
-    """A checkpoint in the official form for a config of the sam2 package or a YAML of one's own."""
-    torch.manual_seed(0)
-    config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=model_cfg)
-    torch.save({"model": instantiate(config.model, _recursive_=True).state_dict()}, path)
-    return path
-
-
-def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
-    """One iteration as the reference guide writes it."""
-    device = predictor.device
-    image, gt = project.read_image(image_path), project.read_mask(mask_path)
-    point = np.array([[rng.choice(np.argwhere(gt))[::-1]]], np.float32)
-    with project.mixed_precision(device):
-        predictor.set_image(image)
-        _, coords, labels, _ = predictor._prep_prompts(point, np.ones((1, 1)), None, None, True)
-        sparse, dense = predictor.model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
-        low_res_masks, scores, _, _ = predictor.model.sam_mask_decoder(
-            image_embeddings=predictor._features["image_embed"][-1].unsqueeze(0),
-            image_pe=predictor.model.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
-            multimask_output=True, repeat_image=False,
-            high_res_features=[level[-1].unsqueeze(0) for level in predictor._features["high_res_feats"]])
-    masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
-    target = torch.from_numpy(gt.astype(np.float32)).to(device)
-    loss, iou = project.training_loss(masks, scores.float(), target)
-    predictor.model.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.item(), iou.item()
-
-
-def project_iteration(batch_loss, optimizer, scaler, index, rng):
-    """One iteration of train_sam2_proper.py."""
-    loss, _ = batch_loss([(index, rng)], "point", 1)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-
-
-def timed(device, function, *arguments):
-    started = time.perf_counter()
-    function(*arguments)
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def time_iterations(args, checkpoint, pairs):
     device = project.detect_device(args.device)
     plain = project.load_predictor(args.model_cfg, checkpoint, device)
@@ -99,14 +78,16 @@ def time_iterations(args, checkpoint, pairs):
     plain.model.sam_mask_decoder.train()
     plain.model.sam_prompt_encoder.train()
     plain_optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-5, weight_decay=4e-5)
-    our_optimizer = torch.optim.AdamW(project.trained_parameters(ours.model), lr=1e-5, weight_decay=4e-5)
+    settings = argparse.Namespace(**project.CONFIG)
+    project.freeze_all_but(ours.model, project.TRAINED["frozen"])
+    our_optimizer = project.make_optimizer(ours.model, settings)
     ours.model.sam_mask_decoder.train()
     ours.model.sam_prompt_encoder.train()
-    half = torch.device(device).type == "cuda" and not torch.cuda.is_bf16_supported()
+    half = torch.device(device).type == "cuda" and project.autocast_dtype() == torch.float16
     scaler = torch.amp.GradScaler("cuda", enabled=half)
     masks = project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
     cache = project.FeatureCache(ours, 10**12)
-    batch_loss = project.BatchLoss(ours, cache, masks, amp=True)
+    batch_loss = project.BatchLoss(ours, masks, cache, settings)
     rng = np.random.default_rng(0)
 
     # each image is visited 3.75 times on average, as in 3,000 iterations over 800 images, in random order
@@ -129,6 +110,49 @@ def time_iterations(args, checkpoint, pairs):
         print(f"{name:28} {a:10.3f} {b:10.3f} {a / b:6.2f}x")
 
 
+def timed(device, function, *arguments):
+    started = time.perf_counter()
+    function(*arguments)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
+    """One iteration as the reference guide writes it."""
+    device = predictor.device
+    image, gt = project.read_image(image_path), project.read_mask(mask_path) > 0
+    point = np.array([[rng.choice(np.argwhere(gt))[::-1]]], np.float32)
+    with project.mixed_precision(device):
+        predictor.set_image(image)
+        _, coords, labels, _ = predictor._prep_prompts(point, np.ones((1, 1)), None, None, True)
+        sparse, dense = predictor.model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+        low_res_masks, scores, _, _ = predictor.model.sam_mask_decoder(
+            image_embeddings=predictor._features["image_embed"][-1].unsqueeze(0),
+            image_pe=predictor.model.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense,
+            multimask_output=True, repeat_image=False,
+            high_res_features=[level[-1].unsqueeze(0) for level in predictor._features["high_res_feats"]])
+    masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
+    target = torch.from_numpy(gt.astype(np.float32)).to(device)
+    loss, iou = project.training_loss(masks, scores.float(), target[None])
+    predictor.model.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.item(), iou.item()
+
+
+def project_iteration(batch_loss, optimizer, scaler, index, rng):
+    """One iteration of train_sam2_proper.py."""
+    example = project.Examples(batch_loss.masks, clicks=1)[index, rng]
+    loss, _ = batch_loss([example], "point")
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
 def peak_memory(args, checkpoint, folder, cache_gb):
     """Peak resident memory, in GB, of a process that trains with --cache-gb."""
     process = subprocess.Popen(
@@ -139,27 +163,6 @@ def peak_memory(args, checkpoint, folder, cache_gb):
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
     return usage.ru_maxrss * 1024 / 1e9
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--image-dir", type=Path, help="images to use instead of drawn ones")
-    parser.add_argument("--mask-dir", type=Path)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory with and without a cache instead")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        checkpoint = save_random_weights(args.model_cfg, folder / "random.pt")
-        pairs = project.find_pairs(args.image_dir, args.mask_dir)[:args.images] if args.image_dir \
-            else draw_pairs(folder, args.images)
-        if not args.memory:
-            time_iterations(args, checkpoint, pairs)
-            return
-        for cache_gb in (0, 0.05, 0.1):
-            print(f"--cache-gb {cache_gb}: peak {peak_memory(args, checkpoint, folder, cache_gb):.2f} GB")
 
 
 if __name__ == "__main__":

@@ -29,150 +29,51 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_sam2_proper as project  # noqa: E402
 
-TRAINING_LOSS, RANDOM_PIXELS = project.training_loss, project.random_pixels
+TRAINING_LOSS, RANDOM_PIXEL = project.training_loss, project.random_pixel
 BASE = "--dice-weight 1 --supervise all --batch-size 4 --lr 3e-4 --scheduler cosine --warmup 50"
-
-
-def recipe(flags, **more):
-    """The number of iterations follows from the budget."""
-    return {"flags": flags.split(), **more}
+MIXED = f"{BASE} --prompt mixed"
 
 
 # name: what is trained, and why it might help. From "base" on, each is the base with one change.
 STUDY = {
-    "reference": recipe(""),
-    "reference, lr 1e-4": recipe("--lr 1e-4"),      # the default 1e-5 is made for long trainings of a large model
-    "base": recipe(BASE),                           # less noisy steps, and overlap itself in the loss
-    "no Dice": recipe(f"{BASE} --dice-weight 0"),
-    "Dice x 3": recipe(f"{BASE} --dice-weight 3"),
-    "focal (x 20) + Dice": recipe(f"{BASE}", focal=20),  # SAM 2's own loss: sure pixels count less
-    "first mask": recipe(f"{BASE} --supervise first"),   # the others stay as they were, and may be shown
-    "best mask": recipe(f"{BASE} --supervise best"),     # SAM 2's own: the masks stay alternatives
-    "score x 1": recipe(BASE, score_weight=1.0),         # SAM 2's own: choose the shown mask better
-    "batch 1": recipe(f"{BASE} --batch-size 1 --lr 1e-4"),
-    "batch 8": recipe(f"{BASE} --batch-size 8"),
-    "lr 1e-4": recipe(f"{BASE} --lr 1e-4"),
-    "lr 6e-4": recipe(f"{BASE} --lr 6e-4"),
-    "lr 1e-3": recipe(f"{BASE} --lr 1e-3"),
-    "no cosine": recipe(f"{BASE} --scheduler none"),
-    "4 clicks on 1 image": recipe(f"{BASE} --batch-size 1 --clicks 4"),  # fewer images to encode
-    "2 clicks on 4 images": recipe(f"{BASE} --clicks 2"),
-    "clicks in the middle": recipe(BASE, clicks="middle"),   # as the validation clicks
-    "clicks at the border": recipe(BASE, clicks="border"),   # the hard ones
-    "points": recipe(f"{BASE} --prompt points"),             # corrections, negative clicks
-    "mixed": recipe(f"{BASE} --prompt mixed"),               # and boxes
-    "mixed, lr 6e-4": recipe(f"{BASE} --prompt mixed --lr 6e-4"),
-    "mixed, lr 1e-3": recipe(f"{BASE} --prompt mixed --lr 1e-3"),
-    "average of weights": recipe(BASE, average=0.99),        # a smoother end
-    "flips": recipe(BASE, views=(0, 2, 4, 6)),               # more images for the same labels; 4x to encode
-    "flips and turns": recipe(BASE, views=tuple(range(8))),  # 8x to encode
-    "neck too": recipe(f"{BASE} --train-encoder", trained=r"image_encoder\.neck|sam_prompt_encoder|sam_mask_decoder"),
-    "encoder too": recipe(f"{BASE} --train-encoder"),        # the features learn too; no cache
+    "reference": {"flags": ""},
+    "reference, lr 1e-4": {"flags": "--lr 1e-4"},  # the default 1e-5 is made for long trainings of a large model
+    "base": {"flags": BASE},  # less noisy steps, and overlap itself in the loss
+    "no Dice": {"flags": f"{BASE} --dice-weight 0"},
+    "Dice x 3": {"flags": f"{BASE} --dice-weight 3"},
+    "focal (x 20) + Dice": {"flags": BASE, "focal": 20},  # SAM 2's own loss: sure pixels count less
+    "first mask": {"flags": f"{BASE} --supervise first"},  # the others stay as they were, and may be shown
+    "best mask": {"flags": f"{BASE} --supervise best"},  # SAM 2's own: the masks stay alternatives
+    "score x 1": {"flags": BASE, "score_weight": 1.0},  # SAM 2's own: choose the shown mask better
+    "batch 1": {"flags": f"{BASE} --batch-size 1 --lr 1e-4"},
+    "batch 8": {"flags": f"{BASE} --batch-size 8"},
+    "lr 1e-4": {"flags": f"{BASE} --lr 1e-4"},
+    "lr 6e-4": {"flags": f"{BASE} --lr 6e-4"},
+    "lr 1e-3": {"flags": f"{BASE} --lr 1e-3"},
+    "no cosine": {"flags": f"{BASE} --scheduler none"},
+    "4 clicks on 1 image": {"flags": f"{BASE} --batch-size 1 --clicks 4"},  # fewer images to encode
+    "2 clicks on 4 images": {"flags": f"{BASE} --clicks 2"},
+    "clicks in the middle": {"flags": BASE, "clicks": "middle"},  # as the validation clicks
+    "clicks at the border": {"flags": BASE, "clicks": "border"},  # the hard ones
+    "points": {"flags": f"{BASE} --prompt points"},  # corrections, negative clicks
+    "mixed": {"flags": MIXED},  # and boxes
+    "mixed, lr 6e-4": {"flags": f"{MIXED} --lr 6e-4"},
+    "mixed, lr 1e-3": {"flags": f"{MIXED} --lr 1e-3"},
+    "average of weights": {"flags": BASE, "average": 0.99},  # a smoother end
+    "flips": {"flags": BASE, "views": (0, 2, 4, 6)},  # more images for the same labels; 4x to encode
+    "flips and turns": {"flags": BASE, "views": tuple(range(8))},  # 8x to encode
+    "mixed, neck too": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4",
+                        "trained": r"image_encoder\.neck|sam_prompt_encoder|sam_mask_decoder"},
+    "mixed, lora 3e-4": {"flags": f"{MIXED} --encoder lora --encoder-lr 3e-4"},  # the features learn too; no cache
+    "mixed, lora 1e-3": {"flags": f"{MIXED} --encoder lora --encoder-lr 1e-3"},
+    "mixed, full 3e-5": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-5"},
+    "mixed, full 1e-4": {"flags": f"{MIXED} --encoder full --encoder-lr 1e-4"},
+    "mixed, full 3e-4": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4"},
+    "mixed, full 3e-4, augment": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4 --augment"},
+    "mixed, full 3e-4, average": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4", "average": 0.99},
 }
-FINAL = {"reference": recipe("--recipe reference"), "reference, lr 1e-4": recipe("--recipe reference --lr 1e-4"),
-         "improved": recipe("--recipe improved")}
-
-
-def view(array, number):
-    """One of the eight views of an image or mask: number % 2 transposes, then flips up-down and left-right."""
-    array = array.swapaxes(0, 1) if number % 2 else array
-    return np.ascontiguousarray(array[::-1 if number & 2 else 1, ::-1 if number & 4 else 1])
-
-
-def write_views(pairs, numbers, folder):
-    """Write views of the pairs as files; returns the pairs of all of them."""
-    written = []
-    for image_path, mask_path in pairs:
-        for number in numbers:
-            image, mask = (folder / kind / f"{image_path.stem}_{number}.png" for kind in ("images", "masks"))
-            if not mask.is_file():
-                pixels = view(project.read_image(image_path), number)[..., ::-1]
-                project.write_file(image, cv2.imencode(".png", pixels)[1].tobytes())
-                pixels = view(project.read_mask(mask_path), number) * np.uint8(255)
-                project.write_file(mask, cv2.imencode(".png", pixels)[1].tobytes())
-            written.append((image, mask))
-    return written
-
-
-def focal_loss(weight, logits, scores, gt_mask, dice_weight, supervise):
-    """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) for the cross-entropy."""
-    del supervise  # all
-    prob = torch.sigmoid(logits)
-    right = prob * gt_mask + (1 - prob) * (1 - gt_mask)
-    alpha = 0.25 * gt_mask + 0.75 * (1 - gt_mask)
-    focal = (-alpha * (1 - right) ** 2 * torch.log(right + 1e-5)).mean((-2, -1))
-    plain, iou = TRAINING_LOSS(logits, scores, gt_mask, dice_weight, "all")
-    entropy = (-torch.log(right + 1e-5)).mean((-2, -1))
-    return plain + (weight * focal - entropy).mean(), iou
-
-
-def clicks_by_depth(where, rng, mask, count):
-    """Random pixels among the deepest half of the mask ("middle") or the other half ("border")."""
-    depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
-    limit = np.median(depth[mask])
-    half = mask & (depth >= limit if where == "middle" else depth <= limit)
-    return RANDOM_PIXELS(rng, half, count)
-
-
-def measure(training):
-    """Mean IoU and Dice on the validation masks for a click and for the box, and the click's first mask: percent."""
-    predictor, masks, values = training.predictor, training.val_masks, []
-    for index in range(len(masks)):
-        gt_mask, row = masks[index], []
-        predictor._features = training.val_cache([(masks.paths[index], gt_mask.shape)])
-        predictor._orig_hw, predictor._is_image_set = [gt_mask.shape], True
-        for kind in ("point", "box"):
-            logits, scores, _ = project.predict_prompted(predictor, kind, gt_mask)
-            best = logits[scores.argmax()] > 0
-            row += [project.calculate_iou(best, gt_mask), project.calculate_dice(best, gt_mask)]
-            if kind == "point":
-                first = project.calculate_iou(logits[0] > 0, gt_mask)
-        values.append([*row, first])
-    return 100 * np.mean(values, 0)
-
-
-def run(job):
-    """Train one recipe with one seed: (name, measured values, encoder passes, seconds)."""
-    name, options, seed, pairs, val_pairs, args = job
-    torch.set_num_threads(1)
-    flags = ["--model-cfg", args.model_cfg, "--checkpoint", args.checkpoint, "--device", args.device,
-             "--cache-dir", str(args.cache_dir), "--cache-gb", "2", "--seed", str(seed), *options["flags"]]
-    patches = [mock.patch.object(sys, "argv", ["study", *flags])]
-    if "focal" in options:
-        patches.append(mock.patch.object(project, "training_loss", partial(focal_loss, options["focal"])))
-    if "clicks" in options:
-        patches.append(mock.patch.object(project, "random_pixels", partial(clicks_by_depth, options["clicks"])))
-    if "trained" in options:
-        patches.append(mock.patch.object(project, "WITH_ENCODER", re.compile(options["trained"])))
-    if "score_weight" in options:
-        patches.append(mock.patch.object(project, "SCORE_WEIGHT", options["score_weight"]))
-    if "views" in options:
-        pairs = write_views(pairs, options["views"], args.cache_dir / "views")
-    patches.append(mock.patch.object(project, "load_masks", lambda _: (
-        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND), project.Masks(val_pairs, 10**9, 1))))
-    patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
-    started = time.time()
-    for patch in patches:
-        patch.start()
-    settings = project.parse_args()
-    settings.iterations = args.passes // (settings.batch_size * settings.accumulate * settings.clicks)
-    training = project.Training(settings, args.device)
-    if "average" in options:
-        parts = torch.nn.ModuleList([training.model.sam_prompt_encoder, training.model.sam_mask_decoder])
-        average = torch.optim.swa_utils.AveragedModel(
-            parts, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options["average"]))
-        training.optimizer.register_step_post_hook(lambda *_: average.update_parameters(parts))
-    for iteration in range(1, settings.iterations + 1) if name != "original" else ():
-        training.step(iteration)
-    if "average" in options:
-        parts.load_state_dict(average.module.state_dict())
-    encoded = settings.iterations * settings.batch_size if settings.train_encoder else len(
-        {index for iteration in range(1, settings.iterations + 1) for index, _ in project.draw_batch(
-            seed, iteration, settings.batch_size, len(training.masks), settings.prompt, 1)[2]})
-    values = measure(training)
-    for patch in patches:
-        patch.stop()
-    return name, values, encoded, time.time() - started
+FINAL = {"reference": {"flags": "--recipe reference"}, "reference, lr 1e-4": {"flags": "--recipe reference --lr 1e-4"},
+         "improved": {"flags": "--recipe improved"}}
 
 
 def main():
@@ -197,7 +98,7 @@ def main():
     else:
         val = pairs["train"][::5]
         train = [pair for pair in pairs["train"] if pair not in val]
-    recipes = {"original": recipe(""), **(FINAL if args.final else STUDY)}
+    recipes = {"original": {"flags": ""}, **(FINAL if args.final else STUDY)}
     if args.only:
         recipes = {name: recipes[name] for name in args.only.split(";")}
     jobs = [(name, options, seed, train, val, args) for name, options in recipes.items()
@@ -218,6 +119,110 @@ def main():
                   + " ".join(f"{value:.1f}" for value in values[:, 0]), flush=True)
     if temporary:
         temporary.cleanup()
+
+
+def run(job):
+    """Train one recipe with one seed: (name, measured values, encoder passes, seconds)."""
+    name, options, seed, pairs, val_pairs, args = job
+    torch.set_num_threads(1)
+    flags = ["--model-cfg", args.model_cfg, "--checkpoint", args.checkpoint, "--device", args.device,
+             "--cache-dir", str(args.cache_dir), "--cache-gb", "2", "--workers", "0", "--seed", str(seed),
+             *options["flags"].split()]
+    patches = [mock.patch.object(sys, "argv", ["study", *flags])]
+    if "focal" in options:
+        patches.append(mock.patch.object(project, "training_loss", partial(focal_loss, options["focal"])))
+    if "clicks" in options:
+        patches.append(mock.patch.object(project, "random_pixel", partial(click_by_depth, options["clicks"])))
+    if "trained" in options:
+        patches.append(mock.patch.dict(project.TRAINED, full=re.compile(options["trained"])))
+    if "score_weight" in options:
+        patches.append(mock.patch.object(project, "SCORE_WEIGHT", options["score_weight"]))
+    if "views" in options:
+        pairs = write_views(pairs, options["views"], args.cache_dir / "views")
+    patches.append(mock.patch.object(project, "load_masks", lambda _: (
+        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND), project.Masks(val_pairs, 10**9, 1))))
+    patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
+    started = time.time()
+    for patch in patches:
+        patch.start()
+    settings = project.parse_args()
+    settings.iterations = args.passes // (settings.batch_size * settings.accumulate * settings.clicks)
+    training = project.Training(settings, args.device)
+    if "average" in options:
+        trained = torch.nn.ParameterList(training.parameters)
+        average = torch.optim.swa_utils.AveragedModel(
+            trained, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options["average"]))
+        training.optimizer.register_step_post_hook(lambda *_: average.update_parameters(trained))
+    for iteration in range(1, settings.iterations + 1) if name != "original" else ():
+        training.step(iteration)
+    if "average" in options:
+        trained.load_state_dict(average.module.state_dict())
+    encoded = settings.iterations * settings.batch_size if training.cache is None else len(
+        {index for iteration in range(1, settings.iterations + 1) for index, _ in project.draw_iteration(
+            seed, iteration, settings.batch_size, len(training.masks), settings.prompt, 1)[2]})
+    values = measure(training)
+    for patch in patches:
+        patch.stop()
+    return name, values, encoded, time.time() - started
+
+
+def focal_loss(weight, logits, scores, gt_masks, dice_weight, supervise):
+    """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) for the cross-entropy."""
+    del supervise  # all
+    prob, gt = torch.sigmoid(logits), gt_masks[:, None]
+    right = prob * gt + (1 - prob) * (1 - gt)
+    alpha = 0.25 * gt + 0.75 * (1 - gt)
+    focal = (-alpha * (1 - right) ** 2 * torch.log(right + 1e-5)).mean((-2, -1))
+    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight, "all")
+    entropy = (-torch.log(right + 1e-5)).mean((-2, -1))
+    return plain + (weight * focal - entropy).mean(), iou
+
+
+def click_by_depth(where, rng, mask):
+    """A random pixel among the deepest half of the mask ("middle") or the other half ("border")."""
+    depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    limit = np.median(depth[mask])
+    half = mask & (depth >= limit if where == "middle" else depth <= limit)
+    return RANDOM_PIXEL(rng, half)
+
+
+def write_views(pairs, numbers, folder):
+    """Write views of the pairs as files; returns the pairs of all of them."""
+    written = []
+    for image_path, mask_path in pairs:
+        for number in numbers:
+            image, mask = (folder / kind / f"{image_path.stem}_{number}.png" for kind in ("images", "masks"))
+            if not mask.is_file():
+                pixels = view(project.read_image(image_path), number)[..., ::-1]
+                project.write_file(image, cv2.imencode(".png", pixels)[1].tobytes())
+                pixels = view(project.read_mask(mask_path), number)
+                project.write_file(mask, cv2.imencode(".png", pixels)[1].tobytes())
+            written.append((image, mask))
+    return written
+
+
+def view(array, number):
+    """One of the eight views of an image or mask: number % 2 transposes, then flips up-down and left-right."""
+    array = array.swapaxes(0, 1) if number % 2 else array
+    return np.ascontiguousarray(array[::-1 if number & 2 else 1, ::-1 if number & 4 else 1])
+
+
+def measure(training):
+    """Mean IoU and Dice on the validation masks for a click and for the box, and the click's first mask: percent."""
+    predictor, masks, values = training.predictor, training.val_masks, []
+    for index in range(len(masks)):
+        gt_masks, columns = masks.decode(index), []
+        predictor._features = training.val_cache([(masks.paths[index], masks.sizes[index])])
+        predictor._orig_hw, predictor._is_image_set = [masks.sizes[index]], True
+        for kind in ("point", "box"):
+            logits, scores, _ = project.predict_prompted(predictor, kind, gt_masks)
+            best = logits[np.arange(len(logits)), scores.argmax(1)] > 0
+            columns += [[calculate(*pair) for pair in zip(best, gt_masks)]
+                        for calculate in (project.calculate_iou, project.calculate_dice)]
+            if kind == "point":
+                first = [project.calculate_iou(*pair) for pair in zip(logits[:, 0] > 0, gt_masks)]
+        values += zip(*columns, first)
+    return 100 * np.mean(values, 0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class ForkServer:
 
     process = None
 
-    def run(self, argv, cwd, env, timeout, before="", kill=None):
+    def run(self, argv, cwd, env, timeout, before=""):
         if not self.process:
             own = {name: value for name, value in ENV.items() if name != "MPLBACKEND"}
             self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=own,
@@ -38,7 +38,7 @@ class ForkServer:
             out, err = Path(folder, "out"), Path(folder, "err")
             out.touch()
             job = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(out), "stderr": str(err),
-                   "before": before, "kill": kill}
+                   "before": before}
             print(json.dumps(job), file=self.process.stdin, flush=True)
             watchdog = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
             watchdog.start()
@@ -51,23 +51,35 @@ class ForkServer:
 FORK_SERVER = ForkServer()
 
 
-def run(script, *arguments, cwd, env=None, code=0, timeout=120, **how):
+def run(script, *arguments, cwd, env=None, code=0, timeout=600, before=""):
     """Run a script of the project in `cwd`; assert its exit code; return the finished process.
 
     env: variables to set, None takes one away. The process is forked from one that has imported the large
-    packages; not if one of the variables is Python's own, which it reads at its start. how, for such a fork:
-    before, code that runs first; kill, (seconds or a text that stdout shows, signal to send then).
+    packages; not if one of the variables is Python's own, which it reads at its start. before: code that such a
+    fork runs first. timeout: only ends a run that hangs.
     """
     argv = [str(ROOT / script), *map(str, arguments)]
     variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
     if hasattr(os, "fork") and not any(name.startswith("PYTHON") for name in env or {}):
-        done = FORK_SERVER.run(argv, cwd, variables, timeout, **how)
+        done = FORK_SERVER.run(argv, cwd, variables, timeout, before)
     else:
-        assert not how, "only a forked process does this"
+        assert not before, "only a forked process does this"
         done = subprocess.run([sys.executable, *argv], cwd=cwd, timeout=timeout, env=variables,
                               capture_output=True, encoding="utf-8")
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def signal_at(text, number):
+    """Code for run(before=...): the process sends itself a signal as soon as it has printed `text`."""
+    return f"""
+def print_and_signal(printed, write=sys.stdout.write):
+    count = write(printed)
+    if {text!r} in printed:
+        sys.stdout.flush()
+        os.kill(os.getpid(), {int(number)})
+    return count
+sys.stdout.write = print_and_signal"""
 
 
 def assert_fails_in_one_line(done, *words):

@@ -1,8 +1,7 @@
 """Runs scripts as processes of their own without importing torch anew for each (4 of the 5 seconds of a run).
 
-Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths), before (code to run first), and kill: null or
-[when, signal number], where `when` is a number of seconds or a text that stdout shows. Forks a child that runs
-the script as __main__ to the interpreter's own end, and answers with its exit code.
+Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths) and before (code to run first). Forks a child that
+runs the script as __main__ to the interpreter's own end, and answers with its exit code.
 """
 
 import atexit
@@ -11,29 +10,16 @@ import json
 import os
 import runpy
 import sys
-import threading
-import time
-from pathlib import Path
 
 import cv2  # noqa: F401
 import matplotlib.pyplot  # noqa: F401  (chooses its backend later, when the script has had its say)
 import psutil  # noqa: F401
 import sam2.sam2_image_predictor  # noqa: F401
 import torch.distributed  # noqa: F401
+import torchvision.transforms.v2  # noqa: F401
 
 gc.freeze()  # a child that ends need not take all this apart: half a second
 atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
-
-
-def kill(child, when, number, stdout, ended):
-    """Send the signal when it is time, unless the child has ended before."""
-    if isinstance(when, str):
-        while not ended.is_set() and when not in Path(stdout).read_text("utf-8", "replace"):
-            time.sleep(0.01)
-    else:
-        ended.wait(when)
-    if not ended.is_set():
-        os.kill(child, number)
 
 
 for line in sys.stdin:
@@ -41,11 +27,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         break
-    ended = threading.Event()
-    if job["kill"]:
-        threading.Thread(target=kill, args=(child, *job["kill"], job["stdout"], ended)).start()
     _, status = os.waitpid(child, 0)
-    ended.set()
     print(os.waitstatus_to_exitcode(status), flush=True)
 else:
     sys.exit()

@@ -102,6 +102,7 @@ def archive(data):
     content = bytearray(file.getvalue())
     for _ in range(data.ConsumeIntInRange(0, 8)):
         content[data.ConsumeIntInRange(0, len(content) - 1)] = data.ConsumeIntInRange(0, 255)
+    (FOLDER / "inside").mkdir(exist_ok=True)
     path = FOLDER / "archive.zip"
     path.write_bytes(content)
     try:

@@ -1,7 +1,6 @@
 #!/bin/sh
-# What the tests need besides Python packages: a virtual screen with a window
-# manager and a hand to click with, and the shared
-# libraries that opencv-python expects. Installs them as root on Debian or Ubuntu; elsewhere it only looks.
+# What the tests need besides Python packages: a virtual screen, a window manager, xdotool for clicks and keys, and the
+# shared libraries that opencv-python loads. Installs them as root on Debian or Ubuntu; elsewhere it only looks.
 set -eu
 wanted=""
 command -v Xvfb >/dev/null 2>&1 || wanted="$wanted xvfb"

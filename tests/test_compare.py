@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_CFG, assert_fails_in_one_line, draw_pair, run, save_small_model, write_image
+from conftest import SMALL_CFG, assert_fails_in_one_line, run, save_small_model, signal_at, write_image
 
 import compare_models
 
@@ -28,12 +28,14 @@ def test_box_pictures_and_tables_agree(trained, weights):
     folder, _ = trained
     done = compare(folder, weights)
     rows = read_rows(folder / "output/comparison")
-    assert list(rows[0]) == ["image", "original_iou", "finetuned_iou", "original_dice", "finetuned_dice"]
+    assert list(rows[0]) == ["image", "object", "original_iou", "finetuned_iou", "original_dice", "finetuned_dice"]
     assert [row["image"] for row in rows] == [f"pair_{number}.png" for number in range(100, 104)]
-    means = {name: np.mean([float(row[name]) for row in rows]) for name in rows[0] if name != "image"}
+    measures = list(rows[0])[2:]
+    means = {name: np.mean([float(row[name]) for row in rows]) for name in measures}
 
     summary = json.loads((folder / "output/comparison/summary.json").read_text(encoding="utf-8"))
-    assert summary["num_images"] == 4 and summary["prompt"] == "point" and summary["device"] == "cpu"
+    assert summary["num_images"] == summary["num_objects"] == 4
+    assert summary["prompt"] == "point" and summary["device"] == "cpu"
     assert summary["difference_pp"] == pytest.approx(100 * (means["finetuned_iou"] - means["original_iou"]))
     for name, mean in means.items():
         assert summary[name] == pytest.approx(mean) and 0 <= mean <= 1
@@ -86,7 +88,7 @@ def test_a_bare_state_dict_opens_and_numbers_are_flags(trained, weights):
     summary = json.loads((folder / "bare/summary.json").read_text(encoding="utf-8"))
     assert summary["num_images"] == len(read_rows(folder / "bare")) == 2 and summary["prompt"] == "box"
     assert len(list((folder / "bare").glob("compare_*.png"))) == 1
-    assert "이미지 2장, 프롬프트 box" in done.stdout
+    assert "이미지 2장, 객체 2개, 프롬프트 box" in done.stdout
 
 
 def test_models_with_different_encoders_are_encoded_apart(trained, weights, tmp_path):
@@ -118,10 +120,7 @@ def test_empty_masks_are_left_out_and_counted(data, weights):
 
 
 def test_ctrl_c_ends_in_one_line(data, weights):
-    for number in range(200, 300):  # more than are compared before the signal arrives
-        for part, array in zip(("images", "masks"), draw_pair(number)):
-            write_image(data / "data" / part / "val" / f"{number}.png", array)
     done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--finetuned", weights,
-               "--device", "cpu", "--num-visualize", 0, cwd=data, code=1, kill=("인코딩", signal.SIGINT))
+               "--device", "cpu", "--num-visualize", 0, cwd=data, code=1, before=signal_at("인코딩", signal.SIGINT))
     assert_fails_in_one_line(done, "중단했습니다")
     assert not (data / "output/comparison").exists()

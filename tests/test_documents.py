@@ -63,7 +63,7 @@ def test_every_command_line_parses(document, monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_is_named_exists(document):
     known = set().union(*(flags_of(module) for module in SCRIPTS.values())) | {
-        "--nproc-per-node", "--help", "--memory", "--final", "--repeats"}
+        "--nproc-per-node", "--no-build-isolation", "--help", "--memory", "--final", "--repeats"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text(document)))
     assert named <= known, named - known
 

@@ -39,8 +39,8 @@ SCORES = [0.8, 0.9, 0.1]  # real IoUs: 1/2 (one pixel is above 0.5, two are righ
 
 
 def loss_of(**options):
-    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK]]), torch.tensor([SCORES]), GT,
-                                                **options)
+    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK]]), torch.tensor([SCORES]),
+                                                GT[None], **options)
     return loss.item(), iou.item()
 
 
@@ -67,14 +67,15 @@ def test_dice_loss_by_hand():
 
 def test_loss_of_several_prompts_is_their_mean():
     two = torch.tensor([[FIRST], [SECOND]])
-    loss, iou = train_sam2_proper.training_loss(two, torch.tensor([[0.8], [0.9]]), GT)
+    loss, iou = train_sam2_proper.training_loss(two, torch.tensor([[0.8], [0.9]]),
+                                                GT.expand(2, 2, 2))
     score_loss = (abs(0.8 - 0.5) + abs(0.9 - 1)) / 2
     assert loss.item() == pytest.approx((ENTROPY[0] + ENTROPY[1]) / 2 + 0.05 * score_loss, abs=1e-6)
     assert iou.item() == pytest.approx(3 / 4, abs=1e-6)
 
 
 def test_loss_of_a_sure_and_wrong_pixel_is_finite():
-    loss, _ = train_sam2_proper.training_loss(torch.tensor([[[[200.0]]]]), torch.tensor([[0.0]]), torch.tensor([[0.0]]))
+    loss, _ = train_sam2_proper.training_loss(torch.tensor([[[[200.0]]]]), torch.tensor([[0.0]]), torch.zeros(1, 1, 1))
     assert loss.item() == pytest.approx(-math.log(1e-5), rel=1e-3)
 
 
@@ -115,7 +116,7 @@ def test_an_error_at_the_border_of_the_image_is_no_deeper_than_its_pixels():
 
 def test_random_clicks_fall_on_the_foreground():
     mask = draw_pair(0)[1] > 0
-    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "point", mask, 500)
+    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "point", np.tile(mask, (500, 1, 1)))
     x, y = coords[:, 0].astype(int).T
     assert coords.shape == (500, 1, 2) and mask[y, x].all() and len(set(zip(x, y))) > 200
     assert labels.shape == (500, 1) and (labels == 1).all()
@@ -124,7 +125,7 @@ def test_random_clicks_fall_on_the_foreground():
 def test_random_boxes_lie_around_the_mask_and_inside_the_image():
     mask = np.zeros((100, 200), bool)
     mask[0:51, 40:141] = True  # 100 wide, 50 tall, at the upper edge
-    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "box", mask, 2000)
+    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "box", np.tile(mask, (2000, 1, 1)))
     assert coords.shape == (2000, 2, 2) and (labels == [2, 3]).all()
     x1, y1, x2, y2 = coords.reshape(-1, 4).T
     assert x1.mean() == pytest.approx(40, abs=1) and x2.mean() == pytest.approx(140, abs=1)
@@ -133,12 +134,13 @@ def test_random_boxes_lie_around_the_mask_and_inside_the_image():
     assert y1.min() == 0
 
 
-def test_further_clicks_fall_on_errors_with_the_label_that_mends_them():
+def test_further_clicks_fall_on_errors_with_the_label_that_corrects_them():
     gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((2, 20, 30), bool)
     gt_mask[2:9, 2:9] = True
     predicted[1, 2:9, 2:9] = predicted[1, 12:17, 20:25] = True
     prompts = np.array([[[5, 5]], [[6, 6]]], np.float32), np.ones((2, 1))
-    coords, labels = train_sam2_proper.with_clicks_on_errors(np.random.default_rng(0), prompts, predicted, gt_mask)
+    coords, labels = train_sam2_proper.with_clicks_on_errors(np.random.default_rng(0), prompts, predicted,
+                                                            np.stack([gt_mask] * 2))
     assert coords.shape == (2, 2, 2) and labels.shape == (2, 2) and (coords[:, 0] == [[5, 5], [6, 6]]).all()
     assert labels[:, 1].tolist() == [1, 0]  # the first missed all, the second has too much
     (x, y), (u, v) = coords[:, 1].astype(int)
@@ -269,7 +271,15 @@ def test_an_exif_rotated_photo_comes_out_upright(tmp_path):
 
 def test_masks_are_cut_at_127(tmp_path):
     write_image(tmp_path / "mask.png", np.array([[0, 127, 128, 255]], np.uint8))
-    assert train_sam2_proper.read_mask(tmp_path / "mask.png").tolist() == [[False, False, True, True]]
+    mask = train_sam2_proper.read_mask(tmp_path / "mask.png")
+    assert mask.dtype == np.uint16 and mask.tolist() == [[0, 0, 1, 1]]
+
+
+def test_sixteen_bit_masks_hold_the_numbers_of_their_objects(tmp_path):
+    write_image(tmp_path / "mask.png", np.array([[0, 1, 2, 300, 65535]], np.uint16))
+    assert train_sam2_proper.read_mask(tmp_path / "mask.png").tolist() == [[0, 1, 2, 300, 65535]]
+    objects, masks = compare_models.split_objects(train_sam2_proper.read_mask(tmp_path / "mask.png"), 3)
+    assert objects == [1, 2, 300] and masks.shape == (3, 1, 5) and masks[2].tolist() == [[0, 0, 0, 1, 0]]
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
@@ -280,7 +290,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
             train_sam2_proper.read_image(tmp_path / name)
 
 
-def test_device_that_is_not_there_is_an_error():
+def test_a_device_that_is_not_available_is_an_error():
     assert train_sam2_proper.detect_device("cpu") == "cpu"
     assert train_sam2_proper.detect_device() in ("cpu", "cuda", "mps")
     with pytest.raises(SystemExit) as stop:

@@ -1,13 +1,20 @@
 """prepare_data.py, as a user runs it."""
 
+import errno
 import json
+import os
+import signal
 import unicodedata
 
 import cv2
 import numpy as np
 import pytest
 from conftest import assert_fails_in_one_line, draw_pair, make_data, run, write_image
+from filelock import FileLock
+from PIL import Image
 from pycocotools import mask as coco_mask
+
+import prepare_data
 
 
 def make_source(folder, count=10):
@@ -61,12 +68,34 @@ def test_bad_pairs_are_left_out_and_named(tmp_path):
         == ["polyp_01.jpg", "polyp_02.jpg", "polyp_03.jpg"]
 
 
+def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x010E] = "FF D9 in here: \xff\xd9"
+    for name, options in (("a.jpg", {"exif": exif}), ("b.jpg", {"progressive": True}), ("c.png", {})):
+        picture.save(tmp_path / name, **options)
+        whole = (tmp_path / name).read_bytes()
+        middle = len(whole) // 2
+        bad = [whole[:int(share * len(whole))] for share in (0, 0.4, 0.7, 0.95, 0.999)]
+        if name == "c.png":
+            start = whole.index(b"IDAT") - 4
+            bad += [whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:],
+                    whole[:start] + b"\xff\xff\xff\xff" + whole[start + 4:]]  # a part of 4 GB
+        for content in bad:
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(prepare_data.BadPair, match=name):
+                prepare_data.decode(tmp_path / name, cv2.IMREAD_COLOR)
+        for content in (whole, whole + b"a film after the photo \xff\xda \x89PNG"):
+            (tmp_path / name).write_bytes(content)
+            assert prepare_data.decode(tmp_path / name, cv2.IMREAD_COLOR).shape == (60, 80, 3)
+
+
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/b.png", draw_pair(0)[1])
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "하나도 없습니다")
-    assert not (tmp_path / "data").exists()
+    assert names(tmp_path / "data") == [".lock"]
 
 
 def test_second_run_does_nothing_and_another_split_replaces_the_first(tmp_path):
@@ -87,6 +116,28 @@ def test_files_put_there_by_hand_are_never_overwritten(tmp_path):
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "덮어쓰지 않습니다")
     assert len(names(tmp_path / "data/images/train")) == 6
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
+    make_source(tmp_path, 3)
+    arguments = ("prepare_data.py", "--images", "images", "--masks", "masks")
+    (tmp_path / "data").mkdir()
+    with FileLock(tmp_path / "data/.lock"):
+        assert_fails_in_one_line(run(*arguments, cwd=tmp_path, code=1), "이미 실행 중", "data/.lock")
+    kill = "import cv2, os, signal\ncv2.imencode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    run(*arguments, cwd=tmp_path, before=kill, code=-signal.SIGKILL)  # a lock ends with its process
+    assert "완료" in run(*arguments, cwd=tmp_path).stdout
+    assert not (tmp_path / "data/.part").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_where_the_file_system_cannot_lock_one_line_warns_and_the_run_goes_on(tmp_path, number):
+    make_source(tmp_path, 3)
+    refuse = f"def flock(*_):\n    raise OSError({number}, {os.strerror(number)!r})\nimport fcntl\nfcntl.flock = flock"
+    done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, before=refuse)
+    line, = done.stderr.strip().splitlines()
+    assert line.startswith("주의: ") and os.strerror(number) in line
+    assert "완료" in done.stdout
 
 
 def test_masks_of_zero_and_one_and_coloured_masks_count(tmp_path):
@@ -176,7 +227,7 @@ def test_check_counts_and_names_every_problem(data):
     done = run("prepare_data.py", "--check", cwd=data, code=1)
     for name, problem in (("train/pair_000.png", "마스크 없음"), ("train/pair_001.png", "이미지 없음"),
                           ("train/pair_002.png", "비어 있음"), ("val/pair_100.png", "크기가 다름"),
-                          ("val/pair_101.png", "읽을 수 없는")):
+                          ("val/pair_101.png", "손상됨")):
         line, = (line for line in done.stdout.splitlines() if name in line)
         assert problem in line
     assert "문제 5개" in done.stdout and "train: 3쌍" in done.stdout
@@ -189,6 +240,19 @@ def test_preview_is_a_sheet_of_n_tiles(data):
     green = (sheet[..., 1].astype(int) - sheet[..., 2] > 80).sum()
     assert green > 1000  # outlines are drawn
     assert (sheet[256:, 2 * 256:] == 255).all()  # the last four places stay empty
+
+
+@pytest.mark.parametrize("script, arguments, word", [
+    ("prepare_data.py", ["--no-such-flag"], "--no-such-flag"),
+    ("prepare_data.py", ["--val-ratio", "1"], "--val-ratio"),
+    ("prepare_data.py", ["--images", "a"], "--coco"),
+    ("prepare_data.py", ["--images", "a", "--masks", "b", "--coco", "c"], "--coco"),
+    ("prepare_data.py", ["--preview", "0"], "--preview"),
+    ("download_dataset.py", ["--checkpoint", "huge"], "base_plus")])
+def test_a_wrong_command_line_is_a_usage_error(tmp_path, script, arguments, word):
+    done = run(script, *arguments, cwd=tmp_path, code=2)
+    assert done.stderr.startswith(f"usage: {script}") and word in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_arguments_it_makes_folders_and_explains(tmp_path):

@@ -20,6 +20,7 @@ from conftest import (
     make_data,
     run,
     save_small_model,
+    signal_at,
     write_image,
 )
 from hydra import initialize_config_dir, initialize_config_module
@@ -95,7 +96,7 @@ def test_small_masks_are_left_out_and_counted(data, weights):
     speck = np.zeros((60, 80), np.uint8)
     speck[:3, :33] = 255  # 99 pixels
     write_image(data / "data/masks/train/pair_000.png", speck)
-    assert "학습 5장 (전경 100픽셀 미만이라 뺀 1장)" in train(data, weights, "--iterations", 1).stdout
+    assert "학습 5장, 객체 5개 (전경 100픽셀 미만이라 뺀 객체 1개)" in train(data, weights, "--iterations", 1).stdout
     for path in (data / "data/masks/train").iterdir():
         write_image(path, speck)
     assert_fails_in_one_line(train(data, weights, "--iterations", 1, code=1), "prepare_data.py --check")
@@ -140,9 +141,10 @@ def test_resume_continues_bit_for_bit(data, weights, more):
     """An interrupted training (here: killed by the system after its second validation) and one that was not."""
     arguments = (*more, "--save-every", 4, "--lr", "1e-3", "--iterations", 13)
     train(data, weights, *arguments, "--output-dir", "whole")
-    train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL, kill=("[8/", signal.SIGKILL))
+    train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
+          before=signal_at("[8/", signal.SIGKILL))
     done = train(data, weights, *arguments, "--output-dir", "parts", "--resume")
-    assert re.search("[48]회까지 한 학습을 이어서", done.stdout)
+    assert "4회까지 한 학습을 이어서" in done.stdout  # the second validation was printed, and not saved yet
     for name in ("sam2_final.pt", "sam2_best.pt"):
         assert distance(load(data / "whole" / name), load(data / "parts" / name)) == 0
     logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "parts")]
@@ -246,9 +248,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
     arguments = ("--lr", "1e-3", "--save-every", 20)
-    done = train(data, weights, *arguments, "--iterations", 100_000, code=130, kill=("[20/", signal.SIGINT))
-    stopped = int(re.search(r"(\d+)회까지 저장했습니다", done.stdout)[1])
-    assert "--resume" in done.stdout and stopped >= 20 and "Traceback" not in done.stderr
+    done = train(data, weights, *arguments, "--iterations", 100_000, code=130, before=signal_at("[20/", signal.SIGINT))
+    stopped = 21
+    assert f"{stopped}회까지 저장했습니다" in done.stdout and "--resume" in done.stdout
+    assert "Traceback" not in done.stderr
     train(data, weights, *arguments, "--resume", "--iterations", stopped + 3)
     train(data, weights, *arguments, "--iterations", stopped + 3, "--output-dir", "whole")
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
@@ -298,8 +301,9 @@ def test_cached_features_train_as_fresh_ones_do(data, weights):
 
 def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
     size = 2 * 64 * (16**2 + 64**2 // 8 + 32**2 // 4)  # bytes an image at 256 px, 64 channels
-    done = train(data, weights, "--iterations", 12, "--cache-gb", 2.5 * size / 1e9, "--output-dir", "some")
-    assert "학습 6장 중 2장, 검증 4장 중 0장" in done.stdout
+    limit = (4 * 2 + 2.5) * size / 1e9  # validation's features have full precision: twice the size
+    done = train(data, weights, "--iterations", 12, "--cache-gb", limit, "--output-dir", "some")
+    assert "학습 6장 중 2장, 검증 4장 중 4장" in done.stdout  # validation images go first: all are seen every time
     assert read_summary(data / "some")["encodings"] > 10
     train(data, weights, "--iterations", 12, "--output-dir", "all")
     assert distance(load(data / "some/sam2_final.pt"), load(data / "all/sam2_final.pt")) == 0
@@ -372,7 +376,10 @@ def test_image_size_is_the_side_that_the_model_sees(data, weights):
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["image_size"] == 512
     assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"]
-    run("test_my_image.py", *arguments, "--image", "data/images/val/pair_100.png", "--point", "40,30", cwd=data)
+    command = ("--model-cfg", SMALL_CFG, "--device", "cpu", "--image", "data/images/val/pair_100.png", "-p", "40,30")
+    done = run("test_my_image.py", *command, cwd=data)
+    assert "--image-size 512로 학습했는데 256로 실행합니다" in done.stdout
+    assert "주의" not in run("test_my_image.py", *command, "--image-size", 512, cwd=data).stdout
 
 
 def test_missing_checkpoint_says_how_to_fetch_it(data):
@@ -386,7 +393,7 @@ def test_checkpoint_of_another_config_names_the_keys(data, weights):
     del wrong["no_mem_embed"]
     torch.save({"model": wrong}, data / "wrong.pt")
     done = train(data, data / "wrong.pt", code=1)
-    assert_fails_in_one_line(done, "sam2_demo.yaml", "다른 항목 2개", "extra.weight", "no_mem_embed")
+    assert_fails_in_one_line(done, "wrong.pt", "sam2_demo.yaml", "extra.weight", "no_mem_embed")
 
 
 def test_damaged_checkpoint_is_named(data, weights):
@@ -433,9 +440,153 @@ def test_improved_trains_and_is_validated_with_the_middle_click(data, weights):
     assert len(heads) == 18 and all(not torch.equal(before[name], after[name]) for name in heads)
 
 
-def test_the_encoder_is_trained_only_when_asked_and_never_cached(data, weights):
-    done = train(data, weights, "--train-encoder", "--iterations", 4, "--lr", "1e-3", "--cache-dir", "features")
-    assert "특징을 캐시하지 않음" in done.stdout and not (data / "features").exists()
+def make_numbered_data(folder):
+    """Pairs with two objects each: the ellipse of draw_pair, number 300, and a rectangle in the corner, number 7."""
+    make_data(folder)
+    for path in (folder / "data/masks").glob("*/*.png"):
+        mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        labels = np.where(mask > 127, 300, 0).astype(np.uint16)
+        labels[:12, :12] = 7
+        labels[50, 70:75] = 9  # five pixels: too small to train on
+        write_image(path, labels)
+    return folder
+
+
+def test_objects_of_numbered_masks_are_trained_and_compared_one_by_one(tmp_path, weights):
+    make_numbered_data(tmp_path)
+    done = train(tmp_path, weights, "--iterations", 6, "--save-every", 3, "--clicks", 2, "--lr", "1e-3")
+    assert "학습 6장, 객체 12개 (전경 100픽셀 미만이라 뺀 객체 6개), 검증 4장, 객체 12개" in done.stdout
+    summary = read_summary(tmp_path / "output")
+    assert summary["train_objects"] == summary["val_objects"] == 12
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=tmp_path)
+    with (tmp_path / "output/comparison/per_image.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["object"]) for row in rows] == [
+        (f"pair_{number}.png", name) for number in range(100, 104) for name in ("7", "9", "300")]
+    compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert compared["num_images"] == 4 and compared["num_objects"] == 12
+    assert compared["finetuned_iou"] == summary["best_iou"]
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--max-objects", 1,
+        "--prompt", "points", cwd=tmp_path)
+    with (tmp_path / "output/comparison/per_image.csv").open(encoding="utf-8") as file:
+        assert [row["object"] for row in csv.DictReader(file)] == ["7"] * 4
+
+
+def test_each_click_on_an_image_has_an_object_of_its_own(tmp_path):
+    make_numbered_data(tmp_path)
+    masks = train_sam2_proper.Masks(train_sam2_proper.find_pairs(tmp_path / "data/images/train",
+                                                                 tmp_path / "data/masks/train"), 1024, 100)
+    labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train/pair_003.png")
+    for clicks in (1, 2, 3):
+        example = train_sam2_proper.Examples(masks, clicks)[3, np.random.default_rng(clicks)]
+        numbers = [set(labels[gt_mask].tolist()) for gt_mask in example.gt_masks]
+        assert len(numbers) == clicks and all(number in ({7}, {300}) for number in numbers)
+        assert clicks < 2 or numbers[0] != numbers[1]
+        coords, points = train_sam2_proper.random_prompts(example.rng, "point", example.gt_masks)
+        assert all(gt_mask[int(y), int(x)] for gt_mask, ((x, y),) in zip(example.gt_masks, coords))
+
+
+def test_an_object_in_pieces_is_one_object_and_numbered_masks_resume(tmp_path, weights):
+    make_numbered_data(tmp_path)
+    for path in (tmp_path / "data/masks/train").iterdir():
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        labels[40:, :12] = 7  # the other corner
+        write_image(path, labels)
+    arguments = ("--save-every", 4, "--lr", "1e-3", "--iterations", 9, "--clicks", 2, "--prompt", "mixed")
+    done = train(tmp_path, weights, *arguments, "--output-dir", "whole")
+    assert "학습 6장, 객체 12개" in done.stdout
+    train(tmp_path, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
+          before=signal_at("[8/", signal.SIGKILL))
+    train(tmp_path, weights, *arguments, "--output-dir", "parts", "--resume")
+    assert distance(load(tmp_path / "whole/sam2_final.pt"), load(tmp_path / "parts/sam2_final.pt")) == 0
+
+
+def test_low_rank_updates_are_saved_as_an_official_checkpoint_and_resumed_bit_for_bit(data, weights):
+    arguments = ("--encoder", "lora", "--lora-rank", 2, "--encoder-lr", "1e-2", "--save-every", 2, "--iterations", 5,
+                 "--augment", "--prompt", "mixed", "--workers", 1)
+    train(data, weights, *arguments, "--output-dir", "whole")
+    train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
+          before=signal_at("[4/", signal.SIGKILL))
+    train(data, weights, *arguments, "--output-dir", "parts", "--resume")
+    before, after = load(weights), load(data / "whole/sam2_final.pt")
+    assert before.keys() == after.keys() == load(data / "parts/sam2_last.pt").keys()
+    assert distance(after, load(data / "parts/sam2_final.pt")) == 0
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    in_encoder = {name for name in changed if name.startswith("image_encoder.")}
+    assert {re.sub(r".*blocks\.\d+\.", "", name) for name in in_encoder} == {
+        "attn.qkv.weight", "attn.proj.weight", "mlp.layers.0.weight", "mlp.layers.1.weight"}
+    name = "image_encoder.trunk.blocks.0.attn.qkv.weight"
+    assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) == 2
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--finetuned",
+        "whole/sam2_best.pt", cwd=data)  # merged weights give the masks that the training validated
+    compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "whole")["best_iou"], abs=1e-6)
+
+
+def test_checkpointing_changes_no_bit_and_batches_read_ahead_are_the_same(data, weights):
+    arguments = ("--encoder", "full", "--iterations", 4, "--batch-size", 2, "--augment", "--lr", "1e-3")
+    train(data, weights, *arguments, "--workers", 0, "--output-dir", "plain")
+    train(data, weights, *arguments, "--workers", 2, "--grad-checkpointing", "--output-dir", "again")
+    assert distance(load(data / "plain/sam2_final.pt"), load(data / "again/sam2_final.pt")) == 0
+
+
+def test_a_damaged_image_read_ahead_is_named_in_one_line(data, weights):
+    for path in (data / "data/images/train").iterdir():
+        path.write_bytes(b"no image")
+    done = train(data, weights, "--encoder", "full", "--iterations", 2, "--workers", 1, code=1)
+    assert_fails_in_one_line(done, "pair_00", "손상")
+
+
+def test_augmented_masks_stay_on_their_objects():
+    image, mask = draw_pair(3)
+    seen = set()
+    for seed in range(20):
+        picture, masks = train_sam2_proper.augment_example(
+            np.random.default_rng(seed), torch.from_numpy(image).permute(2, 0, 1), mask[None] > 0)
+        inside, outside = (picture.float().mean(0).numpy()[where].mean() for where in (masks[0], ~masks[0]))
+        assert picture.dtype == torch.uint8 and picture.shape == (3, 60, 80) and masks.shape == (1, 60, 80)
+        assert inside > outside + 40  # the ellipse is bright, the ground dark
+        seen.add(masks.tobytes())
+    assert len(seen) > 10
+
+
+def test_encoded_batches_are_what_set_image_gives(data, weights):
+    predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
+    images = [train_sam2_proper.read_image(data / f"data/images/train/pair_00{number}.png") for number in (0, 1)]
+    side = predictor.model.image_size
+    batch = torch.stack([train_sam2_proper.v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), [side, side])
+                         for image in images])
+    with torch.no_grad():
+        together = train_sam2_proper.encode_images(predictor, batch)
+    for number, image in enumerate(images):
+        predictor.set_image(image)
+        for ours, theirs in zip([together["image_embed"], *together["high_res_feats"]],
+                                [predictor._features["image_embed"], *predictor._features["high_res_feats"]]):
+            assert (ours[number] - theirs[0]).abs().mean() < 0.02 * theirs.abs().mean()  # resized as 8-bit
+
+
+def test_torchrun_refuses_a_device_that_processes_cannot_share(data, weights):
+    cuda = "import torch\ntorch.cuda.is_available = lambda: True\nsys.argv[sys.argv.index('cpu')] = 'cuda:1'"
+    done = train(data, weights, env={"RANK": "0", "WORLD_SIZE": "2"}, code=1, before=cuda)
+    assert_fails_in_one_line(done, "torchrun", "cuda:1")
+    mps = "import torch\ntorch.backends.mps.is_available = lambda: True\nsys.argv[sys.argv.index('cpu')] = 'auto'"
+    assert_fails_in_one_line(train(data, weights, env={"RANK": "0", "WORLD_SIZE": "2"}, code=1, before=mps), "mps")
+
+
+def test_memory_of_a_container_is_its_limit(monkeypatch):
+    real = train_sam2_proper.Path.read_text
+    values = {"/sys/fs/cgroup/memory.max": "3000", "/sys/fs/cgroup/memory.current": "1000"}
+    monkeypatch.setattr(train_sam2_proper.Path, "read_text",
+                        lambda path, *more, **how: values.get(str(path)) or real(path, *more, **how))
+    assert train_sam2_proper.free_memory() == 2000
+    values["/sys/fs/cgroup/memory.max"] = "max"
+    assert train_sam2_proper.free_memory() > 10**6
+
+
+def test_the_whole_encoder_is_trained_when_asked_and_never_cached(data, weights):
+    done = train(data, weights, "--encoder", "full", "--encoder-lr", "1e-3", "--iterations", 4, "--lr", "1e-3",
+                 "--cache-dir", "features", "--workers", 0)
+    assert "특징을 캐시하지 않고" in done.stdout and not (data / "features").exists()
     before, after = load(weights), load(data / "output/sam2_final.pt")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"image_encoder.trunk.patch_embed.proj.weight", "sam_mask_decoder.conv_s0.weight",

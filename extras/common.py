@@ -1,0 +1,236 @@
+"""What the scripts of extras/ share: device, loading a SAM 2, reading and writing files, failures in one line.
+
+    from common import read_image, load_predictor      Python finds this file beside the script
+
+Most of it is the shared block of the five scripts at the top level, and a test fails when they differ.
+"""
+
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
+
+import cv2
+import numpy as np
+import torch
+from hydra import compose
+from hydra.utils import instantiate
+from matplotlib import font_manager
+from matplotlib import pyplot as plt
+from omegaconf import OmegaConf
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+for _stream in (sys.stdout, sys.stderr):
+    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+_hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
+plt.rcParams["text.parse_math"] = False  # file names may contain "$"
+cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by the script
+warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
+
+
+class ImageError(Exception):
+    """An image or mask that cannot be used; the message names the file."""
+
+
+def run(main, advice):
+    """Call main(). An expected failure ends in one line on stderr and exit code 1, without a traceback.
+
+    advice: what the user can do when memory runs out.
+    """
+    try:
+        main()
+    except ImageError as error:
+        fail(error)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except KeyboardInterrupt:
+        fail("중단했습니다")
+    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
+        if isinstance(error, RuntimeError) and not re.search("out of|not enough|can't allocate memory", str(error)):
+            raise
+        fail(f"메모리가 부족합니다. {advice}")
+
+
+def fail(message):
+    """End with exit code 1 and one line on stderr."""
+    sys.exit(f"오류: {message}")
+
+
+def write_file(path, content):
+    """Write bytes to a temporary file beside `path` and rename it, so that `path` is never half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def write_json(path, value):
+    """Write a JSON file in UTF-8, with escapes for the bytes of a file name that are not valid UTF-8."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    plt.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+def detect_device(requested="auto"):
+    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
+
+    A device requested by name ("cuda", "cuda:1", "mps", "cpu") that is not available is an error.
+    """
+    is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    usable = [name for name in is_available if is_available[name]]
+    if requested != "auto" and requested.split(":")[0] not in usable:
+        fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
+    return usable[0] if requested == "auto" else requested
+
+
+def calculate_iou(pred_mask, gt_mask):
+    """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
+    intersection = np.logical_and(pred_mask, gt_mask).sum()
+    union = np.logical_or(pred_mask, gt_mask).sum()
+    return float(intersection / (union + 1e-6))
+
+
+def decode_file(path, flags):
+    """Decode an image file with OpenCV. Raises ImageError, naming the file, if it cannot be decoded.
+
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
+    """
+    try:
+        decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from None
+    except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
+        decoded = None
+    if decoded is None:
+        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
+    return decoded
+
+
+def read_image(path):
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too.
+
+    Raises ImageError if it cannot be read.
+    """
+    return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def read_mask(path):
+    """Read a mask as uint16 H x W: 0 is the background, every other value one object. Raises as read_image does.
+
+    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127.
+    """
+    mask = decode_file(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
+
+
+def read_config(model_cfg):
+    """A model's config: a name inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or a YAML file."""
+    try:
+        config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=str(model_cfg))
+        return OmegaConf.create(OmegaConf.to_container(config.model, resolve=True))
+    except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
+        fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({textwrap.shorten(str(error), 200)}). "
+             "예: configs/sam2.1/sam2.1_hiera_s.yaml")
+
+
+def load_predictor(model_cfg, checkpoint, device, image_size=None):
+    """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
+
+    model_cfg: see read_config; checkpoint: see load_weights; image_size: the side in pixels that images are
+    resized to, if not the config's own.
+    """
+    config = read_config(model_cfg)
+    config.image_size = image_size or config.image_size
+    config.sam_mask_decoder_extra_args = dict(  # as sam2.build_sam.build_sam2 sets them
+        dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05,
+        dynamic_multimask_stability_thresh=0.98)
+    model = instantiate(config, _recursive_=True).eval()
+    load_weights(model, checkpoint, model_cfg)
+    predictor = SAM2ImagePredictor(model.to(device))
+    predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    return predictor
+
+
+def load_weights(model, checkpoint, model_cfg):
+    """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
+
+    A file that is missing, damaged or made for another config than `model_cfg` is an error. Prints a warning if
+    the weights were trained at another image size.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
+        command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
+        fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = dict(saved.get("model", saved))
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({textwrap.shorten(str(error), 200)})")
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:  # the last two: values that are no tensors
+        fail(f"체크포인트 {checkpoint}가 설정 {model_cfg}와 맞지 않습니다: {textwrap.shorten(str(error), 400)}")
+    trained_size = saved.get("image_size", model.image_size)
+    if trained_size != model.image_size:
+        print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
+
+
+def load_video_predictor(model_cfg, checkpoint, device, image_size=None, kind=SAM2VideoPredictor):
+    """Build a SAM 2 for videos and load its weights; returns it on `device`, in eval mode.
+
+    Arguments as in load_predictor; kind: SAM2VideoPredictor or a subclass of it. Holes in masks are not filled:
+    sam2 does that with its CUDA extension only, which not every installation has.
+    """
+    config = read_config(model_cfg)
+    config.image_size = image_size or config.image_size
+    config._target_ = f"{kind.__module__}.{kind.__qualname__}"
+    config.sam_mask_decoder_extra_args = dict(  # as sam2.build_sam.build_sam2_video_predictor sets them
+        dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05,
+        dynamic_multimask_stability_thresh=0.98)
+    config.binarize_mask_from_pts_for_mem_enc = True
+    config.fill_hole_area = 0
+    model = instantiate(config, _recursive_=True).eval()
+    load_weights(model, checkpoint, model_cfg)
+    return model.to(device)
+
+
+def add_model_flags(parser, output):
+    """Add the flags that every script with a SAM 2 has; output: the default of --output."""
+    parser.add_argument("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
+    parser.add_argument("--output", "-o", type=Path, default=Path(output), help=f"결과 폴더 (기본: {output})")
+    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
+                        help="모델 설정 이름 또는 YAML 경로 (기본: configs/sam2.1/sam2.1_hiera_s.yaml)")
+    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt",
+                        help="원본 체크포인트 (기본: checkpoints/sam2.1_hiera_small.pt)")
+    parser.add_argument("--finetuned", default="output/sam2_best.pt",
+                        help="파인튜닝한 체크포인트 (기본: output/sam2_best.pt)")
+    parser.add_argument("--image-size", type=int, choices=[512, 768, 1024],
+                        help="모델 입력 한 변, 픽셀 (기본: 모델 설정대로)")
+    parser.add_argument("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
+
+
+def choose_checkpoint(args):
+    """The checkpoint that the flags of add_model_flags ask for: the original if there is no fine-tuned one yet."""
+    if args.original:
+        return args.checkpoint
+    if not Path(args.finetuned).is_file():
+        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
+        return args.checkpoint
+    return args.finetuned
