@@ -53,10 +53,8 @@ def draw_clip(rng, size, times):
         thing = new_thing(rng, size, ground, pace, model)
         things.append(thing)
         number = len(groups) + 1
-        groups.append([number])
-        for part in thing.parts:
-            groups.append([len(groups) + 1])
-            groups[number - 1] += groups[-1]
+        parts = list(range(number + 1, number + 1 + len(thing.parts)))
+        groups += [[number, *parts], *([part] for part in parts)]
     camera = Motion(rng, size, pace * rng.choice([0, 0.3, 1]), 0)
     finish = Finish(rng, size)
     frames, labels = np.zeros((count, size, size, 3), np.uint8), np.zeros((count, size, size), np.uint8)
@@ -106,13 +104,14 @@ def new_thing(rng, size, ground, pace, model=None, whole=None):
         surface = texture(rng, side, contrasting(rng, ground))
     else:
         points, surface = model.outline, model.surface
+    waves = np.stack([rng.uniform(0, 0.12, 2) * (rng.random() < 0.5), rng.integers(2, 5, 2), rng.uniform(0, 0.6, 2)], 1)
     thing = Thing(
         points, surface, centre, motion,
         softness=size / 128 * np.exp(rng.uniform(np.log(0.25), np.log(2.2))),
         glow=rng.uniform(-45, 25) if rng.random() < 0.4 else 0,
         glow_shift=rng.normal(0, 0.015, 2) * size,
         dome=rng.uniform(0, 60) if rng.random() < 0.5 else 0,
-        waves=np.stack([rng.uniform(0, 0.12, 2) * (rng.random() < 0.5), rng.integers(2, 5, 2), rng.uniform(0, 0.6, 2)], 1),
+        waves=waves,
     )
     if whole is None and radius > 0.12 * size and rng.random() < 0.3:
         colour = surface.mean((0, 1))

@@ -52,6 +52,13 @@ SAVE_EVERY = 100    # steps
 HELD_OUT_SEED = 10**9  # training uses seeds from 0 up; the held-out scenes start here
 EVALUATE_SIZE = 256
 FOLLOW_FRAMES = 32  # of a held-out clip
+TRACKER = {  # what sam2.build_sam.build_sam2_video_predictor changes in a config; holes are filled on CUDA only
+    "_target_": "sam2.sam2_video_predictor.SAM2VideoPredictor",
+    "binarize_mask_from_pts_for_mem_enc": True,
+    "sam_mask_decoder_extra_args": {"dynamic_multimask_via_stability": True,
+                                    "dynamic_multimask_stability_delta": 0.05,
+                                    "dynamic_multimask_stability_thresh": 0.98},
+}
 VIDEO_PARTS = ("memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample")
 
 
@@ -126,13 +133,10 @@ def enter_phase(size, model, averaged, optimizer, args):
     return model, averaged, optimizer
 
 
-def build(size, target=None):
-    """The model of sam2_demo.yaml for images of size x size; target: the class to make instead of SAM2Base."""
-    config = OmegaConf.load(HERE / "sam2_demo.yaml")
-    config.model.image_size = size
-    if target:
-        config.model._target_ = target
-    return instantiate(config.model, _recursive_=True)
+def build(size, **changes):
+    """The model of sam2_demo.yaml for images of size x size; changes: of its config."""
+    config = OmegaConf.load(HERE / "sam2_demo.yaml").model
+    return instantiate(config, image_size=size, **changes, _recursive_=True)
 
 
 def set_learning_rate(optimizer, step, all_steps, highest):
@@ -377,8 +381,8 @@ def follow(model, frames, masks, prompt, corrected=None):
     memory = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
     sizes = [level.shape[-2:] for level in levels]
     for t in range(count):
-        feats, poses = ([level.unflatten(0, (clips, count))[:, t].repeat_interleave(repeats, 0).flatten(2).permute(2, 0, 1)
-                         for level in group] for group in (levels, encodings))
+        feats, poses = ([level.unflatten(0, (clips, count))[:, t].repeat_interleave(repeats, 0)
+                         .flatten(2).permute(2, 0, 1) for level in group] for group in (levels, encodings))
         points, mask_input = None, None
         if t == 0 and prompt is None:
             mask_input = masks[:, None, 0].float()
@@ -388,7 +392,9 @@ def follow(model, frames, masks, prompt, corrected=None):
             coords, labels = click_prompt(masks[:, t], 1)
             labels[~masks[:, t].flatten(1).any(1)] = -1  # nothing to click on
             points = {"point_coords": coords, "point_labels": labels.int()}
-        out, found, _, _ = model._track_step(t, t == 0, feats, poses, sizes, points, mask_input, memory, count, False, None)
+        # what track_step does, which keeps the three masks and the presence to itself
+        out, found, _, _ = model._track_step(t, t == 0, feats, poses, sizes, points, mask_input, memory, count,
+                                             track_in_reverse=False, prev_sam_mask_logits=None)
         logits, _, scores, _, full, out["obj_ptr"], present = found
         model._encode_memory_in_output(feats, sizes, points, True, full, present, out)
         memory["cond_frame_outputs" if points or t == 0 else "non_cond_frame_outputs"][t] = out
@@ -408,7 +414,7 @@ def evaluate_all(args):
         print(f"{name}: {value:.3f}  ({scenes} scenes x {PROMPTS} prompts)", flush=True)
     found, objects = evaluate_everything(model, wholes)
     print(f"everything recall: {found / objects:.3f}  ({found} of {objects} objects in {wholes} scenes)", flush=True)
-    tracker = build(EVALUATE_SIZE, "sam2.sam2_video_predictor.SAM2VideoPredictor").eval()
+    tracker = build(EVALUATE_SIZE, **TRACKER).eval()
     tracker.load_state_dict(weights)
     for name, (value, count) in evaluate_clips(tracker, clips).items():
         print(f"{name}: {value:.3f}  ({count} frames in {clips} clips)")
