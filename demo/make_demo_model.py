@@ -33,21 +33,21 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader, Dataset
 
 HERE = Path(__file__).resolve().parent
-# image size in pixels, steps, share of the steps that are on clips
-STILL_PHASES = ((128, 10000, 0), (256, 3500, 0))
-CLIP_PHASES = ((128, 2000, 0.8), (256, 4000, 0.35))
-SCENES = 8          # still scenes in a step: each is encoded once
+# steps, size of the scenes and of the clips in pixels, share of the steps that are on clips, and highest learning
+# rate of the image encoder, of prompt encoder and mask decoder, of what only video uses
+STILL_PHASES = ((10000, 128, 128, 0, 1e-3, 1e-3, 1e-3), (3500, 256, 256, 0, 1e-3, 1e-3, 1e-3))
+CLIP_PHASES = ((800, 256, 128, 0.8, 0, 1e-4, 1e-3),)
+SCENES = 4          # still scenes in a step: each is encoded once
 PROMPTS = 8         # objects asked for in each scene: each is decoded once
 CLIPS = 4           # clips in a step
-FOLLOWED = 4        # objects followed in each clip
-FRAMES = 6          # of a clip in training
-LR = 6e-4
-NEW_LR = 2          # times LR: of the parts that only video uses
-WARMUP = 200        # steps over which the learning rate grows to LR
+FOLLOWED = 2        # objects followed in each clip
+FRAMES = 5          # of a clip in training
+WARMUP = 100        # steps over which the learning rate grows to its highest
 DISC_STEPS = 400    # first of all: segment a disc around the click, see disc_around
 DISC_RADIUS = 20    # pixels
+SHARPNESS = 3       # the loss is on logits over this: for the stability score they pass from -1 to 1 within a pixel
 WEIGHT_DECAY = 0.01
-EMA = 0.998         # per step, of the averaged weights, which are what is saved
+EMA = 0.995         # per step, of the averaged weights, which are what is saved
 SAVE_EVERY = 100    # steps
 HELD_OUT_SEED = 10**9  # training uses seeds from 0 up; the held-out scenes start here
 EVALUATE_SIZE = 256
@@ -59,7 +59,7 @@ TRACKER = {  # what sam2.build_sam.build_sam2_video_predictor changes in a confi
                                     "dynamic_multimask_stability_delta": 0.05,
                                     "dynamic_multimask_stability_thresh": 0.98},
 }
-VIDEO_PARTS = ("memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample")
+VIDEO_PARTS = ("memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample", "no_mem_pos")
 
 
 def main():
@@ -68,15 +68,20 @@ def main():
         evaluate_all(args)
         return
     torch.manual_seed(args.seed)
-    phases = CLIP_PHASES[-args.phases:] if args.resume else STILL_PHASES + CLIP_PHASES
-    phases = [(size, max(1, int(steps * args.scale)), share) for size, steps, share in phases]
-    all_steps = sum(steps for _, steps, _ in phases)
-    model, averaged, optimizer, step, started = None, None, None, 0, time.time()
-    for size, steps, clip_share in phases:
-        model, averaged, optimizer = enter_phase(size, model, averaged, optimizer, args)
-        for batch in batches(size, steps, clip_share, args.seed * 10**7 + step):
-            set_learning_rate(optimizer, step, all_steps, args.lr)
-            if len(batch[0].shape) == 5:
+    phases = CLIP_PHASES if args.resume else STILL_PHASES + CLIP_PHASES
+    phases = [(max(1, int(steps * args.scale)), *rest) for steps, *rest in phases]
+    all_steps = sum(steps for steps, *_ in phases)
+    model = build(EVALUATE_SIZE).train()
+    if args.resume:
+        model.load_state_dict(torch.load(args.resume, map_location="cpu", weights_only=True)["model"])
+    averaged = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(parameter_groups(model), weight_decay=WEIGHT_DECAY)
+    step, started = 0, time.time()
+    for steps, still_size, clip_size, clip_share, *rates in phases:
+        model.image_encoder.requires_grad_(rates[0] > 0)
+        for batch in batches(steps, still_size, clip_size, clip_share, args.seed * 10**7 + step):
+            set_learning_rates(optimizer, rates, step, all_steps)
+            if batch[0].dim() == 5:
                 loss = clip_loss(model, *batch)
             else:
                 loss = still_loss(model, *batch, discs=not args.resume and step < DISC_STEPS)
@@ -88,49 +93,23 @@ def main():
             average_into(averaged, model, step)
             if step % SAVE_EVERY == 0 or step == all_steps:
                 save(averaged, args.output)
-            if step % (5 * SAVE_EVERY) == 0 or step == all_steps:
-                scores = evaluate_stills(averaged, size, count=16)
+                scores = evaluate_stills(averaged, still_size, count=8)
                 minutes = (time.time() - started) / 60
-                print(f"{size} px  step {step}/{all_steps}  click IoU {scores['click IoU']:.3f}  "
-                      f"box IoU {scores['box IoU']:.3f}  score error {scores['score error']:.3f}  "
-                      f"short clips J {follow_short_clips(averaged, size):.3f}  {minutes:.1f} min", flush=True)
+                print(f"step {step}/{all_steps}  click IoU {scores['click IoU']:.3f}  box IoU {scores['box IoU']:.3f}  "
+                      f"score error {scores['score error']:.3f}  "
+                      f"short clips J {follow_short_clips(averaged, clip_size):.3f}  {minutes:.1f} min", flush=True)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Pre-train the demo's small SAM 2 on drawn scenes and clips.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", nargs="?", const=HERE / "sam2_demo.pt", type=Path, metavar="FILE",
-                        help="go on from these weights (default: demo/sam2_demo.pt), with the last phases")
-    parser.add_argument("--phases", type=int, default=len(CLIP_PHASES), choices=range(1, len(CLIP_PHASES) + 1),
-                        help="with --resume: how many of the last phases")
+                        help="go on from these weights (default: demo/sam2_demo.pt), with CLIP_PHASES alone")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of steps by this")
-    parser.add_argument("--lr", type=float, default=LR, help=f"highest learning rate (default: {LR})")
     parser.add_argument("--output", type=Path, default=HERE / "sam2_demo.pt")
     parser.add_argument("--evaluate", action="store_true", help="evaluate the weights in --output instead")
     parser.add_argument("--quick", action="store_true", help="with --evaluate: a few scenes and clips only")
     return parser.parse_args()
-
-
-def enter_phase(size, model, averaged, optimizer, args):
-    """The model for this image size, its averaged copy and the optimizer, with the states that they had."""
-    weights = model.state_dict() if model else None
-    ema = averaged.state_dict() if averaged else None
-    model = build(size).train()
-    if weights is None and args.resume:
-        weights = torch.load(args.resume, map_location="cpu", weights_only=True)["model"]
-    if weights:
-        model.load_state_dict(weights)
-    averaged = copy.deepcopy(model).eval()
-    if ema:
-        averaged.load_state_dict(ema)
-    new = [p for name, p in model.named_parameters() if any(part in name for part in VIDEO_PARTS)]
-    old = [p for name, p in model.named_parameters() if not any(part in name for part in VIDEO_PARTS)]
-    state = optimizer.state_dict() if optimizer else None
-    optimizer = torch.optim.AdamW([{"params": old, "times": 1}, {"params": new, "times": NEW_LR}],
-                                  weight_decay=WEIGHT_DECAY)
-    if state:
-        optimizer.load_state_dict(state)
-    return model, averaged, optimizer
 
 
 def build(size, **changes):
@@ -139,10 +118,28 @@ def build(size, **changes):
     return instantiate(config, image_size=size, **changes, _recursive_=True)
 
 
-def set_learning_rate(optimizer, step, all_steps, highest):
-    rate = min(1, (step + 1) / WARMUP) * 0.5 * (1 + np.cos(np.pi * step / all_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = highest * rate * group["times"]
+def set_size(model, size):
+    """Prepare the model for images of size x size: no weight depends on it."""
+    side, prompt_encoder = size // model.backbone_stride, model.sam_prompt_encoder
+    model.image_size, model.sam_image_embedding_size = size, side
+    prompt_encoder.input_image_size = (size, size)
+    prompt_encoder.image_embedding_size = (side, side)
+    prompt_encoder.mask_input_size = (4 * side, 4 * side)
+
+
+def parameter_groups(model):
+    """Three groups for the optimizer: the image encoder, prompt encoder and mask decoder, what only video uses."""
+    groups = [{"params": []}, {"params": []}, {"params": []}]
+    for name, parameter in model.named_parameters():
+        video = any(part in name for part in VIDEO_PARTS)
+        groups[0 if name.startswith("image_encoder.") else 2 if video else 1]["params"].append(parameter)
+    return groups
+
+
+def set_learning_rates(optimizer, rates, step, all_steps):
+    progress = min(1, (step + 1) / WARMUP) * 0.5 * (1 + np.cos(np.pi * step / all_steps))
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate * progress
 
 
 @torch.no_grad()
@@ -160,15 +157,13 @@ def save(model, path):
 
 # ----------------------------------------------------------------------------- data
 
-def batches(size, steps, clip_share, seed):
+def batches(steps, still_size, clip_size, clip_share, seed):
     """`steps` batches: stills (SCENES x 3 x S x S, SCENES x PROMPTS x S x S) or clips, see Clips. Each drawn once."""
-    rng = np.random.default_rng(seed)
-    on_clips = rng.random(steps) < clip_share
-    clips = DataLoader(Clips(size, int(on_clips.sum()) * CLIPS, FRAMES, seed * CLIPS), CLIPS, num_workers=1,
-                       prefetch_factor=4)
-    scenes = DataLoader(Scenes(size, int((~on_clips).sum()) * SCENES, seed * SCENES), SCENES, num_workers=1,
-                        prefetch_factor=4)
-    clips, scenes = iter(clips), iter(scenes)
+    on_clips = np.random.default_rng(seed).random(steps) < clip_share
+    scenes = Scenes(still_size, int((~on_clips).sum()) * SCENES, seed * SCENES)
+    clips = Clips(clip_size, int(on_clips.sum()) * CLIPS, FRAMES, seed * CLIPS)
+    scenes = iter(DataLoader(scenes, SCENES, num_workers=1, prefetch_factor=4))
+    clips = iter(DataLoader(clips, CLIPS, num_workers=1, prefetch_factor=4))
     for on_clip in on_clips:
         yield next(clips if on_clip else scenes)
 
@@ -239,6 +234,7 @@ def still_loss(model, images, masks, discs):
 def encode(model, images):
     """Images N x 3 x S x S in [0, 1] -> [stride 4, stride 8, stride 16] feature maps as set_image makes them, and
     the position encodings of the three."""
+    set_size(model, images.shape[-1])
     mean = images.new_tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = images.new_tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     out = model.forward_image((images - mean) / std)
@@ -333,8 +329,8 @@ def mask_loss(logits, scores, masks):
     on a part may mean the part or the whole, and one mask for both would be neither.
     """
     target = F.interpolate(masks[:, None].float(), logits.shape[-2:], mode="area").expand_as(logits)
-    bce = F.binary_cross_entropy_with_logits(logits.clamp(-32, 32), target, reduction="none").mean((2, 3))
-    prob = logits.sigmoid()
+    bce = F.binary_cross_entropy_with_logits(logits / SHARPNESS, target, reduction="none").mean((2, 3))
+    prob = (logits / SHARPNESS).sigmoid()
     dice = 1 - (2 * (prob * target).sum((2, 3)) + 1) / (prob.sum((2, 3)) + target.sum((2, 3)) + 1)
     each = 4 * bce + dice
     with torch.no_grad():
