@@ -489,9 +489,9 @@ def predictor_of(model):
 def evaluate_clips(tracker, count):
     """Follow one object through each of `count` held-out clips with SAM2VideoPredictor, box on the first frame.
 
-    Returns: {name: (mean, number of frames)}: J, the IoU over the frames after the first in which the object is in
-    sight; "absent recognised", the share of the frames without a pixel of it for which the mask is empty; "present
-    recognised", the share of the others for which it is not.
+    Returns: {name: (mean, number of frames)}: J, the IoU over the frames after the first in which at least MIN_PIXELS
+    of the object are in sight; "present recognised", the share of these for which the mask is not empty; "absent
+    recognised", the share of the frames without a pixel of it for which the mask is empty.
     """
     ious, empty, seen = [], [], []
     for index in range(count):
@@ -499,10 +499,10 @@ def evaluate_clips(tracker, count):
         frames, masks = draw_objects(rng, EVALUATE_SIZE, FOLLOW_FRAMES, 1)
         masks = masks[0].numpy()
         for t, mask in track(tracker, frames, masks[0]):
-            if t > 0 and masks[t].any():
+            if t > 0 and masks[t].sum() >= MIN_PIXELS:
                 ious.append((mask & masks[t]).sum() / (mask | masks[t]).sum())
                 seen.append(mask.any())
-            elif t > 0:
+            elif t > 0 and not masks[t].any():
                 empty.append(not mask.any())
     return {"J": (np.mean(ious), len(ious)), "absent recognised": (np.mean(empty or [0]), len(empty)),
             "present recognised": (np.mean(seen), len(seen))}
