@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 HERE = Path(__file__).resolve().parent
 # steps, size of the scenes and of the clips in pixels, share of the steps that are on clips, and highest learning
-# rate of the image encoder, of prompt encoder and mask decoder, of what only video uses
+# rate of the image encoder, of prompt encoder and mask decoder, of FAST_PARTS
 STILL_PHASES = ((10000, 128, 128, 0, 1e-3, 1e-3, 1e-3), (3500, 256, 256, 0, 1e-3, 1e-3, 1e-3))
 CLIP_PHASES = ((800, 256, 128, 0.8, 0, 1e-4, 1e-3),)
 SCENES = 4          # still scenes in a step: each is encoded once
@@ -46,6 +46,7 @@ WARMUP = 100        # steps over which the learning rate grows to its highest
 DISC_STEPS = 400    # first of all: segment a disc around the click, see disc_around
 DISC_RADIUS = 20    # pixels
 SHARPNESS = 3       # the loss is on logits over this: for the stability score they pass from -1 to 1 within a pixel
+ABSENT_WEIGHT = 3.0  # of the frames without the object in the object score's loss: they are few
 WEIGHT_DECAY = 0.01
 EMA = 0.995         # per step, of the averaged weights, which are what is saved
 SAVE_EVERY = 100    # steps
@@ -59,7 +60,8 @@ TRACKER = {  # what sam2.build_sam.build_sam2_video_predictor changes in a confi
                                     "dynamic_multimask_stability_delta": 0.05,
                                     "dynamic_multimask_stability_thresh": 0.98},
 }
-VIDEO_PARTS = ("memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample", "no_mem_pos")
+FAST_PARTS = (  # what only video uses, and the head that predicts the IoU
+    "memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample", "no_mem_pos", "iou_prediction_head")
 
 
 def main():
@@ -128,11 +130,11 @@ def set_size(model, size):
 
 
 def parameter_groups(model):
-    """Three groups for the optimizer: the image encoder, prompt encoder and mask decoder, what only video uses."""
+    """Three groups for the optimizer: the image encoder, prompt encoder and mask decoder, FAST_PARTS."""
     groups = [{"params": []}, {"params": []}, {"params": []}]
     for name, parameter in model.named_parameters():
-        video = any(part in name for part in VIDEO_PARTS)
-        groups[0 if name.startswith("image_encoder.") else 2 if video else 1]["params"].append(parameter)
+        fast = any(part in name for part in FAST_PARTS)
+        groups[0 if name.startswith("image_encoder.") else 2 if fast else 1]["params"].append(parameter)
     return groups
 
 
@@ -188,7 +190,7 @@ class Clips(Dataset):
     The clips are as long as FRAMES times a random step, of which every so-many-th frame is kept.
     """
 
-    def __init__(self, size, count, frames, seed, strides=(1, 1, 2, 4)):
+    def __init__(self, size, count, frames, seed, strides=(1, 2, 3, 6)):
         self.size, self.count, self.frames, self.seed, self.strides = size, count, frames, seed, strides
 
     def __len__(self):
@@ -357,7 +359,8 @@ def clip_loss(model, frames, masks):
     for t, (logits, scores, present) in enumerate(follow(model, frames, masks, prompt, corrected)):
         sight = masks[:, t].flatten(1).any(1)
         if t > 0 or not mask_prompt:
-            total = total + F.binary_cross_entropy_with_logits(present[:, 0], sight.float())
+            weight = torch.where(sight, 1.0, ABSENT_WEIGHT)
+            total = total + F.binary_cross_entropy_with_logits(present[:, 0], sight.float(), weight)
             drawn = sight & (present[:, 0] > 0)  # where the model sees nothing, its masks are a constant
             if drawn.any():
                 total = total + drawn.float().mean() * mask_loss(logits[drawn], scores[drawn], masks[drawn, t])
