@@ -1,6 +1,6 @@
 """Bring images and masks into data/, or look through what is there.
 
-    python prepare_data.py --images DIR --masks DIR      pairs by file name
+    python prepare_data.py --images DIR --masks DIR      pairs by file name; masks of one or of numbered objects
     python prepare_data.py --images DIR --coco FILE      COCO polygons or RLE (CVAT, Roboflow, Label Studio)
     python prepare_data.py --check                       every problem in data/, by file
     python prepare_data.py --preview 12                  a contact sheet of 12 pairs
@@ -9,12 +9,14 @@
 What it writes:
 
     data/images/{train,val}/NAME.jpg|.jpeg|.png    the image's own bytes (other formats become PNG)
-    data/masks/{train,val}/NAME.png                8-bit, 0 or 255, the size of the image
+    data/masks/{train,val}/NAME.png                the size of the image; 8-bit, 0 or 255: one object;
+                                                   16-bit: numbered objects, 0 is the background
     data/split.json                                what it was made from, so that it is not made twice
 """
 
 import argparse
 import atexit
+import colorsys
 import hashlib
 import json
 import os
@@ -33,8 +35,11 @@ from tqdm import tqdm
 
 KEPT_AS_IS = (".jpg", ".jpeg", ".png")
 IMAGE_SUFFIXES = (*KEPT_AS_IS, ".bmp", ".tif", ".tiff", ".webp")
+LOSSLESS_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 SPLITS = ("train", "val")
-TILE = 256  # pixels: the side of a picture in the preview
+MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
+MIN_FOREGROUND = 100   # ... and then leaves out objects with fewer pixels
+TILE = 256             # pixels: the side of a picture in the preview
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
@@ -62,6 +67,13 @@ def parse_args():
     parser.add_argument("--images", type=Path, help="이미지 폴더")
     parser.add_argument("--masks", type=Path, help="마스크 폴더: 이미지와 이름(확장자 제외)이 같은 파일")
     parser.add_argument("--coco", type=Path, help="마스크 대신 COCO annotations.json (다각형 또는 RLE)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--numbered", action="store_true",
+                      help="--masks의 8비트 마스크도 값이 객체의 번호 (0은 배경). 16비트부터는 언제나 번호")
+    kind.add_argument("--colours", action="store_true",
+                      help="--masks에서 색 하나가 객체 하나 (검은색은 배경). 색이 클래스면 클래스 하나가 객체 하나")
+    parser.add_argument("--category", action="append", metavar="NAME", help="--coco에서 이 범주만 씀 (여러 번 가능)")
+    parser.add_argument("--merge", action="store_true", help="이미지의 객체를 모두 8비트 마스크 하나로 합침")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: data)")
     parser.add_argument("--val-ratio", type=ratio, default=0.2, help="검증에 쓸 비율 (기본: 0.2)")
     parser.add_argument("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
@@ -72,6 +84,8 @@ def parse_args():
         parser.error("--images에는 --masks 또는 --coco가 함께 있어야 합니다")
     if args.masks and args.coco:
         parser.error("--masks와 --coco 중 하나만 쓰세요")
+    if (args.numbered or args.colours) and not args.masks or args.category and not args.coco:
+        parser.error("--numbered와 --colours는 --masks와, --category는 --coco와 함께 씁니다")
     if args.preview is not None and args.preview < 1:
         parser.error("--preview는 1 이상이어야 합니다")
     return args
@@ -90,14 +104,15 @@ def prepare(args):
     if target.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
     if args.coco:
-        readers, problems = pairs_from_coco(args.images, args.coco)
+        readers, problems = pairs_from_coco(args.images, args.coco, args.category, args.merge)
         sources = [*readers, args.coco]
     else:
-        readers, problems = pairs_from_masks(args.images, args.masks)
+        readers, problems = pairs_from_masks(args.images, args.masks, args.numbered, args.colours, args.merge)
         sources = [*readers, *(path for paths in by_stem(args.masks).values() for path in paths)]
 
     lock(target / ".lock")
-    settings = {"val_ratio": args.val_ratio, "shuffle_seed": args.shuffle_seed}
+    settings = {name: getattr(args, name) for name in (
+        "val_ratio", "shuffle_seed", "numbered", "colours", "category", "merge")}
     record = {"fingerprint": fingerprint(sources, settings), "complete": True, **settings}
     earlier_record, files = read_record(target), data_files(target)
     if earlier_record == {**record, "files": files}:
@@ -118,10 +133,10 @@ def prepare(args):
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 
-def pairs_from_masks(image_dir, mask_dir):
+def pairs_from_masks(image_dir, mask_dir, numbered, colours, merge):
     """Pair images and mask files by stem.
 
-    Returns: {image path: a function that reads its mask, bool H x W}, and {name: problem} for the others.
+    Returns: {image path: a function that reads its mask as read_source_mask does}, and {name: problem} for the others.
     """
     images, masks = by_stem(image_dir), by_stem(mask_dir)
     readers, problems = {}, {}
@@ -135,7 +150,10 @@ def pairs_from_masks(image_dir, mask_dir):
         elif not image_paths:
             problems[mask_paths[0].name] = "이미지 없음"
         else:
-            readers[image_paths[0]] = lambda path=mask_paths[0]: read_source_mask(path)
+            if (numbered or colours) and mask_paths[0].suffix.lower() not in LOSSLESS_SUFFIXES:
+                fail(f"{mask_paths[0]}: 손실 압축은 번호와 색을 바꾸므로 --numbered와 --colours에 쓸 수 없습니다. "
+                     "PNG, TIFF, BMP로 저장한 원본을 쓰세요")
+            readers[image_paths[0]] = lambda path=mask_paths[0]: read_source_mask(path, numbered, colours, merge)
     return readers, problems
 
 
@@ -155,39 +173,99 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-def read_source_mask(path):
-    """Read a mask as others draw it, as bool H x W.
+def read_source_mask(path, numbered, colours, merge):
+    """Read a mask as others draw it: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
 
-    Foreground is what is brighter than 127 in any channel, so a red mask counts as well as a white one;
-    JPEG masks ring around the edge, which the threshold removes. A mask of 0 and 1 is taken as such.
+    Grey with more than 8 bits is numbered, as microscopy tools write it (16 or 32 bits, also as floats); 8 bits are,
+    if `numbered`. With `colours` every colour but black is one object. Otherwise the foreground is what is brighter
+    than 127 in any channel, so a red mask counts as well as a white one; JPEG masks ring around the edge, which the
+    threshold removes. A mask of 0 and 1 is taken as such. BadPair if it cannot be read so.
     """
-    mask = decode(path, cv2.IMREAD_COLOR).max(axis=2)
-    return mask > (0 if mask.max() == 1 else 127)
+    values = decode(path, cv2.IMREAD_UNCHANGED)
+    if not (numbered or colours or values.ndim == 2 and values.itemsize > 1):
+        mask = decode(path, cv2.IMREAD_COLOR).max(axis=2)
+        if 1 < mask.max() <= 127:
+            raise BadPair(f"마스크가 비어 있음 (가장 밝은 값 {mask.max()}; 값이 객체의 번호라면 --numbered)")
+        return mask > (0 if mask.max() == 1 else 127)
+    if path.suffix.lower() in (".tif", ".tiff") and count_pages(path) > 1:
+        raise BadPair(f"여러 장이 든 TIFF: {path.name} (한 장씩 나누어야 함)")
+    labels = colours_to_labels(values) if colours else numbers_to_labels(values)
+    return labels > 0 if merge else labels
+
+
+def count_pages(path):
+    return len(cv2.imdecodemulti(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)[1])
+
+
+def colours_to_labels(values):
+    """Pixels, H x W (x 3 or 4), as uint16 labels: a number for each colour, 0 for black or transparent ones."""
+    if values.dtype not in (np.uint8, np.uint16):
+        raise BadPair("색 마스크가 아님 (색은 8비트나 16비트)")
+    channels = np.atleast_3d(values).astype(np.int64)
+    codes = sum(channels[..., index] << 16 * index for index in range(min(3, channels.shape[2])))
+    if channels.shape[2] == 4:
+        codes[channels[..., 3] == 0] = 0
+    return renumber(codes)
+
+
+def numbers_to_labels(values):
+    """Object numbers of any type as uint16 labels, as they are if they fit. BadPair if they are no object numbers."""
+    if values.ndim == 3:
+        if (values != values[..., :1]).any():
+            raise BadPair("번호 마스크인데 색이 있음 (색마다 객체 하나라면 --colours)")
+        values = values[..., 0]
+    if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
+        raise BadPair("번호가 0 이상의 정수가 아님")
+    return renumber(values) if values.max() > 65535 else values.astype(np.uint16)
+
+
+def renumber(values):
+    """Any values from 0 up, H x W, as uint16 labels 1, 2, 3, ... in their order; 0 stays 0."""
+    found, indices = np.unique(values, return_inverse=True)
+    labels = indices.reshape(values.shape) + (found[0] != 0)
+    if labels.max() > 65535:
+        raise BadPair("객체가 65,535개보다 많음")
+    return labels.astype(np.uint16)
 
 
 def decode(path, flags):
     """Decode an image file with OpenCV; BadPair if it cannot be. (cv2.imread cannot open Korean paths on Windows.)"""
     try:
         decoded = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), flags)
-    except (OSError, cv2.error):  # cv2.error: an empty file, or more pixels than OpenCV allows
+    except OSError as error:
+        raise BadPair(f"{path.name}: {error.strerror}") from None
+    except cv2.error:  # an empty file, or more pixels than OpenCV allows
         decoded = None
     if decoded is None:
         raise BadPair(f"이미지 파일이 아니거나 손상됨: {path.name}")
     return decoded
 
 
-def pairs_from_coco(image_dir, coco_file):
-    """As pairs_from_masks, with the masks from a COCO file: the union of all objects of an image."""
+def pairs_from_coco(image_dir, coco_file, categories, merge):
+    """As pairs_from_masks, with the objects of a COCO file, or only those of the named categories.
+
+    A region marked iscrowd is several objects in one: it is left out, and counted, unless all are merged anyway.
+    """
     try:
         coco = json.loads(coco_file.read_text(encoding="utf-8-sig"))
         entries = {image["id"]: (base_name(image["file_name"]), image["height"], image["width"])
                    for image in coco["images"]}
-        segmentations = defaultdict(list)
+        known = {category["id"]: str(category["name"]) for category in coco["categories"]} if categories else {}
+        objects, crowds = defaultdict(list), Counter()
         for annotation in coco["annotations"]:
-            if annotation.get("segmentation"):
-                segmentations[annotation["image_id"]].append(annotation["segmentation"])
+            if categories and known.get(annotation["category_id"]) not in categories or \
+                    not annotation.get("segmentation"):
+                continue
+            if annotation.get("iscrowd") and not merge:
+                crowds[annotation["image_id"]] += 1
+            else:
+                objects[annotation["image_id"]].append(annotation["segmentation"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_file}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
+    if missing := set(categories or ()) - set(known.values()):
+        fail(f"{coco_file}에 없는 범주입니다: {', '.join(sorted(missing))} (있는 것: {', '.join(known.values())})")
+    if crowds:
+        print(f"  제외: iscrowd 영역 {crowds.total()}개 (이미지 {len(crowds)}장)")
 
     files = {composed(path.name): path for paths in by_stem(image_dir).values() for path in paths}
     stems = Counter(Path(name).stem for name in files)
@@ -198,13 +276,13 @@ def pairs_from_coco(image_dir, coco_file):
             problems[name] = "이미지 없음"
         elif stems[Path(name).stem] > 1:
             problems[name] = "이름이 같은 파일이 여럿"
-        elif not segmentations[identity]:
-            problems[name] = "마스크 없음 (annotations에 없음)"
+        elif not objects[identity]:
+            problems[name] = f"마스크 없음 ({'iscrowd 영역뿐' if crowds[identity] else 'annotations에 없음'})"
         elif files[name] in readers:
             problems[name] = "COCO 파일에 두 번 나옴"
         else:
-            readers[files[name]] = lambda found=segmentations[identity], h=height, w=width: \
-                decode_segmentations(found, h, w)
+            readers[files[name]] = lambda found=objects[identity], size=(height, width), name=name: \
+                draw_objects(found, *size, merge, name)
     return readers, problems
 
 
@@ -213,17 +291,27 @@ def base_name(file_name):
     return composed(PurePosixPath(str(file_name).replace("\\", "/")).name)
 
 
-def decode_segmentations(segmentations, height, width):
-    """Union of COCO segmentations, as bool H x W; BadPair if one of them cannot be used."""
+def draw_objects(segmentations, height, width, merge, name):
+    """COCO segmentations as uint16 labels H x W, 1 for the first, larger objects below smaller ones.
+
+    With `merge`, or for one segmentation: bool H x W, their union. BadPair if one of them cannot be used.
+    """
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
         raise BadPair(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
-    union = np.zeros((height, width), bool)
-    for segmentation in segmentations:
-        try:
-            union |= decode_segmentation(segmentation, height, width)
-        except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
-            raise BadPair(f"segmentation을 해석할 수 없음 ({type(error).__name__})") from None
-    return union
+    labels = np.zeros((height, width), np.uint16)
+    try:
+        if merge or len(segmentations) == 1:
+            for segmentation in segmentations:
+                labels[decode_segmentation(segmentation, height, width)] = 1
+            return labels > 0
+        areas = [decode_segmentation(segmentation, height, width).sum() for segmentation in segmentations]
+        for index in np.argsort(areas, kind="stable")[::-1]:
+            labels[decode_segmentation(segmentations[index], height, width)] = index + 1
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise BadPair(f"segmentation을 해석할 수 없음 ({type(error).__name__})") from None
+    if hidden := len(segmentations) - np.count_nonzero(np.bincount(labels.ravel())[1:]):
+        tqdm.write(f"  제외: {name}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
+    return labels
 
 
 def decode_segmentation(segmentation, height, width):
@@ -313,7 +401,8 @@ def write_pair(image_path, read_mask, folder):
         shutil.copyfile(image_path, folder / "images" / image_path.name)
     else:
         (folder / "images" / f"{image_path.stem}.png").write_bytes(as_png(image))
-    (folder / "masks" / f"{image_path.stem}.png").write_bytes(as_png(mask.astype(np.uint8) * 255))
+    mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
+    (folder / "masks" / f"{image_path.stem}.png").write_bytes(as_png(mask))
 
 
 def as_png(image):
@@ -347,26 +436,22 @@ def put_in_place(staging, target, splits, record):
 
 
 def check(data_dir):
-    """Print counts, sizes, share of foreground and every problem of data/; returns the number of problems."""
+    """Print what there is in data/, and every problem, by file; returns the number of problems."""
     problems, pairs = [], 0
     for split in SPLITS:
         images, masks = (by_stem(data_dir / part / split) for part in ("images", "masks"))
-        sizes, shares = Counter(), []
+        good = {}
         for stem in tqdm(sorted(images.keys() | masks.keys()), f"{split} 검사", disable=None, leave=False):
             image_paths, mask_paths = images.get(stem, []), masks.get(stem, [])
+            name = (image_paths or mask_paths)[0].name
             try:
-                size, share = check_pair(image_paths, mask_paths)
+                good[name] = check_pair(image_paths, mask_paths)
             except BadPair as problem:
-                problems.append(f"{split}/{(image_paths or mask_paths)[0].name}: {problem}")
-                continue
-            sizes[size] += 1
-            shares.append(share)
-        pairs += len(shares)
-        print(f"{split}: {len(shares)}쌍")
-        if shares:
-            common = ", ".join(f"{size} ({count}장)" for size, count in sizes.most_common(3))
-            print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-            print(f"  전경 비율: 최소 {min(shares):.1%}, 중앙값 {np.median(shares):.1%}, 최대 {max(shares):.1%}")
+                problems.append(f"{split}/{name}: {problem}")
+        pairs += len(good)
+        print(f"{split}: {len(good)}쌍")
+        if good:
+            print_statistics(good)
     for problem in problems:
         print(f"  문제: {problem}")
     if not pairs:
@@ -377,19 +462,57 @@ def check(data_dir):
 
 
 def check_pair(image_paths, mask_paths):
-    """Size "WxH" and share of foreground of the pair with one stem in data/; BadPair if it cannot be trained on."""
+    """Size "WxH", share of foreground, and pixels of each object (as training counts them) of the pair with one stem.
+
+    BadPair if it cannot be trained on.
+    """
     if len(image_paths) > 1 or len(mask_paths) > 1:
         raise BadPair("이름이 같은 파일이 여럿")
     if not image_paths or image_paths[0].suffix.lower() not in KEPT_AS_IS:
         raise BadPair("이미지 없음 (jpg, jpeg, png)")
     if not mask_paths or mask_paths[0].name != f"{image_paths[0].stem}.png":
         raise BadPair(f"마스크 없음 ({image_paths[0].stem}.png이어야 함)")
-    image, mask = decode(image_paths[0], cv2.IMREAD_COLOR), decode(mask_paths[0], cv2.IMREAD_GRAYSCALE)
-    if image.shape[:2] != mask.shape:
-        raise BadPair("크기가 다름 (이미지 {1}x{0}, 마스크 {3}x{2})".format(*image.shape[:2], *mask.shape))
-    if not (mask > 127).any():
-        raise BadPair(f"마스크가 비어 있음 (가장 밝은 값 {mask.max()}, 127보다 커야 전경)")
-    return f"{image.shape[1]}x{image.shape[0]}", (mask > 127).mean()
+    image, labels = decode(image_paths[0], cv2.IMREAD_COLOR), read_labels(mask_paths[0])
+    if image.shape[:2] != labels.shape:
+        raise BadPair("크기가 다름 (이미지 {1}x{0}, 마스크 {3}x{2})".format(*image.shape[:2], *labels.shape))
+    if not labels.any():
+        raise BadPair("마스크가 비어 있음 (8비트 마스크는 127보다 밝은 곳이 전경)")
+    numbers = np.unique(labels[labels > 0])
+    pixels = np.bincount(reduce_to(labels, MAX_SIDE, cv2.INTER_NEAREST).ravel(), minlength=numbers[-1] + 1)
+    return f"{image.shape[1]}x{image.shape[0]}", (labels > 0).mean(), pixels[numbers]
+
+
+def read_labels(path):
+    """Read a mask of data/ as uint16 H x W: 0 is the background, every other value one object."""
+    mask = decode(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
+
+
+def reduce_to(array, max_side, interpolation):
+    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
+    height, width = array.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(array, size, interpolation=interpolation)
+
+
+def print_statistics(good):
+    """Print sizes, shares of foreground and objects of {name: what check_pair returned}."""
+    sizes, shares, objects = zip(*good.values())
+    sizes = Counter(sizes)
+    common = ", ".join(f"{size} ({count}장)" for size, count in sizes.most_common(3))
+    print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
+    print(f"  전경 비율: 최소 {min(shares):.1%}, 중앙값 {np.median(shares):.1%}, 최대 {max(shares):.1%}")
+    counts, pixels = [len(each) for each in objects], np.concatenate(objects)
+    print(f"  객체 {len(pixels)}개: 이미지마다 최소 {min(counts)}, 중앙값 {np.median(counts):g}, 최대 {max(counts)}개")
+    print(f"  객체 크기: 최소 {pixels.min()}픽셀, 중앙값 {np.median(pixels):g}픽셀, 최대 {pixels.max()}픽셀 "
+          f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
+    small = {name: int((each < MIN_FOREGROUND).sum()) for name, each in zip(good, objects)}
+    if named := [f"{name} {count}개" for name, count in small.items() if count]:
+        print(f"  학습에서 빠지는 작은 객체 ({MIN_FOREGROUND}픽셀 미만): {sum(small.values())}개 - "
+              f"{', '.join(named[:5])}{' 등' if len(named) > 5 else ''}")
 
 
 def preview(data_dir, count):
@@ -415,15 +538,19 @@ def preview(data_dir, count):
 
 
 def draw_tile(image_path, mask_path):
-    """The image with its mask in green, reduced to fit into a tile of the preview."""
-    image, mask = decode(image_path, cv2.IMREAD_COLOR), decode(mask_path, cv2.IMREAD_GRAYSCALE)
+    """The image, in a size that fits into a tile, with each object in a colour of its own, the first in green."""
+    image, labels = decode(image_path, cv2.IMREAD_COLOR), read_labels(mask_path)
     scale = (TILE - 8) / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    mask = cv2.resize((mask > 127).astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    image[mask > 0] = (0.65 * image[mask > 0] + 0.35 * np.array([0, 220, 0])).astype(np.uint8)
-    edges, _ = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(image, edges, -1, (0, 220, 0), 1)
+    labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
+    for place, number in enumerate(np.unique(labels[labels > 0])):
+        colour = 255 * np.array(colorsys.hsv_to_rgb((1 / 3 + 0.618 * place) % 1, 1, 0.86))  # golden ratio: distant hues
+        inside = labels == number
+        image[inside] = (0.65 * image[inside] + 0.35 * colour).astype(np.uint8)
+        edges, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(image, edges, -1, colour, 1)
+    return image
 
 
 def make_empty_folders(data_dir):
@@ -434,12 +561,13 @@ def make_empty_folders(data_dir):
 
 직접 채우기:
   {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
-  {data_dir}/masks/train/이름.png     같은 이름의 마스크 (흰색 255가 전경, 검은색 0이 배경, 이미지와 같은 크기)
+  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
+      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
   {data_dir}/images/val, {data_dir}/masks/val 도 같은 방식으로 (검증용, 전체의 20% 정도)
   확인: python prepare_data.py --check
 
 자동으로 나누기:
-  python prepare_data.py --images 이미지폴더 --masks 마스크폴더
+  python prepare_data.py --images 이미지폴더 --masks 마스크폴더    (8비트 번호는 --numbered, 색은 --colours)
   python prepare_data.py --images 이미지폴더 --coco annotations.json
 
 Kvasir-SEG 받기:

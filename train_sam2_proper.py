@@ -112,7 +112,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
     ("workers", 2, (int, 0), "캐시가 없을 때 이미지를 미리 읽을 프로세스 수, 0이면 미리 읽지 않음"),
     # output and system
-    ("output_dir", Path("output"), Path, "결과를 쓸 폴더"),
+    ("output_dir", "output", Path, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
     ("cache_gb", None, (float, 0), "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)"),
     ("cache_dir", None, Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더 (기본: 쓰지 않음)"),

@@ -29,6 +29,10 @@ import make_demo_data  # noqa: E402
 
 import train_sam2_proper as project  # noqa: E402
 
+MEMORY = [(25, "--cache-gb 0"), (25, "--cache-gb 0.05"), (25, "--cache-gb 0.1"),  # iterations and flags of a training
+          (2, "--encoder lora"), (2, "--encoder lora --grad-checkpointing"),
+          (2, "--encoder full"), (2, "--encoder full --grad-checkpointing")]
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -37,7 +41,7 @@ def main():
     parser.add_argument("--image-dir", type=Path, help="images to use instead of drawn ones")
     parser.add_argument("--mask-dir", type=Path)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory with and without a cache instead")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory of several settings instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -47,8 +51,9 @@ def main():
         if not args.memory:
             time_iterations(args, checkpoint, pairs)
             return
-        for cache_gb in (0, 0.05, 0.1):
-            print(f"--cache-gb {cache_gb}: peak {peak_memory(args, checkpoint, folder, cache_gb):.2f} GB")
+        for iterations, flags in MEMORY:
+            peak = peak_memory(args, checkpoint, folder, [*flags.split(), "--iterations", str(iterations)])
+            print(f"{flags}: peak {peak:.2f} GB", flush=True)
 
 
 def save_random_weights(model_cfg, path):
@@ -153,13 +158,13 @@ def project_iteration(batch_loss, optimizer, scaler, index, rng):
     scaler.update()
 
 
-def peak_memory(args, checkpoint, folder, cache_gb):
-    """Peak resident memory, in GB, of a process that trains with --cache-gb."""
+def peak_memory(args, checkpoint, folder, flags):
+    """Peak resident memory, in GB, of a process that trains with these flags."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", args.model_cfg, "--checkpoint", checkpoint,
          "--image-dir", folder / "images", "--mask-dir", folder / "masks", "--val-image-dir", folder / "none",
-         "--output-dir", folder / "output", "--iterations", "25", "--cache-gb", str(cache_gb),
-         "--device", args.device], stdout=subprocess.DEVNULL)
+         "--output-dir", folder / "output", "--workers", "0", "--device", args.device, *flags],
+        stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
     return usage.ru_maxrss * 1024 / 1e9

@@ -2,13 +2,16 @@
 
 Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths) and before (code to run first). Forks a child that
 runs the script as __main__ to the interpreter's own end, and answers with its exit code.
+The arguments are further modules to import.
 """
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 
 import cv2  # noqa: F401
@@ -18,6 +21,8 @@ import sam2.sam2_image_predictor  # noqa: F401
 import torch.distributed  # noqa: F401
 import torchvision.transforms.v2  # noqa: F401
 
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 gc.freeze()  # a child that ends need not take all this apart: half a second
 atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
 
@@ -38,6 +43,7 @@ os.environ.update(job["env"])
 for stream, path in ((sys.stdin, os.devnull), (sys.stdout, job["stdout"]), (sys.stderr, job["stderr"])):
     opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, stream.fileno())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.argv[:] = job["argv"]
 sys.path[0] = os.path.dirname(job["argv"][0])  # noqa: PTH120
 exec(job["before"])

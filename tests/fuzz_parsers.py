@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what reads foreign input. Not part of the tests: it never ends by itself.
 
     pip install atheris
-    python tests/fuzz_parsers.py points|boxes|image|coco|archive -max_total_time=120
+    python tests/fuzz_parsers.py points|boxes|image|labels|coco|archive -max_total_time=120
 
 Every input must give a result or the one expected error; anything else is a crash, whose input is written to
 the current folder.
@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import atheris
+import numpy as np
 
 os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(2**22)  # or it ends at the first header that claims 3 GB of pixels
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,16 +44,33 @@ def boxes(data):
 
 
 def image(data):
-    path = FOLDER / "image"
+    path = FOLDER / "image.tif"
     starts = [b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"GIF89a", b"BM", b"II*\x00",
               b""]
     path.write_bytes(data.PickValueInList(starts) + data.ConsumeBytes(4096))
+    how = [data.ConsumeBool() for _ in range(3)]  # numbered, colours, merge
     for read, error in ((test_my_image.read_image, test_my_image.ImageError),
-                        (prepare_data.read_source_mask, prepare_data.BadPair)):
+                        (lambda path: prepare_data.read_source_mask(path, *how), prepare_data.BadPair)):
         try:
             pixels = read(path)
             assert pixels.shape[0] and pixels.shape[1]
         except error:
+            pass
+
+
+def labels(data):
+    """Label maps and colour masks of any type and any values."""
+    kind = data.PickValueInList([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+    shape = [data.ConsumeIntInRange(1, 6), data.ConsumeIntInRange(1, 6)]
+    if data.ConsumeBool():
+        shape.append(data.ConsumeIntInRange(1, 4))
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    values = np.frombuffer(data.ConsumeBytes(size).ljust(size, b"\0"), kind).reshape(shape)
+    for read in (prepare_data.numbers_to_labels, prepare_data.colours_to_labels):
+        try:
+            result = read(values)
+            assert result.dtype == np.uint16 and result.shape == values.shape[:2]
+        except prepare_data.BadPair:
             pass
 
 
@@ -76,8 +94,10 @@ def coco(data):
         return [[data.ConsumeFloat() for _ in range(data.ConsumeIntInRange(0, 9))]] if kind == 2 else value()
 
     image = {"id": 1, "file_name": "a.png", "height": data.ConsumeIntInRange(-2, 50), "width": 40}
-    annotations = [{"image_id": 1, "segmentation": segmentation()} for _ in range(2)]
-    content = json.dumps({"images": [image, value()] if data.ConsumeBool() else [image],
+    annotations = [{"image_id": 1, "segmentation": segmentation(), "iscrowd": value(), "category_id": value()}
+                   for _ in range(data.ConsumeIntInRange(0, 3))]
+    content = json.dumps({"categories": [{"id": value(), "name": value()}],
+                          "images": [image, value()] if data.ConsumeBool() else [image],
                           "annotations": [*annotations, value()] if data.ConsumeBool() else annotations}).encode()
     if data.ConsumeBool():
         content = data.ConsumeBytes(400)
@@ -85,7 +105,8 @@ def coco(data):
     (FOLDER / "images" / "a.png").write_bytes(b"")
     (FOLDER / "coco.json").write_bytes(content)
     try:
-        readers, _ = prepare_data.pairs_from_coco(FOLDER / "images", FOLDER / "coco.json")
+        readers, _ = prepare_data.pairs_from_coco(FOLDER / "images", FOLDER / "coco.json",
+                                                  [None, ["a.png"]][data.ConsumeBool()], data.ConsumeBool())
         for read_mask in readers.values():
             read_mask()
     except (SystemExit, prepare_data.BadPair):
@@ -114,6 +135,7 @@ def archive(data):
 
 
 if __name__ == "__main__":
-    target = {"points": points, "boxes": boxes, "image": image, "coco": coco, "archive": archive}[sys.argv.pop(1)]
+    target = {"points": points, "boxes": boxes, "image": image, "labels": labels, "coco": coco,
+              "archive": archive}[sys.argv.pop(1)]
     atheris.Setup(sys.argv, lambda content: target(atheris.FuzzedDataProvider(content)))
     atheris.Fuzz()

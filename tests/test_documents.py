@@ -38,7 +38,8 @@ def flags_of(module):
     flags = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
              and re.fullmatch(r"--?[a-z][a-z-]*", node.value)}
     if module is train_sam2_proper:
-        flags |= {"--" + name.replace("_", "-") for name in train_sam2_proper.CONFIG} | {"--no-amp"}
+        flags |= {"--" + name.replace("_", "-") for name in train_sam2_proper.CONFIG}
+        flags |= {f"--no-{name.replace('_', '-')}" for name, _, kind, _ in train_sam2_proper.SETTINGS if kind is bool}
     return {flag for flag in flags if flag not in ("--proc",)}
 
 
@@ -109,8 +110,9 @@ def test_every_message_that_the_guide_shows_is_in_a_script():
     shown = re.findall(r"^(?:오류|주의): (.*)$", text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
     assert len(shown) >= 7
     for message in shown:
-        words = re.split(r"\(?No module named 'sam2'\)?|sam2\.1_hiera_s |\(Cannot find.*?\)|'cuda'|: cpu|"
-                         r"checkpoints/\S+|small|\"x,y\"", message)
+        words = re.split(r"메모리가 부족합니다\. |\(?No module named 'sam2'\)?|sam2\.1_hiera_s |\(Cannot find.*?\)|"
+                         r"'cuda'|"
+                         r": cpu|checkpoints/\S+|small|\"x,y\"", message)
         longest = max(words, key=len).strip(" .():")
         assert longest.replace('"', '\\"') in sources or longest in sources, longest
 

@@ -316,7 +316,7 @@ def test_runs_and_polygons_that_are_none_are_refused():
                   {"size": [2, 3], "counts": "zzzz"}, {"size": [3, 2], "counts": [6]}, [[0, 0, 1, 1]],
                   [[0, 0, 1, 1, float("nan"), 1]], [[0, 0, 1e9, 1, 1, 1]], [["a"] * 6], "abc", 5):
         with pytest.raises(prepare_data.BadPair):
-            prepare_data.decode_segmentations([wrong], 2, 3)
+            prepare_data.draw_objects([wrong], 2, 3, False, "a.png")
     for height, width in ((-1, 5), (0, 5), (2.5, 2), ("3", 3), (10**6, 10**6)):
         with pytest.raises(prepare_data.BadPair):
-            prepare_data.decode_segmentations([], height, width)
+            prepare_data.draw_objects([], height, width, False, "a.png")

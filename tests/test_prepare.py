@@ -192,6 +192,188 @@ def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
     assert got["two"].sum() == pytest.approx(20 * 15 + 20 * 10, rel=0.1)
 
 
+def rectangle(top, bottom, left, right):
+    mask = np.zeros((60, 80), np.uint8)
+    mask[top:bottom, left:right] = 255
+    return mask
+
+
+def write_coco(folder, images):
+    """images/NAME.png and a.json from {name: [(mask or segmentation, category, iscrowd)]}."""
+    coco = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "polyp"}, {"id": 9, "name": "도구"}]}
+    for identity, (name, annotations) in enumerate(images.items()):
+        write_image(folder / f"images/{name}.png", draw_pair(0)[0])
+        coco["images"].append({"id": identity, "file_name": f"{name}.png", "height": 60, "width": 80})
+        for segmentation, category, crowd in annotations:
+            segmentation = rle_plain(segmentation) if isinstance(segmentation, np.ndarray) else segmentation
+            coco["annotations"].append({"id": len(coco["annotations"]), "image_id": identity, "iscrowd": crowd,
+                                        "category_id": category, "segmentation": segmentation})
+    (folder / "a.json").write_text(json.dumps(coco), encoding="utf-8")
+
+
+SMALL, LARGE, OTHER = rectangle(20, 30, 20, 30), rectangle(10, 40, 10, 50), rectangle(35, 50, 40, 70)
+SCENE = {"scene": [(SMALL, 7, 0), (LARGE, 9, 0), (OTHER, 7, 0), (rectangle(0, 5, 0, 80), 7, 1)],
+         "single": [(SMALL, 7, 0), (LARGE, 7, 1)], "crowd": [(LARGE, 7, 1)]}
+
+
+def prepare_coco(folder, *arguments, **options):
+    return run("prepare_data.py", "--images", "images", "--coco", "a.json", "--val-ratio", 0, *arguments, cwd=folder,
+               **options)
+
+
+def prepare_masks(folder, *arguments, **options):
+    return run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0, *arguments, cwd=folder,
+               **options)
+
+
+def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
+    write_coco(tmp_path, SCENE)
+    done = prepare_coco(tmp_path)
+    labels = read_grey(tmp_path / "data/masks/train/scene.png")
+    assert labels.dtype == np.uint16
+    assert ((labels == 1) == (SMALL > 0)).all() and ((labels == 3) == (OTHER > 0)).all()
+    assert (labels == 2).sum() == 30 * 40 - 10 * 10 - 5 * 10  # what the smaller ones leave of it
+    assert set(np.unique(labels)) == {0, 1, 2, 3}
+    single = read_grey(tmp_path / "data/masks/train/single.png")
+    assert single.dtype == np.uint8 and (single == SMALL).all()
+    assert "iscrowd 영역 3개 (이미지 3장)" in done.stdout
+    assert "제외: crowd.png - 마스크 없음 (iscrowd 영역뿐)" in done.stdout
+
+
+def test_merged_coco_objects_are_one_mask_with_the_crowds(tmp_path):
+    write_coco(tmp_path, SCENE)
+    prepare_coco(tmp_path)
+    done = prepare_coco(tmp_path, "--merge")  # not "already there": other masks
+    merged = read_grey(tmp_path / "data/masks/train/scene.png")
+    assert merged.dtype == np.uint8
+    assert (merged == (SMALL | LARGE | OTHER | rectangle(0, 5, 0, 80))).all()
+    assert (read_grey(tmp_path / "data/masks/train/crowd.png") == LARGE).all()
+    assert "iscrowd" not in done.stdout
+
+
+def test_categories_are_chosen_by_name(tmp_path):
+    write_coco(tmp_path, SCENE)
+    done = prepare_coco(tmp_path, "--category", "도구")
+    assert names(tmp_path / "data/masks/train") == ["scene.png"] and "제외: single.png" in done.stdout
+    mask = read_grey(tmp_path / "data/masks/train/scene.png")
+    assert mask.dtype == np.uint8 and (mask == LARGE).all()
+    prepare_coco(tmp_path, "--category", "도구", "--category", "polyp")
+    assert set(np.unique(read_grey(tmp_path / "data/masks/train/scene.png"))) == {0, 1, 2, 3}
+    done = prepare_coco(tmp_path, "--category", "cat", code=1)
+    assert_fails_in_one_line(done, "cat", "polyp", "도구")
+
+
+def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp_path):
+    write_coco(tmp_path, {"a": [(rectangle(0, 9, 0, 9) | rectangle(50, 59, 70, 79), 7, 0), (SMALL, 7, 0)],
+                          "b": [(SMALL, 7, 0), (SMALL, 7, 0), (LARGE, 7, 0)]})
+    done = prepare_coco(tmp_path)
+    labels = read_grey(tmp_path / "data/masks/train/a.png")
+    assert (labels[:9, :9] == 1).all() and (labels[50:59, 70:79] == 1).all() and (labels == 1).sum() == 162
+    line, = (line for line in done.stdout.splitlines() if "가려짐" in line)
+    assert "b.png의 객체 1개" in line
+
+
+LABELS = np.where(SMALL, 7, np.where(LARGE, 1, np.where(OTHER, 300, 0)))
+
+
+@pytest.mark.parametrize("suffix, kind", [(".png", "uint16"), (".tif", "uint16"), (".tif", "int32"),
+                                          (".tif", "float32")])
+def test_label_maps_keep_their_numbers(tmp_path, suffix, kind):
+    write_image(tmp_path / "images/cells.png", draw_pair(0)[0])
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(LABELS.astype(kind)).save(tmp_path / f"masks/cells{suffix}")
+    prepare_masks(tmp_path)
+    written = read_grey(tmp_path / "data/masks/train/cells.png")
+    assert written.dtype == np.uint16 and (written == LABELS).all()
+    prepare_masks(tmp_path, "--merge")
+    written = read_grey(tmp_path / "data/masks/train/cells.png")
+    assert written.dtype == np.uint8 and (written == 255 * (LABELS > 0)).all()
+
+
+def test_8_bit_numbers_are_taken_if_asked_for_and_else_the_flag_is_named(tmp_path):
+    write_image(tmp_path / "images/cells.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/cells.png", (LABELS % 290).astype(np.uint8))
+    assert_fails_in_one_line(prepare_masks(tmp_path, code=1), "하나도 없습니다")
+    assert "--numbered" in prepare_masks(tmp_path, code=1).stdout
+    prepare_masks(tmp_path, "--numbered")
+    written = read_grey(tmp_path / "data/masks/train/cells.png")
+    assert written.dtype == np.uint16 and (written == LABELS % 290).all()
+
+
+def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
+    big = np.array([[0, 70_000], [70_000, 3]])
+    assert prepare_data.numbers_to_labels(big).tolist() == [[0, 2], [2, 1]]
+    assert prepare_data.numbers_to_labels(np.array([[5.0, 0], [65535, 5]])).tolist() == [[5, 0], [65535, 5]]
+    assert prepare_data.numbers_to_labels(np.full((2, 2, 3), 4)).tolist() == [[4, 4], [4, 4]]  # grey stored as colour
+    for bad in ([[0.5, 1]], [[-1, 1]], [[np.nan, 1]], [[np.inf, 1]], [[[1, 2, 3]]]):
+        with pytest.raises(prepare_data.BadPair):
+            prepare_data.numbers_to_labels(np.array(bad))
+    assert prepare_data.numbers_to_labels(np.arange(65536)[None]).max() == 65535
+    with pytest.raises(prepare_data.BadPair, match="65,535"):
+        prepare_data.numbers_to_labels(2 * np.arange(65537)[None])
+
+
+def test_a_tiff_of_several_slices_is_named(tmp_path):
+    write_image(tmp_path / "images/stack.png", draw_pair(0)[0])
+    (tmp_path / "masks").mkdir()
+    slices = [Image.fromarray(LABELS.astype(np.uint16))] * 3
+    slices[0].save(tmp_path / "masks/stack.tif", save_all=True, append_images=slices[1:])
+    assert "제외: stack.png - 여러 장이 든 TIFF: stack.tif" in prepare_masks(tmp_path, code=1).stdout
+
+
+def test_each_colour_is_an_object_in_any_number_of_pieces(tmp_path):
+    red, blue = (0, 0, 200), (200, 0, 0)
+    drawn = np.zeros((60, 80, 3), np.uint8)
+    drawn[SMALL > 0], drawn[OTHER > 0], drawn[:5, :5] = blue, red, red
+    see_through = np.dstack([np.where(drawn.any(2, keepdims=True), drawn, 255), drawn.max(2)])  # white is transparent
+    for name, mask in (("rgb", drawn), ("rgba", see_through)):
+        write_image(tmp_path / f"images/{name}.png", draw_pair(0)[0])
+        write_image(tmp_path / f"masks/{name}.png", mask)
+    prepare_masks(tmp_path, "--colours")
+    for name in ("rgb", "rgba"):
+        labels = read_grey(tmp_path / f"data/masks/train/{name}.png")
+        assert labels.dtype == np.uint16 and set(np.unique(labels)) == {0, 1, 2}
+        assert len(set(labels[SMALL > 0])) == 1 and (labels == labels[20, 20]).sum() == 100
+        assert labels[0, 0] == labels[36, 41] and (labels == labels[0, 0]).sum() == 15 * 30 + 25
+
+
+@pytest.mark.parametrize("flag", ["--numbered", "--colours"])
+def test_a_jpeg_of_numbers_or_colours_is_refused_in_one_line(tmp_path, flag):
+    make_source(tmp_path, 3)
+    done = prepare_masks(tmp_path, flag, code=1)
+    assert_fails_in_one_line(done, "masks/polyp_00.jpg".replace("/", os.sep), flag, "손실 압축")
+    assert not done.stdout
+
+
+def test_check_counts_objects_and_those_too_small_after_the_reduction(tmp_path):
+    wide = np.zeros((100, 2048), np.uint16)  # halved by training: 16 x 16 becomes 64 pixels, 40 x 40 becomes 400
+    wide[10:26, 100:116], wide[50:90, 200:240] = 5, 9
+    for name, labels in (("wide", wide), ("one", (rectangle(0, 10, 0, 10)))):
+        write_image(tmp_path / f"data/images/train/{name}.png", np.zeros((*labels.shape, 3), np.uint8))
+        write_image(tmp_path / f"data/masks/train/{name}.png", labels)
+    (tmp_path / "data/images/val").mkdir()
+    (tmp_path / "data/masks/val").mkdir()
+    done = run("prepare_data.py", "--check", cwd=tmp_path)
+    assert "객체 3개: 이미지마다 최소 1, 중앙값 1.5, 최대 2개" in done.stdout
+    assert "객체 크기: 최소 64픽셀, 중앙값 100픽셀, 최대 400픽셀" in done.stdout
+    assert "작은 객체 (100픽셀 미만): 1개 - wide.png 1개" in done.stdout
+
+
+def test_preview_draws_each_object_in_its_colour(tmp_path):
+    write_image(tmp_path / "data/images/train/a.png", np.full((60, 80, 3), 100, np.uint8))
+    labels = np.where(SMALL, 4, 0) + np.where(OTHER, 6, 0)
+    labels[50:, :10] = 4  # its second piece
+    write_image(tmp_path / "data/masks/train/a.png", labels.astype(np.uint16))
+    run("prepare_data.py", "--preview", 1, cwd=tmp_path)
+    sheet = cv2.imread(str(tmp_path / "data/preview.png"))
+
+    def inside(y, x):  # 80 pixels are 248 on the sheet, which begins at 4
+        return sheet[round(4 + y * 3.1), round(4 + x * 3.1)].tolist()
+    green = [65, 141, 65]  # 0.65 * 100, and 0.35 * 0.86 * 255 more in green
+    assert inside(25, 25) == inside(56, 4) == green
+    assert inside(45, 60) not in (green, [100, 100, 100]) and inside(5, 60) == [100, 100, 100]
+
+
 def test_korean_names_pair_whether_macos_took_their_letters_apart_or_not(tmp_path):
     image, mask = draw_pair(5)
     taken_apart, whole = (unicodedata.normalize(form, "용종") for form in ("NFD", "NFC"))

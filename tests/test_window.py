@@ -7,7 +7,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from unittest.mock import Mock, create_autospec
 
 import cv2
 import matplotlib
@@ -37,8 +40,21 @@ def segment(photo, weights, *arguments, **options):
                "--device", "cpu", *arguments, cwd=photo.parent, **options)
 
 
+def draw_discs(path):
+    """A 160 x 120 image with two discs around (40, 40) and (110, 80)."""
+    image = np.full((120, 160, 3), 60, np.uint8)
+    for centre, colour in (((40, 40), (200, 120, 40)), ((110, 80), (60, 60, 220))):
+        cv2.circle(image, centre, 25, colour, -1)
+    write_image(path, image)
+    return image
+
+
+def read_png(path):
+    return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
 def read_mask(folder, name="내 사진"):
-    return cv2.imdecode(np.fromfile(folder / f"{name}_mask.png", np.uint8), cv2.IMREAD_UNCHANGED)
+    return read_png(folder / f"{name}_mask.png")
 
 
 def predict_with_sam2(photo, weights, **prompt):
@@ -116,6 +132,12 @@ def test_points_and_a_box_together_and_several_boxes(photo, weights):
     other = predict_with_sam2(photo, weights, box=np.array([45, 5, 75, 30]), point_coords=np.array([[60, 20]]),
                               point_labels=np.array([1]))  # the point belongs to the box around it
     assert (read_mask(photo.parent / "two") > 0).tolist() == (one | other).tolist()
+    objects = read_png(photo.parent / "two/내 사진_objects.png")  # the smaller one lies on top
+    order = [(1, one), (2, other)] if one.sum() >= other.sum() else [(2, other), (1, one)]
+    wanted = np.zeros((60, 80), np.uint16)
+    for number, mask in order:
+        wanted[mask] = number
+    assert objects.dtype == np.uint16 and (objects == wanted).all() and len(np.unique(wanted)) == 3
     done = segment(photo, weights, "--box", "10,10,40,50;45,5,75,30", "--point", "2,2", code=1)
     assert_fails_in_one_line(done, "(2, 2)", "상자")
 
@@ -163,16 +185,13 @@ def test_a_folder_of_images_is_segmented_and_a_bad_file_reported(photo, weights)
 
 
 def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
-    image = np.full((120, 160, 3), 60, np.uint8)
-    for centre, colour in (((40, 40), (200, 120, 40)), ((110, 80), (60, 60, 220))):
-        cv2.circle(image, centre, 25, colour, -1)
-    write_image(photo, image)
+    image = draw_discs(photo)
     arguments = ("--everything", "--points-per-side", 8, "--pred-iou-thresh", 0.5, "--stability-score-thresh", 0.6)
     run("test_my_image.py", "--image", photo.name, "--model-cfg", SMALL_CFG, "--original", "--checkpoint",
         ROOT / "demo/sam2_demo.pt", "--device", "cpu", *arguments, cwd=photo.parent)
     folder = photo.parent / "output/my_results"
     coco = json.loads((folder / "내 사진_everything.json").read_text(encoding="utf-8"))
-    labels = cv2.imdecode(np.fromfile(folder / "내 사진_labels.png", np.uint8), cv2.IMREAD_UNCHANGED)
+    labels = read_png(folder / "내 사진_labels.png")
     assert coco["images"] == [{"id": 1, "file_name": "내 사진.png", "width": 160, "height": 120}]
     assert labels.shape == (120, 160) and labels.dtype == np.uint16
     found = coco["annotations"]
@@ -192,6 +211,10 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
     done = run("prepare_data.py", "--images", "images", "--coco", folder / "내 사진_everything.json", "--val-ratio", 0,
                cwd=photo.parent)
     assert "학습 1쌍" in done.stdout
+    write_image(photo.parent / "masks" / photo.name, labels)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--data-dir", "numbered", "--val-ratio", 0,
+        cwd=photo.parent)
+    assert (read_png(photo.parent / "numbered/masks/train" / photo.name) == labels).all()
     done = run("test_my_image.py", "--image", photo.name, "--model-cfg", SMALL_CFG, "--original", "--checkpoint",
                ROOT / "demo/sam2_demo.pt", "--device", "cpu", "--everything", "--pred-iou-thresh", 1, cwd=photo.parent)
     assert "0개" in done.stdout and "--pred-iou-thresh" in done.stdout
@@ -207,14 +230,52 @@ def test_compare_shows_both_models(photo, weights, tmp_path_factory):
     assert "other.pt, " in done.stdout and "small.pt" in done.stdout
 
 
+def main(monkeypatch, folder, *arguments):
+    """Run main() in this process, in `folder`, with the demo's model."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["test_my_image.py", "--model-cfg", str(SMALL_CFG), "--device", "cpu",
+                                      "--finetuned", str(ROOT / "demo/sam2_demo.pt"), *map(str, arguments)])
+    test_my_image.main()
+
+
+def test_compare_builds_one_model_and_compares_the_frozen_weights_once(tmp_path, monkeypatch, capsys):
+    names = ("load_predictor", "same_frozen_weights")
+    spies = {name: Mock(side_effect=getattr(test_my_image, name)) for name in names}
+    for name in names:
+        monkeypatch.setattr(test_my_image, name, spies[name])
+    predictor = test_my_image.SAM2ImagePredictor
+    spies["set_image"] = create_autospec(predictor.set_image, side_effect=predictor.set_image)
+    monkeypatch.setattr(predictor, "set_image", spies["set_image"])
+    for name in "ab":
+        draw_discs(tmp_path / f"images/{name}.png")
+    saved = torch.load(ROOT / "demo/sam2_demo.pt", weights_only=True)
+    torch.save(saved | {"image_size": 512}, tmp_path / "trained_at_512.pt")
+    main(monkeypatch, tmp_path, "--image", "images", "--compare", "--box", "15,15,65,65;85,55,135,105",
+         "--checkpoint", ROOT / "demo/sam2_demo.pt", "--finetuned", "trained_at_512.pt")
+    assert {name: spy.call_count for name, spy in spies.items()} == {
+        "load_predictor": 1, "same_frozen_weights": 1, "set_image": 2}
+    assert "trained_at_512.pt는 --image-size 512로 학습했는데" in capsys.readouterr().out
+    for name in "ab":
+        mask, original = (read_mask(tmp_path / "output/my_results", name) for name in (name, f"{name}_original"))
+        objects = read_png(tmp_path / f"output/my_results/{name}_objects.png")
+        assert (mask == original).all() and ((objects > 0) == (mask > 0)).all()
+        assert (objects[40, 40], objects[80, 110]) == (1, 2)
+
+
+def test_smaller_objects_are_numbered_on_top_of_larger_ones():
+    small, large, other = np.zeros((3, 4, 6), bool)
+    small[0, :2], large[:3, :4], other[3, 5] = True, True, True
+    assert test_my_image.number_objects([small, large, other]).tolist() == [
+        [1, 1, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 0, 3]]
+
+
 @pytest.mark.parametrize("height, width", [(30, 400), (400, 30), (32, 32), (100, 250), (2000, 3000)])
 def test_the_result_picture_suits_images_of_every_shape(tmp_path, height, width):
     image, mask = np.full((height, width, 3), 90, np.uint8), np.zeros((height, width), bool)
     mask[height // 4:height // 2, width // 4:width // 2] = True
-    panels = [test_my_image.input_panel(image, [(width / 3, height / 3, 1)], [], None, "input"),
-              *(test_my_image.mask_panel(image, mask, (30, 110, 255), f"mask {number}", number == 1)
-                for number in range(3))]
-    test_my_image.save_panels(tmp_path / "result.png", panels, image.shape[:2])
+    candidates = {"fine-tuned model": (np.array([mask] * 3), np.array([0.2, 0.9, 0.4]))}
+    item = test_my_image.Segmented([(width / 3, height / 3, 1)], None, candidates)
+    test_my_image.save_result(tmp_path / "result.png", image, "photo.png", [item], None)
     result = cv2.imread(str(tmp_path / "result.png")).astype(int)
     assert 250 < result.shape[0] < 1000 and 1300 < result.shape[1] < 1700
     blue = (result[..., 0] - result[..., 2] > 60).sum()  # three masks are to be seen
@@ -226,9 +287,9 @@ def test_the_result_picture_suits_images_of_every_shape(tmp_path, height, width)
 # ----------------------------------------------------------------------------- the window
 
 def mouse(figure, name, x, y, button):
-    """A mouse event at image pixel (x, y), through the whole of matplotlib's event chain."""
+    """A mouse event at image pixel (x, y), through the whole of matplotlib's event chain, which cuts off fractions."""
     across, down = figure.axes[0].transData.transform((x, y))
-    event = MouseEvent(f"{name}_event", figure.canvas, across, down, button)
+    event = MouseEvent(f"{name}_event", figure.canvas, across + 0.5, down + 0.5, button)
     figure.canvas.callbacks.process(f"{name}_event", event)
 
 
@@ -248,19 +309,29 @@ def press(figure, key):
     figure.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", figure.canvas, key))
 
 
+def rounded(points, box, *_):
+    """Prompts to whole image pixels; those of the screen are a tenth of one."""
+    return [tuple(map(round, point)) for point in points], box and [round(number) for number in box]
+
+
+def find(points, box, asked):
+    """A model that tells what it was asked. Its masks are the upper 10, 20 and 30 rows, within a box's columns.
+
+    A point in the lowest rows finds nothing.
+    """
+    asked.append(rounded(points, box))
+    masks = np.zeros((3, 60, 80), bool)
+    left, right = (round(box[0]), round(box[2])) if box else (0, 80)
+    for number in range(3):
+        masks[number, :10 * (number + 1), left:right] = not any(y > 55 for _, y, _ in points)
+    return masks, np.array([0.2, 0.9, 0.4])
+
+
 @pytest.fixture
 def window():
-    """A window on an 80 x 60 image, with a model that tells what it was asked."""
+    """A window on an 80 x 60 image, with the model above."""
     asked = []
-
-    def find(points, boxes):
-        asked.append((points, boxes))
-        masks = np.zeros((3, 60, 80), bool)
-        for number in range(3):
-            masks[number, :10 * (number + 1)] = True
-        return masks, np.array([0.2, 0.9, 0.4])
-
-    window = test_my_image.Window(draw_pair(3)[0], {"fine-tuned model": find}, "photo")
+    window = test_my_image.Window(draw_pair(3)[0], {"fine-tuned model": partial(find, asked=asked)}, "photo")
     window.asked = asked
     window.figure.canvas.draw()
     yield window
@@ -276,56 +347,133 @@ def shown(window):
 def test_each_click_segments_at_once_and_shows_the_best_mask_with_its_score(window):
     assert shown(window) == 0 and not window.asked
     click(window.figure, 40, 30)
-    assert window.asked == [([(40, 30, 1)], [])] and shown(window) == 20
+    assert window.asked == [([(40, 30, 1)], None)] and shown(window) == 20
     assert "mask 2 of 3, score 0.900" in window.figure.axes[0].get_title()
     click(window.figure, 5.25, 6, button=3)
-    points, boxes = window.asked[-1]
-    assert points[0] == (40, 30, 1) and points[1] == pytest.approx((5.2, 6, 0), abs=0.2) and not boxes
+    assert window.asked[-1] == ([(40, 30, 1), (5, 6, 0)], None)
+    assert window.current.points[1] == pytest.approx((5.25, 6, 0), abs=0.15)
     assert len(window.figure.axes[0].collections) == 2  # both are drawn
     assert "right click: background" in window.figure.get_supxlabel()
 
 
 def test_dragging_with_the_left_button_draws_a_box(window):
     drag(window.figure, (60, 50), (20, 10))
-    assert window.asked == [([], [[20, 10, 60, 50]])] and shown(window) == 20
+    assert window.asked == [([], [20, 10, 60, 50])]
     click(window.figure, 40, 30)
     drag(window.figure, (10, 10), (300, 55))  # a new box takes the old one's place and ends at the image's edge
-    assert window.asked[-1] == ([(40, 30, 1)], [[10, 10, 79, 55]])
+    assert window.asked[-1] == ([(40, 30, 1)], [10, 10, 79, 55])
     assert len(window.figure.axes[0].patches) == 1
     drag(window.figure, (30, 30), (50, 50), button=3)  # the right button draws none: a background point
-    assert window.points[-1] == (30, 30, 0) and window.boxes == [[10, 10, 79, 55]]
+    assert rounded(*window.current) == ([(40, 30, 1), (30, 30, 0)], [10, 10, 79, 55])
 
 
-@pytest.mark.parametrize("key", ["u", "backspace"])
+def test_a_ctrl_click_on_macos_is_a_background_point(window):
+    mouse(window.figure, "button_press", 40, 30, 3)  # its backend presses button 3 and releases button 1
+    mouse(window.figure, "button_release", 40, 30, 1)
+    assert window.asked == [([(40, 30, 0)], None)]
+
+
+@pytest.mark.parametrize("ratio, is_box", [(1, True), (2, False)])
+def test_a_click_may_move_six_pixels_of_the_screen_not_of_the_device(window, monkeypatch, ratio, is_box):
+    monkeypatch.setattr(type(window.figure.canvas), "device_pixel_ratio", ratio)
+    (x, y), (right, down) = window.panels[0].transData.transform([(40, 30), (41, 31)])
+    drag(window.figure, (40, 30), (40 + 9 / (right - x), 30 - 9 / (y - down)))  # 9 pixels of the device
+    assert bool(window.current.box) == is_box and bool(window.current.points) != is_box
+
+
+@pytest.mark.parametrize("key", ["u", "backspace", "ㅕ"])
 def test_undo_takes_back_the_last_prompt(window, key):
     click(window.figure, 40, 30)
     drag(window.figure, (60, 50), (20, 10))
     press(window.figure, key)
-    assert (window.points, window.boxes) == ([(40, 30, 1)], []) and window.asked[-1] == ([(40, 30, 1)], [])
+    assert window.asked[-1] == rounded(*window.current) == ([(40, 30, 1)], None)
     press(window.figure, key)
-    assert (window.points, window.boxes, window.found) == ([], [], {}) and shown(window) == 0
+    assert window.current == ([], None, {}, None) and shown(window) == 0
     press(window.figure, key)  # nothing is left to take back
     assert not window.figure.axes[0].collections
 
 
-def test_reset_takes_back_all(window):
+@pytest.mark.parametrize("key", ["r", "ㄱ"])
+def test_reset_takes_back_all(window, key):
     click(window.figure, 40, 30)
     click(window.figure, 20, 30)
-    press(window.figure, "r")
-    assert (window.points, window.boxes, window.found) == ([], [], {}) and shown(window) == 0
+    press(window.figure, key)
+    assert window.current == ([], None, {}, None) and shown(window) == 0
     assert not window.figure.axes[0].collections and not window.figure.axes[0].patches
+    press(window.figure, "u")  # and that can be taken back
+    assert rounded(*window.current) == ([(40, 30, 1), (20, 30, 1)], None)
+
+
+def test_keys_of_matplotlib_do_nothing_but_quit(window):
+    click(window.figure, 40, 30)
+    before = window.figure.axes[0].get_yscale(), window.figure.axes[0].get_xscale(), window.current
+    for key in ("l", "k", "L", "g", "G", "o", "p", "s", "f", "h", "c", "v", "ctrl+s", None):
+        press(window.figure, key)
+    assert (window.figure.axes[0].get_yscale(), window.figure.axes[0].get_xscale(), window.current) == before
+    assert plt.fignum_exists(window.figure.number)
+    press(window.figure, "q")
+    assert not plt.fignum_exists(window.figure.number)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("height, width", [(30, 400), (400, 30), (32, 32), (60, 80)])
+def test_the_window_fits_a_screen_of_1280_by_720(models, height, width):
+    window = test_my_image.Window(np.zeros((height, width, 3), np.uint8), dict.fromkeys(range(models)), "photo")
+    across, down = window.figure.get_size_inches() * 100
+    plt.close(window.figure)
+    assert across * 1.05 <= 1280 and down * 1.05 <= 720 - 110  # where Tk has 100 dots an inch; toolbar and frame
+
+
+@pytest.mark.parametrize("key", ["n", "ㅜ"])
+def test_n_finishes_an_object_and_begins_the_next(window, key):
+    press(window.figure, key)  # there is none yet
+    assert not window.finished
+    drag(window.figure, (10, 10), (30, 50))
+    press(window.figure, "1")
+    press(window.figure, key)
+    assert window.current == ([], None, {}, None) and "object 2" in window.figure.axes[0].get_title()
+    assert not window.figure.axes[0].patches
+    drag(window.figure, (40, 10), (70, 50))
+    first, second = window.objects()
+    assert (rounded(*first)[1], rounded(*second)[1]) == ([10, 10, 30, 50], [40, 10, 70, 50])
+    assert first.best("fine-tuned model")[1].sum() == 10 * 20  # the candidate that was picked
+    assert second.best("fine-tuned model")[1].sum() == 20 * 30
+    pixels = np.asarray(window.figure.axes[0].images[0].get_array()).astype(int)
+    tint = (pixels - window.image)[2:8]  # the finished one is drawn too, in a colour of its own
+    assert np.abs(tint[:, 12:28]).mean() > 20 and np.abs(tint[:, 42:68]).mean() > 20
+    assert np.abs(tint[:, 12:28].mean((0, 1)) - tint[:, 42:68].mean((0, 1))).max() > 20
+    assert not tint[:, 32:38].any()
+
+
+def test_undo_goes_back_over_a_finished_object(window):
+    click(window.figure, 40, 30)
+    press(window.figure, "3")
+    press(window.figure, "n")
+    click(window.figure, 20, 20)
+    press(window.figure, "u")
+    assert len(window.finished) == 1 and not window.current.points
+    press(window.figure, "u")
+    assert not window.finished and rounded(*window.current) == ([(40, 30, 1)], None) and window.current.choice == 2
+
+
+def test_an_object_without_a_pixel_is_no_object(window):
+    click(window.figure, 40, 58)
+    assert window.current.candidates and not window.objects()
+    press(window.figure, "n")
+    press(window.figure, "enter")
+    assert not window.finished and plt.fignum_exists(window.figure.number)
 
 
 def test_number_keys_pick_a_candidate_until_the_next_prompt(window):
     press(window.figure, "1")  # nothing to pick from yet
     click(window.figure, 40, 30)
-    assert window.choice is None
+    assert window.current.choice is None
     for key, rows in (("1", 10), ("3", 30), ("2", 20)):
         press(window.figure, key)
-        assert shown(window) == rows and window.choice == int(key) - 1
+        assert shown(window) == rows and window.current.choice == int(key) - 1
     assert len(window.asked) == 1  # the model is not asked again
     click(window.figure, 20, 20)
-    assert window.choice is None
+    assert window.current.choice is None
 
 
 def test_enter_closes_the_window_once_there_is_something_to_save(window):
@@ -333,7 +481,7 @@ def test_enter_closes_the_window_once_there_is_something_to_save(window):
     assert plt.fignum_exists(window.figure.number)
     click(window.figure, 40, 30)
     press(window.figure, "enter")
-    assert not plt.fignum_exists(window.figure.number) and window.found
+    assert not plt.fignum_exists(window.figure.number) and len(window.objects()) == 1
 
 
 def test_other_buttons_and_clicks_outside_the_image_place_nothing(window):
@@ -342,7 +490,7 @@ def test_other_buttons_and_clicks_outside_the_image_place_nothing(window):
     click(window.figure, 40, 300)
     click(window.figure, -0.4, 30)  # inside the axes, half a pixel outside the image
     mouse(window.figure, "button_release", 40, 30, 1)  # pressed somewhere else
-    assert not window.asked and not window.points
+    assert not window.asked and not window.current.points
 
 
 def test_clicks_while_the_toolbar_zooms_place_nothing(window):
@@ -353,7 +501,7 @@ def test_clicks_while_the_toolbar_zooms_place_nothing(window):
 
 
 def test_two_models_share_the_prompts():
-    def find(points, boxes):
+    def find(points, box):
         return np.ones((3, 60, 80), bool), np.array([0.1, 0.2, 0.3 * len(points)])
     both = test_my_image.Window(draw_pair(3)[0], {"original model": find, "fine-tuned model": find},
                                 "photo")
@@ -363,8 +511,92 @@ def test_two_models_share_the_prompts():
     assert titles == ["original model: mask 3 of 3, score 0.300", "fine-tuned model: mask 3 of 3, score 0.300"]
 
 
+# ----------------------------------------------------------------------------- labelling a folder
+
+def save_two(figure):
+    for x, y in ((40, 40), (110, 80)):
+        click(figure, x, y)
+        press(figure, "n")
+    press(figure, "enter")
+
+
+def save_one(figure):
+    drag(figure, (13, 13), (67, 67))
+    press(figure, "enter")
+
+
+def skip(figure):
+    click(figure, 40, 40)
+    press(figure, "ㄴ")
+
+
+def close(figure):
+    click(figure, 40, 40)
+    press(figure, "n")
+    plt.close(figure)
+
+
 @pytest.fixture
-def screen():
+def annotate(tmp_path, monkeypatch):
+    """Label images/ into masks/ in this process; windows: what the user does in one after the other."""
+    def annotate(*windows, more=()):
+        left = list(windows)
+        monkeypatch.setattr(plt, "show", lambda: left.pop(0)(plt.gcf()))
+        monkeypatch.setattr(test_my_image, "require_display", lambda: None)
+        try:
+            main(monkeypatch, tmp_path, "--image", "images", "--annotate", "masks", *more)
+        finally:
+            assert not left
+    return annotate
+
+
+def masks_in(folder):
+    return {path.stem: read_png(path) for path in sorted(folder.glob("*"))}
+
+
+def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_path, annotate, capsys):
+    for name in "abcd":
+        draw_discs(tmp_path / f"images/{name}.jpg")
+    annotate(save_two, skip, save_one, close)
+    assert "이미지 2장을 분할했습니다. 저장: masks" in (printed := capsys.readouterr().out) and "d.jpg" in printed
+    masks = masks_in(tmp_path / "masks")
+    assert list(masks) == ["a", "c"] and masks["a"].dtype == np.uint16 and masks["c"].dtype == np.uint8
+    assert [masks["a"][place] for place in ((40, 40), (80, 110), (5, 5))] == [1, 2, 0]
+    assert [masks["c"][place] for place in ((40, 40), (80, 110), (5, 5))] == [255, 0, 0]
+    annotate(save_one, save_one)
+    assert "4장 가운데 2장은 마스크가 있습니다" in capsys.readouterr().out
+    again = masks_in(tmp_path / "masks")
+    assert list(again) == list("abcd") and all((again[name] == masks[name]).all() for name in masks)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0.5, cwd=tmp_path)
+    assert "객체 3개: 이미지마다 최소 1" in run("prepare_data.py", "--check", cwd=tmp_path).stdout  # a and b
+    with pytest.raises(SystemExit) as stop:  # nothing is left to do
+        annotate(more=("--finetuned", "missing.pt"))
+    assert not stop.value.code and "4장 가운데 4장" in capsys.readouterr().out
+
+
+def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, annotate, capsys):
+    for name in "ac":
+        draw_discs(tmp_path / f"images/{name}.png")
+    (tmp_path / "images/b.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match="1장은 분할하지 못했습니다: b.png"):
+        annotate(save_one, save_two)
+    assert list(masks_in(tmp_path / "masks")) == ["a", "c"] and "images/b.png" in capsys.readouterr().err
+
+
+def test_labelling_refuses_what_would_mix_masks_up(tmp_path, annotate):
+    draw_discs(tmp_path / "images/a.png")
+    with pytest.raises(SystemExit, match="마스크 폴더가 이미지 폴더와 같습니다"):
+        annotate(more=("--annotate", "images"))
+    draw_discs(tmp_path / "images/a.jpg")
+    with pytest.raises(SystemExit, match="이름이 같은 이미지"):
+        annotate()
+    with pytest.raises(SystemExit) as stop:
+        annotate(more=("--point", "40,40"))
+    assert stop.value.code == 2
+
+
+@pytest.fixture
+def screen(tmp_path):
     """A virtual screen with a window manager: the value for DISPLAY."""
     missing = [tool for tool in ("Xvfb", "openbox", "xdotool") if not shutil.which(tool)]
     try:
@@ -376,83 +608,187 @@ def screen():
         assert not os.environ.get("CI"), reason
         pytest.skip(reason)
     read, write = os.pipe()
-    xvfb = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x1024x24"], pass_fds=[write],
+    xvfb = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x720x24",
+                             "-dpi", "96"], pass_fds=[write],
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(write)
     with os.fdopen(read) as pipe:
         display = f":{pipe.readline().strip()}"
-    manager = subprocess.Popen(["openbox"], env={**os.environ, "DISPLAY": display},
+    ready = tmp_path / "openbox is ready"
+    manager = subprocess.Popen(["openbox", "--startup", f"touch '{ready}'"], env={**os.environ, "DISPLAY": display},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not ready.exists():
+        assert manager.poll() is None and xvfb.poll() is None
+        time.sleep(0.01)
     yield display
     for process in (manager, xvfb):
         process.terminate()
         process.wait()
 
 
-class RealWindow:
-    """test_my_image.py in a window on a virtual screen, driven with xdotool."""
+DRIVER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import test_my_image
 
-    def __init__(self, photo, weights, screen, *arguments):
+class Window(test_my_image.Window):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.figure.canvas.mpl_connect("draw_event", self.tell)
+
+    def tell(self, event):
+        transform = self.panels[0].transData
+        (left, top), (right, bottom) = transform.transform([(0, 0), (100, 100)])
+        height = self.figure.canvas.get_width_height(physical=True)[1]
+        print("drawn", self.figure.canvas.manager.get_window_title().split()[0], len(self.finished),
+              len(self.current.points), int(bool(self.current.box)),
+              left, height - top, right, height - bottom, flush=True)
+
+test_my_image.Window = Window
+test_my_image.run(test_my_image.main, "")
+"""
+
+
+class RealWindow:
+    """test_my_image.py in a window on a virtual screen, driven with xdotool.
+
+    The script tells what it has drawn. Every action is followed by a wait for the drawing that it leads to, so
+    that nothing depends on how fast the machine is.
+    """
+
+    def __init__(self, folder, screen, *arguments):
         self.env = {**ENV, "DISPLAY": screen, "MPLBACKEND": "TkAgg"}
         self.script = subprocess.Popen(
-            [sys.executable, str(ROOT / "test_my_image.py"), "--image", photo.name, "--model-cfg", str(SMALL_CFG),
-             "--finetuned", str(weights), "--device", "cpu", *arguments],
-            cwd=photo.parent, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-        self.id = self.xdotool("search", "--sync", "--onlyvisible", "--name", ".png").split()[0]
-        time.sleep(1.5)  # until it has drawn itself
-        size = dict(re.findall(r"(WIDTH|HEIGHT)=(\d+)", self.xdotool("getwindowgeometry", "--shell", self.id)))
-        self.width, self.height = int(size["WIDTH"]), int(size["HEIGHT"])
+            [sys.executable, "-c", DRIVER, "--model-cfg", str(SMALL_CFG), "--finetuned", ROOT / "demo/sam2_demo.pt",
+             "--device", "cpu", *map(str, arguments)],
+            cwd=folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+        self.watchdog = threading.Timer(300, self.script.kill)  # only if it hangs
+        self.watchdog.start()
+        self.output = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.watchdog.cancel()
+        self.script.kill()
+        self.script.wait()
+        self.script.stdout.close()
+
+    def wait_for(self, name, finished=0, points=0, box=0):
+        """Until the window of the image `name` has drawn itself with so many objects, points and boxes."""
+        for line in self.script.stdout:
+            self.output += line
+            if line.startswith(f"drawn {name} {finished} {points} {box} "):
+                self.corners = [float(number) for number in line.split()[5:]]
+                return
+        raise AssertionError(self.output)
+
+    def wait_for_window(self, name):
+        """Until the window of the image `name` is on the screen and has the keyboard."""
+        self.wait_for(name)
+        self.id = self.xdotool("search", "--sync", "--onlyvisible", "--name", name).split()[0]
+        self.xdotool("windowactivate", "--sync", self.id)
 
     def xdotool(self, *arguments):
-        done = subprocess.run(["xdotool", *map(str, arguments)], env=self.env, check=True, timeout=60,
+        return subprocess.run(["xdotool", *map(str, arguments)], env=self.env, check=True, timeout=60,
                               capture_output=True, text=True).stdout
-        time.sleep(0.5)  # until the window has answered
-        return done
 
-    def move(self, across, down):
-        """To a place in the window, from 0 to 1."""
-        self.xdotool("mousemove", "--window", self.id, round(across * self.width), round(down * self.height))
+    def at(self, x, y):
+        """xdotool's words for moving to image pixel (x, y)."""
+        left, top, right, bottom = self.corners
+        return ["mousemove", "--window", self.id, round(left + x / 100 * (right - left)),
+                round(top + y / 100 * (bottom - top))]
 
-    def click(self, across, down, button):
-        self.move(across, down)
-        self.xdotool("click", button)
+    def click(self, x, y, button=1):
+        self.xdotool(*self.at(x, y), "click", button)
+
+    def drag(self, start, end):
+        middle = [(a + b) / 2 for a, b in zip(start, end)]
+        self.xdotool(*self.at(*start), "mousedown", 1, *self.at(*middle), *self.at(*end), "mouseup", 1)
 
     def end(self):
-        """Wait for the script; returns the prompts, as flags, that it says it used."""
-        output, _ = self.script.communicate(timeout=60)
-        assert self.script.returncode == 0, output
-        return shlex.split(re.search(r"같은 결과를 얻는 명령: (.*)", output)[1])
+        """Wait for the script; returns what it printed."""
+        self.output += self.script.communicate()[0]
+        assert self.script.returncode == 0, self.output
+        return self.output
 
 
-def test_real_window_clicks_drag_undo_and_enter(photo, weights, screen):
-    window = RealWindow(photo, weights, screen, "-o", "clicked")
-    try:
-        window.click(0.5, 0.5, 1)
-        window.click(0.3, 0.3, 3)
-        window.click(0.7, 0.7, 3)
+def test_real_window_clicks_drag_undo_and_enter(tmp_path, screen):
+    draw_discs(tmp_path / "a.png")
+    with RealWindow(tmp_path, screen, "--image", "a.png", "-o", "clicked") as window:
+        window.wait_for_window("a.png")
+        geometry = window.xdotool("getwindowgeometry", "--shell", window.id)
+        size = {name: int(number) for name, number in re.findall(r"(WIDTH|HEIGHT)=(\d+)", geometry)}
+        assert size["WIDTH"] <= 1280 and size["HEIGHT"] <= 720 - 50  # the frame and a panel of the desktop
+        window.click(40, 40)
+        window.wait_for("a.png", points=1)
+        window.click(100, 20, 3)
+        window.wait_for("a.png", points=2)
+        window.click(20, 100, 3)
+        window.wait_for("a.png", points=3)
         window.xdotool("key", "u")
-        window.move(0.4, 0.4)
-        window.xdotool("mousedown", 1)
-        window.move(0.6, 0.55)
-        window.move(0.65, 0.6)
-        window.xdotool("mouseup", 1)
+        window.wait_for("a.png", points=2)
+        window.drag((12, 12), (70, 69))
+        window.wait_for("a.png", points=2, box=1)
         window.xdotool("key", "Return")
-        prompts = window.end()
-    finally:
-        window.script.kill()
-    assert prompts[0] == "--point" and [point.split(",")[2] for point in prompts[1].split(";")] == ["1", "0"]
-    assert prompts[2] == "--box" and len(prompts) == 4
-    segment(photo, weights, *prompts, "-o", "typed")
-    assert (read_mask(photo.parent / "clicked") == read_mask(photo.parent / "typed")).all()
+        flags = shlex.split(re.search("창에서 준 프롬프트: (.*)", window.end())[1])
+    (x1, y1, label1), (x2, y2, label2) = test_my_image.parse_points(flags[1])
+    assert (label1, label2) == (1, 0) and (x1, y1, x2, y2) == pytest.approx((40, 40, 100, 20), abs=1)
+    box, = test_my_image.parse_boxes(flags[3])
+    assert box == pytest.approx([12, 12, 70, 69], abs=1)
+    run("test_my_image.py", "--image", "a.png", "--model-cfg", SMALL_CFG, "--finetuned", ROOT / "demo/sam2_demo.pt",
+        "--device", "cpu", *flags, "-o", "typed", cwd=tmp_path)
+    clicked, typed = read_mask(tmp_path / "clicked", "a"), read_mask(tmp_path / "typed", "a")
+    assert (clicked == typed).all() and clicked[40, 40] and not clicked[80, 110]
 
 
-def test_real_window_closing_saves(photo, weights, screen):
-    window = RealWindow(photo, weights, screen, "-o", "clicked")
-    try:
-        window.click(0.45, 0.5, 1)
+def test_real_window_closing_saves(tmp_path, screen):
+    draw_discs(tmp_path / "a.png")
+    with RealWindow(tmp_path, screen, "--image", "a.png") as window:
+        window.wait_for_window("a.png")
+        window.click(110, 80)
+        window.wait_for("a.png", points=1)
         window.xdotool("key", "alt+F4")  # the window manager asks the window to close, as its button does
-        prompts = window.end()
-    finally:
-        window.script.kill()
-    segment(photo, weights, *prompts, "-o", "typed")
-    assert (read_mask(photo.parent / "clicked") == read_mask(photo.parent / "typed")).all()
+        window.end()
+    mask = read_mask(tmp_path / "output/my_results", "a")
+    assert mask[80, 110] and not mask[40, 40]
+
+
+def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
+    for name in "abcd":
+        draw_discs(tmp_path / f"images/{name}.png")
+    with RealWindow(tmp_path, screen, "--image", "images", "--annotate", "masks") as window:
+        window.wait_for_window("a.png")
+        window.click(40, 40)
+        window.wait_for("a.png", points=1)
+        window.xdotool("key", "n")
+        window.wait_for("a.png", finished=1)
+        window.click(110, 80)
+        window.wait_for("a.png", finished=1, points=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("b.png")
+        window.xdotool("key", "s")
+        window.wait_for_window("c.png")
+        window.drag((12, 12), (70, 69))
+        window.wait_for("c.png", box=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("d.png")
+        window.click(40, 40)
+        window.wait_for("d.png", points=1)
+        window.xdotool("key", "alt+F4")
+        assert "이미지 2장을 분할했습니다" in window.end()
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
+    two, one = read_png(tmp_path / "masks/a.png"), read_png(tmp_path / "masks/c.png")
+    assert two.dtype == np.uint16 and (two[40, 40], two[80, 110], two[5, 5]) == (1, 2, 0)
+    assert one.dtype == np.uint8 and (one[40, 40], one[80, 110], one[5, 5]) == (255, 0, 0)
+    with RealWindow(tmp_path, screen, "--image", "images", "--annotate", "masks") as window:
+        window.wait_for_window("b.png")
+        window.click(110, 80)
+        window.wait_for("b.png", points=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("d.png")
+        window.xdotool("key", "alt+F4")
+        assert "4장 가운데 2장은 마스크가 있습니다" in window.end()
+    assert (read_png(tmp_path / "masks/a.png") == two).all()
+    assert read_png(tmp_path / "masks/b.png")[80, 110] == 255
