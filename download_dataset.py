@@ -216,7 +216,7 @@ def check_archive(path):
 def unpack(archive_path, target, source):
     """Unpack a Kvasir-SEG archive so that `target`/images and `target`/masks appear, both or neither.
 
-    source: what read_source() will return for `target` from then on. BadDownload if the two folders are missing.
+    source: what read_source() will return for `target` from then on. BadDownload if it is another archive.
     ZipFile.extract keeps every member inside: it drops drives, leading slashes and "..", and makes no links.
     """
     staging = part_of(target)
@@ -233,6 +233,10 @@ def unpack(archive_path, target, source):
         (root / ".source.json").write_text(json.dumps(source), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         root.rename(target)
+    except (BadDownload, OSError):
+        raise
+    except Exception as error:  # zipfile: a member without a name, a damaged one that another of its name hides
+        raise BadDownload(f"풀 수 없는 압축 파일입니다 ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

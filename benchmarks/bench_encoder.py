@@ -7,6 +7,7 @@ sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for 
 """
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -29,8 +30,8 @@ def main():
     device = project.detect_device(args.device)
     with tempfile.TemporaryDirectory() as name:
         checkpoint = save_random_weights(args.model_cfg, Path(name) / "random.pt")
-        plain, inference, last, compiled = (project.load_predictor(args.model_cfg, checkpoint, device)
-                                            for _ in range(4))
+        plain = project.load_predictor(args.model_cfg, checkpoint, device)
+    inference, last, compiled = (copy.deepcopy(plain) for _ in range(3))
     image = np.random.default_rng(0).integers(0, 256, (512, 640, 3)).astype(np.uint8)
     last.model.image_encoder.to(memory_format=torch.channels_last)
     compiled.model.image_encoder.forward = torch.compile(compiled.model.image_encoder.forward, dynamic=False)

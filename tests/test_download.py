@@ -317,6 +317,8 @@ def broken_archives():
                 "Kvasir-SEG/kavsir_bboxes.json/x", "x")), "kavsir_bboxes.json"),
             "endless name": (with_member(lambda archive: archive.writestr("x" * 1000, "x")), "xxxx"),
             "name of the folder itself": (with_member(lambda archive: archive.writestr("..", "x")), "Kvasir-SEG.part"),
+            "empty name": (lambda content: with_member(lambda archive: archive.writestr("QQQQ", "x"))(content).replace(
+                b"QQQQ", b"\0QQQ"), "오류"),
             "no images": (lambda content: EMPTY_ZIP, "images와 masks")}
 
 

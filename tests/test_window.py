@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from functools import partial
+from unittest.mock import Mock, create_autospec
 
 import cv2
 import matplotlib
@@ -37,6 +38,15 @@ def photo(tmp_path):
 def segment(photo, weights, *arguments, **options):
     return run("test_my_image.py", "--image", photo.name, "--model-cfg", SMALL_CFG, "--finetuned", weights,
                "--device", "cpu", *arguments, cwd=photo.parent, **options)
+
+
+def draw_discs(path):
+    """A 160 x 120 image with two discs around (40, 40) and (110, 80)."""
+    image = np.full((120, 160, 3), 60, np.uint8)
+    for centre, colour in (((40, 40), (200, 120, 40)), ((110, 80), (60, 60, 220))):
+        cv2.circle(image, centre, 25, colour, -1)
+    write_image(path, image)
+    return image
 
 
 def read_png(path):
@@ -201,6 +211,10 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
     done = run("prepare_data.py", "--images", "images", "--coco", folder / "내 사진_everything.json", "--val-ratio", 0,
                cwd=photo.parent)
     assert "학습 1쌍" in done.stdout
+    write_image(photo.parent / "masks" / photo.name, labels)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--data-dir", "numbered", "--val-ratio", 0,
+        cwd=photo.parent)
+    assert (read_png(photo.parent / "numbered/masks/train" / photo.name) == labels).all()
     done = run("test_my_image.py", "--image", photo.name, "--model-cfg", SMALL_CFG, "--original", "--checkpoint",
                ROOT / "demo/sam2_demo.pt", "--device", "cpu", "--everything", "--pred-iou-thresh", 1, cwd=photo.parent)
     assert "0개" in done.stdout and "--pred-iou-thresh" in done.stdout
@@ -214,6 +228,45 @@ def test_compare_shows_both_models(photo, weights, tmp_path_factory):
     assert (read_mask(folder) > 0).tolist() == predict_with_sam2(photo, weights, **point).tolist()
     assert (read_mask(folder, "내 사진_original") > 0).tolist() == predict_with_sam2(photo, other, **point).tolist()
     assert "other.pt, " in done.stdout and "small.pt" in done.stdout
+
+
+def main(monkeypatch, folder, *arguments):
+    """Run main() in this process, in `folder`, with the demo's model."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["test_my_image.py", "--model-cfg", str(SMALL_CFG), "--device", "cpu",
+                                      "--finetuned", str(ROOT / "demo/sam2_demo.pt"), *map(str, arguments)])
+    test_my_image.main()
+
+
+def test_compare_builds_one_model_and_compares_the_frozen_weights_once(tmp_path, monkeypatch, capsys):
+    names = ("load_predictor", "same_frozen_weights")
+    spies = {name: Mock(side_effect=getattr(test_my_image, name)) for name in names}
+    for name in names:
+        monkeypatch.setattr(test_my_image, name, spies[name])
+    predictor = test_my_image.SAM2ImagePredictor
+    spies["set_image"] = create_autospec(predictor.set_image, side_effect=predictor.set_image)
+    monkeypatch.setattr(predictor, "set_image", spies["set_image"])
+    for name in "ab":
+        draw_discs(tmp_path / f"images/{name}.png")
+    saved = torch.load(ROOT / "demo/sam2_demo.pt", weights_only=True)
+    torch.save(saved | {"image_size": 512}, tmp_path / "trained_at_512.pt")
+    main(monkeypatch, tmp_path, "--image", "images", "--compare", "--box", "15,15,65,65;85,55,135,105",
+         "--checkpoint", ROOT / "demo/sam2_demo.pt", "--finetuned", "trained_at_512.pt")
+    assert {name: spy.call_count for name, spy in spies.items()} == {
+        "load_predictor": 1, "same_frozen_weights": 1, "set_image": 2}
+    assert "trained_at_512.pt는 --image-size 512로 학습했는데" in capsys.readouterr().out
+    for name in "ab":
+        mask, original = (read_mask(tmp_path / "output/my_results", name) for name in (name, f"{name}_original"))
+        objects = read_png(tmp_path / f"output/my_results/{name}_objects.png")
+        assert (mask == original).all() and ((objects > 0) == (mask > 0)).all()
+        assert (objects[40, 40], objects[80, 110]) == (1, 2)
+
+
+def test_smaller_objects_are_numbered_on_top_of_larger_ones():
+    small, large, other = np.zeros((3, 4, 6), bool)
+    small[0, :2], large[:3, :4], other[3, 5] = True, True, True
+    assert test_my_image.number_objects([small, large, other]).tolist() == [
+        [1, 1, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 0, 3]]
 
 
 @pytest.mark.parametrize("height, width", [(30, 400), (400, 30), (32, 32), (100, 250), (2000, 3000)])
@@ -262,7 +315,7 @@ def rounded(points, box, *_):
 
 
 def find(points, box, asked):
-    """A model that tells what it was asked; its masks are the upper 10, 20 and 30 rows, within a box its columns only.
+    """A model that tells what it was asked. Its masks are the upper 10, 20 and 30 rows, within a box's columns.
 
     A point in the lowest rows finds nothing.
     """
@@ -458,6 +511,90 @@ def test_two_models_share_the_prompts():
     assert titles == ["original model: mask 3 of 3, score 0.300", "fine-tuned model: mask 3 of 3, score 0.300"]
 
 
+# ----------------------------------------------------------------------------- labelling a folder
+
+def save_two(figure):
+    for x, y in ((40, 40), (110, 80)):
+        click(figure, x, y)
+        press(figure, "n")
+    press(figure, "enter")
+
+
+def save_one(figure):
+    drag(figure, (13, 13), (67, 67))
+    press(figure, "enter")
+
+
+def skip(figure):
+    click(figure, 40, 40)
+    press(figure, "ㄴ")
+
+
+def close(figure):
+    click(figure, 40, 40)
+    press(figure, "n")
+    plt.close(figure)
+
+
+@pytest.fixture
+def annotate(tmp_path, monkeypatch):
+    """Label images/ into masks/ in this process; windows: what the user does in one after the other."""
+    def annotate(*windows, more=()):
+        left = list(windows)
+        monkeypatch.setattr(plt, "show", lambda: left.pop(0)(plt.gcf()))
+        monkeypatch.setattr(test_my_image, "require_display", lambda: None)
+        try:
+            main(monkeypatch, tmp_path, "--image", "images", "--annotate", "masks", *more)
+        finally:
+            assert not left
+    return annotate
+
+
+def masks_in(folder):
+    return {path.stem: read_png(path) for path in sorted(folder.glob("*"))}
+
+
+def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_path, annotate, capsys):
+    for name in "abcd":
+        draw_discs(tmp_path / f"images/{name}.jpg")
+    annotate(save_two, skip, save_one, close)
+    assert "이미지 2장을 분할했습니다. 저장: masks" in (printed := capsys.readouterr().out) and "d.jpg" in printed
+    masks = masks_in(tmp_path / "masks")
+    assert list(masks) == ["a", "c"] and masks["a"].dtype == np.uint16 and masks["c"].dtype == np.uint8
+    assert [masks["a"][place] for place in ((40, 40), (80, 110), (5, 5))] == [1, 2, 0]
+    assert [masks["c"][place] for place in ((40, 40), (80, 110), (5, 5))] == [255, 0, 0]
+    annotate(save_one, save_one)
+    assert "4장 가운데 2장은 마스크가 있습니다" in capsys.readouterr().out
+    again = masks_in(tmp_path / "masks")
+    assert list(again) == list("abcd") and all((again[name] == masks[name]).all() for name in masks)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0.5, cwd=tmp_path)
+    assert "객체 3개: 이미지마다 최소 1" in run("prepare_data.py", "--check", cwd=tmp_path).stdout  # a and b
+    with pytest.raises(SystemExit) as stop:  # nothing is left to do
+        annotate(more=("--finetuned", "missing.pt"))
+    assert not stop.value.code and "4장 가운데 4장" in capsys.readouterr().out
+
+
+def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, annotate, capsys):
+    for name in "ac":
+        draw_discs(tmp_path / f"images/{name}.png")
+    (tmp_path / "images/b.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match="1장은 분할하지 못했습니다: b.png"):
+        annotate(save_one, save_two)
+    assert list(masks_in(tmp_path / "masks")) == ["a", "c"] and "images/b.png" in capsys.readouterr().err
+
+
+def test_labelling_refuses_what_would_mix_masks_up(tmp_path, annotate):
+    draw_discs(tmp_path / "images/a.png")
+    with pytest.raises(SystemExit, match="마스크 폴더가 이미지 폴더와 같습니다"):
+        annotate(more=("--annotate", "images"))
+    draw_discs(tmp_path / "images/a.jpg")
+    with pytest.raises(SystemExit, match="이름이 같은 이미지"):
+        annotate()
+    with pytest.raises(SystemExit) as stop:
+        annotate(more=("--point", "40,40"))
+    assert stop.value.code == 2
+
+
 @pytest.fixture
 def screen(tmp_path):
     """A virtual screen with a window manager: the value for DISPLAY."""
@@ -575,15 +712,6 @@ class RealWindow:
         self.output += self.script.communicate()[0]
         assert self.script.returncode == 0, self.output
         return self.output
-
-
-def draw_discs(path):
-    """A 160 x 120 image with two discs around (40, 40) and (110, 80)."""
-    image = np.full((120, 160, 3), 60, np.uint8)
-    for centre, colour in (((40, 40), (200, 120, 40)), ((110, 80), (60, 60, 220))):
-        cv2.circle(image, centre, 25, colour, -1)
-    write_image(path, image)
-    return image
 
 
 def test_real_window_clicks_drag_undo_and_enter(tmp_path, screen):

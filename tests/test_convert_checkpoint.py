@@ -1,0 +1,190 @@
+"""extras/convert_checkpoint.py, as a user runs it; the models' numbers are compared with sam2's own."""
+
+import json
+
+import convert_checkpoint
+import cv2
+import numpy as np
+import pytest
+import torch
+from common import load_predictor, load_video_predictor
+from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run
+from hydra import compose
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from transformers import Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor, pipeline
+
+SCRIPT = "extras/convert_checkpoint.py"
+DEMO = ROOT / "demo" / "sam2_demo.pt"
+SIDE = 256
+
+
+def load(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with sam2.1_hiera_tiny at 256 px, all of its weights random (also what SAM 2 begins with 0 or 1):
+    tiny.yaml, tiny.pt, and hf/ and back.pt, which the script has made; and what it printed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = compose(config_name="configs/sam2.1/sam2.1_hiera_t.yaml")
+    OmegaConf.set_struct(config, False)
+    config.model.image_size = SIDE
+    OmegaConf.save(config, folder / "tiny.yaml")
+    torch.manual_seed(0)
+    weights = instantiate(config.model, _recursive_=True).state_dict()
+    for tensor in weights.values():
+        tensor += 0.05 * torch.randn_like(tensor)
+    torch.save({"model": weights}, folder / "tiny.pt")
+    there = run(SCRIPT, "tiny.pt", "hf", "--model-cfg", "tiny.yaml", cwd=folder)
+    back = run(SCRIPT, "hf", "back.pt", "--model-cfg", "tiny.yaml", cwd=folder)
+    return folder, there.stdout + back.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder in which the demo's trained model is hf/."""
+    folder = tmp_path_factory.mktemp("demo")
+    run(SCRIPT, DEMO, "hf", "--model-cfg", SMALL_CFG, cwd=folder)
+    return folder
+
+
+def test_there_and_back_gives_the_same_bits(tiny, demo):
+    folder, printed = tiny
+    assert_same_bits(load(folder / "tiny.pt"), load(folder / "back.pt"))
+    assert printed.count("최대 차이") == 2 and "파라미터 38,962,498개, 입력 256px" in printed
+    assert not list(folder.glob("*.tmp")) and sorted(path.name for path in (folder / "hf").iterdir()) == [
+        "config.json", "model.safetensors", "processor_config.json"]
+    run(SCRIPT, "hf", "back.pt", "--model-cfg", SMALL_CFG, cwd=demo)
+    assert_same_bits(load(DEMO), load(demo / "back.pt"))
+
+
+def test_the_config_holds_the_sizes_of_the_model(demo, tiny):
+    config = json.loads((demo / "hf" / "config.json").read_text())
+    trunk = OmegaConf.load(SMALL_CFG).model.image_encoder.trunk
+    backbone = config["vision_config"]["backbone_config"]
+    assert backbone["blocks_per_stage"] == list(trunk.stages)
+    assert backbone["embed_dim_per_stage"] == [trunk.embed_dim * 2**stage for stage in range(4)]
+    assert backbone["window_size_per_stage"] == list(trunk.window_spec)
+    assert backbone["global_attention_blocks"] == list(trunk.global_att_blocks)
+    assert config["image_size"] == config["prompt_encoder_config"]["image_size"] == 256
+    assert config["vision_config"]["backbone_feature_sizes"] == [[64, 64], [32, 32], [16, 16]]
+    processor = json.loads((demo / "hf" / "processor_config.json").read_text())
+    assert processor["image_processor"]["size"] == processor["video_processor"]["size"] == {"height": 256, "width": 256}
+    assert json.loads((tiny[0] / "hf" / "config.json").read_text())["memory_attention_num_layers"] == 4
+
+
+@pytest.mark.parametrize("prompt", ["click", "box"])
+def test_sam2_model_gives_the_logits_of_sam2(demo, tiny, prompt):
+    image = cv2.resize(draw_pair(0)[0], (SIDE, SIDE))  # the models' size: sam2 and transformers resize differently
+    point, box = [110.0, 140.0], [60.0, 70.0, 190.0, 200.0]
+    for config, weights, folder in ((SMALL_CFG, DEMO, demo / "hf"),
+                                    (tiny[0] / "tiny.yaml", tiny[0] / "tiny.pt", tiny[0] / "hf")):
+        predictor = load_predictor(config, weights, "cpu")
+        predictor.set_image(image)
+        model, processor = Sam2Model.from_pretrained(folder).eval(), Sam2Processor.from_pretrained(folder)
+        if prompt == "click":
+            theirs = {"input_points": [[[point]]], "input_labels": [[[1]]]}
+            expected = predictor.predict(np.array([point]), np.array([1]), return_logits=True)
+        else:
+            theirs = {"input_boxes": [[box]]}
+            expected = predictor.predict(box=np.array(box), return_logits=True)
+        with torch.inference_mode():
+            outputs = model(**processor(images=image, return_tensors="pt", **theirs))
+        masks = processor.post_process_masks(outputs.pred_masks, [[SIDE, SIDE]], binarize=False)[0][0]
+        assert np.abs(expected[0]).max() > 1  # logits of some size, so that 1e-3 says something
+        assert np.abs(masks.numpy() - expected[0]).max() < 1e-3
+        assert np.abs(outputs.iou_scores[0, 0].numpy() - expected[1]).max() < 1e-4
+
+
+def test_sam2_video_model_gives_the_logits_of_sam2(tiny, tmp_path):
+    """A click on the first of four frames, tracked through the rest: memory encoder, memory attention, pointers."""
+    folder = tiny[0]
+    image = cv2.resize(draw_pair(0)[0], (SIDE, SIDE))
+    for number in range(4):
+        moved = np.roll(image, 6 * number, axis=1)
+        (tmp_path / f"{number}.jpg").write_bytes(cv2.imencode(".jpg", moved)[1].tobytes())
+    frames = [cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) for path in sorted(tmp_path.iterdir())]
+    predictor = load_video_predictor(folder / "tiny.yaml", folder / "tiny.pt", "cpu")
+    state = predictor.init_state(str(tmp_path))
+    predictor.add_new_points_or_box(state, 0, 1, points=[[110, 140]], labels=[1])
+    expected = [logits[0, 0].numpy() for _, _, logits in predictor.propagate_in_video(state)]
+
+    model, processor = (kind.from_pretrained(folder / "hf") for kind in (Sam2VideoModel, Sam2VideoProcessor))
+    session = processor.init_video_session(video=frames)
+    processor.add_inputs_to_inference_session(session, frame_idx=0, obj_ids=1, input_points=[[[[110, 140]]]],
+                                              input_labels=[[[1]]])
+    model.eval()(session, frame_idx=0)
+    masks = [processor.post_process_masks([output.pred_masks], [[SIDE, SIDE]], binarize=False)[0][0, 0].numpy()
+             for output in model.propagate_in_video_iterator(session)]
+    assert len(masks) == len(expected) == 4
+    assert np.abs(expected[3] - expected[0]).max() > 0.1  # the memory changes what is predicted
+    for mask, logits in zip(masks, expected):
+        assert np.abs(mask - logits).max() < 1e-3
+
+
+def test_the_pipeline_mask_generation_opens_the_folder(demo):
+    generate = pipeline("mask-generation", model=str(demo / "hf"), device="cpu")
+    image = Image.fromarray(cv2.cvtColor(draw_pair(0)[0], cv2.COLOR_BGR2RGB))
+    assert generate(image, points_per_crop=4, pred_iou_thresh=0, stability_score_thresh=0)["masks"]
+
+
+def test_an_image_model_without_memory_takes_it_from_the_original_checkpoint(demo, tmp_path, monkeypatch):
+    model = Sam2Model.from_pretrained(demo / "hf")
+    with torch.no_grad():
+        model.mask_decoder.iou_token.weight += 1  # fine-tuned with transformers
+    model.save_pretrained(tmp_path / "image_model")
+    Sam2Processor.from_pretrained(demo / "hf").save_pretrained(tmp_path / "image_model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="메모리.*--checkpoint"):
+        convert(monkeypatch, "image_model", "back.pt", "--model-cfg", SMALL_CFG)
+    convert(monkeypatch, "image_model", "back.pt", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO)
+    expected = load(DEMO)
+    expected["sam_mask_decoder.iou_token.weight"] += 1
+    assert_same_bits(expected, load(tmp_path / "back.pt"))
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam3", "sam3_video"])
+def test_folders_of_sam_1_and_sam_3_are_refused(tmp_path, monkeypatch, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(SystemExit, match=f"SAM 2가 아니라 {kind}의"):
+        convert(monkeypatch, tmp_path, tmp_path / "back.pt")
+    assert not (tmp_path / "back.pt").exists()
+
+
+def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    done = run(SCRIPT, "empty", "back.pt", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "empty", "config.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "sam2_video"}')
+    with pytest.raises(SystemExit, match="model.safetensors가 없습니다"):
+        convert(monkeypatch, "empty", "back.pt")
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="손상되었습니다"):
+        convert(monkeypatch, "empty", "back.pt")
+    for source, target in ((demo / "hf", "back.pt"), (DEMO, "hf")):
+        with pytest.raises(SystemExit, match=r"설정 configs/sam2.1/sam2.1_hiera_t.yaml와 맞지 않습니다"):
+            convert(monkeypatch, source, target, "--model-cfg", "configs/sam2.1/sam2.1_hiera_t.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # nothing half made
+
+
+def test_models_that_do_not_agree_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_checkpoint, "largest_difference", lambda predictor, folder: float("nan"))
+    with pytest.raises(SystemExit, match="저장하지 않았습니다"):
+        convert(monkeypatch, DEMO, tmp_path / "hf", "--model-cfg", SMALL_CFG)
+    assert not list(tmp_path.iterdir())
+
+
+def convert(monkeypatch, *arguments):
+    """The script's main() in this process."""
+    monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, arguments)])
+    convert_checkpoint.main()
