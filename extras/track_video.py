@@ -252,10 +252,10 @@ class VideoFile:
         if index not in self.kept:
             key = self.keys[max(bisect(self.keys, index) - 1, 0)] if self.keys else 0
             if index < self.next or key > self.next:
-                self.decoding = self.decode_from(key)
+                self.kept, self.decoding = {}, self.decode_from(key)
             self.decode_until(index)
             if index not in self.kept and key > 0:  # a container that does not seek to where it should
-                self.decoding = self.decode_from(0)
+                self.kept, self.decoding = {}, self.decode_from(0)
                 self.decode_until(index)
             if index not in self.kept:
                 raise ImageError(f"{self.path}: {index}번 프레임을 다시 읽을 수 없습니다")
@@ -265,12 +265,12 @@ class VideoFile:
     def decode_until(self, index):
         """Decode on to frame `index`; keep it and the ones just before it, for whoever goes backwards."""
         for number, frame in self.decoding:
+            if len(self.kept) == self.kept_frames:
+                del self.kept[min(self.kept)]
             self.kept[number] = frame
             self.next = number + 1
             if number >= index:
                 break
-        for number in sorted(self.kept, key=lambda number: abs(number - index))[self.kept_frames:]:
-            del self.kept[number]
 
     def decode_from(self, start):
         """Yield (number, frame) from a key frame on; from the beginning of a file in which one cannot seek."""

@@ -28,8 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.mis
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
 REDRAW_SECONDS = 0.3  # between two frames that the window shows while it tracks
-WINDOW_HELP = ("left click: object    right click: background    drag: box    1 ... 9: object number    "
-               "u: undo    r: clear this {unit}\n"
+WINDOW_HELP = ("left click: object    right click: background    drag: box    {digits}u: undo    r: clear this {unit}\n"
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
 
 
@@ -241,7 +240,8 @@ class Window:
         self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
                              valinit=0, valstep=1, valfmt="%d")
         self.slider.on_changed(self.guarded(self.on_slider))
-        self.figure.text(0.5, 0.02, WINDOW_HELP.format(unit=unit), ha="center", fontsize=9)
+        digits = "1 ... 9: object number    " if max_object > 1 else ""
+        self.figure.text(0.5, 0.02, WINDOW_HELP.format(digits=digits, unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key),
@@ -409,7 +409,8 @@ class Window:
         status = "tracking ..." if self.is_tracking else \
             "no prompts yet" if not self.prompts else \
             "tracked" if self.tracked_prompts == self.prompts else "press Enter to track"
-        self.axes.set_title(f"{self.unit} {self.frame} of 0 ... {len(self.frames) - 1}, object {self.object}, {status}",
+        chosen = f"object {self.object}, " if self.max_object > 1 else ""
+        self.axes.set_title(f"{self.unit} {self.frame} of 0 ... {len(self.frames) - 1}, {chosen}{status}",
                             color=np.array(object_colour(self.object)) / 300)
         self.figure.canvas.draw_idle()
 
