@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-lowest lint system-packages
+.PHONY: demo demo-video demo-volume demo-ich test test-lowest lint system-packages
 
 # torch first, then the rest without build isolation: sam2 comes as source, and an isolated build would download and
 # install torch a second time. SAM2_BUILD_CUDA=0: the CUDA extension only fills holes in masks, which nothing here does.
@@ -40,6 +40,32 @@ demo: $(VENV)/.installed
 	@echo "  demo/output/comparison/scatter.png                       이미지마다의 IoU"
 	@echo "  demo/output/training_curve.png                           학습 곡선"
 	@echo "  demo/output/my_results/demo_0160_result.png              이미지 한 장 분할"
+
+# extras/ on drawn data with the demo's model: a polyp followed through a clip, a bleeding through a CT volume.
+demo-video: $(VENV)/.installed-extras
+	$(PY) extras/demo/make_demo_clip.py
+	$(PY) extras/track_video.py $(DEMO_MODEL) --original --video extras/demo/data/clip.mp4 --box "97,61,214,184" \
+	  --output extras/demo/output/clip
+	$(PY) extras/demo/score_clip.py extras/demo/output/clip
+
+demo-volume: $(VENV)/.installed-extras
+	$(PY) extras/demo/make_demo_volume.py
+	$(PY) extras/segment_volume.py $(DEMO_MODEL) --original --volume extras/demo/data/ct.nii.gz --point "25,145,146" \
+	  --truth extras/demo/data/ct_truth.nii.gz --output extras/demo/output/ct
+
+# extras/sam_med3d_ich on drawn head CTs with a model of 3.3 M parameters: no download, no GPU, a few minutes.
+ICH_DATA := extras/demo/data/ich
+ICH_OUTPUT := extras/demo/output/ich
+demo-ich: $(VENV)/.installed-extras
+	$(PY) extras/demo/draw_ich_dataset.py
+	$(PY) extras/sam_med3d_ich/train.py --train_csv $(ICH_DATA)/train.csv --val_csv $(ICH_DATA)/val.csv \
+	  --mask_dir $(ICH_DATA)/masks --output_dir $(ICH_OUTPUT) --model_size small --spacing 4 --keep_in_memory \
+	  --epochs 30 --gradient_accumulation_steps 1 --lr 4e-4 --num_clicks 1 --scheduler_type cosine
+	@echo
+	@echo "그림과 표를 열어 보세요:"
+	@echo "  $(ICH_OUTPUT)/training_curve.png   학습 곡선"
+	@echo "  $(ICH_OUTPUT)/patients.png         Dice가 가장 낮은, 중간, 가장 높은 환자"
+	@echo "  $(ICH_OUTPUT)/patients.csv         환자마다의 Dice, IoU, 부피 오차, 라벨"
 
 # The tests drive a real window; as root on Debian they install what that takes.
 system-packages:

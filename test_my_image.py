@@ -89,7 +89,7 @@ def main():
             tqdm.write(f"창을 닫아 끝냅니다. 저장하지 않은 이미지: {path.name}")
             break
         done += bool(lines)
-        if len(paths) == 1 or args.interactive:
+        if lines and (len(paths) == 1 or args.interactive):
             tqdm.write("\n".join(lines))
     if len(paths) > 1:
         print(f"이미지 {done}장을 분할했습니다. 저장: {args.annotate or args.output}")
@@ -299,8 +299,9 @@ def encode(image, predictors, shared):
 
 
 def run_everything(path, name, image, predictors, args):
-    """Segment everything in one image, and write an overlay in distinct colours, the label map (0: nothing, k:
-    annotation k) and the COCO file; returns the lines to print.
+    """Segment everything in one image and write it; returns the lines to print.
+
+    What is written: an overlay in distinct colours, the label map (0: nothing, k: annotation k), the COCO file.
     """
     *_, predictor = predictors.values()
     annotations = segment_everything(predictor, image, args)
@@ -398,9 +399,9 @@ def run_annotation(path, name, image, predictors, args):
     if window.closed_by != "enter":
         return [] if window.closed_by == "s" else None
     masks = [item.best(title)[1] for item in window.objects()]
-    write_png(args.annotate / f"{path.stem}.png", number_objects(masks) if len(masks) > 1 else
-              masks[0].astype(np.uint8) * 255)
-    return [f"객체 {len(masks)}개, " + saved_line(args.annotate, [f"{path.stem}.png"])]
+    labels = number_objects(masks) if len(masks) > 1 else masks[0].astype(np.uint8) * 255
+    write_png(args.annotate / f"{name}.png", labels)
+    return [f"객체 {len(masks)}개, " + saved_line(args.annotate, [f"{name}.png"])]
 
 
 class Segmented(NamedTuple):
@@ -486,10 +487,10 @@ class Window:
         self.finished, self.current = [], Segmented([], None, {})
         self.history, self.markers, self.pressed, self.closed_by = [], [], None, None
         height, width = image.shape[:2]
-        panel = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
-        self.figure, panels = plt.subplots(1, len(models), squeeze=False, layout="constrained", figsize=(
-            max(panel * len(models), 8), panel * height / width + 1))
-        self.panels = panels[0]
+        panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
+        self.figure = plt.figure(layout="constrained", figsize=(
+            max(panel_width * len(models), 8), panel_width * height / width + 1))
+        self.panels = self.figure.subplots(1, len(models), squeeze=False)[0]
         canvas = self.figure.canvas
         canvas.manager.set_window_title(title)
         self.figure.supxlabel(WINDOW_HELP + ("    s: skip" if can_skip else ""), fontsize=10)
@@ -500,9 +501,9 @@ class Window:
         self.update()
 
     def objects(self):
-        """The finished objects and the current one, without those of which no model's mask has a pixel."""
-        current = [self.current] if self.current.candidates else []
-        return [item for item in [*self.finished, *current] if all(item.best(title)[1].any() for title in self.models)]
+        """The finished objects and the current one, if any model has found a pixel of it."""
+        is_found = any(self.current.best(title)[1].any() for title in self.current.candidates)
+        return [*self.finished, self.current] if is_found else self.finished
 
     def position(self, event):
         """Where an event is in the image that was pressed on: (x, y) to one decimal, moved inside if it is outside."""
@@ -535,16 +536,18 @@ class Window:
     def on_release(self, event):
         if not self.pressed:
             return
-        points, box = self.current.points, self.dragged_box(event)
-        if not box:  # a click; its button is that of the press: on macOS Ctrl-click presses 3 and releases 1
-            box = self.current.box
+        points, box = self.current.points, self.current.box
+        if dragged := self.dragged_box(event):
+            box = dragged
+        else:  # the button is that of the press: on macOS a Ctrl-click presses button 3 and releases button 1
             points = [*points, (*self.position(self.pressed), int(self.pressed.button == 1))]
         self.pressed = None
         self.remember()
         self.set_prompts(points, box)
 
     def on_key(self, event):
-        key = KOREAN_KEYBOARD.get(event.key, event.key)
+        key = (event.key or "").lower()  # with Caps Lock too
+        key = KOREAN_KEYBOARD.get(key, key)
         if key in ("u", "backspace") and self.history:
             self.finished, before = self.history.pop()
             self.set_prompts(*before)
@@ -587,10 +590,10 @@ class Window:
             text = f"{title}, object {len(self.finished) + 1}" if self.finished else title
             if self.current.candidates:
                 number, mask, score = self.current.best(title)
-                masks.append((mask, COLOURS[title]))
+                masks.append((mask, object_colour(len(self.finished)) if self.finished else COLOURS[title]))
                 text += f": mask {number + 1} of 3, score {score:.3f}"
             show(axes, self.image, masks)
-            axes.set_title(text)
+            axes.set_title(text, fontsize=10)
         self.draw_markers(self.current.points, self.current.box)
         self.figure.canvas.draw_idle()
 
@@ -615,7 +618,7 @@ def save_result(path, image, name, objects, rough):
 
     flatness = image.shape[1] / image.shape[0]
     count = len(panels) + 1
-    columns = count if flatness < 1.6 else 1 if flatness > 5 else math.ceil(count / 2)  # wide images: more rows
+    columns = count if flatness < 1.6 else 1 if flatness > 5 else 2  # wide images are put below each other
     rows = math.ceil(count / columns)
     width = max(4, 14 / columns)  # inches a panel
     height = min(max(width / flatness, 1), 9) + 0.4

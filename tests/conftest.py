@@ -24,15 +24,16 @@ ENV = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREAD
 
 
 class ForkServer:
-    """tests/fork_server.py, which has imported what takes long; started at the first job."""
+    """tests/fork_server.py, which has imported what takes long, and `modules`; started at the first job."""
 
-    process = None
+    def __init__(self, *modules):
+        self.modules, self.process = modules, None
 
     def run(self, argv, cwd, env, timeout, before=""):
         if not self.process:
             own = {name: value for name, value in ENV.items() if name != "MPLBACKEND"}
-            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py")], env=own,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "fork_server.py"), *self.modules],
+                                            env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
                                             start_new_session=True)
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
@@ -51,7 +52,7 @@ class ForkServer:
 FORK_SERVER = ForkServer()
 
 
-def run(script, *arguments, cwd, env=None, code=0, timeout=600, before=""):
+def run(script, *arguments, cwd, env=None, code=0, timeout=600, before="", server=FORK_SERVER):
     """Run a script of the project in `cwd`; assert its exit code; return the finished process.
 
     env: variables to set, None takes one away. The process is forked from one that has imported the large
@@ -61,7 +62,7 @@ def run(script, *arguments, cwd, env=None, code=0, timeout=600, before=""):
     argv = [str(ROOT / script), *map(str, arguments)]
     variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
     if hasattr(os, "fork") and not any(name.startswith("PYTHON") for name in env or {}):
-        done = FORK_SERVER.run(argv, cwd, variables, timeout, before)
+        done = server.run(argv, cwd, variables, timeout, before)
     else:
         assert not before, "only a forked process does this"
         done = subprocess.run([sys.executable, *argv], cwd=cwd, timeout=timeout, env=variables,

@@ -2,10 +2,12 @@
 
 Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths) and before (code to run first). Forks a child that
 runs the script as __main__ to the interpreter's own end, and answers with its exit code.
+The arguments are further modules to import.
 """
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -19,6 +21,8 @@ import sam2.sam2_image_predictor  # noqa: F401
 import torch.distributed  # noqa: F401
 import torchvision.transforms.v2  # noqa: F401
 
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 gc.freeze()  # a child that ends need not take all this apart: half a second
 atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
 

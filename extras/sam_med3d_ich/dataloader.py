@@ -1,0 +1,471 @@
+"""From a CSV to what the model sees: reading, checking, transforming and augmenting volumes and their masks.
+
+    read_rows -> check_patients -> Volumes -> TrainingSet, ValidationSet -> training_loader, validation_loader
+
+A case is a dict of MetaTensors [1, X, Y, Z] in nibabel's canonical axes (x to the right, y to the front, z up):
+"image" and "mask" with cubic voxels, "truth" the mask with the voxels of its file. What SAM-Med3D's weights expect of
+them is what its own training did with torchio: 1.5 mm voxels, a crop around the target, padded with 0, and a z-score
+over the voxels above 0.
+"""
+
+import csv
+import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CopyItemsd,
+    Lambdad,
+    Orientationd,
+    Pad,
+    RandFlipd,
+    RandGaussianNoised,
+    RandRotated,
+    Spacingd,
+    SpatialCrop,
+)
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+from utils import DataError, reason
+
+COLUMNS = ("path", "ich", "patient_id")
+SUFFIXES = (".nii", ".nii.gz", ".npy", ".pkl")
+NO_LABEL = -100    # what cross_entropy leaves out
+ROTATION = 0.17    # radians, about each axis: 10 degrees
+NOISE = 0.1        # standard deviation, where that of the image is 1
+
+
+# ---- the CSV ----
+
+@dataclass(frozen=True)
+class Row:
+    """One volume: where its row stands ("train.csv 3행"), its file, label, patient, and its mask's file or None."""
+    place: str
+    path: Path
+    ich: int
+    patient_id: str
+    mask: Path | None
+
+
+def suffix_of(path):
+    """".nii.gz" or the last suffix, in lower case."""
+    name = Path(path).name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def stem_of(path):
+    return Path(path).name[:-len(suffix_of(path)) or None]
+
+
+def read_csv(path):
+    """(line number, values by column) of each row of a UTF-8 CSV, with or without a BOM. Raises DataError."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
+    text = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text.append(line.decode())
+        except UnicodeDecodeError:
+            raise DataError(f"{path} {number}행: UTF-8이 아닙니다. Excel이라면 'CSV UTF-8'로 다시 저장하세요") from None
+    reader = csv.DictReader(text, strict=True)
+    try:
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+        if missing:
+            raise DataError(f"{path} 1행: 열이 없습니다: {', '.join(missing)} (있어야 하는 열: {', '.join(COLUMNS)})")
+        rows = [(reader.line_num, {name: (values[name] or "").strip() for name in COLUMNS}) for values in reader]
+    except csv.Error as error:
+        raise DataError(f"{path} {reader.line_num}행: CSV로 읽을 수 없습니다 ({error})") from None
+    if not rows:
+        raise DataError(f"{path}: 행이 없습니다")
+    return rows
+
+
+def find_mask(mask_dir, path):
+    """The mask of a volume, {stem}.nii or {stem}.nii.gz, or None."""
+    candidates = (mask_dir / f"{stem_of(path)}{suffix}" for suffix in (".nii", ".nii.gz"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def read_rows(csv_path, mask_dir):
+    """The rows of a CSV, and what is wrong with them: (list of Row, list of messages). Raises DataError, OSError.
+
+    Paths in the CSV are relative to the CSV's own folder.
+    """
+    rows, problems = [], []
+    for number, values in read_csv(csv_path):
+        place = f"{csv_path} {number}행"
+        path = csv_path.parent / values["path"]
+        wrong = [name for name in COLUMNS if not values[name]]
+        if wrong:
+            problems.append(f"{place}: 비어 있습니다: {', '.join(wrong)}")
+        elif values["ich"] not in ("0", "1"):
+            problems.append(f"{place}: ich는 0이나 1이어야 합니다: {values['ich']}")
+        elif suffix_of(path) not in SUFFIXES:
+            problems.append(f"{place}: {path}: 읽을 수 있는 형식은 {', '.join(SUFFIXES)}입니다")
+        elif not path.is_file():
+            problems.append(f"{place}: {path}: 파일이 없습니다")
+        else:
+            mask = find_mask(mask_dir, path)
+            if mask is None and values["ich"] == "1":
+                problems.append(f"{place}: 마스크가 없습니다: {mask_dir / stem_of(path)}.nii 또는 .nii.gz")
+            rows.append(Row(place, path, int(values["ich"]), values["patient_id"], mask))
+    return rows, problems
+
+
+def check_patients(train, val):
+    """What is wrong between rows: a patient on both sides, a volume twice, two volumes with one mask."""
+    problems = []
+    patients = {row.patient_id: row.place for row in reversed(train)}
+    for patient_id in dict.fromkeys(row.patient_id for row in val if row.patient_id in patients):
+        place = next(row.place for row in val if row.patient_id == patient_id)
+        problems.append(f"{place}: 환자 {patient_id}가 학습에도 있습니다 ({patients[patient_id]}). "
+                        "한 환자의 볼륨은 모두 한쪽에 있어야 합니다")
+    seen = {}
+    for row in [*train, *val]:
+        for what, key in (("같은 볼륨이", row.path.resolve()), ("같은 마스크를 쓰는 볼륨이", row.mask)):
+            if key is not None and (before := seen.setdefault((what, key), row)) is not row:
+                problems.append(f"{row.place}: {what} 또 있습니다: {row.path} ({before.place})")
+                break
+    return problems
+
+
+# ---- the files ----
+
+class StandIn:
+    """What a pickle may name, in place of the original, so that it never gets hold of a function of numpy's.
+
+    Each has a __setstate__, because pickle would set the attributes of the class itself where there is none.
+    """
+    array = None
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("unexpected state")
+
+
+class PickledDtype(StandIn):
+    """numpy.dtype, for numbers and truth values only: numpy.dtype("f4", False, True), then "<" as its state."""
+
+    def __init__(self, code, align=False, copy=False):
+        if not re.fullmatch("[biuf][1248]", code):
+            raise pickle.UnpicklingError(f"dtype {code}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class PickledArray(StandIn):
+    """An array that numpy's _reconstruct(ndarray, (0,), b"b") begins, and that its state fills."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, content = state
+        self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+class PickledBuffer(StandIn):
+    """An array as pickle protocol 5 has it: numpy's _frombuffer(content, dtype, shape, order)."""
+
+    def __init__(self, content, dtype, shape, order):
+        self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
+
+
+class PickledScalar(StandIn):
+    """A number of numpy's: scalar(dtype, content)."""
+
+    def __new__(cls, dtype, content):
+        return np.frombuffer(content, dtype.dtype)[0]
+
+
+class PickledBytes(StandIn):
+    """Bytes as pickle protocols 0 to 2 have them: _codecs.encode(text, "latin1")."""
+
+    def __new__(cls, text, encoding):
+        return text.encode("latin1")
+
+
+class VolumeUnpickler(pickle.Unpickler):
+    """Knows numbers, texts, containers and numeric numpy arrays; refuses anything else by its name."""
+
+    KNOWN = {"numpy.ndarray": PickledArray, "numpy.dtype": PickledDtype, "_codecs.encode": PickledBytes,
+             **{f"numpy.{core}.{name}": stand_in for core in ("core", "_core") for name, stand_in in (
+                 ("multiarray._reconstruct", PickledArray), ("multiarray.scalar", PickledScalar),
+                 ("numeric._frombuffer", PickledBuffer))}}
+
+    def find_class(self, module, name):
+        known = self.KNOWN.get(f"{module}.{name}")
+        if known is None:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return known
+
+
+def read_pickle(path):
+    """The volume of a .pkl and its affine or None: an array, or a dict of "image" and "affine" or "spacing" (mm)."""
+    with path.open("rb") as file:
+        try:
+            content = VolumeUnpickler(file).load()
+        except pickle.UnpicklingError as error:
+            raise DataError(f"{path}: 볼륨에 있을 수 없는 것이 들어 있어 열지 않았습니다: {reason(error)}") from None
+    parts = content if isinstance(content, dict) else {"image": content}
+    parts = {name: value.array if isinstance(value, StandIn) else value for name, value in parts.items()}
+    if not isinstance(parts.get("image"), np.ndarray):
+        raise DataError(f"{path}: numpy 배열도, 배열 'image'가 있는 dict도 아닙니다")
+    affine = parts.get("affine")
+    if affine is None and parts.get("spacing") is not None:
+        affine = np.diag([*np.asarray(parts["spacing"], float), 1.0])
+    return parts["image"], affine
+
+
+def read_nifti(path):
+    """The voxels of a NIfTI as float32, scaled as its header says, and its affine."""
+    image = nib.load(path)
+    return image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine
+
+
+def read_npy(path):
+    with path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False), None
+
+
+def read_volume(path):
+    """(float32 X x Y x Z, float64 4 x 4 affine or None) of a volume or mask. Raises DataError, naming the file."""
+    read = {".npy": read_npy, ".pkl": read_pickle}.get(suffix_of(path), read_nifti)
+    try:
+        array, affine = read(path)
+        array = np.require(array, np.float32, "W")
+        affine = None if affine is None else np.require(affine, np.float64, "W")
+    except DataError:
+        raise
+    except Exception as error:  # damaged files raise a dozen kinds in nibabel, numpy, zlib and pickle
+        raise DataError(f"{path}: 읽을 수 없습니다 ({reason(error).removeprefix(f'{path}: ')})") from None
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3 or 0 in array.shape:
+        raise DataError(f"{path}: 3차원이 아닙니다: {' x '.join(map(str, array.shape))}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{path}: NaN이나 무한대가 {np.count_nonzero(~np.isfinite(array))}개 있습니다")
+    if affine is not None and (affine.shape != (4, 4) or not np.isfinite(affine).all()
+                               or abs(np.linalg.det(affine[:3, :3])) < 1e-6):
+        raise DataError(f"{path}: affine이 쓸 수 없는 값입니다")
+    return array, affine
+
+
+def read_pair(row):
+    """(image, mask, affine) of a row: float32 and uint8 X x Y x Z. Raises DataError, naming the file."""
+    image, affine = read_volume(row.path)
+    if row.mask is None:
+        if affine is None:
+            raise DataError(f"{row.path}: 복셀 크기를 모릅니다. {stem_of(row.path)}.nii.gz 마스크(모두 0)를 두거나, "
+                            ".pkl에 'spacing'을 넣거나, NIfTI로 저장하세요")
+        return image, np.zeros(image.shape, np.uint8), affine
+    mask, mask_affine = read_volume(row.mask)
+    mask = (mask > 0.5).astype(np.uint8)
+    if mask.shape != image.shape:
+        raise DataError(f"{row.mask}: 마스크의 크기 {mask.shape}가 볼륨의 크기 {image.shape}와 다릅니다")
+    if affine is not None:
+        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]).T
+        corners[:3] *= np.array(image.shape)[:, None] - 1
+        apart = np.abs((affine - mask_affine) @ corners).max()
+        if apart > np.linalg.norm(mask_affine[:3, :3], axis=0).min() / 2:
+            raise DataError(f"{row.mask}: 마스크의 affine이 볼륨과 다릅니다 (모서리가 {apart:.1f} mm까지 어긋남)")
+    if row.ich and not mask.any():
+        raise DataError(f"{row.mask}: ich가 1인데 마스크가 비어 있습니다")
+    if not row.ich and mask.any():
+        raise DataError(f"{row.mask}: ich가 0인데 마스크에 출혈이 있습니다")
+    return image, mask, mask_affine
+
+
+def apply_window(image, window):
+    """Clip Hounsfield units to a window and count from its lower end, so that "above 0" means "in the window"."""
+    if window is None:
+        return image
+    level, width = window
+    return (image - (level - width / 2)).clip(0, width)
+
+
+def load_case(row, window, spacing):
+    """Read a row's files and bring them into the form described above. Raises DataError, naming row and file."""
+    try:
+        image, mask, affine = read_pair(row)
+        case = Compose([  # the window first: resampling must not mix bone or metal into the brain
+            Lambdad("image", partial(apply_window, window=window)),
+            Orientationd(("image", "mask"), axcodes="RAS", labels=None),
+            CopyItemsd("mask", names="truth"),
+            Spacingd(("image", "mask"), (spacing, spacing, spacing), mode=("bilinear", "nearest"), dtype=np.float32),
+        ])({"image": MetaTensor(image[None], affine=affine), "mask": MetaTensor(mask[None], affine=affine)})
+        if not (case["image"] > 0).any() or case["image"].min() == case["image"].max():
+            raise DataError(f"{row.path}: 창 안에 값이 없습니다. Hounsfield 단위가 아니면 --window none을 쓰세요")
+        if row.ich and not case["mask"].any():
+            raise DataError(f"{row.mask}: 출혈이 너무 작아 {spacing:g} mm 복셀에서 사라집니다")
+    except DataError as error:
+        raise DataError(f"{row.place}: {error}") from None
+    return case
+
+
+class Volumes:
+    """The cases of a CSV by number: read each time, or kept in memory."""
+
+    def __init__(self, rows, args):
+        self.rows, self.window, self.spacing, self.kept = rows, args.window, args.spacing, {}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        return self.kept.get(number) or load_case(self.rows[number], self.window, self.spacing)
+
+    def check(self, title, threads, keep):
+        """Read every volume once; returns what is wrong with them, and their haemorrhages in ml. keep: in memory."""
+        def check(number):
+            try:
+                case = self[number]
+            except DataError as error:
+                return number, None, str(error)
+            return number, case, None
+
+        problems, sizes, pool = [], [], ThreadPoolExecutor(max(1, threads))
+        try:
+            results = pool.map(check, range(len(self)))
+            for number, case, problem in tqdm(results, title, len(self), disable=None, leave=False):
+                if problem:
+                    problems.append(problem)
+                    continue
+                if self.rows[number].ich:
+                    sizes.append(millilitres(case["truth"]))
+                if keep:
+                    self.kept[number] = case
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for all the others
+        return problems, sizes
+
+
+def millilitres(mask):
+    """The volume of a MetaTensor mask in ml."""
+    return float(mask.sum() * torch.linalg.det(mask.affine[:3, :3]).abs() / 1000)
+
+
+# ---- what the model sees ----
+
+def target_centre(mask):
+    """The middle of the box around a mask [1, X, Y, Z], in voxels: where torchio's CropOrPad puts the middle."""
+    inside = torch.argwhere(mask[0])
+    return ((inside.amin(0) + inside.amax(0) + 1) / 2).tolist()
+
+
+def head_centre(image):
+    """The centre of mass of the voxels above 0, which a table or a thin cable hardly moves. It knows no truth."""
+    return (torch.argwhere(image[0] > 0).float().mean(0) + 0.5).tolist()
+
+
+def crop_around(tensor, centre, size):
+    """size x size x size voxels of a MetaTensor [1, X, Y, Z] around a place, given in voxels; outside stands 0."""
+    start = [round(place - size / 2) for place in centre]
+    before = [max(0, -place) for place in start]
+    after = [max(0, place + size - length) for place, length in zip(start, tensor.shape[1:])]
+    start = [place + pad for place, pad in zip(start, before)]
+    padded = Pad([(0, 0), *zip(before, after)])(tensor)
+    return SpatialCrop(roi_start=start, roi_end=[place + size for place in start])(padded)
+
+
+def z_score(image):
+    """Shift and scale an image so that its voxels above 0 have mean 0 and standard deviation 1."""
+    above = image[image > 0]
+    if above.numel() < 2 or above.std() == 0:
+        return image
+    return (image - above.mean()) / above.std()
+
+
+def augmentation(probability):
+    """MONAI's random transforms of an image and its mask, each with this probability; z-score between them."""
+    both = ("image", "mask")
+    return Compose([
+        RandFlipd(both, probability, spatial_axis=0),  # left and right; heads do not stand on their heads
+        RandRotated(both, ROTATION, ROTATION, ROTATION, probability, mode=("bilinear", "nearest"),
+                    padding_mode="zeros"),
+        Lambdad("image", z_score),
+        RandGaussianNoised("image", probability, std=NOISE),
+    ])
+
+
+class TrainingSet(Dataset):
+    """Augmented crops: image and mask (float32 [1, S, S, S]), label (0, 1, or NO_LABEL), number.
+
+    Indexed by (epoch, number), and every draw follows from these and the seed: neither workers nor a resumed run
+    change it. The label is learnt only from crops around the head's centre, which is found without the truth. A crop
+    around the target would give the label away, because only a haemorrhage has one.
+    """
+
+    def __init__(self, volumes, args):
+        self.volumes, self.size, self.seed = volumes, args.image_size, args.seed
+        self.augment = augmentation(args.augmentation_prob)
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        rng = np.random.default_rng([self.seed, epoch, number])
+        case, ich = self.volumes[number], self.volumes.rows[number].ich
+        around_target = ich and rng.random() < 0.5
+        centre = target_centre(case["mask"]) if around_target else head_centre(case["image"])
+        crop = {name: crop_around(case[name], centre, self.size) for name in ("image", "mask")}
+        self.augment.set_random_state(int(rng.integers(2**32)))
+        crop = self.augment(crop)
+        return {"image": crop["image"].as_tensor(), "mask": crop["mask"].as_tensor().float(),
+                "label": NO_LABEL if around_target else ich, "number": number}
+
+
+class ValidationSet(Dataset):
+    """One volume at a time, without augmentation: number, head (the crop that knows no truth, float32
+    [1, 1, S, S, S]), and with a haemorrhage: image and mask (around the target), affine (of the crop), and truth and
+    truth_affine (the mask with the voxels of its file)."""
+
+    def __init__(self, volumes, args):
+        self.volumes, self.size = volumes, args.image_size
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, number):
+        case = self.volumes[number]
+        head = crop_around(case["image"], head_centre(case["image"]), self.size)
+        item = {"number": number, "head": z_score(head).as_tensor()[None]}
+        if self.volumes.rows[number].ich:
+            image, mask = (crop_around(case[name], target_centre(case["mask"]), self.size)
+                           for name in ("image", "mask"))
+            item |= {"image": z_score(image).as_tensor()[None], "mask": mask.as_tensor()[None] > 0,
+                     "affine": image.affine, "truth": case["truth"].as_tensor(), "truth_affine": case["truth"].affine}
+        return item
+
+
+class EpochOrder(Sampler):
+    """The (epoch, number) pairs of an epoch in an order that follows from seed and epoch; set .epoch before each."""
+
+    def __init__(self, length, seed):
+        self.length, self.seed, self.epoch = length, seed, 1
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return iter([(self.epoch, int(number)) for number in order])
+
+
+def training_loader(volumes, args, pin_memory):
+    return DataLoader(TrainingSet(volumes, args), args.batch_size, sampler=EpochOrder(len(volumes), args.seed),
+                      num_workers=args.num_workers, persistent_workers=args.num_workers > 0, pin_memory=pin_memory)
+
+
+def validation_loader(volumes, args):
+    return DataLoader(ValidationSet(volumes, args), batch_size=None, num_workers=args.num_workers,
+                      persistent_workers=args.num_workers > 0)

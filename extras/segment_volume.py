@@ -1,0 +1,356 @@
+"""Segment an object in a CT or MR volume with SAM 2.1: prompt one slice, follow the object through the others.
+
+    python extras/segment_volume.py --volume ct.nii.gz --point "24,310,205"      slice, x, y
+    python extras/segment_volume.py --volume ct.nii.gz                           a window with a slice slider
+
+The slices are taken for the frames of a video. Indices are those of the volume in nibabel's closest canonical
+orientation (RAS): x grows towards the patient's right, y towards the front, z towards the head. The model and the
+window get the picture that radiologists look at: front or head at the top, the patient's right on the left.
+"""
+
+import argparse
+import csv
+import gzip
+import io
+import math
+import textwrap
+from pathlib import Path
+
+import cv2
+import nibabel as nib
+import numpy as np
+from common import (
+    ImageError,
+    add_model_flags,
+    calculate_iou,
+    choose_checkpoint,
+    detect_device,
+    fail,
+    load_video_predictor,
+    run,
+    save_figure,
+    write_file,
+    write_json,
+)
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+from tracking import (
+    Window,
+    add_prompts,
+    check_prompts,
+    object_scores,
+    overlay,
+    parse_numbers,
+    require_display,
+    start_state,
+    track,
+)
+
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
+           "abdomen": (50, 400)}  # level, width in Hounsfield units, as radiopaedia.org/articles/windowing-ct has them
+MILLIMETRES = {"meter": 1000, "micron": 0.001}  # of a NIfTI header's unit, if it is not the millimetre
+MONTAGE_SLICES = 20
+
+
+def main():
+    args = parse_args()
+    if args.interactive:
+        require_display('--point "슬라이스,x,y"')
+    else:
+        plt.switch_backend("Agg")
+    volume = Volume(args.volume)
+    slices = Slices(volume, args.axis, args.window)
+    check_prompts(args.prompts, slices, args.volume, "슬라이스")
+    prompts = mirror(args.prompts, slices.size)
+    truth = slices.of_file(args.truth, volume) if args.truth else None
+
+    checkpoint, device = choose_checkpoint(args), detect_device(args.device)
+    predictor = load_video_predictor(args.model_cfg, checkpoint, device, args.image_size)
+    height, width = slices.size
+    print(f"모델: {checkpoint}, 장치: {device}, {args.axis} 슬라이스 {len(slices)}장, 가로 {width}, 세로 {height}픽셀")
+    mask, scores = np.zeros((len(slices), height, width), bool), np.full(len(slices), np.nan)
+
+    def follow(prompts):
+        return segment(predictor, slices, prompts, args.each_slice, mask, scores)
+
+    is_done = False
+    if args.interactive:
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자입니다. Enter를 누르면 분할하고, 창을 닫으면 저장합니다.")
+        window = Window(slices, predictor, follow, args.name.encode(errors="replace").decode(), max_object=1,
+                        unit="slice", aspect=slices.aspect)
+        window.show()
+        prompts, is_done = window.prompts, window.tracked_prompts == window.prompts
+        if not prompts:
+            fail("프롬프트가 없습니다. 창에서 대상을 클릭하거나 --point \"슬라이스,x,y\"를 쓰세요")
+        print(f"같은 결과를 얻는 명령: {as_flags(mirror(prompts, slices.size))}")
+        if window.is_tracking:
+            fail("분할하는 중에 창을 닫아 멈췄습니다. 저장하지 않았습니다")
+    if not is_done:
+        for _ in follow(prompts):
+            pass
+    save(args, volume, slices, prompts, mask, scores, truth)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="CT나 MR 볼륨의 대상을 SAM 2.1로 분할합니다. 프롬프트가 없으면 창을 엽니다.")
+    parser.add_argument("--volume", "-v", required=True, metavar="FILE", help="NIfTI 파일 (.nii, .nii.gz)")
+    parser.add_argument("--point", "-p", type=parse_points, default=[],
+                        help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
+    parser.add_argument("--box", type=parse_boxes, default={},
+                        help='상자: "슬라이스,x1,y1,x2,y2", 여러 슬라이스면 ";"로 이어서')
+    parser.add_argument("--axis", choices=["axial", "coronal", "sagittal"], default="axial",
+                        help="슬라이스의 방향 (기본: axial)")
+    parser.add_argument("--window", type=parse_window, default="brain", metavar="이름",
+                        help=f'밝기 범위: {", ".join(WINDOWS)}, "중심,폭" (HU), 또는 MR에는 none (기본: brain)')
+    parser.add_argument("--each-slice", action="store_true",
+                        help="기억으로 따라가지 않고 프롬프트가 있는 슬라이스만 하나씩 분할")
+    parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산")
+    add_model_flags(parser, "output/my_volumes/이름")
+    args = parser.parse_args()
+    args.prompts = {(number, 1): ([point for own, point in args.point if own == number], args.box.get(number))
+                    for number in {number for number, _ in args.point} | set(args.box)}
+    args.interactive = not args.prompts
+    args.name = Path(args.volume).name
+    for suffix in (".gz", ".nii", ".img", ".hdr"):
+        args.name = args.name.removesuffix(suffix)
+    if args.output == parser.get_default("output"):
+        args.output = args.output.with_name(args.name)
+    return args
+
+
+def parse_points(text):
+    """Parse "slice,x,y" or "slice,x,y,label;...": a list of (slice, (x, y, label)), in voxels."""
+    return [(slice_number(place), (x, y, int(label[0]) if label else 1))
+            for place, x, y, *label in parse_numbers(text, (3, 4), '"슬라이스,x,y" 또는 "슬라이스,x,y,라벨"')]
+
+
+def parse_boxes(text):
+    """Parse "slice,x1,y1,x2,y2;...": {slice: [x1, y1, x2, y2]}, in voxels, x1 <= x2 and y1 <= y2."""
+    boxes = {}
+    for place, x1, y1, x2, y2 in parse_numbers(text, (5,), '"슬라이스,x1,y1,x2,y2"'):
+        if slice_number(place) in boxes:
+            raise argparse.ArgumentTypeError(f"슬라이스 {place:g}에 상자가 둘입니다")
+        boxes[slice_number(place)] = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+    return boxes
+
+
+def slice_number(place):
+    if place != int(place):
+        raise argparse.ArgumentTypeError(f"슬라이스 번호는 정수여야 합니다: {place:g}")
+    return int(place)
+
+
+def parse_window(text):
+    """Parse a window's name or "level,width": (lowest, highest) value to show, or None for "none"."""
+    if text == "none":
+        return None
+    level, width = WINDOWS[text] if text in WINDOWS else \
+        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "중심,폭"')[0]
+    if width <= 0:
+        raise argparse.ArgumentTypeError(f"폭은 0보다 커야 합니다: {width:g}")
+    return level - width / 2, level + width / 2
+
+
+# ----------------------------------------------------------------------------- reading
+
+class Volume:
+    """A NIfTI file, three-dimensional, in canonical orientation.
+
+    data: float32 X x Y x Z; affine: 4 x 4, from canonical voxel indices to millimetres. Raises ImageError, naming
+    the file, if it cannot be read, is no NIfTI image, or does not say how its voxels lie in space.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.image = nib.load(path)
+            if not isinstance(self.image, nib.Nifti1Pair):  # Nifti1Image and Nifti2Image are kinds of it
+                raise ImageError(f"{path}: NIfTI 영상이 아닙니다 ({type(self.image).__name__})")
+            shape, dtype = self.image.shape, self.image.get_data_dtype()
+            if len(shape) < 3 or math.prod(shape[3:]) != 1:
+                raise ImageError(f"{path}: 3차원 볼륨이 아닙니다 (크기 {' x '.join(map(str, shape))}). "
+                                 "여러 시점이면 하나만 따로 저장하세요")
+            if dtype.kind not in "iuf":
+                raise ImageError(f"{path}: 값의 형식이 {dtype}입니다. 정수나 실수여야 합니다")
+            data = self.image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape[:3])
+            scale = MILLIMETRES.get(self.image.header.get_xyzt_units()[0], 1)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
+            raise ImageError(f"{path}: 읽을 수 없습니다 ({textwrap.shorten(str(error), 150)})") from None
+        matrix = self.image.affine
+        if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-12 or not data.size:
+            raise ImageError(f"{path}: 복셀이 공간에 놓인 방향과 크기(affine)가 올바르지 않습니다")
+        self.orientation = nib.io_orientation(matrix)
+        self.data = nib.apply_orientation(data, self.orientation)
+        self.affine = np.diag([scale] * 3 + [1]) @ matrix @ nib.orientations.inv_ornt_aff(self.orientation, data.shape)
+        if not np.isfinite(self.data).any():
+            raise ImageError(f"{path}: 유한한 값이 없습니다")
+
+    def restore(self, mask):
+        """A bool X x Y x Z mask as a NIfTI image in the file's own grid, with its affine and header codes."""
+        back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), self.orientation)
+        kind = nib.Nifti2Image if isinstance(self.image, nib.Nifti2Pair) else nib.Nifti1Image
+        source = self.image.header
+        header = kind.header_class(source.binaryblock, source.endianness, check=False)  # a pair's too
+        header.set_data_dtype(np.uint8)
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0  # the brightness that a viewer should show; it was the CT's
+        return kind(nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape), self.image.affine,
+                    header)
+
+
+class Slices:
+    """A volume's slices along an axis as pictures: uint8 H x W x 3, 0 to 255 over the window's range of values.
+
+    window: (lowest, highest), or None: from the 1st to the 99th percentile.
+    size: (H, W); aspect: height of a pixel / its width; pixel_area in mm².
+    """
+
+    def __init__(self, volume, axis, window):
+        self.axis = AXES[axis]
+        self.values = self.to_pictures(volume.data)
+        finite = volume.data[np.isfinite(volume.data)]
+        if window is not None and finite.min() >= 0:
+            print(f"주의: {volume.path}에 음수가 없어 CT(HU)가 아닌 것 같습니다. MR이면 --window none을 쓰세요")
+        self.low, self.high = window or np.percentile(finite, [1, 99])
+        self.size = self.values.shape[1:]
+        across, down = (volume.affine[:3, axis] for axis in range(3) if axis != self.axis)
+        self.aspect = np.linalg.norm(down) / np.linalg.norm(across)
+        self.pixel_area = np.linalg.norm(np.cross(across, down))
+
+    def to_pictures(self, data):
+        """X x Y x Z as slices x rows x columns, seen as radiologists do; a view."""
+        return np.moveaxis(data, self.axis, 0).transpose(0, 2, 1)[:, ::-1, ::-1]
+
+    def from_pictures(self, pictures):
+        """The inverse of to_pictures."""
+        return np.moveaxis(pictures[:, ::-1, ::-1].transpose(0, 2, 1), 0, self.axis)
+
+    def of_file(self, path, volume):
+        """The mask in a NIfTI file on the same grid as `volume` (values other than 0): bool slices x H x W."""
+        other = Volume(path)
+        if other.data.shape != volume.data.shape or not np.allclose(other.affine, volume.affine, atol=1e-3):
+            raise ImageError(f"{path}: {volume.path}와 크기나 공간에서의 위치(affine)가 다릅니다")
+        return self.to_pictures(np.nan_to_num(other.data) != 0)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        grey = np.clip((self.values[index] - self.low) / max(self.high - self.low, 1e-6), 0, 1) * 255
+        return np.repeat(np.nan_to_num(grey).round().astype(np.uint8)[..., None], 3, axis=2)
+
+
+def mirror(prompts, size):
+    """Prompts in a volume's indices as prompts in the picture, or the other way round: both axes are reversed."""
+    height, width = size
+    return {key: ([(width - 1 - x, height - 1 - y, label) for x, y, label in points],
+                  [max(0, edge) for edge in (width - 1 - box[2], height - 1 - box[3], width - 1 - box[0],
+                                             height - 1 - box[1])] if box else None)
+            for key, (points, box) in prompts.items()}
+
+
+def as_flags(prompts):
+    """Prompts in a volume's indices as they would be written on the command line."""
+    points, boxes = [], []
+    for (number, _), (own_points, box) in sorted(prompts.items()):
+        points += [f"{number},{x:g},{y:g},{label}" for x, y, label in own_points]
+        boxes += [",".join(f"{value:g}" for value in (number, *box))] if box else []
+    return " ".join(f'--{name} "{";".join(found)}"' for name, found in (("point", points), ("box", boxes)) if found)
+
+
+# ----------------------------------------------------------------------------- segmenting
+
+def segment(predictor, slices, prompts, each_slice, mask, scores):
+    """Segment; `mask` (bool slices x H x W) and `scores` (slices; NaN where nothing was asked) are filled.
+
+    each_slice: every prompted slice on its own, the others stay empty. Yields (slice, label map) as they are known.
+    """
+    mask[:], scores[:] = False, np.nan
+    found = segment_each(predictor, slices, prompts) if each_slice else track(predictor, slices, prompts)
+    with tqdm(total=len(prompts) if each_slice else len(slices), desc="분할", unit="장", disable=None) as bar:
+        for number, _, logits, (score,) in found:
+            bar.update(np.isnan(scores[number]))
+            mask[number], scores[number] = (logits[0] > 0).cpu().numpy(), score
+            yield number, mask[number].astype(np.uint8)
+
+
+def segment_each(predictor, slices, prompts):
+    """Segment every prompted slice without memory of the others. Yields what track() yields."""
+    state = start_state(predictor, slices)
+    for key, prompt in sorted(prompts.items()):
+        predictor.reset_state(state)
+        objects, logits = add_prompts(predictor, state, {key: prompt})
+        predictor.propagate_in_video_preflight(state)
+        yield key[0], objects, logits, object_scores(state, key[0])
+
+
+# ----------------------------------------------------------------------------- writing
+
+def save(args, volume, slices, prompts, mask, scores, truth):
+    """Write the mask, the tables and the montage, and print what a person wants to know first."""
+    names = [f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"]
+    if any((args.output / name).exists() for name in names):
+        print(f"이전 결과를 덮어씁니다: {args.output}")
+    restored = volume.restore(slices.from_pictures(mask))
+    write_file(args.output / names[0], gzip.compress(restored.to_bytes(), mtime=0))
+
+    voxel = abs(np.linalg.det(volume.affine[:3, :3]))  # mm³; oblique and sheared grids too
+    summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
+               "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
+               "each_slice": args.each_slice, "prompts": as_flags(mirror(prompts, slices.size))}
+    print(f"부피: {summary['volume_ml']:.3f} ml ({summary['voxels']}복셀, 복셀 하나 {voxel:.4g} mm³)")
+    if truth is not None:
+        summary.update(dice=calculate_dice(mask, truth), iou=calculate_iou(mask, truth),
+                       truth_ml=truth.sum() * voxel / 1000)
+        print(f"정답과 비교: Dice {summary['dice']:.4f}, IoU {summary['iou']:.4f}, "
+              f"정답 부피 {summary['truth_ml']:.3f} ml")
+    write_json(args.output / "summary.json", summary)
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["slice", "area_mm2", "score", *(["dice"] if args.truth else [])])
+    for number in np.flatnonzero(~np.isnan(scores)):
+        row = [number, f"{mask[number].sum() * slices.pixel_area:.3f}", f"{scores[number]:.4f}"]
+        if truth is not None:
+            is_empty = not (truth[number].any() or mask[number].any())
+            row.append("" if is_empty else f"{calculate_dice(mask[number], truth[number]):.4f}")
+        writer.writerow(row)
+    write_file(args.output / "slices.csv", text.getvalue().encode())
+    save_figure(draw_montage(slices, mask, truth), args.output / names[3])
+    print(f"저장: {args.output} ({', '.join(names)})")
+
+
+def calculate_dice(pred_mask, gt_mask):
+    """Dice of two boolean masks, 0 to 1: 2 |A∩B| / (|A| + |B| + 1e-6)."""
+    return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
+
+
+def draw_montage(slices, mask, truth):
+    """A figure of up to MONTAGE_SLICES slices, evenly over those with the object: mask tinted, truth in green."""
+    shown = mask.any(axis=(1, 2)) | (truth.any(axis=(1, 2)) if truth is not None else False)
+    numbers = np.flatnonzero(shown) if shown.any() else np.arange(len(slices))
+    places = np.linspace(0, len(numbers) - 1, min(MONTAGE_SLICES, len(numbers))).round().astype(int)
+    numbers = numbers[places]
+    columns = min(5, len(numbers))
+    rows = math.ceil(len(numbers) / columns)
+    height = min(max(3 * slices.size[0] * slices.aspect / slices.size[1], 1), 6)
+    figure, panels = plt.subplots(rows, columns, squeeze=False, figsize=(3 * columns, (height + 0.3) * rows),
+                                  layout="constrained")
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for panel, number in zip(panels.flat, numbers):
+        drawn = overlay(slices[number], mask[number].astype(np.uint8))
+        if truth is not None:
+            edges, _ = cv2.findContours(truth[number].astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+            drawn = cv2.drawContours(drawn, edges, -1, (0, 255, 0), 1)
+        panel.imshow(drawn, aspect=slices.aspect)
+        panel.set_title(f"slice {number}: {mask[number].sum() * slices.pixel_area:.0f} mm²", fontsize=10)
+    return figure
+
+
+if __name__ == "__main__":
+    run(main, "--image-size 512나 --device cpu를 써 보세요")

@@ -1,0 +1,419 @@
+"""Following prompted objects with SAM 2's memory: what track_video.py and segment_volume.py share.
+
+A video is a sequence of frames, a volume a sequence of slices. Both are given here as an object with len(),
+indexing (uint8 H x W x 3, RGB) and `size` (H, W), whose items are made when they are asked for.
+
+Prompts are {(frame, object): (points, box)}: points a list of (x, y, label) in pixels, label 1 (foreground) or
+0 (background); box [x1, y1, x2, y2] or None; objects are numbered from 1.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from common import ImageError, fail
+from matplotlib import pyplot as plt
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.widgets import Slider
+from PIL import Image
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
+SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
+MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
+REDRAW_SECONDS = 0.3  # between two frames that the window shows while it tracks
+WINDOW_HELP = ("left click: object    right click: background    drag: box    1 ... 9: object number    "
+               "u: undo    r: clear this {unit}\n"
+               "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
+
+
+# ----------------------------------------------------------------------------- tracking
+
+def track(predictor, frames, prompts):
+    """Follow the prompted objects through all frames, with the memory that the next frames need and no more.
+
+    Yields (frame, objects, logits, scores) from the first prompted frame to the last one, then, if there are
+    frames before the first prompt, backwards from it to frame 0 (the first prompted frame a second time).
+        objects: their numbers, N; logits: float32 N x H x W tensor, above 0 inside the object;
+        scores: N, the predicted probability that the object is in sight.
+    The masks are those of SAM2VideoPredictor.propagate_in_video after all prompts have been added, forwards and
+    then with reverse=True. Source of what a frame attends to: SAM2Base._prepare_memory_conditioned_features.
+    """
+    state = start_state(predictor, frames)
+    add_prompts(predictor, state, prompts)
+    first = min(frame for frame, _ in prompts)
+    reach = max(predictor.num_maskmem * predictor.memory_temporal_stride_for_eval, predictor.max_obj_ptrs_in_encoder)
+    for reverse in (False, True) if first > 0 else (False,):
+        for frame, objects, logits in without_bar(predictor.propagate_in_video(state, reverse=reverse)):
+            yield frame, list(objects), logits[:, 0], object_scores(state, frame)
+            for outputs in state["output_dict_per_obj"].values():
+                kept = outputs["non_cond_frame_outputs"]
+                for old in list(kept):
+                    # the backward pass begins with what the forward pass has found after the first prompt
+                    needed = old < frame + reach if reverse else old > frame - reach or 0 < first >= old - reach
+                    if not needed:
+                        del kept[old]
+
+
+def start_state(predictor, frames):
+    """The state that SAM2VideoPredictor.init_state returns, with frames that are read when they are needed.
+
+    init_state can only decode a whole video into memory, so it is given one black image, which is then replaced.
+    """
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as sink:
+        Image.new("RGB", (8, 8)).save(Path(folder) / "0.jpg")
+        with contextlib.redirect_stderr(sink):  # its progress bar
+            state = predictor.init_state(folder)
+    height, width = frames.size
+    state.update(images=ModelInput(frames, predictor.image_size), num_frames=len(frames), video_height=height,
+                 video_width=width, cached_features={})
+    return state
+
+
+class ModelInput:
+    """Frames as the model takes them: item i is float32 3 x side x side, normalised, the same bits as in sam2's own."""
+
+    def __init__(self, frames, side):
+        levels = (np.arange(256) / 255).astype(np.float32)[None, :, None]
+        self.frames, self.side = frames, side
+        self.table = (levels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # 1 x 256 x 3
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, index):
+        resized = Image.fromarray(self.frames[index]).resize((self.side, self.side))
+        return torch.from_numpy(cv2.LUT(np.asarray(resized), self.table)).permute(2, 0, 1)
+
+
+def add_prompts(predictor, state, prompts):
+    """Give the prompts to the model; every prompted frame becomes a conditioning frame.
+
+    Returns the objects' numbers, N, and their logits on the last frame given, float32 N x H x W.
+    """
+    for (frame, number), (points, box) in sorted(prompts.items()):
+        _, objects, logits = predictor.add_new_points_or_box(
+            state, frame, number, points=[point[:2] for point in points] if points else None,
+            labels=[point[2] for point in points] if points else None, box=box)
+    return list(objects), logits[:, 0]
+
+
+def without_bar(propagation):
+    """The items of a generator of sam2, without the English progress bar that it opens with its first item."""
+    with Path(os.devnull).open("w") as sink, contextlib.closing(propagation):
+        with contextlib.redirect_stderr(sink):
+            first = next(propagation)
+        yield first
+        yield from propagation
+
+
+def object_scores(state, frame):
+    """The predicted probability that each object is in sight on a frame that has just been tracked."""
+    found = [{**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}[frame]["object_score_logits"]
+             for outputs in state["output_dict_per_obj"].values()]
+    return [float(torch.sigmoid(logits)) for logits in found]
+
+
+def label_map(objects, logits):
+    """uint8 H x W: the number of the object at each pixel, 0 for none; where objects overlap, the surest one's."""
+    best, index = logits.max(dim=0)
+    numbers = torch.tensor(objects, dtype=torch.uint8, device=logits.device)
+    return torch.where(best > 0, numbers[index], 0).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------- prompts
+
+def parse_numbers(text, lengths, form):
+    """Parse "1,2,3;4,5,6": a list of lists of floats, each of one of the given lengths.
+
+    Raises argparse.ArgumentTypeError, naming the part that is wrong and the form that is expected.
+    """
+    found = []
+    for part in text.strip().strip(";").split(";"):
+        try:
+            numbers = [float(number) for number in part.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in lengths or not np.isfinite(numbers).all():
+            raise argparse.ArgumentTypeError(f"'{part}'는 {form} 형식이 아닙니다")
+        found.append(numbers)
+    return found
+
+
+def check_prompts(prompts, frames, source, unit):
+    """Raise ImageError, naming the prompt, if one does not fit the frames.
+
+    A box may end at a frame's very edge (x2 = width), a point may not: there is no pixel.
+    unit: what a frame is called, in Korean.
+    """
+    height, width = frames.size
+    for (frame, number), (points, box) in prompts.items():
+        if not 0 <= frame < len(frames):
+            raise ImageError(f"{source}: {unit} {frame}: 없는 번호입니다. 0부터 {len(frames) - 1}까지 있습니다")
+        if not 1 <= number <= MAX_OBJECTS:
+            raise ImageError(f"{source}: 대상 번호 {number}는 쓸 수 없습니다. 1부터 {MAX_OBJECTS}까지입니다")
+        outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
+        outside += [(x, y) for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)] if box else []
+        for x, y in outside:
+            raise ImageError(f"{source}: {unit} {frame}의 좌표 ({x:g}, {y:g})가 그림 밖에 있습니다. "
+                             f"크기는 가로 {width}, 세로 {height}픽셀입니다")
+        if any(label not in (0, 1) for _, _, label in points):
+            raise ImageError(f"{source}: {unit} {frame}: 점의 라벨은 1(전경) 또는 0(배경)이어야 합니다")
+        if box and (box[0] >= box[2] or box[1] >= box[3]):
+            raise ImageError(f"{source}: {unit} {frame}: 상자는 x1 < x2, y1 < y2 여야 합니다")
+
+
+# ----------------------------------------------------------------------------- drawing
+
+def object_colour(number):
+    """A bright colour (RGB, 0 to 255) for an object; neighbours in number are far apart in hue (golden ratio)."""
+    return tuple(int(255 * part) for part in hsv_to_rgb(((0.6 + 0.618 * (number - 1)) % 1, 0.9, 1)))
+
+
+def overlay(image, labels):
+    """`image` with every object of a label map tinted and outlined: uint8 H x W x 3."""
+    drawn = image.copy()
+    for number in np.unique(labels[labels > 0]):
+        inside, colour = (labels == number).astype(np.uint8), object_colour(int(number))
+        cv2.copyTo(cv2.addWeighted(drawn, 0.6, np.full_like(drawn, colour), 0.4, 0), inside, drawn)
+        edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(drawn, edges, -1, colour, max(1, round(max(labels.shape) / 400)))
+    return drawn
+
+
+def reduce_to(array, max_side, interpolation):
+    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
+    height, width = array.shape[:2]
+    scale = min(1, max_side / max(height, width))
+    return cv2.resize(array, (max(1, round(width * scale)), max(1, round(height * scale))),
+                      interpolation=interpolation) if scale < 1 else array
+
+
+def require_display(flags):
+    """Fail if matplotlib cannot open a window here; flags: what to use instead."""
+    try:
+        figure = plt.figure()
+        is_interactive = figure.canvas.required_interactive_framework is not None
+        plt.close(figure)
+    except Exception:  # each toolkit has its own error for "no display"
+        is_interactive = False
+    if not is_interactive:
+        advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
+        fail(f"창을 띄울 수 없습니다. 대신 {flags}를 쓰세요{advice}")
+
+
+# ----------------------------------------------------------------------------- window
+
+class Window:
+    """A matplotlib window: prompt objects on any frame, track them, correct any frame, track again.
+
+    follow: function of prompts that tracks and yields (frame, label map); it is called when Enter is pressed.
+    max_object: the highest object number that the digits choose (9, or 1 for a single object).
+    unit: what a frame is called, in English; aspect: height of a pixel / its width.
+    After show(): prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking, whether the
+    window was closed while it tracked.
+    A first click on a tracked frame also takes the box around the object's mask there as a prompt, so that the
+    correction keeps the object and says only what is wrong. What is shown after a click is what tracking will give.
+    """
+
+    def __init__(self, frames, predictor, follow, title, max_object=9, unit="frame", aspect=1):
+        self.frames, self.predictor, self.follow = frames, predictor, follow
+        self.max_object, self.unit = max_object, unit
+        self.state = start_state(predictor, frames)
+        self.prompts, self.history, self.frame, self.object = {}, [], 0, 1
+        self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
+        self.pressed, self.drawn, self.error = None, [], None
+        self.is_tracking, self.is_stopped, self.is_closed = False, False, False
+        for action, own in (("home", ("r",)), ("back", ("backspace", "left")), ("forward", ("right",))):
+            keys = plt.rcParams[f"keymap.{action}"]  # matplotlib's own meaning of these keys
+            plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in own]
+        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 6.5) + 1.6))
+        self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
+        self.picture = self.axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect, extent=(
+            -0.5, frames.size[1] - 0.5, frames.size[0] - 0.5, -0.5))
+        self.axes.set(xticks=[], yticks=[])
+        self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
+                             valinit=0, valstep=1, valfmt="%d")
+        self.slider.on_changed(self.guarded(self.on_slider))
+        self.figure.text(0.5, 0.02, WINDOW_HELP.format(unit=unit), ha="center", fontsize=9)
+        self.figure.canvas.manager.set_window_title(title)
+        for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
+                              ("button_release_event", self.on_release), ("key_press_event", self.on_key),
+                              ("close_event", self.on_close)):
+            self.figure.canvas.mpl_connect(name, self.guarded(handler))
+        self.update()
+
+    def guarded(self, handler):
+        """A handler whose failure closes the window and is raised by show(): a toolkit would print it and go on."""
+        def handle(event):
+            try:
+                handler(event)
+            except Exception as error:
+                self.error = error
+                plt.close(self.figure)
+        return handle
+
+    def show(self):
+        plt.show()
+        if self.error:
+            raise self.error
+
+    def on_slider(self, value):
+        frame = min(int(value), len(self.frames) - 1)
+        if frame != self.frame and not self.is_tracking:
+            self.frame = frame
+            self.update()
+
+    def on_close(self, _):
+        self.is_closed = self.is_stopped = True
+
+    def position(self, event):
+        """Where in the frame an event lies, to one decimal, moved inside if it lies beside it: (x, y)."""
+        height, width = self.frames.size
+        x, y = self.axes.transData.inverted().transform((event.x, event.y)).tolist()
+        return round(min(max(x, 0), width - 1), 1), round(min(max(y, 0), height - 1), 1)
+
+    def on_press(self, event):
+        is_toolbar_busy = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
+        if event.inaxes is self.axes and event.button in (1, 3) and not is_toolbar_busy and not self.is_tracking:
+            self.pressed = event
+
+    def dragged_box(self, event):
+        """The box from where the left button was pressed to `event`; None for a click that barely moved."""
+        start = self.pressed
+        if start.button != 1 or max(abs(event.x - start.x), abs(event.y - start.y)) < 6:
+            return None
+        (x1, y1), (x2, y2) = self.position(start), self.position(event)
+        return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
+
+    def on_motion(self, event):
+        if self.pressed and (box := self.dragged_box(event)):
+            self.draw_prompts({(self.frame, self.object): ([], box)})
+            self.figure.canvas.draw_idle()
+
+    def on_release(self, event):
+        if not self.pressed or event.button != self.pressed.button:
+            return
+        key = (self.frame, self.object)
+        if box := self.dragged_box(event):
+            points, _ = self.prompts.get(key, ([], None))
+            prompt = (points, box)
+        else:
+            click = (*self.position(self.pressed), int(event.button == 1))
+            points, box = self.prompts.get(key) or ([], self.tracked_box(click))
+            prompt = ([*points, click], box)
+        self.pressed = None
+        self.set_prompts({**self.prompts, key: prompt})
+
+    def tracked_box(self, click):
+        """The box around the object's tracked mask on this frame, or None; a foreground click widens it."""
+        if self.frame not in self.tracked:
+            return None
+        rows, columns = np.nonzero(decode_labels(self.tracked[self.frame]) == self.object)
+        if not len(rows):
+            return None
+        x, y, label = click
+        corners = [(columns.min(), rows.min()), (columns.max(), rows.max()), *([(x, y)] if label else [])]
+        (x1, y1), (x2, y2) = np.min(corners, axis=0), np.max(corners, axis=0)
+        return [float(x1), float(y1), float(x2), float(y2)] if x1 < x2 and y1 < y2 else None
+
+    def set_prompts(self, prompts):
+        """Take over new prompts, remember the old ones for `u`, segment this frame with them and show it."""
+        self.history.append(self.prompts)
+        self.prompts = prompts
+        self.previews.pop(self.frame, None)
+        self.update()
+
+    def on_key(self, event):
+        steps = {"left": -1, "right": 1, "pageup": -10, "pagedown": 10}
+        if event.key == "escape":
+            self.is_stopped = True
+        elif self.is_tracking:
+            return
+        elif event.key in steps:
+            self.slider.set_val(min(max(self.frame + steps[event.key], 0), len(self.frames) - 1))
+        elif event.key and event.key in "123456789"[:self.max_object]:
+            self.object = int(event.key)
+            self.update()
+        elif event.key in ("u", "backspace") and self.history:
+            self.prompts = self.history.pop()
+            self.previews.clear()
+            self.update()
+        elif event.key == "r":
+            self.set_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] != self.frame})
+        elif event.key == "enter" and self.prompts:
+            self.run_tracking()
+
+    def run_tracking(self):
+        """Track with the prompts as they are, showing some of the frames; Esc or closing the window stops it."""
+        shown, self.is_tracking, self.is_stopped, redrawn = self.frame, True, False, 0
+        self.tracked, self.tracked_prompts = {}, None
+        with contextlib.closing(self.follow(self.prompts)) as following:
+            for self.frame, labels in following:
+                self.tracked[self.frame] = cv2.imencode(".png", labels)[1]
+                if time.monotonic() - redrawn > REDRAW_SECONDS:
+                    self.slider.set_val(self.frame)
+                    self.update()
+                    self.figure.canvas.draw()
+                    redrawn = time.monotonic()
+                self.figure.canvas.flush_events()
+                if self.is_stopped:
+                    break
+            else:
+                self.tracked_prompts = self.prompts
+        if self.is_closed:
+            return
+        self.is_tracking, self.frame = False, shown
+        self.slider.set_val(shown)
+        self.update()
+
+    def labels(self):
+        """The label map to show: what was tracked, with what the prompts on this frame give over it."""
+        found = decode_labels(self.tracked[self.frame]) if self.frame in self.tracked else \
+            np.zeros(self.frames.size, np.uint8)
+        here = {key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame}
+        if here and not self.is_tracking:
+            if self.frame not in self.previews:
+                self.predictor.reset_state(self.state)
+                self.previews[self.frame] = label_map(*add_prompts(self.predictor, self.state, here))
+            found[np.isin(found, [number for _, number in here])] = 0
+            found = np.where(self.previews[self.frame] > 0, self.previews[self.frame], found)
+        return found
+
+    def draw_prompts(self, prompts):
+        """Mark the points with stars, green or red, and the boxes in their object's colour."""
+        for artist in self.drawn:
+            artist.remove()
+        self.drawn = []
+        for (_, number), (points, box) in prompts.items():
+            edge = np.array(object_colour(number)) / 255
+            self.drawn += [self.axes.scatter(x, y, s=140, marker="*", color="lime" if label else "red",
+                                             edgecolor=edge, linewidth=1.5, zorder=3) for x, y, label in points]
+            if box:
+                x1, y1, x2, y2 = box
+                self.drawn.append(self.axes.add_patch(plt.Rectangle(
+                    (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=2)))
+
+    def update(self):
+        """Show the frame, the masks and the prompts."""
+        image = reduce_to(self.frames[self.frame], SHOWN_SIDE, cv2.INTER_AREA)
+        labels = cv2.resize(self.labels(), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        self.picture.set_data(overlay(image, labels))
+        self.draw_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame})
+        status = "tracking ..." if self.is_tracking else \
+            "no prompts yet" if not self.prompts else \
+            "tracked" if self.tracked_prompts == self.prompts else "press Enter to track"
+        self.axes.set_title(f"{self.unit} {self.frame} of 0 ... {len(self.frames) - 1}, object {self.object}, {status}",
+                            color=np.array(object_colour(self.object)) / 300)
+        self.figure.canvas.draw_idle()
+
+
+def decode_labels(content):
+    """A label map from the bytes of its PNG: uint8 H x W."""
+    return cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)

@@ -1,0 +1,745 @@
+"""extras/sam_med3d_ich: data, clicks, metrics, training, checkpoints; and what it refuses."""
+
+import argparse
+import csv
+import json
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import config
+import dataloader
+import model
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import trainer
+from conftest import ForkServer, assert_fails_in_one_line, signal_at
+from conftest import run as run_script
+from dataloader import Row
+from medim import create_model
+from utils import DataError
+
+TRAIN = "extras/sam_med3d_ich/train.py"
+SERVER = ForkServer("monai.transforms", "monai.data", "medim", "nibabel")
+SHAPE, VOXEL = (26, 30, 14), (8.0, 8.0, 12.0)
+
+
+def run(script, *arguments, **how):
+    return run_script(script, *arguments, server=SERVER, **how)
+
+
+# ---- drawn data ----
+
+def draw_scan(number, ich):
+    """A ball of brain in air, with a brighter ball in it if ich: (int16 SHAPE, uint8 SHAPE)."""
+    rng = np.random.default_rng(number)
+    x, y, z = (np.arange(length) * size - (length - 1) * size / 2 for length, size in zip(SHAPE, VOXEL))
+    x, y, z = np.meshgrid(x, y, z, indexing="ij")
+    volume = np.where(x**2 + y**2 + z**2 < 70**2, 35, -1000)
+    centre = rng.uniform(-25, 25, 3)
+    mask = (x - centre[0])**2 + (y - centre[1])**2 + (z - centre[2])**2 < 24**2
+    if ich:
+        volume[mask] = 70
+    return (volume + rng.normal(0, 2, SHAPE)).astype(np.int16), (mask * ich).astype(np.uint8)
+
+
+def save_nifti(path, array, axes="RAS"):
+    """Write an array, given with its axes in RAS, as a NIfTI whose axes point as `axes` says."""
+    sign = np.array([1 if letter in "RAS" else -1 for letter in axes])
+    array = array[tuple(slice(None, None, step) for step in sign)]
+    affine = np.diag([*(sign * VOXEL), 1.0])
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(array.shape) - 1) / 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def write_csv(path, rows, columns=("path", "ich", "patient_id")):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return path
+
+
+def make_data(folder, train=(1, 1, 0, 1, 1), val=(1, 0)):
+    """train.csv, val.csv, masks/ and scans/ below `folder`; two scans of each patient come one after the other."""
+    for split, labels, first in (("train", train, 0), ("val", val, 100)):
+        rows = []
+        for number, ich in enumerate(labels, first):
+            volume, mask = draw_scan(number, ich)
+            save_nifti(folder / "scans" / f"scan_{number}.nii.gz", volume, "LPS")
+            save_nifti(folder / "masks" / f"scan_{number}.nii", mask, "LPS")
+            rows.append((f"scans/scan_{number}.nii.gz", ich, f"patient_{number // 2}"))
+        write_csv(folder / f"{split}.csv", rows)
+    return folder
+
+
+DATA_FLAGS = ("--train_csv", "train.csv", "--val_csv", "val.csv", "--mask_dir", "masks")
+SMALL = ("--model_size", "small", "--spacing", "4", "--num_workers", "0", "--device", "cpu", "--num_clicks", "2",
+         "--gradient_accumulation_steps", "1", "--lr", "1e-3", "--augmentation_prob", "0.5", "--keep_in_memory")
+
+
+def train(folder, *flags, **how):
+    return run(TRAIN, *DATA_FLAGS, *SMALL, *flags, cwd=folder, **how)
+
+
+def settings(*flags):
+    return config.parse_args(["--test", *SMALL, *map(str, flags)])
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which a training of three epochs has run; (folder, finished process)."""
+    folder = make_data(tmp_path_factory.mktemp("trained"))
+    return folder, train(folder, "--epochs", 3)
+
+
+@pytest.fixture
+def volumes(data):
+    """The training volumes of `data` as Volumes, with the flags of SMALL."""
+    rows, problems = dataloader.read_rows(data / "train.csv", data / "masks")
+    assert not problems
+    return dataloader.Volumes(rows, settings())
+
+
+# ---- training ----
+
+def test_training_writes_its_files(trained):
+    folder, done = trained
+    output = folder / "outputs"
+    assert {"best_model.pth", "latest_model.pth", "sam_encoder.pth", "config.json", "patients.csv", "patients.png",
+            "training_curve.png"} <= {path.name for path in output.iterdir()}
+    summary = json.loads(next(output.glob("training_summary_*.json")).read_text("utf-8"))
+    assert summary["epochs"] == 3 and len(summary["history"]) == 3 and not summary["stopped_early"]
+    assert summary["best"]["dice"] == max(row["dice"] for row in summary["history"])
+    assert json.loads((output / "config.json").read_text("utf-8"))["lr"] == 1e-3
+    rows = list(csv.DictReader((output / "patients.csv").read_text("utf-8-sig").splitlines()))
+    assert list(rows[0]) == list(trainer.PATIENT_COLUMNS)
+    assert [(row["patient_id"], row["volumes"], row["ich"]) for row in rows] == [("patient_50", "2", "1")]
+    assert "검증 Dice" in done.stdout and not done.stderr
+
+
+def test_the_loss_falls(trained):
+    history = load(trained[0] / "outputs/latest_model.pth")["history"]
+    assert history[-1]["mask_loss"] < 0.95 * history[0]["mask_loss"]
+
+
+def test_sam_encoder_loads_into_medims_encoder(trained):
+    visual_encoder = create_model("SAM-Med3D", **config.MODELS["small"]).image_encoder
+    checkpoint = torch.load(trained[0] / "outputs/sam_encoder.pth")
+    image_encoder_state = checkpoint["image_encoder_state_dict"]
+    visual_encoder.load_state_dict(image_encoder_state, strict=True)
+    head = model.RepresentationHead(96, 256)
+    head.load_state_dict(checkpoint["head_state_dict"])
+    tokens, logits = head(visual_encoder(torch.zeros(1, 1, 48, 48, 48)))
+    assert tokens.shape == (1, 6**3, 256) and logits.shape == (1, 2)
+
+
+def test_best_model_opens_in_medim_and_starts_a_new_training(trained, tmp_path):
+    best = trained[0] / "outputs/best_model.pth"
+    weights = load(best)["model_state_dict"]
+    create_model("SAM-Med3D", **config.MODELS["small"]).load_state_dict(weights, strict=True)
+    started = model.build_model(settings("--sam_checkpoint", best)).sam.state_dict()
+    assert all(torch.equal(started[name], weights[name]) for name in weights)
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[part][name], other[part][name])
+               for part in ("model_state_dict", "head_state_dict") for name in one[part])
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_on_plateau", "cosine", "step"])
+def test_an_interrupted_run_goes_on_to_the_same_result(scheduler, tmp_path):
+    flags = ("--scheduler_type", scheduler, "--epochs", 3)
+    whole, broken = make_data(tmp_path / "whole"), make_data(tmp_path / "broken")
+    train(whole, *flags)
+    done = train(broken, *flags, code=1, before=signal_at("에포크 1/3", signal.SIGINT))
+    assert_fails_in_one_line(done, "--resume")
+    assert load(broken / "outputs/latest_model.pth")["epoch"] < 3
+    assert "이어서" in train(broken, *flags, "--resume").stdout
+    one, other = (load(folder / "outputs/latest_model.pth") for folder in (whole, broken))
+    assert same_weights(one, other)
+    assert [row["dice"] for row in one["history"]] == [row["dice"] for row in other["history"]]
+    assert [row["lr"] for row in one["history"]] == [row["lr"] for row in other["history"]]
+    assert same_weights(*(load(folder / "outputs/best_model.pth") for folder in (whole, broken)))
+
+
+def test_resume_refuses_other_settings(trained):
+    done = train(trained[0], "--epochs", 3, "--resume", "--weight_decay", "0.5", code=1)
+    assert_fails_in_one_line(done, "--weight_decay 0.0001")
+
+
+def test_resume_without_a_run(data):
+    assert_fails_in_one_line(train(data, "--resume", code=1), "latest_model.pth")
+
+
+def test_early_stopping(data):
+    done = train(data, "--epochs", 9, "--lr", 0, "--patience", 2)  # nothing is learnt, so nothing gets better
+    assert "일찍 끝냅니다: 에포크 1 뒤로" in done.stdout
+    summary = json.loads(next((data / "outputs").glob("training_summary_*.json")).read_text("utf-8"))
+    assert summary["stopped_early"] and summary["epochs"] == 3
+
+
+def test_freeze_encoder_leaves_the_encoder_as_it_was(data):
+    done = train(data, "--epochs", 1, "--freeze_encoder")
+    before = model.build_model(settings()).sam.state_dict()
+    after = load(data / "outputs/best_model.pth")["model_state_dict"]
+    same = {name: torch.equal(before[name], after[name]) for name in before}
+    assert all(same[name] for name in same if name.startswith("image_encoder."))
+    assert not all(same[name] for name in same if name.startswith("mask_decoder."))
+    assert "SAM encoder 고정" in done.stdout
+
+
+def gradients_of_an_epoch(volumes, batch_size, steps):
+    """The gradients before each step of the optimizer, which changes nothing here (lr 0)."""
+    args = settings("--batch_size", batch_size, "--gradient_accumulation_steps", steps, "--lr", 0, "--max_grad_norm", 0)
+    training = trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
+    gradients, step = [], training.step
+
+    def recording_step():
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in training.parameters
+                                    if parameter.grad is not None]))
+        step()
+    training.step = recording_step
+    training.train_epoch(1)
+    return gradients
+
+
+def test_accumulating_4_batches_of_1_is_1_batch_of_4(volumes):
+    accumulated, whole = gradients_of_an_epoch(volumes, 1, 4), gradients_of_an_epoch(volumes, 4, 1)
+    assert len(accumulated) == len(whole) == 2  # five volumes: a step of four, and one of the one that is left
+    for one, other in zip(accumulated, whole):
+        assert one.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        net = model.SamMed3dIch("small", 16, use_gradient_checkpointing=recompute)
+        net.encode(torch.linspace(-1, 1, 48**3).reshape(1, 1, 48, 48, 48)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in net.sam.image_encoder.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("scheduler, expected", [
+    ("cosine", [1, 0.933, 0.75, 0.5, 0.25, 0.067]), ("step", [1, 1, 0.1, 0.1, 0.01, 0.01]),
+    ("reduce_on_plateau", [1, 1, 1, 1, 1, 1, 1, 0.5])])
+def test_learning_rate_by_epoch(scheduler, expected):
+    args = settings("--scheduler_type", scheduler, "--epochs", 6)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    rates, schedule = [], trainer.make_scheduler(optimizer, args)
+    for _ in expected:
+        rates.append(optimizer.param_groups[0]["lr"] / args.lr)
+        optimizer.step()
+        schedule.step(*[0.5] if scheduler == "reduce_on_plateau" else [])
+    assert rates == pytest.approx(expected, abs=1e-3)
+
+
+def test_mixed_precision_is_off_without_cuda(volumes):
+    args = settings("--use_mixed_precision")
+    assert trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu").precision is None
+    assert any("CUDA에서만" in warning for warning in config.warnings_about(args, "cpu"))
+    assert not any("CUDA에서만" in warning for warning in config.warnings_about(args, "cuda"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data):
+    done = train(data, "--epochs", 1, "--lr", "1e30", "--max_grad_norm", 0, code=1)
+    assert_fails_in_one_line(done, "--lr")
+    assert not (data / "outputs/latest_model.pth").exists()
+
+
+def test_workers_change_no_sample(volumes):
+    args = settings("--num_workers", 1)
+    training = trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
+    training.train_loader.sampler.epoch = 7
+    here = dataloader.TrainingSet(volumes, args)
+    for batch in training.train_loader:
+        for image, number in zip(batch["image"], batch["number"]):
+            assert torch.equal(image, here[7, int(number)]["image"])
+
+
+def test_wandb_gets_the_log(data):
+    train(data, "--epochs", 1, "--use_wandb", "--log_images", "--log_freq", 1, env={"WANDB_MODE": "offline"})
+    assert list((data / "outputs/wandb").glob("offline-run-*/*.wandb"))
+    assert list((data / "outputs/wandb").glob("offline-run-*/files/media/images/patients_*.png"))
+
+
+def test_wandb_that_is_not_installed(data):
+    done = train(data, "--use_wandb", code=1, before="sys.modules['wandb'] = None")
+    assert_fails_in_one_line(done, "pip install wandb")
+
+
+# ---- clicks, losses, metrics ----
+
+def test_clicks_fall_where_the_prediction_is_wrong():
+    truth, predicted = torch.zeros(3, 1, 8, 8, 8, dtype=torch.bool), torch.zeros(3, 1, 8, 8, 8, dtype=torch.bool)
+    truth[:, :, 2, 3, 4] = True           # x, y, z
+    truth[1, :, 5, 6, 7] = True
+    predicted[1, :, 2, 3, 4] = True       # misses the other voxel
+    predicted[2, :, 2, 3, 4] = True
+    predicted[2, :, 1, 0, 6] = True       # one too many
+    points, labels = trainer.next_clicks(predicted, truth, [np.random.default_rng(0)] * 3)
+    assert points[:, 0].tolist() == [[2, 3, 4], [5, 6, 7], [1, 0, 6]]
+    assert labels[:, 0].tolist() == [1, 1, 0]
+
+
+def test_click_on_a_right_prediction_falls_in_the_target():
+    truth = torch.zeros(1, 1, 4, 4, 4, dtype=torch.bool)
+    truth[0, 0, 3, 1, 2] = True
+    points, labels = trainer.next_clicks(truth, truth, [np.random.default_rng(0)])
+    assert points.tolist() == [[[3, 1, 2]]] and labels.tolist() == [[1]]
+
+
+def test_medim_encodes_positions_with_the_first_two_axes_exchanged():
+    """What SamMed3dIch.decode says about the order of points. A medim without this would misread the weights."""
+    encoder = model.SamMed3dIch("small", 16).sam.prompt_encoder.pe_layer
+    dense = encoder((48, 48, 48))
+    point = encoder.forward_with_coords(torch.tensor([[[5, 20, 33]]]) + 0.5, (48, 48, 48))[0, 0]
+    torch.testing.assert_close(point, dense[:, 20, 5, 33])
+    assert (point - dense[:, 5, 20, 33]).abs().max() > 0.1
+
+
+def test_mask_losses_are_monais_for_each_volume():
+    from monai.losses import DiceCELoss
+    logits, truth = torch.randn(2, 1, 6, 6, 6), (torch.rand(2, 1, 6, 6, 6) > 0.7).float()
+    losses = trainer.mask_losses(logits, truth)
+    for number in range(2):
+        expected = DiceCELoss(sigmoid=True, squared_pred=True)(logits[number:number + 1], truth[number:number + 1])
+        assert losses[number].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_metrics_by_patient():
+    def row(patient_id, ich):
+        return Row("", Path(), ich, patient_id, None)
+
+    rows = [row("a", 1), row("b", 0), row("a", 1), row("c", 0), row("a", 0)]
+    results = [{"probability": 0.9, "overlap": 4.0, "predicted": 8.0, "true": 4.0}, {"probability": 0.2},
+               {"probability": 0.3, "overlap": 2.0, "predicted": 2.0, "true": 6.0}, {"probability": 0.8},
+               {"probability": 0.1}]
+    table = trainer.by_patient(rows, results)
+    assert table[0] == {"patient_id": "a", "volumes": 3, "ich": 1, "predicted_ich": 1, "ich_probability": 0.9,
+                        "dice": 0.6, "iou": pytest.approx(6 / 14), "true_ml": 5, "predicted_ml": 5,
+                        "volume_error_ml": 0}
+    assert [entry["predicted_ich"] for entry in table[1:]] == [0, 1] and "dice" not in table[1]
+    assert trainer.summarize(table) == {"dice": 0.6, "iou": pytest.approx(6 / 14), "volume_error_ml": 0,
+                                        "label_accuracy": pytest.approx(2 / 3), "sensitivity": 1, "specificity": 0.5}
+    assert trainer.summarize(table[:1])["specificity"] is None
+
+
+def test_a_perfect_prediction_has_dice_1_with_the_voxels_of_the_file(data):
+    rows, _ = dataloader.read_rows(data / "val.csv", data / "masks")
+    args = settings("--spacing", 2)
+    args.image_size = 64
+    item = dataloader.ValidationSet(dataloader.Volumes(rows, args), args)[0]
+    result = trainer.measure(item["mask"][0].float(), item)
+    _, mask = draw_scan(100, 1)
+    assert result["true"] == pytest.approx(mask.sum() * np.prod(VOXEL) / 1000)
+    assert trainer.dice_and_iou(result["overlap"], result["predicted"], result["true"])[0] > 0.97
+
+
+# ---- geometry ----
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI"])
+@pytest.mark.parametrize("kind", [".nii.gz", ".npy", ".pkl"])
+def test_a_point_lands_on_the_voxel_it_means(axes, kind, tmp_path):
+    """One bright voxel, wherever the file puts it, is where the click falls, and at the same place in mm."""
+    volume, mask = np.full(SHAPE, 20, np.int16), np.zeros(SHAPE, np.uint8)
+    volume[17, 9, 4], mask[17, 9, 4] = 75, 1
+    mask_path = save_nifti(tmp_path / "mask.nii", mask, axes)
+    path = tmp_path / f"volume{kind}"
+    stored = nib.load(save_nifti(tmp_path / "volume.nii.gz", volume, axes)).get_fdata().astype(np.int16)
+    if kind == ".npy":
+        np.save(path, stored)
+    elif kind == ".pkl":
+        path.write_bytes(pickle.dumps(stored))
+    case = dataloader.load_case(Row("", path, 1, "a", mask_path), (40, 80), 4)
+    assert nib.aff2axcodes(case["image"].affine.numpy()) == ("R", "A", "S")
+    image, crop = (dataloader.crop_around(case[name], dataloader.target_centre(case["mask"]), 48)
+                   for name in ("image", "mask"))
+    (point,), (label,) = trainer.next_clicks(torch.zeros_like(crop[None]), crop[None] > 0, [np.random.default_rng(0)])
+    x, y, z = point[0].long().tolist()
+    assert label == 1 and image[0, x, y, z] > 25 and abs(x - 24) < 3 and abs(y - 24) < 3 and abs(z - 24) < 3
+    meant = (np.array([17, 9, 4]) - (np.array(SHAPE) - 1) / 2) * VOXEL
+    there = crop.affine.numpy() @ [x, y, z, 1]
+    assert (np.abs(there[:3] - meant) <= np.array(VOXEL) / 2).all()
+
+
+def test_the_window_comes_before_the_resampling(tmp_path):
+    volume = np.full(SHAPE, -1000, np.int16)
+    volume[:, :, 6:8] = 3000  # metal: between it and air, resampling alone would make all the values of brain
+    path = save_nifti(tmp_path / "a.nii.gz", volume)
+    image = dataloader.load_case(Row("", path, 0, "a", None), (40, 80), 4)["image"]
+    assert image.max().item() == pytest.approx(80) and image.min() == 0
+    profile = image[0, 5, 5]
+    assert profile.diff().abs().max().item() == pytest.approx(80 / 3, abs=0.1)  # 12 mm in 3 steps
+
+
+def test_apply_window():
+    values = np.array([-1000, 0, 10, 80, 90, 3000], np.float32)
+    assert dataloader.apply_window(values, (40, 80)).tolist() == [0, 0, 10, 80, 80, 80]
+    assert dataloader.apply_window(values, (50, 100)).tolist() == [0, 0, 10, 80, 90, 100]
+    assert dataloader.apply_window(values, (40, 200)).tolist() == [0, 60, 70, 140, 150, 200]
+    assert dataloader.apply_window(values, None) is values
+
+
+def test_z_score_is_taken_over_the_voxels_above_0():
+    image = torch.tensor([0.0, 0, 0, 1, 2, 3])
+    assert dataloader.z_score(image).tolist() == [-2, -2, -2, -1, 0, 1]
+    assert dataloader.z_score(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert dataloader.z_score(torch.tensor([0.0, 5, 5])).tolist() == [0, 5, 5]
+
+
+def test_crop_around_pads_with_0_where_the_volume_ends():
+    volume = dataloader.MetaTensor(torch.arange(1.0, 61).reshape(1, 3, 4, 5), affine=np.diag([2.0, 2, 2, 1]))
+    crop = dataloader.crop_around(volume, (0.5, 2, 4.5), 4)
+    assert crop.shape == (1, 4, 4, 4)
+    assert (crop[0, :2] == 0).all() and (crop[0, :, :, 3] == 0).all()
+    assert torch.equal(crop[0, 2:, :, :3].as_tensor(), volume[0, :2, :, 2:].as_tensor())
+    assert (crop.affine @ torch.tensor([2.0, 0, 0, 1], dtype=torch.double)).tolist() == [0, 0, 4, 1]
+
+
+def test_the_label_is_learnt_from_crops_that_do_not_depend_on_the_truth(data):
+    """The same scan with and without its mask: where the label counts, the network sees the same voxels."""
+    (data / "empty").mkdir()
+    without = save_nifti(data / "empty/scan_0.nii", np.zeros(SHAPE, np.uint8), "LPS")
+    args = settings("--augmentation_prob", 0)
+    scan = data / "scans/scan_0.nii.gz"
+    bleeding, healthy = (dataloader.TrainingSet(dataloader.Volumes([row], args), args) for row in (
+        Row("", scan, 1, "a", data / "masks/scan_0.nii"), Row("", scan, 0, "a", without)))
+    seen = [(bleeding[epoch, 0], healthy[epoch, 0]) for epoch in range(20)]
+    assert {item["label"] for item, _ in seen} == {1, dataloader.NO_LABEL}
+    assert {item["label"] for _, item in seen} == {0}
+    assert all(torch.equal(item["image"], other["image"]) for item, other in seen if item["label"] == 1)
+    assert not any(torch.equal(item["image"], other["image"]) for item, other in seen if item["label"] != 1)
+
+
+# ---- what is refused ----
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class WithState(Call):
+    def __init__(self, state, function, *arguments):
+        self.call = function, arguments, state
+
+
+HOSTILE = {
+    "os.system": (Call(os.system, "touch hostile"), r"(posix|nt)\.system"),
+    "eval": (Call(eval, "open('hostile', 'w')"), r"__builtin__\.eval|builtins\.eval"),
+    "nested": ({"image": [Call(getattr, Call(__import__, "os"), "system")]}, r"__builtin__\.getattr|builtins\.getattr"),
+    "in an array": (np.array([Call(os.system, "touch hostile")], object), "dtype O"),
+    "torch": ({"image": torch.zeros(2)}, r"torch\._utils\._rebuild_tensor_v2"),
+    "state of a dtype": (WithState((3, "|", None, None, None, -1, -1, 63), np.dtype, "O", False, True), "dtype O"),
+    "class": (argparse.Namespace(image=np.zeros((2, 2, 2))), r"copy_reg\._reconstructor|argparse\.Namespace"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_pickle_that_is_more_than_an_array_is_refused_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value, named = HOSTILE[name]
+    for protocol in (0, 2, pickle.HIGHEST_PROTOCOL):
+        Path("scan.pkl").write_bytes(pickle.dumps(value, protocol))
+        with pytest.raises(DataError, match=rf"scan\.pkl.*({named})"):
+            dataloader.read_volume(Path("scan.pkl"))
+    assert not Path("hostile").exists()
+
+
+def test_a_torch_file_is_no_volume(tmp_path):
+    torch.save(torch.zeros(2, 2, 2), tmp_path / "scan.pkl")
+    with pytest.raises(DataError, match=r"scan\.pkl"):
+        dataloader.read_volume(tmp_path / "scan.pkl")
+
+
+def test_a_pickle_cannot_change_the_stand_ins(tmp_path):
+    """BUILD on a class sets its attributes, unless the class has a __setstate__."""
+    hostile = b"cnumpy.core.multiarray\n_reconstruct\n}S'array'\nI1\nsb."
+    (tmp_path / "scan.pkl").write_bytes(hostile)
+    with pytest.raises(DataError):
+        dataloader.read_volume(tmp_path / "scan.pkl")
+    assert dataloader.PickledArray.array is None and dataloader.StandIn.array is None
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("dtype", ["int16", ">i2", "uint8", "float32", "float64", "bool"])
+def test_pickled_arrays_are_read_as_they_are(protocol, dtype, tmp_path):
+    array = (np.arange(24).reshape(2, 3, 4) % 5).astype(dtype)
+    for stored in (array, np.asfortranarray(array)):
+        content = {"image": stored, "spacing": (np.float32(0.5), 0.5, 5), "note": ["x", None, True]}
+        (tmp_path / "scan.pkl").write_bytes(pickle.dumps(content, protocol))
+        image, affine = dataloader.read_volume(tmp_path / "scan.pkl")
+        assert np.array_equal(image, array.astype(np.float32)) and np.diag(affine).tolist() == [0.5, 0.5, 5, 1]
+
+
+def problems_of(folder, rows, mask_dir="masks"):
+    """What reading a CSV with these rows and all of its volumes finds to be wrong."""
+    path = write_csv(folder / "test.csv", rows)
+    found, problems = dataloader.read_rows(path, folder / mask_dir)
+    if not problems:
+        problems, _ = dataloader.Volumes(found, settings()).check("", 1, keep=False)
+    return problems
+
+
+def spoil(folder, what):
+    """Make the second of two good rows a bad one; returns the words that its message must have."""
+    scan, mask = folder / "scans/scan_1.nii.gz", folder / "masks/scan_1.nii"
+    volume, truth = draw_scan(1, 1)
+    if what == "other shape":
+        save_nifti(mask, truth[:, :, :-1], "LPS")
+        return ["scan_1.nii", "(26, 30, 13)", "(26, 30, 14)"]
+    if what == "other place":
+        save_nifti(mask, truth, "RAS")
+        return ["scan_1.nii", "affine"]
+    if what == "empty mask":
+        save_nifti(mask, truth * 0, "LPS")
+        return ["scan_1.nii", "ich가 1인데"]
+    if what == "too small for the voxels":
+        truth[:], truth[13, 15, 7] = 0, 1
+        affine = np.diag([0.5, 0.5, 0.5, 1])
+        for path, array in ((scan, volume), (mask, truth)):
+            nib.save(nib.Nifti1Image(array, affine), path)
+        return ["scan_1.nii", "4 mm"]
+    if what == "NaN":
+        volume = volume.astype(np.float32)
+        volume[3, 4, 5:7] = np.nan
+        save_nifti(scan, volume, "LPS")
+        return ["scan_1.nii.gz", "NaN", "2개"]
+    if what == "not in Hounsfield units":
+        save_nifti(scan, volume * 0 - 1000, "LPS")
+        return ["scan_1.nii.gz", "--window none"]
+    if what == "truncated":
+        scan.write_bytes(scan.read_bytes()[:500])
+        return ["scan_1.nii.gz", "읽을 수 없습니다"]
+    if what == "two-dimensional":
+        np.save(scan.with_name("scan_1.npy"), volume[0])
+        return ["scan_1.npy", "30 x 14"]
+    if what == "array of objects":
+        np.save(scan.with_name("scan_1.npy"), np.array([Call(os.system, "touch hostile")], object), allow_pickle=True)
+        return ["scan_1.npy", "읽을 수 없습니다"]
+    if what == "no file":
+        scan.unlink()
+        return ["scan_1.nii.gz", "파일이 없습니다"]
+    if what == "no mask":
+        mask.unlink()
+        return ["masks/scan_1.nii", "마스크가 없습니다"]
+
+
+@pytest.mark.parametrize("what", [
+    "other shape", "other place", "empty mask", "too small for the voxels", "NaN", "not in Hounsfield units",
+    "truncated", "two-dimensional", "array of objects", "no file", "no mask"])
+def test_a_bad_volume_is_named_with_its_row(what, data):
+    words = spoil(data, what)
+    name = next((word for word in words if word.endswith(".npy")), "scan_1.nii.gz")
+    problem, = problems_of(data, [("scans/scan_0.nii.gz", 1, "a"), (f"scans/{name}", 1, "b")])
+    for word in ("test.csv 3행", *words):
+        assert word in problem
+
+
+@pytest.mark.parametrize("row, words", [
+    (("scans/scan_1.nii.gz", 0, "b"), ["ich가 0인데"]), (("scans/scan_1.nii.gz", 2, "b"), ["ich", "2"]),
+    (("scans/scan_1.nii.gz", 1, ""), ["patient_id"]), (("", 1, "b"), ["path"]),
+    (("scans/scan_1.mha", 1, "b"), [".mha", ".nii.gz"])])
+def test_a_bad_row_is_named(row, words, data):
+    problem, = problems_of(data, [("scans/scan_0.nii.gz", 1, "a"), row])
+    for word in ("test.csv 3행", *words):
+        assert word in problem
+
+
+def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):
+    volume, _ = draw_scan(7, 0)
+    np.save(data / "scans/scan_7.npy", volume)
+    (data / "scans/scan_8.pkl").write_bytes(pickle.dumps({"image": volume, "spacing": [8, 8, 12]}))
+    rows = [("scans/scan_7.npy", 0, "a"), ("scans/scan_8.pkl", 0, "b")]
+    problem, = problems_of(data, rows)
+    assert "test.csv 2행" in problem and "복셀 크기" in problem
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"path,ich\nscans/scan_0.nii.gz,1\n", ["patient_id"]), (b"", ["path, ich, patient_id"]),
+    (b"path,ich,patient_id\n", ["행이 없습니다"]),
+    ("path,ich,patient_id\na.nii,1,a\nb.nii,1,환자\n".encode("cp949"), ["3행", "UTF-8"]),
+    (b'path,ich,patient_id\n"a.nii,1,a\n', ["CSV로 읽을 수 없습니다"])])
+def test_a_bad_csv_is_named(content, words, tmp_path):
+    (tmp_path / "test.csv").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        dataloader.read_rows(tmp_path / "test.csv", tmp_path)
+    for word in ("test.csv", *words):
+        assert word in str(caught.value)
+
+
+def test_a_csv_with_a_bom_further_columns_and_windows_line_ends_is_read(data):
+    text = "\ufeffpatient_id,path,note,ich\r\n환자 1,scans/scan_0.nii.gz,\"x, y\",1\r\n"
+    (data / "test.csv").write_bytes(text.encode())
+    (row,), problems = dataloader.read_rows(data / "test.csv", data / "masks")
+    assert not problems and row.patient_id == "환자 1" and row.ich == 1 and row.mask == data / "masks/scan_0.nii"
+
+
+def test_a_patient_on_both_sides_and_a_volume_twice_are_refused(data):
+    rows = [("scans/scan_100.nii.gz", 1, "patient_1"), ("scans/scan_2.nii.gz", 0, "patient_9"),
+            ("scans/scan_100.nii.gz", 1, "patient_8")]
+    write_csv(data / "val.csv", rows)
+    done = train(data, code=1)
+    assert_fails_in_one_line(done, "3개", "patient_1")
+    for words in (("val.csv 2행", "patient_1", "train.csv 4행"), ("val.csv 3행", "scan_2", "train.csv 4행"),
+                  ("val.csv 4행", "scan_100", "val.csv 2행")):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"✗ {words[0]}"))
+        assert all(word in line for word in words)
+    assert not (data / "outputs").exists()
+
+
+def test_two_volumes_with_one_mask_are_refused(data):
+    volume, _ = draw_scan(0, 1)
+    save_nifti(data / "other/scan_0.nii.gz", volume, "LPS")
+    rows, _ = dataloader.read_rows(write_csv(data / "test.csv", [
+        ("scans/scan_0.nii.gz", 1, "a"), ("other/scan_0.nii.gz", 1, "b")]), data / "masks")
+    problem, = dataloader.check_patients(rows, [])
+    assert "test.csv 3행" in problem and "test.csv 2행" in problem and "마스크" in problem
+
+
+def test_a_hostile_pickle_ends_the_run_with_its_row(data):
+    (data / "scans/scan_0.pkl").write_bytes(pickle.dumps(Call(os.system, "touch hostile")))
+    write_csv(data / "train.csv", [("scans/scan_1.nii.gz", 1, "a"), ("scans/scan_0.pkl", 1, "b")])
+    assert_fails_in_one_line(train(data, code=1), "train.csv 3행", "scan_0.pkl", ".system")
+    assert not (data / "hostile").exists()
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_data_without_a_haemorrhage_is_refused(side, data):
+    healthy = {"train": "scans/scan_2.nii.gz", "val": "scans/scan_101.nii.gz"}
+    write_csv(data / f"{side}.csv", [(healthy[side], 0, "z")])
+    assert "ich가 1인 행이 없어" in train(data, code=1).stderr
+
+
+# ---- checkpoints ----
+
+def official(tmp_path, weights, **more):
+    """A file as SAM-Med3D's training writes it."""
+    sam = create_model("SAM-Med3D", **config.MODELS["small"])
+    optimizer = torch.optim.AdamW(sam.parameters())
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [120, 180])
+    content = {"epoch": 1, "model_state_dict": weights, "optimizer_state_dict": optimizer.state_dict(),
+               "lr_scheduler_state_dict": schedule.state_dict(), "losses": [0.5], "dices": [0.5], "best_loss": 0.5,
+               "best_dice": 0.5, "args": argparse.Namespace(lr=8e-4, step_size=[120, 180]), "used_datas": ["a"], **more}
+    path = tmp_path / "sam_med3d_turbo.pth"
+    torch.save(content, path)
+    return path
+
+
+def test_an_official_checkpoint_starts_the_training(data, tmp_path):
+    weights = create_model("SAM-Med3D", **config.MODELS["small"]).state_dict()
+    path = official(tmp_path, weights)
+    train(data, "--sam_checkpoint", path, "--epochs", 1, "--lr", 0)
+    saved = load(data / "outputs/best_model.pth")["model_state_dict"]
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("what", ["truncated", "other sizes", "hostile", "no weights", "not finite", "absent"])
+def test_a_bad_checkpoint_is_refused_in_one_line(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = create_model("SAM-Med3D", **config.MODELS["small"]).state_dict()
+    name = "mask_decoder.iou_token.weight"
+    if what == "truncated":
+        path = official(tmp_path, weights)
+        path.write_bytes(path.read_bytes()[:100_000])
+        words = []
+    elif what == "other sizes":
+        path = official(tmp_path, {**weights, name: torch.zeros(1, 384)})
+        words = [name, "(1, 96)", "(1, 384)"]
+    elif what == "hostile":
+        path = official(tmp_path, weights, hook=Call(os.system, "touch hostile"))
+        words = [".system"]
+    elif what == "no weights":
+        path, words = tmp_path / "a.pth", ["model_state_dict"]
+        torch.save({"model": weights}, path)
+    elif what == "not finite":
+        path, words = official(tmp_path, {**weights, name: torch.full((1, 96), torch.nan)}), ["NaN"]
+    else:
+        path, words = tmp_path / "a.pth", ["없습니다"]
+    with pytest.raises(SystemExit) as caught:
+        model.build_model(settings("--sam_checkpoint", path))
+    for word in (f"{path}", *words):
+        assert word in caught.value.code
+    assert caught.value.code.startswith("오류: ") and "\n" not in caught.value.code
+    assert not Path("hostile").exists()
+
+
+def test_the_full_model_is_the_published_one():
+    with torch.device("meta"):
+        net = model.SamMed3dIch("full", 256)
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) / 1e6
+              for name, part in (("all", net.sam), ("encoder", net.sam.image_encoder))}
+    assert counts == {"all": pytest.approx(100.5, abs=0.1), "encoder": pytest.approx(92.9, abs=0.1)}
+    assert net.low_res == 32 and net.sam.image_encoder.pos_embed.shape == (1, 8, 8, 8, 768)
+
+
+# ---- --test, --help, the demo's data ----
+
+def test_system_check_without_data_names_what_is_missing(tmp_path):
+    done = run(TRAIN, "--test", "--model_size", "small", "--val_csv", "val.csv", cwd=tmp_path, code=1)
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("✓ 장치") for line in lines) and any(line.startswith("✓ 학습 1회") for line in lines)
+    for start in ("✗ --train_csv: --train_csv가 없습니다", "✗ --val_csv: 파일이 없습니다: val.csv",
+                  "✗ --mask_dir: --mask_dir가 없습니다", "✗ 데이터"):
+        assert any(line.startswith(start) for line in lines), start
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_system_check_with_data_passes_on_any_terminal(encoding, data):
+    done = run(TRAIN, "--test", *DATA_FLAGS, *SMALL, cwd=data, before=(
+        f"[stream.reconfigure(encoding={encoding!r}, errors='strict') for stream in (sys.stdout, sys.stderr)]"))
+    assert sum(line.startswith("✓" if encoding == "utf-8" else "? ") for line in done.stdout.splitlines()) == 10
+    assert not done.stderr
+    assert not (data / "outputs/latest_model.pth").exists()
+
+
+def test_missing_flags_are_named(tmp_path):
+    done = run(TRAIN, "--train_csv", "a.csv", cwd=tmp_path, code=2)
+    assert "--val_csv, --mask_dir" in done.stderr
+
+
+def test_the_flags_have_the_documented_defaults():
+    args = config.parse_args(["--test"])
+    expected = {"epochs": 200, "batch_size": 2, "lr": 1e-4, "weight_decay": 1e-4, "patience": 15,
+                "gradient_accumulation_steps": 4, "max_grad_norm": 1.0, "visual_tokens": 256, "window": (40, 80),
+                "spacing": 1.5, "image_size": 128, "use_mixed_precision": False, "freeze_encoder": False,
+                "use_gradient_checkpointing": False, "use_wandb": False, "log_images": False,
+                "scheduler_type": "reduce_on_plateau", "output_dir": Path("outputs")}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_the_demos_data_set(tmp_path):
+    for folder in ("one", "other"):
+        run("extras/demo/draw_ich_dataset.py", "--train", 6, "--val", 6, "--output", tmp_path / folder, cwd=tmp_path)
+    one = tmp_path / "one"
+    train_rows, problems = dataloader.read_rows(one / "train.csv", one / "masks")
+    val_rows, more = dataloader.read_rows(one / "val.csv", one / "masks")
+    assert not problems + more + dataloader.check_patients(train_rows, val_rows)
+    rows = train_rows + val_rows
+    assert {dataloader.suffix_of(row.path) for row in rows} == {".nii.gz", ".npy", ".pkl"}
+    assert len({row.patient_id for row in rows}) == 12 < len(rows) and {row.ich for row in rows} == {0, 1}
+    assert not dataloader.Volumes(rows, settings()).check("", 1, keep=False)[0]
+    for path in one.rglob("*.*"):
+        if not path.name.endswith(".gz"):  # gzip writes the time
+            assert path.read_bytes() == (tmp_path / "other" / path.relative_to(one)).read_bytes()

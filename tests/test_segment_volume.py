@@ -1,0 +1,333 @@
+"""segment_volume.py: the mask lies where the object does, whatever the file's axes; millilitres; all kinds of files."""
+
+import csv
+import gzip
+import itertools
+import json
+import re
+from pathlib import Path
+
+import common
+import matplotlib
+import nibabel as nib
+import numpy as np
+import pytest
+import segment_volume
+import tracking
+from conftest import SMALL_CFG, assert_fails_in_one_line, run
+from test_track_video import Hand, make_visible
+
+SHAPE, SPACING = (24, 20, 8), (1.0, 1.5, 4.0)
+
+
+@pytest.fixture(scope="module")
+def visible(tmp_path_factory, weights):
+    path = tmp_path_factory.mktemp("visible") / "visible.pt"
+    path.write_bytes(weights.read_bytes())
+    return make_visible(path)
+
+
+def draw_volume():
+    """A bright box in a dark noisy volume, off the middle: float32 X x Y x Z in RAS order, bool mask."""
+    mask = np.zeros(SHAPE, bool)
+    mask[13:20, 4:10, 2:7] = True
+    return np.where(mask, 70, 20) + np.random.default_rng(0).normal(0, 2, SHAPE).astype(np.float32), mask
+
+
+def oblique_affine():
+    """4 x 4 for SHAPE in RAS order, turned by 10 degrees around two axes; origin off the middle."""
+    turn, sine = np.cos(np.deg2rad(10)), np.sin(np.deg2rad(10))
+    around_x = np.array([[1, 0, 0], [0, turn, -sine], [0, sine, turn]])
+    around_z = np.array([[turn, -sine, 0], [sine, turn, 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = around_x @ around_z @ np.diag(SPACING), (-11, 7, 23)
+    return affine
+
+
+def save(path, data, affine, **header):
+    image = nib.Nifti1Image(data, affine)
+    for key, value in header.items():
+        image.header[key] = value
+    nib.save(image, path)
+    return path
+
+
+def store(path, data, orientation):
+    """Save an array in RAS order with its axes in another order or direction: the same object at the same place."""
+    back = nib.orientations.inv_ornt_aff(orientation, data.shape)
+    return save(path, nib.apply_orientation(data, orientation), oblique_affine() @ back)
+
+
+def segment(folder, checkpoint, *arguments, volume="ct.nii.gz", **how):
+    return run("extras/segment_volume.py", "--volume", volume, "--model-cfg", SMALL_CFG, "--checkpoint", checkpoint,
+               "--original", "--device", "cpu", *arguments, cwd=folder, **how)
+
+
+def centre_in_mm(image):
+    places = np.array(np.nonzero(np.asarray(image.dataobj))).mean(axis=1)
+    return nib.affines.apply_affine(image.affine, places)
+
+
+# ----------------------------------------------------------------------------- geometry
+
+ORIENTATIONS = [np.array([(axis, flip) for axis, flip in zip(axes, flips)])
+                for axes in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
+
+
+def test_for_all_48_axis_orders_the_pictures_are_the_same_and_the_mask_lies_on_the_object(tmp_path):
+    data, truth = draw_volume()
+    wanted = {axis: segment_volume.Slices(segment_volume.Volume(store(tmp_path / "ras.nii", data, ORIENTATIONS[0])),
+                                          axis, (0, 80)) for axis in segment_volume.AXES}
+    assert len(ORIENTATIONS) == 48
+    for number, orientation in enumerate(ORIENTATIONS):
+        path = store(tmp_path / f"{number}.nii", data, orientation)
+        volume = segment_volume.Volume(path)
+        for axis, same in wanted.items():
+            slices = segment_volume.Slices(volume, axis, (0, 80))
+            assert all((slices[index] == same[index]).all() for index in range(len(same)))
+            assert slices.aspect == pytest.approx(same.aspect) and slices.pixel_area == pytest.approx(same.pixel_area)
+            mask = np.array([slices[index][..., 0] > 130 for index in range(len(slices))])
+            restored = volume.restore(slices.from_pictures(mask))
+            assert (np.asarray(restored.dataobj) == nib.apply_orientation(truth, orientation)).all()
+            assert centre_in_mm(restored) == pytest.approx(
+                nib.affines.apply_affine(oblique_affine(), [16, 6.5, 4]), abs=1e-3)
+
+
+def test_the_picture_is_the_one_that_radiologists_look_at(tmp_path):
+    data = np.zeros((5, 6, 7), np.float32)
+    data[4, 5, 6] = 80  # right, front, top
+    volume = segment_volume.Volume(save(tmp_path / "v.nii", data, np.eye(4)))
+    axial, coronal, sagittal = (segment_volume.Slices(volume, axis, (0, 80)) for axis in
+                                ("axial", "coronal", "sagittal"))
+    assert axial[6].shape == (6, 5, 3) and axial[6][0, 0, 0] == 255    # front at the top, right on the left
+    assert coronal[5].shape == (7, 5, 3) and coronal[5][0, 0, 0] == 255  # head at the top, right on the left
+    assert sagittal[4].shape == (7, 6, 3) and sagittal[4][0, 0, 0] == 255  # head at the top, front on the left
+
+
+def test_prompts_in_voxels_are_mirrored_into_the_picture_and_back():
+    prompts = {(3, 1): ([(1, 2, 1), (0, 0, 0)], [1.0, 2.0, 4.0, 5.0])}
+    mirrored = segment_volume.mirror(prompts, (20, 10))
+    assert mirrored == {(3, 1): ([(8, 17, 1), (9, 19, 0)], [5.0, 14.0, 8.0, 17.0])}
+    assert segment_volume.mirror(mirrored, (20, 10)) == prompts
+    assert segment_volume.as_flags(prompts) == '--point "3,1,2,1;3,0,0,0" --box "3,1,2,4,5"'
+
+
+def test_the_written_mask_has_shape_affine_and_codes_of_the_input(tmp_path, visible):
+    data, _ = draw_volume()
+    image = nib.Nifti1Image(np.round(data).astype(np.int16)[..., None], oblique_affine() @ np.diag([-1, 1, 1, 1]))
+    image.set_sform(image.affine, 4)
+    image.set_qform(image.affine, 1)
+    image.header["cal_max"] = 80
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, tmp_path / "ct.nii.gz")
+    done = segment(tmp_path, visible, "--point", "4,7,6")
+    mask = nib.load(tmp_path / "output/my_volumes/ct/ct_mask.nii.gz")
+    assert mask.shape == image.shape == (24, 20, 8, 1) and mask.get_data_dtype() == np.uint8
+    assert (mask.affine == nib.load(tmp_path / "ct.nii.gz").affine).all()
+    assert (int(mask.header["sform_code"]), int(mask.header["qform_code"])) == (4, 1)
+    assert mask.header.get_xyzt_units() == ("mm", "sec") and mask.header["cal_max"] == 0
+    values = np.asarray(mask.dataobj)
+    assert set(np.unique(values)) <= {0, 1} and values.any()
+    summary = json.loads((tmp_path / "output/my_volumes/ct/summary.json").read_text())
+    assert summary["voxels"] == values.sum() and summary["volume_ml"] == pytest.approx(values.sum() * 6 / 1000)
+    assert re.search(r"부피: [\d.]+ ml", done.stdout)
+    rows = list(csv.DictReader((tmp_path / "output/my_volumes/ct/slices.csv").open()))
+    assert [int(row["slice"]) for row in rows] == list(range(8))
+    assert sum(float(row["area_mm2"]) for row in rows) * 4 == pytest.approx(summary["volume_ml"] * 1000, rel=1e-3)
+    assert (tmp_path / "output/my_volumes/ct/ct_montage.png").stat().st_size > 1000
+
+
+# ----------------------------------------------------------------------------- numbers
+
+class FakeArgs:
+    """What save() needs of the flags."""
+
+    def __init__(self, output):
+        self.name, self.output, self.volume, self.axis, self.each_slice, self.truth = (
+            "ct", output, "ct.nii", "axial", False, "truth.nii")
+
+
+@pytest.mark.parametrize("axis, area", [("axial", 1.5), ("coronal", 4.0), ("sagittal", 6.0)])
+def test_volume_area_dice_and_iou_are_right_on_a_mask_worked_out_by_hand(tmp_path, capsys, axis, area):
+    """Voxels of 1 x 1.5 x 4 mm, turned: 6 mm³ each; 7 x 6 x 5 = 210 of them are 1.26 ml."""
+    data, truth = draw_volume()
+    volume = segment_volume.Volume(save(tmp_path / "ct.nii", data, oblique_affine()))
+    slices = segment_volume.Slices(volume, axis, (0, 80))
+    assert slices.pixel_area == pytest.approx(area)
+    mask = truth.copy()
+    mask[13:15] = False  # 150 of the 210 voxels are left
+    args = FakeArgs(tmp_path)
+    args.axis = axis
+    segment_volume.save(args, volume, slices, {}, slices.to_pictures(mask), np.ones(len(slices)),
+                        slices.to_pictures(truth))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["volume_ml"] == pytest.approx(0.9) and summary["truth_ml"] == pytest.approx(1.26)
+    assert summary["dice"] == pytest.approx(300 / 360) and summary["iou"] == pytest.approx(150 / 210)
+    assert "부피: 0.900 ml (150복셀" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "slices.csv").open()))
+    filled = slices.to_pictures(truth).any(axis=(1, 2))
+    for row in rows:
+        inside = slices.to_pictures(mask)[int(row["slice"])].sum()
+        assert float(row["area_mm2"]) == pytest.approx(inside * area, abs=1e-3)
+        assert (row["dice"] != "") == filled[int(row["slice"])]
+
+
+def test_units_of_the_header_are_taken_to_millimetres(tmp_path):
+    image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.diag([200, 200, 500, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "micro.nii")
+    assert np.diag(segment_volume.Volume(tmp_path / "micro.nii").affine) == pytest.approx([0.2, 0.2, 0.5, 1])
+
+
+def test_truth_with_other_axes_is_compared_at_the_same_place_and_another_grid_is_refused(tmp_path):
+    data, truth = draw_volume()
+    volume = segment_volume.Volume(store(tmp_path / "ct.nii", data, ORIENTATIONS[0]))
+    slices = segment_volume.Slices(volume, "axial", (0, 80))
+    path = store(tmp_path / "truth.nii", truth.astype(np.uint8) * 3, ORIENTATIONS[29])
+    assert (slices.of_file(path, volume) == slices.to_pictures(truth)).all()
+    moved = save(tmp_path / "moved.nii", truth.astype(np.uint8), oblique_affine() + np.eye(4)[:, [3, 0, 1, 2]])
+    for wrong in (moved, save(tmp_path / "small.nii", truth.astype(np.uint8)[1:], oblique_affine())):
+        with pytest.raises(common.ImageError, match="크기나 공간에서의 위치"):
+            slices.of_file(wrong, volume)
+
+
+@pytest.mark.parametrize("text, wanted", [("brain", (0, 80)), ("bone", (-800, 2000)), ("-600,1500", (-1350, 150)),
+                                          ("none", None)])
+def test_windows_have_level_and_width(text, wanted):
+    assert segment_volume.parse_window(text) == wanted
+
+
+# ----------------------------------------------------------------------------- files
+
+def test_values_are_shown_the_same_whatever_their_type(tmp_path):
+    values = np.arange(-40, 120, dtype=np.float64).reshape(4, 5, 8) * 0.5
+    path = tmp_path / "v.nii"
+    wanted = np.round(np.clip(values / 80, 0, 1) * 255)[::-1, ::-1].transpose(2, 1, 0)
+    for dtype in (np.float32, np.float64, ">f4"):
+        save(path, values.astype(dtype), np.eye(4))
+        slices = segment_volume.Slices(segment_volume.Volume(path), "axial", (0, 80))
+        assert all((np.abs(slices[number][..., 1] - wanted[number]) <= 1).all() for number in range(8))
+    scaled = nib.Nifti1Image((values * 2 + 100).astype(np.int16), np.eye(4))
+    scaled.header.set_slope_inter(0.5, -50)  # as a scanner stores it
+    scaled.header["vox_offset"] = 352
+    stored = (values * 2 + 100).astype(np.int16).tobytes("F")
+    path.write_bytes(scaled.header.binaryblock + bytes(4) + stored)
+    slices = segment_volume.Slices(segment_volume.Volume(path), "axial", (0, 80))
+    assert all((np.abs(slices[number][..., 1] - wanted[number]) <= 1).all() for number in range(8))
+    values[0, 0, 0], values[1, 1, 1] = np.nan, np.inf
+    slices = segment_volume.Slices(segment_volume.Volume(save(path, values, np.eye(4))), "axial", None)
+    assert slices[0][-1, -1, 0] == 0 and slices[1][-2, -2, 0] == 255
+    assert (slices.low, slices.high) == pytest.approx(np.percentile(values[np.isfinite(values)], [1, 99]))
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    data, _ = draw_volume()
+    whole = save(tmp_path / "whole.nii.gz", data, np.eye(4)).read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.nii.gz").write_text("not a volume")
+    (tmp_path / "zipped_text.nii.gz").write_bytes(gzip.compress(b"not a volume"))
+    (tmp_path / "cut.nii").write_bytes(gzip.decompress(whole)[:2000])
+    (tmp_path / "empty.nii").touch()
+    save(tmp_path / "times.nii", np.zeros((4, 5, 6, 7), np.float32), np.eye(4))
+    save(tmp_path / "flat.nii", np.zeros((4, 5), np.float32), np.eye(4))
+    save(tmp_path / "colour.nii", np.zeros((4, 5, 6), [("R", "u1"), ("G", "u1"), ("B", "u1")]), np.eye(4))
+    save(tmp_path / "complex.nii", np.zeros((4, 5, 6), np.complex64), np.eye(4))
+    save(tmp_path / "nan.nii", np.full((4, 5, 6), np.nan, np.float32), np.eye(4))
+    nib.save(nib.MGHImage(np.zeros((4, 5, 6), np.float32), np.eye(4)), tmp_path / "brain.mgz")
+    places = nib.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4))
+    places.header["sform_code"], places.header["srow_x"] = 1, np.nan
+    (tmp_path / "places.nii").write_bytes(places.header.binaryblock + bytes(4 + 4 * 4 * 5 * 6))
+    for name in ("cut.nii.gz", "text.nii.gz", "zipped_text.nii.gz", "cut.nii", "empty.nii", "times.nii", "flat.nii",
+                 "colour.nii", "complex.nii", "nan.nii", "brain.mgz", "places.nii", "missing.nii"):
+        with pytest.raises(common.ImageError, match=name) as failure:
+            segment_volume.Volume(tmp_path / name)
+        assert "\n" not in str(failure.value)
+
+
+def test_the_test_files_of_nibabel_open_or_are_refused_in_one_line(tmp_path):
+    opened = []
+    for path in sorted((Path(nib.__file__).parent / "tests" / "data").iterdir()):
+        if path.is_dir():
+            continue
+        try:
+            volume = segment_volume.Volume(path)
+        except common.ImageError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            continue
+        opened.append(path.name)
+        slices = segment_volume.Slices(volume, "axial", None)
+        mask = np.zeros((len(slices), *slices.size), bool)
+        mask[0, 0, 0] = True
+        restored = volume.restore(slices.from_pictures(mask))
+        nib.save(restored, tmp_path / "mask.nii.gz")
+        again = nib.load(tmp_path / "mask.nii.gz")
+        assert again.shape == volume.image.shape and np.allclose(again.affine, volume.image.affine)
+        assert type(again) is type(volume.image) and np.asarray(again.dataobj).sum() == 1
+        for code in ("sform_code", "qform_code"):
+            assert again.header[code] == volume.image.header[code]
+    assert {"anatomical.nii", "reoriented_anat_moved.nii", "standard.nii.gz"} <= set(opened)
+
+
+def test_a_pair_of_files_gives_a_mask_with_its_codes(tmp_path):
+    pair = nib.Nifti1Pair(np.ones((4, 5, 6), np.float32), np.diag([2, 3, 4, 1]))
+    pair.set_sform(pair.affine, 3)
+    nib.save(pair, tmp_path / "pair.img")
+    volume = segment_volume.Volume(tmp_path / "pair.img")
+    restored = volume.restore(np.ones((4, 5, 6), bool))
+    assert type(restored) is nib.Nifti1Image and int(restored.header["sform_code"]) == 3
+    nib.save(restored, tmp_path / "mask.nii.gz")
+    assert np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj).sum() == 120
+
+
+# ----------------------------------------------------------------------------- the script
+
+def test_each_slice_segments_the_prompted_slices_alone(tmp_path, visible):
+    data, truth = draw_volume()
+    store(tmp_path / "ct.nii.gz", data, ORIENTATIONS[5])
+    store(tmp_path / "truth.nii.gz", truth.astype(np.uint8), ORIENTATIONS[5])
+    done = segment(tmp_path, visible, "--point", "3,16,7;5,16,7", "--box", "4,12,3,20,10", "--each-slice",
+                   "--truth", "truth.nii.gz", "-o", "out")
+    rows = list(csv.DictReader((tmp_path / "out/slices.csv").open()))
+    assert [int(row["slice"]) for row in rows] == [3, 4, 5] and all(row["dice"] for row in rows)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["prompts"] == '--point "3,16,7,1;5,16,7,1" --box "4,12,3,20,10"' and 0 <= summary["dice"] <= 1
+    assert re.search(r"정답과 비교: Dice [\d.]+, IoU [\d.]+", done.stdout)
+    segment(tmp_path, visible, "--point", "5,16,7", "--each-slice", "-o", "alone")
+    alone = nib.load(tmp_path / "alone/ct_mask.nii.gz").get_fdata()
+    both = nib.load(tmp_path / "out/ct_mask.nii.gz").get_fdata()
+    back = segment_volume.Volume(tmp_path / "alone/ct_mask.nii.gz").data[..., 5]
+    assert alone.any() and (segment_volume.Volume(tmp_path / "out/ct_mask.nii.gz").data[..., 5] == back).all()
+    assert both.sum() > alone.sum()
+
+
+def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):
+    save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    for arguments, words in (
+            (("--point", "8,1,1"), ("슬라이스 8", "0부터 7까지")),
+            (("--point", "7,24,1"), ("(24, 1)", "가로 24", "세로 20")),
+            (("--point", "20,1,8", "--axis", "sagittal"), ("(1, 8)", "가로 20", "세로 8")),
+            (("--point", "7,3,1", "--truth", "none.nii"), ("none.nii",)), (("--point", "7,3,1"), ("missing.pt",))):
+        assert_fails_in_one_line(segment(tmp_path, "missing.pt", *arguments, code=1), *words)
+    done = segment(tmp_path, "missing.pt", code=1, env={"DISPLAY": None, "MPLBACKEND": None})
+    assert_fails_in_one_line(done, "--point")
+    for wrong in (("--point", "1,2"), ("--point", "1.5,2,3"), ("--box", "1,2,3,4"), ("--box", "1,2,3,4,5;1,2,3,4,6"),
+                  ("--window", "brian"), ("--window", "40,0")):
+        assert "usage" in segment(tmp_path, "missing.pt", *wrong, code=2).stderr
+
+
+def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
+    matplotlib.use("Agg")
+    volume = segment_volume.Volume(save(tmp_path / "ct.nii", draw_volume()[0], oblique_affine()))
+    slices = segment_volume.Slices(volume, "coronal", (0, 80))
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    mask, scores = np.zeros((20, 8, 24), bool), np.full(20, np.nan)
+    window = tracking.Window(slices, predictor, lambda prompts: segment_volume.segment(
+        predictor, slices, prompts, False, mask, scores), "ct", max_object=1, unit="slice", aspect=slices.aspect)
+    hand = Hand(window)
+    hand.press("2", "pagedown", "left", "left")
+    hand.click((7, 4))
+    assert window.object == 1 and list(window.prompts) == [(8, 1)]
+    shown = window.labels() > 0
+    hand.press("enter")
+    assert window.tracked_prompts == window.prompts and not np.isnan(scores).any() and (mask[8] == shown).all()
+    matplotlib.pyplot.close(window.figure)

@@ -1,0 +1,493 @@
+"""track_video.py: the same masks as sam2's own predictor, from files of every kind, and a window."""
+
+import csv
+import json
+import re
+import signal
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import common
+import cv2
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import track_video
+import tracking
+from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
+from matplotlib.backend_bases import KeyEvent, MouseEvent
+from PIL import Image
+from sam2.build_sam import build_sam2_video_predictor
+
+PROMPTS = [{"frame": 1, "object": 1, "points": [[20, 20, 1]]},
+           {"frame": 1, "object": 2, "box": [40, 20, 60, 40]},
+           {"frame": 3, "object": 1, "points": [[26, 22, 1], [5, 50, 0]]}]  # a correction on a later frame
+
+
+def draw_clip(count=8, height=60, width=80):
+    """Two discs that move over a dark noisy ground: (frames N x H x W x 3 RGB, labels N x H x W with 1 and 2)."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 60, (count, height, width, 3)).astype(np.uint8)
+    labels = np.zeros((count, height, width), np.uint8)
+    for number, (frame, label) in enumerate(zip(frames, labels)):
+        for colour, place, value in (((220, 160, 90), (18 + number, 20), 1), ((90, 200, 120), (50, 30 + number), 2)):
+            cv2.circle(frame, place, 9, colour, -1)
+            cv2.circle(label, place, 9, value, -1)
+    return frames, labels
+
+
+def save_folder(folder, frames, name="{:05}.jpg"):
+    for number, frame in enumerate(frames):
+        write_image(folder / name.format(number), frame[..., ::-1])
+    return folder
+
+
+def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, times=None, options=None):
+    """Write frames as a video file; times: of each frame in milliseconds, if not 25 a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            if times:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def make_visible(checkpoint):
+    """Raise the score by which the model says that an object is in sight: random weights often hide all of them."""
+    weights = torch.load(checkpoint, weights_only=True)
+    weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 10
+    torch.save(weights, checkpoint)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def visible(tmp_path_factory, weights):
+    path = tmp_path_factory.mktemp("visible") / "visible.pt"
+    path.write_bytes(weights.read_bytes())
+    return make_visible(path)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A folder with a clip of 8 JPEG frames, and the prompts."""
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    save_folder(tmp_path / "frames", draw_clip()[0])
+    return tmp_path
+
+
+def track(folder, checkpoint, *arguments, video="frames", **how):
+    return run("extras/track_video.py", "--video", video, "--model-cfg", SMALL_CFG, "--checkpoint", checkpoint,
+               "--original", "--device", "cpu", *arguments, cwd=folder, **how)
+
+
+def read_masks(folder):
+    return np.array([np.array(Image.open(path)) for path in sorted(Path(folder).glob("masks/*.png"))])
+
+
+def masks_of_sam2(predictor, folder, prompts=PROMPTS):
+    """Label maps from sam2's own predictor: forwards from the first prompt, then backwards."""
+    state = predictor.init_state(str(folder))
+    for entry in prompts:
+        points = np.array(entry.get("points", [])).reshape(-1, 3)
+        predictor.add_new_points_or_box(
+            state, entry["frame"], entry["object"], points=points[:, :2].astype(np.float32) if len(points) else None,
+            labels=points[:, 2].astype(np.int32) if len(points) else None, box=entry.get("box"))
+    found = {}
+    for reverse in (False, True):
+        for frame, objects, logits in predictor.propagate_in_video(state, reverse=reverse):
+            logits = logits[:, 0].numpy()
+            labels = np.where(logits.max(axis=0) > 0, np.array(objects)[logits.argmax(axis=0)], 0)
+            found[frame] = labels.astype(np.uint8)
+    return np.array([found[frame] for frame in sorted(found)])
+
+
+# ----------------------------------------------------------------------------- the same masks as sam2
+
+def test_masks_are_those_of_sam2_on_a_clip_longer_than_the_memory(tmp_path, visible):
+    """Longer, both ways, than num_maskmem and the object pointers reach: old outputs have been dropped."""
+    frames = save_folder(tmp_path / "frames", draw_clip(44)[0])
+    prompts = [{**entry, "frame": entry["frame"] + 18} for entry in PROMPTS]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    track(tmp_path, visible, "--prompts", "prompts.json")
+    masks = read_masks(tmp_path / "output/my_tracks/frames")
+    wanted = masks_of_sam2(common.load_video_predictor(SMALL_CFG, visible, "cpu"), frames, prompts)
+    assert (masks == wanted).all()
+    assert len(masks) == 44 and {1, 2} <= set(np.unique(wanted)) and len(np.unique(wanted.sum(axis=(1, 2)))) > 10
+
+
+def test_masks_are_those_of_sam2_with_the_official_architecture(clip):
+    """SAM 2.1 tiny with random weights, at 256 px for the test's time."""
+    name, checkpoint = "configs/sam2.1/sam2.1_hiera_t.yaml", clip / "tiny.pt"
+    torch.manual_seed(0)
+    torch.save({"model": build_sam2_video_predictor(name, device="cpu").state_dict()}, checkpoint)
+    make_visible(checkpoint)
+    for path in sorted((clip / "frames").iterdir())[5:]:
+        path.unlink()
+    predictor = build_sam2_video_predictor(name, str(checkpoint), device="cpu", hydra_overrides_extra=[
+        "++model.image_size=256"])
+    predictor.fill_hole_area = 0  # needs the CUDA extension
+    wanted = masks_of_sam2(predictor, clip / "frames")
+    ours = common.load_video_predictor(name, checkpoint, "cpu", image_size=256)
+    prompts = track_video.read_prompts(clip / "prompts.json")
+    found = {frame: tracking.label_map(objects, logits) for frame, objects, logits, _ in tracking.track(
+        ours, track_video.ImageFolder(clip / "frames"), prompts)}
+    assert (np.array([found[frame] for frame in range(5)]) == wanted).all() and {1, 2} <= set(np.unique(wanted))
+
+
+def test_no_more_is_kept_than_the_next_frames_need(tmp_path, visible):
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    predictor.num_maskmem, predictor.max_obj_ptrs_in_encoder = 3, 4
+    video = track_video.ImageFolder(save_folder(tmp_path / "frames", draw_clip(24)[0]))
+    states, kept = [], []
+    init_state = predictor.init_state
+    predictor.init_state = lambda folder: states.append(init_state(folder)) or states[0]
+    for _ in tracking.track(predictor, video, {(10, 1): ([(28, 20, 1)], None)}):
+        kept.append(len(states[0]["output_dict_per_obj"][0]["non_cond_frame_outputs"]))
+    assert len(kept) == 25 and max(kept) <= 2 * 4 + 1
+
+
+# ----------------------------------------------------------------------------- what is written
+
+def test_everything_is_written_and_its_own_prompts_give_it_again(clip, visible):
+    done = track(clip, visible, "--prompts", "prompts.json")
+    folder = clip / "output/my_tracks/frames"
+    masks = read_masks(folder)
+    assert masks.shape == (8, 60, 80) and not list(folder.glob("**/*.tmp"))
+    first = Image.open(folder / "masks/00000.png")
+    assert first.mode == "P" and first.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]  # DAVIS
+    rows = list(csv.DictReader((folder / "tracks.csv").open()))
+    assert [(int(row["frame"]), int(row["object"])) for row in rows] == [(n, k) for n in range(8) for k in (1, 2)]
+    for row in rows:
+        mask = masks[int(row["frame"])] == int(row["object"])
+        assert int(row["area"]) == mask.sum() and 0 < float(row["score"]) <= 1
+        if mask.any():
+            ys, xs = np.nonzero(mask)
+            assert [int(row[name]) for name in ("x1", "y1", "x2", "y2")] == [xs.min(), ys.min(), xs.max(), ys.max()]
+        else:
+            assert row["x1"] == row["y2"] == ""
+    with av.open(str(folder / "overlay.mp4")) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == 8 and shown[0].shape == (60, 80, 3)
+    assert "이전 결과" not in done.stdout and "overlay.mp4" in done.stdout
+    (folder / "masks/00042.png").write_bytes(b"of a longer video")
+    done = track(clip, visible, "--prompts", folder / "prompts.json")  # read before it is written again
+    assert "이전 결과를 덮어씁니다: output/my_tracks/frames" in done.stdout and (read_masks(folder) == masks).all()
+
+
+def test_masks_of_somebody_else_are_not_taken_away(clip, visible):
+    write_image(clip / "mine/masks/00000.png", np.zeros((60, 80), np.uint8))
+    assert_fails_in_one_line(track(clip, visible, "--point", "20,20", "-o", "mine", code=1), "mine/masks")
+    assert [path.name for path in (clip / "mine").glob("**/*.*")] == ["00000.png"]
+
+
+def test_point_and_box_are_for_object_1_on_the_frame_that_is_given(clip, visible):
+    track(clip, visible, "--point", "22,20;5,50,0", "--box", "35,30,10,10", "--frame", 3, "-o", "flags")
+    assert json.loads((clip / "flags/prompts.json").read_text()) == [
+        {"frame": 3, "object": 1, "points": [[22, 20, 1], [5, 50, 0]], "box": [10, 10, 35, 30]}]
+    assert len(read_masks(clip / "flags")) == 8
+
+
+def test_pairs_for_training_are_what_prepare_data_takes(clip, visible):
+    track(clip, visible, "--prompts", "prompts.json", "--to-data", 3)
+    folder = clip / "output/my_tracks/frames"
+    images, pairs = sorted((folder / "to_data/images").iterdir()), sorted((folder / "to_data/masks").iterdir())
+    masks = read_masks(folder)
+    kept = [number for number in (0, 3, 6) if masks[number].any()]
+    assert [path.name for path in images] == [path.name for path in pairs] == [f"frames_{n:05}.png" for n in kept] != []
+    for number, image, pair in zip(kept, images, pairs):
+        assert (common.read_image(image) == common.read_image(clip / f"frames/{number:05}.jpg")).all()
+        saved = cv2.imread(str(pair), cv2.IMREAD_UNCHANGED)
+        assert saved.dtype == np.uint16 and (saved == masks[number]).all()  # two objects
+    done = track(clip, visible, "--point", "20,20", "--to-data", 4)
+    saved = cv2.imread(str(folder / "to_data/masks/frames_00000.png"), cv2.IMREAD_UNCHANGED)
+    assert saved.dtype == np.uint8 and set(np.unique(saved)) == {0, 255}  # one object
+    command = done.stdout.split("python prepare_data.py ")[1].splitlines()[0]
+    run("prepare_data.py", *command.split(), cwd=clip)
+    assert len(list((clip / "data/images").glob("*/*"))) == len(list((folder / "to_data/images").iterdir())) > 0
+
+
+def test_a_killed_run_leaves_whole_files_and_the_next_one_clears_up(clip, visible):
+    done = track(clip, visible, "--point", "20,20", code=-signal.SIGKILL, before="""
+import common
+def write_and_die(path, content, write=common.write_file):
+    write(path, content)
+    if path.name == "00002.png":
+        os.kill(os.getpid(), 9)
+common.write_file = write_and_die""")
+    folder = clip / "output/my_tracks/frames"
+    assert read_masks(folder).shape == (3, 60, 80) and json.loads((folder / "prompts.json").read_text())
+    assert not (folder / "overlay.mp4").exists() and not (folder / "tracks.csv").exists()
+    track(clip, visible, "--point", "20,20", code=-signal.SIGKILL, before="""
+import tracking
+def draw_and_die(image, labels, drawn=[]):
+    drawn.append(image)
+    return image if len(drawn) < 3 else os.kill(os.getpid(), 9)
+tracking.overlay = draw_and_die""")
+    assert (folder / "tracks.csv").exists() and not (folder / "overlay.mp4").exists()
+    (folder / "overlay.mp4.1.tmp").touch()  # where the encoder had begun to write
+    done = track(clip, visible, "--point", "20,20")
+    assert "이전 결과" in done.stdout and not list(folder.glob("*.tmp")) and (folder / "overlay.mp4").exists()
+
+
+# ----------------------------------------------------------------------------- frames
+
+def numbered_frames(count=40, height=48, width=64):
+    """Frames that tell their number by how bright they are, even after lossy coding."""
+    return np.repeat(np.arange(count, dtype=np.uint8)[:, None, None, None] * 6 + 5, 3, axis=3) * np.ones(
+        (1, height, width, 1), np.uint8)
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt, options", [
+    ("a.mp4", "libx264", "yuv420p", {"g": "12", "bf": "3"}), ("a.mkv", "libx264", "yuv420p", {"g": "300"}),
+    ("a.ts", "libx264", "yuv420p", {"g": "12"}), ("a.avi", "mpeg4", "yuv420p", {}), ("a.mov", "mjpeg", "yuvj420p", {}),
+    ("a.mpg", "mpeg2video", "yuv420p", {}), ("a.h264", "libx264", "yuv420p", {"g": "12"})])
+def test_any_frame_of_a_video_file_can_be_read_in_any_order(tmp_path, name, codec, pix_fmt, options):
+    path = save_video(tmp_path / name, numbered_frames(), codec, pix_fmt, options=options)
+    with av.open(str(path)) as container:
+        wanted = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    video = track_video.VideoFile(path)
+    assert len(video) == len(wanted) == 40 and video.size == (48, 64)
+    assert len({image.tobytes() for image in wanted}) > 35
+    video.kept_frames = 4
+    for number in (0, 1, 2, 39, 38, 37, 36, 35, 34, 20, 21, 5, 30, 31, 29, 0):
+        assert (video[number] == wanted[number]).all() and len(video.kept) <= 4
+
+
+def test_a_rotated_video_is_upright(tmp_path):
+    frames = numbered_frames(3)
+    frames[:, :12, :16] = 255  # a mark in the corner at the top left
+    video = track_video.VideoFile(save_video(tmp_path / "turned.mp4", frames, rotation=90))  # counter-clockwise
+    assert video.size == (64, 48) and video[1].shape == (64, 48, 3)
+    assert video[1][-10:, :8].min() > 200 and video[1][:10, -8:].max() < 60
+
+
+def test_the_overlay_keeps_the_times_of_a_variable_frame_rate(tmp_path, visible):
+    times = [0, 20, 100, 140, 400, 410]
+    save_video(tmp_path / "vfr.mp4", draw_clip(6)[0], times=times)
+    track(tmp_path, visible, "--point", "20,20", video="vfr.mp4")
+    with av.open(str(tmp_path / "output/my_tracks/vfr/overlay.mp4")) as container:
+        shown = [round(frame.time * 1000) for frame in container.decode(video=0)]
+    assert shown == times
+
+
+def test_sides_of_the_overlay_are_even(tmp_path):
+    assert track_video.overlay_frame(np.zeros((5, 7, 3), np.uint8), np.ones((5, 7), np.uint8)).shape == (6, 8, 3)
+    large = track_video.overlay_frame(np.zeros((1001, 2001, 3), np.uint8), np.ones((1001, 2001), np.uint8))
+    assert large.shape == (640, 1280, 3)
+
+
+def test_a_video_that_ends_in_the_middle_is_used_up_to_there(tmp_path, visible):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3)).astype(np.uint8)
+    path = save_video(tmp_path / "cut.mp4", noise, options={"g": "5", "bf": "0"})
+    with av.open(str(path)) as source, av.open(str(tmp_path / "cut.mkv"), "w") as container:
+        assert source.streams.video[0].frames == 30
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    for name in ("cut.avi", "cut.mkv"):
+        path = tmp_path / name
+        if name == "cut.avi":
+            save_video(path, noise, "mpeg4", options={"g": "5"})
+        content = path.read_bytes()
+        path.write_bytes(content[:len(content) * 6 // 10])
+        video = track_video.VideoFile(path)
+        assert 10 < len(video) < 22 and video[len(video) - 1].shape == (48, 64, 3)
+    done = track(tmp_path, visible, "--point", "20,20", video="cut.avi")
+    assert re.search(r"주의: cut.avi는 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 \d+프레임만 씁니다", done.stdout)
+
+
+def test_files_that_are_no_video_are_named(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty.mp4").touch()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    whole = save_video(tmp_path / "whole.mp4", numbered_frames(3)).read_bytes()
+    (tmp_path / "headless.mp4").write_bytes(whole[:200])
+    for name in ("text.mp4", "empty.mp4", "sound.mp4", "headless.mp4", "missing.mp4"):
+        with pytest.raises(common.ImageError, match=name):
+            track_video.open_video(tmp_path / name)
+    one, other = (save_video(tmp_path / f"{width}.h264", numbered_frames(5, width=width)) for width in (64, 96))
+    (tmp_path / "changes.h264").write_bytes(one.read_bytes() + other.read_bytes())
+    with pytest.raises(common.ImageError, match=r"changes.h264: 5번 프레임부터 .*가로 64.*가로 96"):
+        track_video.open_video(tmp_path / "changes.h264")
+
+
+def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tmp_path):
+    frames = numbered_frames(12)
+    save_folder(tmp_path, frames, "frame {}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    video = track_video.open_video(tmp_path)
+    assert [round((video[number].mean() - 5) / 6) for number in range(12)] == list(range(12))
+    write_image(tmp_path / "frame 12.png", frames[0][:, :50])
+    with pytest.raises(common.ImageError, match="frame 12.png: 크기가 가로 50"):
+        track_video.open_video(tmp_path)
+    (tmp_path / "frame 12.png").write_text("no image")
+    with pytest.raises(common.ImageError, match="frame 12.png: 이미지 파일이 아니거나"):
+        track_video.open_video(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.ImageError, match="empty: 폴더에 이미지가 없습니다"):
+        track_video.open_video(tmp_path / "empty")
+
+
+def test_an_image_that_lies_on_its_side_is_upright(tmp_path):
+    image, exif = Image.fromarray(numbered_frames(1)[0]), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "1.jpg", exif=exif)
+    video = track_video.open_video(tmp_path)
+    assert video.size == video[0].shape[:2] == (64, 48)
+
+
+# ----------------------------------------------------------------------------- prompts that cannot be used
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "JSON"), ("[]", "프롬프트가 없습니다"), ('[{"frame": 0}]', "1번째"), ("[3]", "1번째"), ("7", "1번째"),
+    ('[{"frame": 0, "object": 1}]', "1번째"), ('[{"frame": 0, "object": 1, "points": [[1, 2]]}]', "1번째"),
+    ('[{"frame": 0, "object": 1, "points": [[NaN, 2, 1]]}]', "1번째"),
+    ('[{"frame": 0.5, "object": 1, "points": [[1, 2, 1]]}]', "1번째"),
+    ('[{"frame": 0, "object": 1, "box": [1, 2, 3]}]', "1번째"),
+    ('[{"frame": 0, "object": 1, "points": [["x", 2, 1]]}]', "1번째"),
+    ('[{"frame": 0, "object": 1, "points": [[1, 2, 2]]}]', "라벨"),
+    ('[{"frame": 0, "object": 0, "points": [[1, 2, 1]]}]', "대상 번호 0"),
+    ('[{"frame": 0, "object": 256, "points": [[1, 2, 1]]}]', "대상 번호 256"),
+    ('[{"frame": 8, "object": 1, "points": [[1, 2, 1]]}]', "0부터 7까지"),
+    ('[{"frame": -1, "object": 1, "points": [[1, 2, 1]]}]', "0부터 7까지"),
+    ('[{"frame": 0, "object": 1, "points": [[80, 2, 1]]}]', "(80, 2)"),
+    ('[{"frame": 0, "object": 1, "box": [10, 10, 10, 20]}]', "상자"),
+    ('[{"frame": 0, "object": 1, "box": [1, 1, 2, 2]}, {"frame": 0, "object": 1, "box": [1, 1, 3, 3]}]', "두 번")])
+def test_prompts_that_cannot_be_used_are_named(clip, content, words):
+    (clip / "bad.json").write_text(content)
+    with pytest.raises(common.ImageError) as failure:
+        prompts = track_video.read_prompts(clip / "bad.json")
+        tracking.check_prompts(prompts, track_video.ImageFolder(clip / "frames"), "bad.json", "프레임")
+    assert "bad.json" in str(failure.value) and words in str(failure.value)
+
+
+def test_failures_are_one_line_before_the_model_is_loaded(clip):
+    assert_fails_in_one_line(track(clip, "missing.pt", "--point", "80,10", code=1), "(80, 10)", "가로 80", "세로 60")
+    assert_fails_in_one_line(track(clip, "missing.pt", "--point", "8,10", "--frame", 8, code=1), "0부터 7까지")
+    assert_fails_in_one_line(track(clip, "missing.pt", "--prompts", "none.json", code=1), "none.json")
+    assert_fails_in_one_line(track(clip, "missing.pt", "--point", "8,1", video="none.mp4", code=1), "none.mp4")
+    assert_fails_in_one_line(track(clip, "missing.pt", "--point", "8,10", code=1), "missing.pt")
+    assert_fails_in_one_line(track(clip, "missing.pt", code=1, env={"DISPLAY": None, "MPLBACKEND": None}), "--prompts")
+    for wrong in (("--point", "1"), ("--box", "1,2,3"), ("--box", "1,2,3,4;5,6,7,8"), ("--point", "1,nan"),
+                  ("--prompts", "prompts.json", "--point", "1,2"), ("--point", "1,2", "--to-data", 0)):
+        assert "usage" in track(clip, "missing.pt", *wrong, code=2).stderr
+
+
+# ----------------------------------------------------------------------------- window
+
+class Hand:
+    """Clicks, drags and presses keys in a tracking.Window, through matplotlib's own chain of events."""
+
+    def __init__(self, window):
+        self.window, self.canvas = window, window.figure.canvas
+        self.canvas.draw()
+
+    def mouse(self, name, place, button):
+        x, y = self.window.axes.transData.transform(place)
+        self.canvas.callbacks.process(name, MouseEvent(name, self.canvas, x, y, button))
+        assert self.window.error is None
+
+    def drag(self, start, end, button=1):
+        self.mouse("button_press_event", start, button)
+        self.mouse("motion_notify_event", end, button)
+        self.mouse("button_release_event", end, button)
+
+    def click(self, place, button=1):
+        self.drag(place, place, button)
+
+    def press(self, *keys):
+        for key in keys:
+            self.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", self.canvas, key))
+            assert self.window.error is None
+
+
+@pytest.fixture
+def window(clip, visible):
+    matplotlib.use("Agg")
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    video = track_video.ImageFolder(clip / "frames")
+    made = tracking.Window(video, predictor, lambda prompts: track_video.track_and_save(
+        predictor, video, prompts, clip / "windowed", "frames", None), "clip")
+    yield made
+    matplotlib.pyplot.close(made.figure)
+
+
+def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visible):
+    hand = Hand(window)
+    hand.click((20, 20))
+    hand.press("2")
+    hand.drag((40, 20), (60, 42))
+    shown = window.labels()
+    assert window.prompts[0, 1] == ([(20, 20, 1)], None) and window.prompts[0, 2][0] == []
+    assert window.prompts[0, 2][1] == pytest.approx([40, 20, 60, 42], abs=0.3)
+    hand.press("enter")
+    assert window.tracked_prompts == window.prompts and sorted(window.tracked) == list(range(8)) and window.frame == 0
+    first = read_masks(clip / "windowed")
+    assert shown.any() and (first[0] == shown).all()
+    hand.press("right", "pagedown", "left", "1")
+    assert window.frame == 6 and window.slider.val == 6
+    hand.click((5, 50), button=3)  # a correction: the box around what was tracked comes with it
+    points, box = window.prompts[6, 1]
+    assert points == [(pytest.approx(5, abs=0.3), pytest.approx(50, abs=0.3), 0)]
+    rows, columns = np.nonzero(first[6] == 1)
+    assert box == ([columns.min(), rows.min(), columns.max(), rows.max()] if len(rows) else None)
+    preview = window.labels()
+    assert window.tracked_prompts != window.prompts
+    hand.press("enter")
+    again = read_masks(clip / "windowed")
+    assert (again[6] == preview)[(preview != 2) & (again[6] != 2)].all() and (again != first).any()
+    track(clip, visible, "--prompts", "windowed/prompts.json", "-o", "repeated")
+    assert (read_masks(clip / "repeated") == again).all()
+
+
+def test_the_window_undoes_clears_and_stops(window):
+    hand = Hand(window)
+    hand.press("enter", "u")  # nothing to track, nothing to undo
+    hand.click((20, 20))
+    hand.click((25, 25))
+    hand.press("right")
+    hand.click((30, 30))
+    assert len(window.prompts) == 2
+    hand.press("r")
+    assert list(window.prompts) == [(0, 1)]
+    hand.press("u", "u")
+    assert window.prompts == {(0, 1): ([(20, 20, 1), (25, 25, 1)], None)}
+    hand.press("u")
+    assert window.prompts == {(0, 1): ([(20, 20, 1)], None)}
+    follow, seen = window.follow, []
+
+    def follow_and_stop(prompts):
+        for frame, labels in follow(prompts):
+            seen.append(frame)
+            if frame == 2:
+                hand.press("escape", "3", "enter")  # the last two do nothing while it tracks
+            yield frame, labels
+
+    window.follow = follow_and_stop
+    hand.press("enter")
+    assert seen == [0, 1, 2] and window.tracked_prompts is None and not window.is_tracking and window.object == 1
+
+
+def test_a_failure_in_the_window_closes_it_and_is_reported(window, clip, monkeypatch):
+    (clip / "frames/00001.jpg").write_bytes(b"no image any more")
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
+    window.slider.set_val(1)
+    with pytest.raises(common.ImageError, match="00001.jpg"):
+        window.show()
