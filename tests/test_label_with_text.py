@@ -1,6 +1,7 @@
 """extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: what is tested is the way through."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -316,3 +317,9 @@ def test_two_processes_write_the_json_that_one_writes(tmp_path):
     assert done.stdout.count("image_4.png - ") == done.stdout.count("저장: ") == 1  # only one of them speaks
     assert (tmp_path / "one" / "annotations.json").read_bytes() == (tmp_path / "two" / "annotations.json").read_bytes()
     assert len(list((tmp_path / "two" / "plots").iterdir())) == 4
+
+
+def test_the_benchmark_prints_ratios(tmp_path):
+    done = run("benchmarks/bench_labels.py", "--model-cfg", SMALL_CFG, "--boxes", 2, "--repeats", 1, "--device", "cpu",
+               cwd=tmp_path)
+    assert "2 boxes, cpu" in done.stdout and len(re.findall(r"ratio -?\d+\.\d\dx", done.stdout)) == 2
