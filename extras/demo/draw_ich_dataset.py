@@ -5,9 +5,9 @@
 A head is an ellipsoid of brain below a thin skull and a scalp, with ventricles, a falx, and calcified spots as bright
 as blood, in Hounsfield units, at the size of an adult's and with thick slices. (A skull of an adult's thickness fills
 the 32 mm patches of the demo's model, and takes longer than a demo's minutes to tell from blood.) A bleeding is a
-bumpy ball with a dark rim. Three patients of four bleed; some have several scans. Volumes are written as .pkl, .npy and .nii.gz, with
-their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each patient has a seed of
-its own: the same files every time.
+bumpy ball with a dark rim. Three patients of four bleed; some have several scans. Volumes are written as .pkl, .npy
+and .nii.gz, with their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each
+patient has a seed of its own: the same files every time.
 """
 
 import argparse

@@ -168,7 +168,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = make_scheduler(self.optimizer, args)
         mixed = args.use_mixed_precision and device.startswith("cuda")
-        self.precision = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if mixed else None
+        bfloat = mixed and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = (torch.bfloat16 if bfloat else torch.float16) if mixed else None
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision == torch.float16)
         self.train_loader = training_loader(train, args, pin_memory=device.startswith("cuda"))
         self.val_loader = validation_loader(val, args)
