@@ -395,6 +395,8 @@ class Training:
         batches = (batch for iteration in iterations for batch in self.draw(iteration)[2])
         live = self.cache is None
         dataset = Examples(self.masks, self.args.clicks, self.model.image_size if live else None, self.args.augment)
+        # workers ignore signals, and Python would wait for them at its end: drop the iterator, which ends them, before
+        atexit.register(self.__dict__.pop, "batches", None)
         return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, worker_init_fn=ignore_interrupts,
                                num_workers=self.args.workers if live else 0))
 
