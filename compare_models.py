@@ -11,6 +11,7 @@ import copy
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -51,7 +52,7 @@ def main():
         fail(f"파인튜닝한 모델이 없습니다: {args.finetuned}. 먼저 python train_sam2_proper.py 를 실행하세요")
     pairs = find_pairs(args.image_dir, args.mask_dir)[:args.num_images]
     if not pairs:
-        fail(f"비교할 쌍이 없습니다: {args.image_dir}와 {args.mask_dir}에 이름이 같은 이미지와 마스크를 넣으세요")
+        fail(f"비교할 쌍이 없습니다. 이미지는 {args.image_dir}, 이름이 같은 마스크는 {args.mask_dir} 폴더에 넣으세요")
     original = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
     finetuned = copy.deepcopy(original)
     load_weights(finetuned.model, args.finetuned, args.model_cfg)
@@ -62,6 +63,8 @@ def main():
     rows, images = [], 0
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
     pictures = 0
+    for old in args.output_dir.glob("compare_[0-9]*.png"):  # of an earlier run
+        old.unlink()
     for number, (image_path, mask_path) in enumerate(tqdm(pairs, "비교", disable=None)):
         image, labels = read_pair(image_path, mask_path)
         objects, gt_masks = split_objects(labels, args.max_objects)
@@ -107,7 +110,7 @@ def parse_args():
     option("--max-objects", 20, "이미지마다 번호가 작은 객체부터 몇 개까지 비교할지", type=int)
     option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 거기에 가장 크게 틀린 곳의 점 둘을 더함, "
            "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아", choices=["point", "points", "box", "mixed"])
-    option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 "
+    option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 "
            "정확도가 떨어짐 (기본: 모델 설정대로)", type=int, choices=[512, 768, 1024])
     option("--device", "auto", "장치: auto, mps, cuda, cpu")
     args = parser.parse_args()
@@ -125,10 +128,12 @@ def find_pairs(image_dir, mask_dir):
     for folder in (image_dir, mask_dir):
         if not Path(folder).is_dir():
             fail(f"폴더가 없습니다: {folder}. 데이터 준비: python download_dataset.py 또는 python prepare_data.py")
-    images = sorted(p for p in Path(image_dir).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    for image, after in zip(images, images[1:]):
-        if image.stem == after.stem:
-            fail(f"이름이 같은 이미지가 둘입니다: {image}, {after.name}. 하나만 남기세요")
+    images = sorted(path for path in Path(image_dir).iterdir()
+                    if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith("."))
+    by_stem = {}
+    for image in images:
+        if (other := by_stem.setdefault(image.stem, image)) != image:
+            fail(f"이름이 같은 이미지가 둘입니다: {other}, {image.name}. 하나만 남기세요")
     pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
     return [(image, mask) for image, mask in pairs if mask.is_file()]
 
@@ -178,8 +183,19 @@ def predict_objects(predictor, kind, gt_masks):
 
     Returns: masks bool N x H x W, and the prompts (coordinates N x P x 2 in pixels, labels N x P).
     """
-    logits, scores, prompts = predict_prompted(predictor, kind, gt_masks)
-    return logits[np.arange(len(logits)), scores.argmax(1)] > 0, prompts
+    masks, coords, labels = [], [], []
+    for part in in_parts(gt_masks):
+        logits, scores, prompts = predict_prompted(predictor, kind, part)
+        masks.append(logits[np.arange(len(logits)), scores.argmax(1)] > 0)
+        coords.append(prompts[0])
+        labels.append(prompts[1])
+    return np.concatenate(masks), (np.concatenate(coords), np.concatenate(labels))
+
+
+def in_parts(gt_masks):
+    """Cut masks, bool N x H x W, into parts that one decoder call takes: their logits have 512 MB at most."""
+    at_once = max(1, 2**27 // (3 * math.prod(gt_masks.shape[1:])))
+    return [gt_masks[start:start + at_once] for start in range(0, len(gt_masks), at_once)]
 
 
 def predict_prompted(predictor, kind, gt_masks):
@@ -190,17 +206,9 @@ def predict_prompted(predictor, kind, gt_masks):
     Returns: logits N x 3 x H x W, scores N x 3, and the prompts as (coordinates N x P x 2 in pixels, labels
         N x P): 1 for a click on the object, 0 beside it, 2 and 3 for a box's corners, as SAM has them.
     """
-    height, width = gt_masks.shape[1:]
-    at_once = max(1, 2**27 // (3 * height * width))  # logits of 512 MB in one decoder call
-    if len(gt_masks) > at_once:
-        parts = [predict_prompted(predictor, kind, gt_masks[start:start + at_once])
-                 for start in range(0, len(gt_masks), at_once)]
-        logits, scores, prompts = zip(*parts)
-        return np.concatenate(logits), np.concatenate(scores), tuple(map(np.concatenate, zip(*prompts)))
-
     def predict(coords, labels):
         logits, scores, _ = predictor.predict(coords, labels, multimask_output=True, return_logits=True)
-        return logits.reshape(-1, 3, height, width), scores.reshape(-1, 3)
+        return logits.reshape(-1, 3, *gt_masks.shape[1:]), scores.reshape(-1, 3)
 
     if kind == "box":
         coords = np.stack([mask_box(gt_mask).reshape(2, 2) for gt_mask in gt_masks])
@@ -297,7 +305,7 @@ def draw_prompts(panel, coords, labels):
 
 
 def printable(name):
-    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
+    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
     return name.encode(errors="replace").decode()
 
 
@@ -410,7 +418,8 @@ def run(main, advice):
     except KeyboardInterrupt:
         fail("중단했습니다")
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
-        if isinstance(error, RuntimeError) and not re.search("out of|not enough|can't allocate memory", str(error)):
+        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
 

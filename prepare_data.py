@@ -298,6 +298,8 @@ def draw_objects(segmentations, height, width, merge, name):
     """
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
         raise BadPair(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
+    if len(segmentations) > 65535 and not merge:
+        raise BadPair("객체가 65,535개보다 많음")
     labels = np.zeros((height, width), np.uint16)
     try:
         if merge or len(segmentations) == 1:

@@ -58,7 +58,7 @@ def main():
     if args.annotate:
         paths = without_mask(paths, args.annotate)
     if args.interactive:
-        require_display()
+        require_display("화면이 있는 컴퓨터에서 실행하세요" if args.annotate else "좌표를 직접 주세요: --point \"x,y\"")
     else:
         plt.switch_backend("Agg")
     args.mask = read_mask(args.mask) > 0 if args.mask else None
@@ -125,7 +125,7 @@ def parse_args():
         help="원본 체크포인트 (기본: checkpoints/sam2.1_hiera_small.pt)")
     add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: output/sam2_best.pt)")
     add("--image-size", type=int, choices=[512, 768, 1024],
-        help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 배운 것이라 정확도가 떨어짐 "
+        help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 정확도가 떨어짐 "
              "(기본: 모델 설정대로)")
     add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
     args = parser.parse_args()
@@ -182,10 +182,14 @@ def find_images(names):
     """The image files that --image names: files as they are, folders as the images in them, sorted."""
     paths = []
     for path in map(Path, names):
-        paths += sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        paths += sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")  # macOS writes ._a.jpg beside a.jpg
 
 
 def without_mask(paths, mask_dir):
@@ -204,8 +208,8 @@ def without_mask(paths, mask_dir):
     return remaining or sys.exit()
 
 
-def require_display():
-    """Fail if matplotlib cannot open a window here."""
+def require_display(alternative):
+    """Fail, with what to do instead, if matplotlib cannot open a window here."""
     try:
         figure = plt.figure()
         interactive = figure.canvas.required_interactive_framework is not None
@@ -214,7 +218,7 @@ def require_display():
         interactive = False
     if not interactive:
         advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-        fail(f"창을 띄울 수 없습니다. 좌표를 직접 주세요: --point \"x,y\"{advice}")
+        fail(f"창을 띄울 수 없습니다. {alternative}{advice}")
 
 
 def check_prompts(path, image, points, boxes, rough):
@@ -422,12 +426,6 @@ class Segmented(NamedTuple):
         number = int(scores.argmax()) if self.choice is None else self.choice
         return number, masks[number], float(scores[number])
 
-    def without_others(self):
-        """The same with the best candidates only, which takes a third of the memory."""
-        best = {title: self.best(title) for title in self.candidates}
-        return Segmented(self.points, self.box, {title: (mask[None], np.array([score]))
-                                                 for title, (_, mask, score) in best.items()})
-
 
 def split_prompts(points, boxes):
     """(points, box) of each object: several boxes are several objects, each with the points inside it."""
@@ -559,7 +557,7 @@ class Window:
             self.update()
         elif key == "n" and len(self.objects()) > len(self.finished):
             self.remember()
-            self.finished = [*self.finished, self.current.without_others()]
+            self.finished = [*self.finished, self.current]
             self.set_prompts([], None)
         elif (key == "enter" and self.objects()) or (key == "s" and self.can_skip):
             self.closed_by = key
@@ -676,7 +674,7 @@ def overlay(image, mask, colour):
 
 
 def printable(name):
-    """A file's name with "?" for bytes that are no letters, which matplotlib cannot draw."""
+    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
     return name.encode(errors="replace").decode()
 
 
@@ -745,7 +743,8 @@ def run(main, advice):
     except KeyboardInterrupt:
         fail("중단했습니다")
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
-        if isinstance(error, RuntimeError) and not re.search("out of|not enough|can't allocate memory", str(error)):
+        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
 

@@ -69,7 +69,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("checkpoint", "checkpoints/sam2.1_hiera_small.pt", str, "원본 SAM 2.1 체크포인트"),
     ("model_cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로"),
     ("image_size", None, [512, 768, 1024], "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 "
-     "1024에서 배운 것이라 정확도가 떨어짐 (기본: 모델 설정대로)"),
+     "1024에서 학습되어 정확도가 떨어짐 (기본: 모델 설정대로)"),
     # data
     ("image_dir", "data/images/train", str, "학습 이미지 폴더"),
     ("mask_dir", "data/masks/train", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)"),
@@ -91,7 +91,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("scheduler", "none", ["none", "cosine", "step", "plateau"], "학습률을 바꾸는 방법: none 그대로, cosine "
      "끝에서 0까지 부드럽게, step 3분의 1이 지날 때마다 10분의 1, plateau 검증이 두 번 나아지지 않으면 절반"),
     ("warmup", 0, (int, 0), "처음 몇 번 반복하는 동안 학습률을 0 가까이에서부터 올릴지"),
-    ("max_grad_norm", 0.0, (float, 0), "기울기의 길이를 이 값까지 줄임, 0이면 줄이지 않음"),
+    ("max_grad_norm", 0.0, (float, 0), "기울기 노름을 이 값 이하로 제한, 0이면 제한하지 않음"),
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
     # loss
     ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
@@ -102,7 +102,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
      "points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음"),
     ("val_prompt", "point", ["point", "points", "box", "mixed"], "검증할 프롬프트: compare_models.py --prompt와 같음"),
     ("clicks", 1, (int, 1), "이미지마다 한 번에 디코딩할 프롬프트 수, 객체가 여럿이면 서로 다른 객체에"),
-    ("max_points", 3, (int, 1), "--prompt points에서 점을 많아야 몇 개 찍을지"),
+    ("max_points", 3, (int, 1), "--prompt points에서 찍을 점의 최대 수"),
     # image encoder
     ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
      "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고 메모리를 더 씀"),
@@ -151,14 +151,14 @@ def main():
     rank, processes, device = join_processes(args.device)
     if rank == 0:
         lock(args.output_dir / ".lock")
-        for left in args.output_dir.glob("*.[0-9]*.tmp"):  # by a run that was killed while it wrote
-            left.unlink()
+        for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink()
     trackers = [] if rank else open_trackers(args)
     training = Training(args, device, rank, processes)
     print_setup(training, device)
     if args.resume:
         training.load(args.output_dir / "sam2_last.pt")
-        print(f"{training.iteration}회까지 한 학습을 이어서 합니다.")
+        print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
 
     interrupted = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -166,7 +166,7 @@ def main():
     bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
                total=args.iterations, disable=True if rank else None)
     for iteration in bar:
-        stopping, better = training.step(iteration, bool(interrupted)), False
+        stopping, better = training.step(iteration, interrupted), False
         bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
         validating = iteration % args.save_every == 0 or iteration == args.iterations
         if validating or iteration % LOG_EVERY == 0 or iteration == 1:
@@ -184,7 +184,7 @@ def main():
             sys.exit(130)
         if training.is_out_of_patience():
             bar.close()
-            print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 뒤로 나아지지 않았습니다.")
+            print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
             break
 
     if rank == 0:
@@ -281,6 +281,8 @@ def free_memory():
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
         limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used -= int(statistics["inactive_file"])  # files that were read; their memory is given back when needed
         free = max(0, min(free, limit - used))
     return free
 
@@ -297,7 +299,7 @@ def join_processes(requested):
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open to the end)
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: PTH123, SIM115  (stays open to the end)
     return rank, processes, device
 
 
@@ -352,7 +354,7 @@ class Training:
         self.masks, self.val_masks = load_masks(args)
         self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         self.settings["processes"] = processes
-        self.cache, self.val_cache = make_caches(self.predictor, self.masks, self.val_masks, args)
+        self.cache, self.val_cache = make_caches(self.predictor, math.ceil(len(self.val_masks) / processes), args)
 
         if args.encoder == "lora":
             add_low_rank_updates(self.model.image_encoder.trunk, args.lora_rank, args.seed)
@@ -368,7 +370,7 @@ class Training:
         self.schedulers = make_schedulers(self.optimizer, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
-        self.iteration, self.rows, self.mean, self.started = 0, [], None, time.time()
+        self.iteration, self.rows, self.mean, self.started, self.encoded = 0, [], None, time.time(), 0
         self.best, self.best_iteration = -1.0, 0
 
     @property
@@ -393,11 +395,11 @@ class Training:
         batches = (batch for iteration in iterations for batch in self.draw(iteration)[2])
         live = self.cache is None
         dataset = Examples(self.masks, self.args.clicks, self.model.image_size if live else None, self.args.augment)
-        return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list,
+        return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, worker_init_fn=ignore_interrupts,
                                num_workers=self.args.workers if live else 0))
 
-    def step(self, iteration, stop=False):
-        """One step of the optimizer. Returns whether any process was asked to stop (by `stop`)."""
+    def step(self, iteration, interrupted=()):
+        """One step of the optimizer. Returns whether any process was interrupted: its `interrupted` is not empty."""
         args = self.args
         kind, further_clicks, picks = self.draw(iteration)
         total = torch.zeros(3)
@@ -405,6 +407,7 @@ class Training:
         self.optimizer.zero_grad()
         for number in range(1, len(picks) + 1):
             examples = next(self.batches)
+            self.encoded += len(examples) if self.cache is None else 0
             synchronize = number == len(picks) or self.processes == 1
             with contextlib.nullcontext() if synchronize else self.batch_loss.no_sync():
                 loss, iou = self.batch_loss(examples, kind, further_clicks)
@@ -421,7 +424,7 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         step_schedulers(self.schedulers)
-        total[2] = stop
+        total[2] = bool(interrupted)
         if self.processes > 1:
             total = total.to(self.predictor.device)
             torch.distributed.all_reduce(total)
@@ -443,35 +446,36 @@ class Training:
         Returns whether the model is the best so far: by its IoU or, without validation images, by the
         running mean of the training IoU.
         """
-        own = []  # with several processes each takes its share of the images
+        results = []  # with several processes each takes its share of the images
         for index in tqdm(range(self.rank, len(self.val_masks), self.processes), "검증", leave=False,
                           disable=True if self.rank else None):
-            own += self.validate_image(index)
+            results += self.validate_image(index)
         if self.processes > 1:
             shares = [None] * self.processes
-            torch.distributed.all_gather_object(shares, own)
-            own = sum(shares, [])
-        if own:
-            means = (float(np.mean(values)) for values in zip(*own))
+            torch.distributed.all_gather_object(shares, results)
+            results = sum(shares, [])
+        if results:
+            means = (float(np.mean(values)) for values in zip(*results))
             self.rows[-1].update(zip(("val_loss", "val_iou", "val_dice"), means))
-        reached = self.rows[-1].get("val_iou", self.mean[1])
-        step_schedulers(self.schedulers, reached)
-        if better := reached > self.best:
-            self.best, self.best_iteration = reached, self.iteration
+        iou = self.rows[-1].get("val_iou", self.mean[1])
+        step_schedulers(self.schedulers, iou)
+        if better := iou > self.best:
+            self.best, self.best_iteration = iou, self.iteration
         return better
 
     def validate_image(self, index):
         """(loss, IoU, Dice) of each object of the index-th validation image."""
-        args, gt_masks = self.args, self.val_masks.decode(index)
-        size = self.val_masks.sizes[index]
+        args, size, results = self.args, self.val_masks.sizes[index], []
         self.predictor._features = self.val_cache([(self.val_masks.paths[index], size)])
         self.predictor._orig_hw, self.predictor._is_image_set = [size], True
-        logits, scores, _ = predict_prompted(self.predictor, prompt_kind(args.val_prompt, index), gt_masks)
-        loss, _ = training_loss(torch.from_numpy(logits), torch.from_numpy(scores),
-                                torch.from_numpy(gt_masks).float(), args.dice_weight, args.supervise)
-        best = logits[np.arange(len(logits)), scores.argmax(1)] > 0
-        return [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask))
-                for mask, gt_mask in zip(best, gt_masks)]
+        for gt_masks in in_parts(self.val_masks.decode(index)):
+            logits, scores, _ = predict_prompted(self.predictor, prompt_kind(args.val_prompt, index), gt_masks)
+            loss, _ = training_loss(torch.from_numpy(logits), torch.from_numpy(scores),
+                                    torch.from_numpy(gt_masks).float(), args.dice_weight, args.supervise)
+            best = logits[np.arange(len(logits)), scores.argmax(1)] > 0
+            results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask))
+                        for mask, gt_mask in zip(best, gt_masks)]
+        return results
 
     def report(self):
         """The line that the terminal shows for the log's last row."""
@@ -486,11 +490,11 @@ class Training:
         return 0 < self.args.patience * self.args.save_every <= waited
 
     def write(self, better):
-        """Write the log, sam2_last.pt and, if the last validation was the best so far, sam2_best.pt."""
+        """Write sam2_last.pt, the log and, if the last validation was the best so far, sam2_best.pt."""
         if better:
             save_model(self.model, self.args.output_dir / "sam2_best.pt")
-        save_log(self.rows, self.args.output_dir)
         self.save(self.args.output_dir / "sam2_last.pt")
+        save_log(self.rows, self.args.output_dir)
 
     def save(self, path):
         """Save all that --resume needs; the model lies in it in the official form."""
@@ -557,8 +561,9 @@ class Masks:
             self.left_out += max(np.count_nonzero(pixels), 1) - len(numbers)
             if len(numbers):
                 self.paths.append(image_path)
-                self.objects.append([coco_mask.encode(np.asfortranarray(labels == number, np.uint8))
-                                     for number in numbers[:max_objects]])
+                columns = np.asfortranarray(labels)  # the order of RLE
+                self.objects.append([coco_mask.encode((columns == number).view(np.uint8))
+                                     for number in numbers[:max_objects].astype(np.uint16)])
                 self.sizes.append(labels.shape)
                 self.count += len(self.objects[-1])
 
@@ -580,10 +585,12 @@ def find_pairs(image_dir, mask_dir):
     for folder in (image_dir, mask_dir):
         if not Path(folder).is_dir():
             fail(f"폴더가 없습니다: {folder}. 데이터 준비: python download_dataset.py 또는 python prepare_data.py")
-    images = sorted(p for p in Path(image_dir).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    for image, after in zip(images, images[1:]):
-        if image.stem == after.stem:
-            fail(f"이름이 같은 이미지가 둘입니다: {image}, {after.name}. 하나만 남기세요")
+    images = sorted(path for path in Path(image_dir).iterdir()
+                    if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith("."))
+    by_stem = {}
+    for image in images:
+        if (other := by_stem.setdefault(image.stem, image)) != image:
+            fail(f"이름이 같은 이미지가 둘입니다: {other}, {image.name}. 하나만 남기세요")
     pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
     return [(image, mask) for image, mask in pairs if mask.is_file()]
 
@@ -598,8 +605,8 @@ def reduce_to(array, max_side, interpolation):
     return cv2.resize(array, size, interpolation=interpolation)
 
 
-def make_caches(predictor, masks, val_masks, args):
-    """Caches of the features of training and validation images: (FeatureCache or None, FeatureCache).
+def make_caches(predictor, val_images, args):
+    """Caches of the features of training and of val_images validation images: (FeatureCache or None, FeatureCache).
 
     None if training images are encoded at every visit: by an encoder that learns, or augmented. Validation images
     get their memory first: all of them are needed at every validation. They are encoded in full precision, as
@@ -608,13 +615,13 @@ def make_caches(predictor, masks, val_masks, args):
     available = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit = available if args.cache_gb is None else int(min(available, args.cache_gb * 1e9))
     folder = args.cache_dir
-    if args.encoder != "frozen":  # no features stay valid
+    if args.encoder != "frozen":  # features change with every iteration
         limit, folder = 0, None
     val_cache = FeatureCache(predictor, limit, torch.float32, False, folder, args.model_cfg)
     if args.encoder != "frozen" or args.augment:
         return None, val_cache
-    val_cache.limit = min(limit, len(val_masks) * val_cache.bytes_per_image)
-    dtype = getattr(torch, args.cache_dtype)
+    val_cache.limit = min(limit, val_images * val_cache.bytes_per_image)
+    dtype = torch.float32 if args.cache_gb == 0 and not folder else getattr(torch, args.cache_dtype)
     return FeatureCache(predictor, limit - val_cache.limit, dtype, args.amp, folder, args.model_cfg), val_cache
 
 
@@ -622,8 +629,7 @@ class FeatureCache:
     """What predictor._features holds for each image, encoded at the first visit and kept from then on.
 
     limit: bytes to keep in memory. What no longer fits is encoded again at each visit, and rounded to
-        `dtype` all the same, so that a result does not depend on what happened to fit. With a limit
-        of 0 nothing is kept or rounded.
+        `dtype` all the same, so that a result does not depend on what happened to fit.
     amp: encode in mixed precision where the device has it.
     folder: if given, features are also kept there as files, across runs. A file's name is a hash of all
         that its content depends on; a file whose checksum is wrong is made anew.
@@ -678,7 +684,7 @@ class FeatureCache:
             self.predictor.set_image(read_reduced(path, size))
         self.encoded += 1
         levels = [self.predictor._features["image_embed"], *self.predictor._features["high_res_feats"]]
-        return [level.to(self.dtype).cpu() for level in levels] if self.limit or self.folder else levels
+        return [level.to(self.dtype).cpu() for level in levels]
 
     def read_or_encode(self, path, size):
         try:
@@ -735,7 +741,7 @@ class LowRank(torch.nn.Module):
 
 def add_low_rank_updates(trunk, rank, seed):
     """Give the attention and MLP weights of all blocks a low-rank update."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     for block in trunk.blocks:
         for layer in (block.attn.qkv, block.attn.proj, *block.mlp.layers):
             parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
@@ -763,7 +769,7 @@ class Example(NamedTuple):
 
 
 class Examples(Dataset):
-    """Examples by (index, random generator); `clicks` prompts each, on objects of their own as far as there are any.
+    """Examples by (index, random generator); `clicks` prompts each, on different objects where there are enough.
 
     image_size: read and resize images to this; None if their features are cached.
     """
@@ -789,22 +795,22 @@ class Examples(Dataset):
 
 
 def augment_example(rng, image, gt_masks):
-    """Flip, turn, scale, crop and recolour an image (uint8 3 x H x W) and its masks (bool K x H x W) alike.
+    """Flip, crop, scale, recolour and turn an image (uint8 3 x H x W) and its masks (bool K x H x W) alike.
 
-    A view that cuts away more than half of an object is drawn again, five times at most; then nothing is changed.
+    A view with fewer than MIN_FOREGROUND pixels of an object is drawn again, five times at most; then nothing is
+    changed.
     """
-    size = list(image.shape[1:])
+    height, width = image.shape[1:]
     transform = v2.Compose([
         v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)]),
-        v2.RandomResizedCrop(size, scale=(0.5, 1), ratio=(0.75, 4 / 3)),
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)])
-    visible = gt_masks.mean((1, 2)) / 2
+        v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
+        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
+        v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
         for _ in range(5):
             picture, masks = transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(gt_masks)))
-            if (masks.numpy().mean((1, 2)) >= visible).all():
+            if (masks.numpy().sum((1, 2)) >= MIN_FOREGROUND).all():
                 return picture.as_subclass(torch.Tensor), masks.numpy()
     return image, gt_masks
 
@@ -856,10 +862,10 @@ class BatchLoss(torch.nn.Module):
                 with torch.no_grad():
                     low_res_masks, scores = predict_masks(predictor, features, sizes, prompts)
                 best = low_res_masks.gather(1, scores.argmax(1)[:, None, None, None].expand_as(low_res_masks))[:, :1]
-                predicted = [(enlarge(own, size)[:, 0] > 0).cpu().numpy()
-                             for own, size in zip(best.split(args.clicks), sizes)]
-                prompts = [with_clicks_on_errors(example.rng, own, mask, example.gt_masks)
-                           for example, own, mask in zip(examples, prompts, predicted)]
+                predicted = [(enlarge(masks, size)[:, 0] > 0).cpu().numpy()
+                             for masks, size in zip(best.split(args.clicks), sizes)]
+                prompts = [with_clicks_on_errors(example.rng, earlier, masks, example.gt_masks)
+                           for example, earlier, masks in zip(examples, prompts, predicted)]
             low_res_masks, scores = predict_masks(predictor, features, sizes, prompts)
         if args.supervise == "first":  # masks that are not in the loss are not enlarged
             low_res_masks = low_res_masks[:, :1]
@@ -1037,7 +1043,7 @@ def print_setup(training, device):
           f"검증 {len(val_masks)}장, 객체 {val_masks.count}개")
     print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
     if cache is None:
-        print("특징을 캐시하지 않고 방문할 때마다 인코딩합니다.")
+        print("특징을 캐시하지 않고 이미지를 쓸 때마다 인코딩합니다.")
     else:
         print(f"특징 캐시: 학습 {len(masks)}장 중 {cache.images_that_fit(len(masks))}장, "
               f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks))}장이 들어갑니다 "
@@ -1045,6 +1051,12 @@ def print_setup(training, device):
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+
+
+def ignore_interrupts(_worker):
+    """Ctrl-C reaches the processes that read images as well; they go on until the training ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def on_interrupt(interrupted, processes):
@@ -1057,6 +1069,12 @@ def on_interrupt(interrupted, processes):
     print("이번 반복을 마치고 저장합니다. 바로 끝내려면 Ctrl-C를 한 번 더 누르세요.")
 
 
+def in_parts(gt_masks):
+    """Cut masks, bool N x H x W, into parts that one decoder call takes: their logits have 512 MB at most."""
+    at_once = max(1, 2**27 // (3 * math.prod(gt_masks.shape[1:])))
+    return [gt_masks[start:start + at_once] for start in range(0, len(gt_masks), at_once)]
+
+
 def predict_prompted(predictor, kind, gt_masks):
     """Masks for the image that is set, with a prompt made from each of gt_masks (bool N x H x W).
 
@@ -1065,17 +1083,9 @@ def predict_prompted(predictor, kind, gt_masks):
     Returns: logits N x 3 x H x W, scores N x 3, and the prompts as (coordinates N x P x 2 in pixels, labels
         N x P): 1 for a click on the object, 0 beside it, 2 and 3 for a box's corners, as SAM has them.
     """
-    height, width = gt_masks.shape[1:]
-    at_once = max(1, 2**27 // (3 * height * width))  # logits of 512 MB in one decoder call
-    if len(gt_masks) > at_once:
-        parts = [predict_prompted(predictor, kind, gt_masks[start:start + at_once])
-                 for start in range(0, len(gt_masks), at_once)]
-        logits, scores, prompts = zip(*parts)
-        return np.concatenate(logits), np.concatenate(scores), tuple(map(np.concatenate, zip(*prompts)))
-
     def predict(coords, labels):
         logits, scores, _ = predictor.predict(coords, labels, multimask_output=True, return_logits=True)
-        return logits.reshape(-1, 3, height, width), scores.reshape(-1, 3)
+        return logits.reshape(-1, 3, *gt_masks.shape[1:]), scores.reshape(-1, 3)
 
     if kind == "box":
         coords = np.stack([mask_box(gt_mask).reshape(2, 2) for gt_mask in gt_masks])
@@ -1182,8 +1192,7 @@ def resume_command(processes):
 
 def save_summary(training, device):
     """Write training_summary.json."""
-    encoded = training.cache.encoded if training.cache else training.iteration * training.args.batch_size * \
-        training.args.accumulate
+    encoded = training.cache.encoded if training.cache else training.encoded
     summary = {
         "settings": training.settings, "device": device, "versions": versions(),
         "train_images": len(training.masks), "train_objects": training.masks.count,
@@ -1239,7 +1248,8 @@ def run(main, advice):
     except KeyboardInterrupt:
         fail("중단했습니다")
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
-        if isinstance(error, RuntimeError) and not re.search("out of|not enough|can't allocate memory", str(error)):
+        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
 
@@ -1379,4 +1389,4 @@ def load_weights(model, checkpoint, model_cfg):
 
 
 if __name__ == "__main__":
-    run(main, "--batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --image-size 512를 쓰세요")
+    run(main, "--batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --image-size 512나 --workers 0을 쓰세요")

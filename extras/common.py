@@ -55,7 +55,8 @@ def run(main, advice):
     except KeyboardInterrupt:
         fail("중단했습니다")
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
-        if isinstance(error, RuntimeError) and not re.search("out of|not enough|can't allocate memory", str(error)):
+        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
 

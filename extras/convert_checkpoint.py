@@ -25,7 +25,6 @@ from transformers import (
     Sam2HieraDetConfig,
     Sam2ImageProcessor,
     Sam2Model,
-    Sam2Processor,
     Sam2VideoConfig,
     Sam2VideoModel,
     Sam2VideoProcessor,
@@ -107,7 +106,7 @@ def parse_args():
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
                         help="모델 설정 이름 또는 YAML 경로 (기본: configs/sam2.1/sam2.1_hiera_s.yaml)")
     parser.add_argument("--image-size", type=int, choices=[512, 768, 1024],
-                        help="이 크기로 학습한 체크포인트일 때, 모델 입력 한 변 (기본: 모델 설정대로)")
+                        help="이 크기로 학습한 공식 체크포인트일 때, 모델 입력 한 변 (기본: 모델 설정대로)")
     parser.add_argument("--checkpoint", type=Path,
                         help="Sam2Model로 저장해 메모리(비디오) 부분이 없는 폴더일 때, 그것을 가져올 공식 체크포인트")
     return parser.parse_args()
@@ -137,18 +136,21 @@ def save_folder(model, folder):
     """Write config.json, model.safetensors and the processor's files of an official SAM 2 into `folder`."""
     weights = huggingface_weights(model.state_dict())
     config = huggingface_config(model)
-    expected = expected_names(config)
-    unknown = [name for name in weights if name not in expected]
-    missing = [name for name in expected if name not in weights]
-    if unknown or missing:
-        fail("transformers의 SAM 2와 구조가 달라 변환할 수 없습니다. "
-             f"남는 항목: {', '.join(unknown[:3]) or '없음'}, 없는 항목: {', '.join(missing[:3]) or '없음'}")
+    expected, shapes = expected_shapes(config), {name: tensor.shape for name, tensor in weights.items()}
+    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if differing:
+        fail(f"transformers의 SAM 2와 구조가 달라 변환할 수 없습니다. 다른 항목 {len(differing)}개: "
+             f"{', '.join(differing[:3])}")
     config.save_pretrained(folder)
     write_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-    size, mask_size = ({"height": side, "width": side} for side in (model.image_size, model.image_size // 4))
-    processor = Sam2VideoProcessor(Sam2ImageProcessor(size=size, mask_size=mask_size),
-                                   Sam2VideoVideoProcessor(size=size), target_size=model.image_size)
-    processor.save_pretrained(folder)
+    make_processor(model.image_size).save_pretrained(folder)
+
+
+def make_processor(image_size):
+    """What resizes and normalizes images and scales prompts, for a model of this input size."""
+    size, mask_size = ({"height": side, "width": side} for side in (image_size, image_size // 4))
+    return Sam2VideoProcessor(Sam2ImageProcessor(size=size, mask_size=mask_size), Sam2VideoVideoProcessor(size=size),
+                              target_size=image_size)
 
 
 def huggingface_weights(official):
@@ -181,10 +183,14 @@ def rename(name, pairs):
     return name
 
 
-def expected_names(config):
-    """The names of the tensors that transformers expects for a config. No memory is taken for their values."""
+def expected_shapes(config):
+    """Names and shapes of the tensors that transformers has for a config. No memory is taken for their values."""
     with torch.device("meta"):
-        return Sam2VideoModel(config).state_dict().keys()
+        shapes = {name: tensor.shape for name, tensor in Sam2VideoModel(config).state_dict().items()}
+    for name, shape in shapes.items():
+        if re.search(r"cross_attn_image\.[kv]_proj\.weight", name):  # see opens_as_video_model
+            shapes[name] = torch.Size((shape[0], config.memory_encoder_output_channels))
+    return shapes
 
 
 def huggingface_config(model):
@@ -275,9 +281,12 @@ def opens_as_video_model(model, folder):
 
 
 def open_folder(kind, folder):
-    """A transformers model from a folder, in float32 and eval mode; fails if a tensor is missing there."""
-    model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
-                                       output_loading_info=True)
+    """A transformers model from a folder, in float32 and eval mode; fails if it does not fit its config."""
+    try:
+        model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                                           output_loading_info=True)
+    except Exception as error:  # transformers and safetensors each raise their own kinds
+        fail(f"{folder}: {kind.__name__}로 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
     if info["missing_keys"]:
         fail(f"{folder}: {kind.__name__}에 필요한 가중치가 없습니다: {', '.join(sorted(info['missing_keys'])[:3])}")
     return model.eval()
@@ -300,8 +309,8 @@ def largest_difference(predictor, folder):
     of the predicted scores. The image has the model's own size: sam2 resizes floating-point pixels, transformers
     8-bit ones, which rounds them.
     """
-    processor, model = Sam2Processor.from_pretrained(folder, local_files_only=True), open_folder(Sam2Model, folder)
     side = predictor.model.image_size
+    processor, model = make_processor(side), open_folder(Sam2Model, folder)
     image = probe_image(side)
     point, box = [side * 0.4, side * 0.45], [side * 0.2, side * 0.25, side * 0.7, side * 0.75]
     predictor.set_image(image)
@@ -340,7 +349,7 @@ def to_official(args):
     temporary = args.target.with_name(f"{args.target.name}.{os.getpid()}.tmp")
     try:
         torch.save({"model": weights, "image_size": image_size}, temporary)
-        predictor = load_predictor(args.model_cfg, temporary, "cpu", args.image_size or image_size)
+        predictor = load_predictor(args.model_cfg, temporary, "cpu", image_size)
         report_difference(predictor, args.source, args.target)
         temporary.replace(args.target)
     finally:
@@ -359,7 +368,10 @@ def read_image_size(folder):
         fail(f"{folder / 'config.json'}: JSON이 아니거나 손상되었습니다")
     if kind not in ("sam2", "sam2_video"):
         fail(f"{folder}: SAM 2가 아니라 {kind}의 폴더입니다 (sam2, sam2_video만 변환합니다)")
-    config = (Sam2Config if kind == "sam2" else Sam2VideoConfig).from_pretrained(folder, local_files_only=True)
+    try:
+        config = (Sam2Config if kind == "sam2" else Sam2VideoConfig).from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever the classes of the config's parts raise
+        fail(f"{folder / 'config.json'}: 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
     return config.prompt_encoder_config.image_size
 
 

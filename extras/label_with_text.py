@@ -81,7 +81,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="단어나 상자로 이미지 폴더의 마스크 라벨을 만듭니다.")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="이미지 폴더 (필수)")
     parser.add_argument("--detector", choices=REPOSITORIES, help="--category를 찾을 검출기")
-    parser.add_argument("--category", type=categories, metavar="WORDS",
+    parser.add_argument("--category", type=parse_categories, metavar="WORDS",
                         help='찾을 것, 영어로; 여럿이면 마침표로 구분: "polyp. instrument."')
     parser.add_argument("--detector-dir", type=Path, metavar="DIR",
                         help="검출기 가중치 폴더 (기본: models/검출기이름, 없으면 Hugging Face 캐시)")
@@ -103,7 +103,7 @@ def parse_args():
     return args
 
 
-def categories(text):
+def parse_categories(text):
     """"polyp. instrument." as ["polyp", "instrument"]."""
     names = list(dict.fromkeys(name.strip() for name in text.split(".") if name.strip()))
     if not names:
@@ -116,6 +116,8 @@ def join_processes(requested):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
     if processes > 1:
+        if device not in ("cuda", "cpu"):
+            fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # rank 0 may wait long for the last one
     if rank:
@@ -223,7 +225,8 @@ class GroundingDino:
                                                    ["grounding-dino", "mm-grounding-dino"], folder, device)
         self.categories = dict(enumerate(categories, 1))
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
-        self.text = "".join(f"{category.lower()}. " for category in categories).strip()  # the form that it was taught
+        # lower case, a full stop after each category: as in its training
+        self.text = "".join(f"{category.lower()}. " for category in categories).strip()
         tokens = len(self.processor.tokenizer(self.text)["input_ids"])
         if tokens > self.model.config.max_text_len:
             fail(f"--category가 깁니다: 토큰 {tokens}개, 한 번에 {self.model.config.max_text_len}개까지")

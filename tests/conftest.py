@@ -45,6 +45,8 @@ class ForkServer:
             watchdog.start()
             answer = self.process.stdout.readline()
             watchdog.cancel()
+            if not answer:
+                self.process = None  # the next run starts another
             assert answer, f"no answer in {timeout} s"
             return subprocess.CompletedProcess(argv, int(answer), out.read_text("utf-8"), err.read_text("utf-8"))
 

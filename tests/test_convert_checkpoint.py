@@ -142,7 +142,6 @@ def test_an_image_model_without_memory_takes_it_from_the_original_checkpoint(dem
     with torch.no_grad():
         model.mask_decoder.iou_token.weight += 1  # fine-tuned with transformers
     model.save_pretrained(tmp_path / "image_model")
-    Sam2Processor.from_pretrained(demo / "hf").save_pretrained(tmp_path / "image_model")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="메모리.*--checkpoint"):
         convert(monkeypatch, "image_model", "back.pt", "--model-cfg", SMALL_CFG)

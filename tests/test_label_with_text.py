@@ -1,6 +1,7 @@
 """extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: what is tested is the way through."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -311,8 +312,14 @@ def test_two_processes_write_the_json_that_one_writes(tmp_path):
     run(SCRIPT, *flags, "--output", "one", cwd=tmp_path)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / SCRIPT),
                            *map(str, flags), "--output", "two"], cwd=tmp_path, env=ENV, capture_output=True,
-                          encoding="utf-8", timeout=120)
+                          encoding="utf-8", timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("image_4.png - ") == done.stdout.count("저장: ") == 1  # only one of them speaks
     assert (tmp_path / "one" / "annotations.json").read_bytes() == (tmp_path / "two" / "annotations.json").read_bytes()
     assert len(list((tmp_path / "two" / "plots").iterdir())) == 4
+
+
+def test_the_benchmark_prints_ratios(tmp_path):
+    done = run("benchmarks/bench_labels.py", "--model-cfg", SMALL_CFG, "--boxes", 2, "--repeats", 1, "--device", "cpu",
+               cwd=tmp_path)
+    assert "2 boxes, cpu" in done.stdout and len(re.findall(r"ratio -?\d+\.\d\dx", done.stdout)) == 2

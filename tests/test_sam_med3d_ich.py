@@ -143,7 +143,7 @@ def test_sam_encoder_loads_into_medims_encoder(trained):
     head = model.RepresentationHead(96, 256)
     head.load_state_dict(checkpoint["head_state_dict"])
     tokens, logits = head(visual_encoder(torch.zeros(1, 1, 48, 48, 48)))
-    assert tokens.shape == (1, 6**3, 256) and logits.shape == (1, 2)
+    assert tokens.shape == (1, 6**3, 256) and logits.shape == (1, 6**3)
 
 
 def test_best_model_opens_in_medim_and_starts_a_new_training(trained, tmp_path):
@@ -322,6 +322,17 @@ def test_mask_losses_are_monais_for_each_volume():
         assert losses[number].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+def test_label_losses_ask_the_volume_and_its_tokens_and_leave_out_what_has_no_label():
+    logits, mask = torch.zeros(3, 8), torch.zeros(3, 1, 4, 4, 4)
+    mask[1:, 0, 3, 0, 2] = 1              # in the patch 1, 0, 1 of 2 x 2 x 2: token 5
+    logits[0] = logits[1] = -2
+    logits[1, 5] = 3
+    losses = trainer.label_losses(logits, mask, torch.tensor([0, 1, dataloader.NO_LABEL]))
+    wrong, right = np.log1p(np.exp(-2)), np.log1p(np.exp(-3))
+    expected = [wrong + trainer.TOKEN_WEIGHT * wrong, right + trainer.TOKEN_WEIGHT * (7 * wrong + right) / 8, 0]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_metrics_by_patient():
     def row(patient_id, ich):
         return Row("", Path(), ich, patient_id, None)
@@ -486,7 +497,7 @@ def test_a_pickle_cannot_change_the_stand_ins(tmp_path):
 def test_pickled_arrays_are_read_as_they_are(protocol, dtype, tmp_path):
     array = (np.arange(24).reshape(2, 3, 4) % 5).astype(dtype)
     for stored in (array, np.asfortranarray(array)):
-        content = {"image": stored, "spacing": (np.float32(0.5), 0.5, 5), "note": ["x", None, True]}
+        content = {"image": stored, "affine": np.diag([0.5, 0.5, 5, 1]), "note": ["x", None, np.float32(1)]}
         (tmp_path / "scan.pkl").write_bytes(pickle.dumps(content, protocol))
         image, affine = dataloader.read_volume(tmp_path / "scan.pkl")
         assert np.array_equal(image, array.astype(np.float32)) and np.diag(affine).tolist() == [0.5, 0.5, 5, 1]
@@ -569,7 +580,7 @@ def test_a_bad_row_is_named(row, words, data):
 def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):
     volume, _ = draw_scan(7, 0)
     np.save(data / "scans/scan_7.npy", volume)
-    (data / "scans/scan_8.pkl").write_bytes(pickle.dumps({"image": volume, "spacing": [8, 8, 12]}))
+    (data / "scans/scan_8.pkl").write_bytes(pickle.dumps({"image": volume, "affine": np.diag([8, 8, 12, 1])}))
     rows = [("scans/scan_7.npy", 0, "a"), ("scans/scan_8.pkl", 0, "b")]
     problem, = problems_of(data, rows)
     assert "test.csv 2행" in problem and "복셀 크기" in problem

@@ -144,7 +144,7 @@ def test_resume_continues_bit_for_bit(data, weights, more):
     train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
           before=signal_at("[8/", signal.SIGKILL))
     done = train(data, weights, *arguments, "--output-dir", "parts", "--resume")
-    assert "4회까지 한 학습을 이어서" in done.stdout  # the second validation was printed, and not saved yet
+    assert "4회까지 진행한 학습을 이어서" in done.stdout  # the second validation was printed, and not saved yet
     for name in ("sam2_final.pt", "sam2_best.pt"):
         assert distance(load(data / "whole" / name), load(data / "parts" / name)) == 0
     logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "parts")]
@@ -153,7 +153,7 @@ def test_resume_continues_bit_for_bit(data, weights, more):
 
 def test_patience_ends_a_training_that_no_longer_improves(data, weights):
     done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 1e-9)
-    assert "8회에 일찍 끝냅니다: 2회 뒤로" in done.stdout
+    assert "8회에 일찍 끝냅니다: 2회 이후로" in done.stdout
     assert read_log(data)[-1]["iteration"] == "8" and read_summary(data / "output")["best_iteration"] == 2
     assert (data / "output/sam2_final.pt").is_file()
 
@@ -223,18 +223,19 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(data, w
     assert not done.stdout and not list((data / "output").glob("[!.]*"))
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(data, weights):
+@pytest.mark.parametrize("encoder", ["frozen", "lora"])
+def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder):
     """Started by torchrun, with gloo on the CPU; both processes must end with the same weights."""
     (data / "keep_weights.py").write_text(
         "import os, sys\nimport torch\nimport train_sam2_proper\n"
         "if __name__ == '__main__':\n"
-        "    model = train_sam2_proper.main().model\n"
-        "    torch.save({'model': model.state_dict()}, f\"rank{os.environ['RANK']}.pt\")\n", encoding="utf-8")
+        "    weights = train_sam2_proper.official_weights(train_sam2_proper.main().model)\n"
+        "    torch.save({'model': weights}, f\"rank{os.environ['RANK']}.pt\")\n", encoding="utf-8")
     arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--iterations", "12",
-                 "--save-every", "6", "--lr", "1e-4"]
+                 "--save-every", "6", "--lr", "1e-4", "--encoder", encoder, "--workers", "0"]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "keep_weights.py",
                            *arguments, "--output-dir", "two"], cwd=data, capture_output=True, encoding="utf-8",
-                          env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=120)
+                          env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "프로세스 2개" in done.stdout and done.stdout.count("[12/12]") == 1  # only one of them speaks
     first, second, saved = load(data / "rank0.pt"), load(data / "rank1.pt"), load(data / "two/sam2_final.pt")
@@ -530,6 +531,26 @@ def test_checkpointing_changes_no_bit_and_batches_read_ahead_are_the_same(data, 
     assert distance(load(data / "plain/sam2_final.pt"), load(data / "again/sam2_final.pt")) == 0
 
 
+def test_ctrl_c_reaches_the_workers_as_well_and_still_saves(data, weights):
+    """As a terminal sends it: to all processes of the group."""
+    group = "os.setpgrp()" + signal_at("[4/", signal.SIGINT).replace("os.kill(os.getpid(), ", "os.killpg(0, ")
+    done = train(data, weights, "--encoder", "full", "--workers", 2, "--save-every", 2, "--iterations", 100, code=130,
+                 before=group)
+    assert done.stdout.count("이번 반복을 마치고 저장합니다") == 1 and "5회까지 저장했습니다" in done.stdout
+    assert not done.stderr.strip()
+
+
+def test_objects_are_decoded_in_parts_that_fit_and_hidden_files_are_no_images(tmp_path):
+    parts = train_sam2_proper.in_parts(np.zeros((5, 8192, 4096), bool))  # 2**25 pixels: one object has 384 MB of logits
+    assert [len(part) for part in parts] == [1] * 5
+    assert [len(part) for part in train_sam2_proper.in_parts(np.zeros((50, 1024, 1024), bool))] == [42, 8]
+    make_data(tmp_path)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind / "train/._pair_000.png").write_bytes(b"written by macOS")
+    pairs = train_sam2_proper.find_pairs(tmp_path / "data/images/train", tmp_path / "data/masks/train")
+    assert [image.name for image, _ in pairs] == [f"pair_00{number}.png" for number in range(6)]
+
+
 def test_a_damaged_image_read_ahead_is_named_in_one_line(data, weights):
     for path in (data / "data/images/train").iterdir():
         path.write_bytes(b"no image")
@@ -544,7 +565,8 @@ def test_augmented_masks_stay_on_their_objects():
         picture, masks = train_sam2_proper.augment_example(
             np.random.default_rng(seed), torch.from_numpy(image).permute(2, 0, 1), mask[None] > 0)
         inside, outside = (picture.float().mean(0).numpy()[where].mean() for where in (masks[0], ~masks[0]))
-        assert picture.dtype == torch.uint8 and picture.shape == (3, 60, 80) and masks.shape == (1, 60, 80)
+        assert picture.dtype == torch.uint8 and picture.shape[1:] == masks.shape[1:]
+        assert picture.shape[1:] in ((60, 80), (80, 60))  # turned or not
         assert inside > outside + 40  # the ellipse is bright, the ground dark
         seen.add(masks.tobytes())
     assert len(seen) > 10
@@ -575,7 +597,8 @@ def test_torchrun_refuses_a_device_that_processes_cannot_share(data, weights):
 
 def test_memory_of_a_container_is_its_limit(monkeypatch):
     real = train_sam2_proper.Path.read_text
-    values = {"/sys/fs/cgroup/memory.max": "3000", "/sys/fs/cgroup/memory.current": "1000"}
+    values = {"/sys/fs/cgroup/memory.max": "3000", "/sys/fs/cgroup/memory.current": "1500",
+              "/sys/fs/cgroup/memory.stat": "anon 1000\ninactive_file 500"}
     monkeypatch.setattr(train_sam2_proper.Path, "read_text",
                         lambda path, *more, **how: values.get(str(path)) or real(path, *more, **how))
     assert train_sam2_proper.free_memory() == 2000

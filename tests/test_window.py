@@ -338,16 +338,16 @@ def window():
     plt.close(window.figure)
 
 
-def shown(window):
+def tinted_rows(window):
     """How many rows of the picture are tinted: 10, 20 or 30 for candidate 1, 2 or 3, 0 for none."""
     pixels = np.asarray(window.figure.axes[0].images[0].get_array()).astype(int)
     return int(((pixels - window.image).any(2).mean(1) > 0.9).sum())
 
 
 def test_each_click_segments_at_once_and_shows_the_best_mask_with_its_score(window):
-    assert shown(window) == 0 and not window.asked
+    assert tinted_rows(window) == 0 and not window.asked
     click(window.figure, 40, 30)
-    assert window.asked == [([(40, 30, 1)], None)] and shown(window) == 20
+    assert window.asked == [([(40, 30, 1)], None)] and tinted_rows(window) == 20
     assert "mask 2 of 3, score 0.900" in window.figure.axes[0].get_title()
     click(window.figure, 5.25, 6, button=3)
     assert window.asked[-1] == ([(40, 30, 1), (5, 6, 0)], None)
@@ -388,7 +388,7 @@ def test_undo_takes_back_the_last_prompt(window, key):
     press(window.figure, key)
     assert window.asked[-1] == rounded(*window.current) == ([(40, 30, 1)], None)
     press(window.figure, key)
-    assert window.current == ([], None, {}, None) and shown(window) == 0
+    assert window.current == ([], None, {}, None) and tinted_rows(window) == 0
     press(window.figure, key)  # nothing is left to take back
     assert not window.figure.axes[0].collections
 
@@ -398,7 +398,7 @@ def test_reset_takes_back_all(window, key):
     click(window.figure, 40, 30)
     click(window.figure, 20, 30)
     press(window.figure, key)
-    assert window.current == ([], None, {}, None) and shown(window) == 0
+    assert window.current == ([], None, {}, None) and tinted_rows(window) == 0
     assert not window.figure.axes[0].collections and not window.figure.axes[0].patches
     press(window.figure, "u")  # and that can be taken back
     assert rounded(*window.current) == ([(40, 30, 1), (20, 30, 1)], None)
@@ -470,7 +470,7 @@ def test_number_keys_pick_a_candidate_until_the_next_prompt(window):
     assert window.current.choice is None
     for key, rows in (("1", 10), ("3", 30), ("2", 20)):
         press(window.figure, key)
-        assert shown(window) == rows and window.current.choice == int(key) - 1
+        assert tinted_rows(window) == rows and window.current.choice == int(key) - 1
     assert len(window.asked) == 1  # the model is not asked again
     click(window.figure, 20, 20)
     assert window.current.choice is None

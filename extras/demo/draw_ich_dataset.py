@@ -2,11 +2,12 @@
 
     python extras/demo/draw_ich_dataset.py
 
-A head is an ellipsoid of brain below a skull and a scalp, with ventricles, a falx, and calcified spots as bright as
-blood, in Hounsfield units, at the size of an adult's and with thick slices. A bleeding is a bumpy ball with a dark
-rim. Three patients of four bleed; some have several scans. Volumes are written as .pkl, .npy and .nii.gz, with
-their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each patient has a seed of
-its own: the same files every time.
+A head is an ellipsoid of brain below a thin skull and a scalp, with ventricles, a falx, and calcified spots as bright
+as blood, in Hounsfield units, at the size of an adult's and with thick slices. (A skull of an adult's thickness fills
+the 32 mm patches of the demo's model, and takes longer than a demo's minutes to tell from blood.) A bleeding is a
+bumpy ball with a dark rim. Three patients of four bleed; some have several scans. Volumes are written as .pkl, .npy
+and .nii.gz, with their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each
+patient has a seed of its own: the same files every time.
 """
 
 import argparse
@@ -45,8 +46,8 @@ def draw_head(rng, points):
     radii = np.array([68, 86, 72]) * rng.uniform(0.93, 1.07, 3)
     reach = reach_of(points, rng.uniform(-7, 7, 3), radii) * (1 + 0.02 * smooth_noise(rng, 4))
     head = np.full(SHAPE, AIR, np.float32)
-    head[reach < 1.17] = SCALP
-    head[reach < 1.09] = SKULL * rng.uniform(0.8, 1.2)
+    head[reach < 1.09] = SCALP
+    head[reach < 1.03] = SKULL * rng.uniform(0.8, 1.2)
     inside = reach < 1
     head[inside] = (BRAIN + 3 * smooth_noise(rng, 9) + 2 * smooth_noise(rng, 5))[inside]
     head[inside & (reach > 0.96)] = FLUID
@@ -115,7 +116,7 @@ def draw_patient(folder, number, seed):
     scans = 3 if number % 12 == 5 else 2 if number % 6 == 1 else 1
     direction = rng.normal(size=3)
     share = direction / np.linalg.norm(direction) * rng.uniform(0.2, 0.68)
-    radius = 14 * np.exp(rng.normal(0.25, 0.25))
+    radius = 14 * np.exp(rng.normal(0.35, 0.2))
     rows = []
     for scan in range(scans):
         bleeding = None if number % 4 == 3 else (share, radius * 1.15**scan)  # it grows from scan to scan

@@ -32,7 +32,7 @@ def at_least(least, kind):
     def convert(text):
         value = kind(text)
         if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{value} < {least}")
+            raise argparse.ArgumentTypeError(f"{text}: {least} 이상이어야 합니다")
         return value
     convert.__name__ = kind.__name__
     return convert

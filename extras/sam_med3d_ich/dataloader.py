@@ -209,7 +209,7 @@ class VolumeUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """The volume of a .pkl and its affine or None: an array, or a dict of "image" and "affine" or "spacing" (mm)."""
+    """The volume of a .pkl and its affine or None: an array, or a dict of "image" and, if wanted, "affine"."""
     with path.open("rb") as file:
         try:
             content = VolumeUnpickler(file).load()
@@ -219,10 +219,7 @@ def read_pickle(path):
     parts = {name: value.array if isinstance(value, StandIn) else value for name, value in parts.items()}
     if not isinstance(parts.get("image"), np.ndarray):
         raise DataError(f"{path}: numpy 배열도, 배열 'image'가 있는 dict도 아닙니다")
-    affine = parts.get("affine")
-    if affine is None and parts.get("spacing") is not None:
-        affine = np.diag([*np.asarray(parts["spacing"], float), 1.0])
-    return parts["image"], affine
+    return parts["image"], parts.get("affine")
 
 
 def read_nifti(path):
@@ -265,7 +262,7 @@ def read_pair(row):
     if row.mask is None:
         if affine is None:
             raise DataError(f"{row.path}: 복셀 크기를 모릅니다. {stem_of(row.path)}.nii.gz 마스크(모두 0)를 두거나, "
-                            ".pkl에 'spacing'을 넣거나, NIfTI로 저장하세요")
+                            ".pkl에 'affine'을 넣거나, NIfTI로 저장하세요")
         return image, np.zeros(image.shape, np.uint8), affine
     mask, mask_affine = read_volume(row.mask)
     mask = (mask > 0.5).astype(np.uint8)

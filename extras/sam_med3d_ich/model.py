@@ -21,7 +21,7 @@ class RepresentationHead(nn.Module):
         self.classify = nn.Linear(visual_tokens, 1)
 
     def forward(self, features):
-        """features [B, C, X, Y, Z] -> tokens [B, X * Y * Z, visual_tokens], logits of a bleeding in each [B, X * Y * Z].
+        """features [B, C, X, Y, Z] -> tokens [B, N, visual_tokens], logits of a bleeding in each [B, N]; N = X * Y * Z.
 
         The logit of the volume is the largest of them: a small bleeding shows in few tokens.
         """

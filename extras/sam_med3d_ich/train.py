@@ -7,8 +7,11 @@ config.py has the settings, dataloader.py brings volumes to the model, model.py 
 head, trainer.py trains and validates, utils.py has what they share.
 """
 
+import os
 import sys
 import time
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import torch
 from config import parse_args, settings_of, warnings_about

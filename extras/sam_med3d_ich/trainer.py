@@ -31,7 +31,7 @@ from utils import (
     write_file,
 )
 
-LABEL_WEIGHT = 0.5        # of the label's loss beside the mask's
+LABEL_WEIGHT = 1.0        # of the label's loss beside the mask's
 TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy beside the volume's, within the label's loss
 PLATEAU = {"mode": "max", "factor": 0.5, "patience": 5}  # reduce_on_plateau: half after 6 epochs without a better Dice
 VALIDATION_SEED = 1       # of the clicks in the validation: the same ones every time
@@ -168,7 +168,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = make_scheduler(self.optimizer, args)
         mixed = args.use_mixed_precision and device.startswith("cuda")
-        self.precision = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if mixed else None
+        bfloat = mixed and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = (torch.bfloat16 if bfloat else torch.float16) if mixed else None
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.precision == torch.float16)
         self.train_loader = training_loader(train, args, pin_memory=device.startswith("cuda"))
         self.val_loader = validation_loader(val, args)
@@ -240,13 +241,13 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """(table of by_patient, pictures for draw_patients) of the validation volumes.
+        """(table of by_patient, pictures for draw_patients, one a patient) of the validation volumes.
 
         The label comes from a crop around the head's centre, the mask from one click in a crop around the target.
         Dice and ml are measured with the voxels of the mask's file, after the prediction is brought back to them.
         """
         self.model.eval()
-        results, pictures = [], []
+        results, pictures = [], {}
         for item in tqdm(self.val_loader, "검증", disable=None, leave=False):
             row = self.val.rows[item["number"]]
             _, logits = self.model.head(self.encode(item["head"]))
@@ -259,8 +260,8 @@ class Trainer:
                 low_res = self.model.decode(features, points.to(self.device), labels.to(self.device), low_res)
                 probability = upscale(low_res, item["image"].shape[-1]).sigmoid()[0].cpu()
                 results[-1] |= measure(probability, item)
-                pictures.append(picture_of(row, item, probability, points, results[-1]))
-        return by_patient(self.val.rows, results), pictures
+                pictures.setdefault(row.patient_id, picture_of(row, item, probability, points, results[-1]))
+        return by_patient(self.val.rows, results), list(pictures.values())
 
     def fit(self):
         """Train to the last epoch, or until --patience epochs in a row were not better; returns whether early."""
@@ -339,9 +340,8 @@ def picture_of(row, item, probability, points, result):
     """What draw_patients shows of a volume: the slice with the most of the truth, and the click put into it."""
     mask = item["mask"][0, 0].numpy()
     axial = best_slice(mask)
-    return {"title": f"{row.patient_id}, {row.path.name}",
-            "dice": dice_and_iou(result["overlap"], result["predicted"], result["true"])[0],
-            "image": item["image"][0, 0, :, :, axial].numpy(), "truth": mask[:, :, axial],
+    return {"title": row.patient_id, "dice": dice_and_iou(result["overlap"], result["predicted"], result["true"])[0],
+            "image": item["image"][0, 0, :, :, axial].numpy().copy(), "truth": mask[:, :, axial].copy(),
             "prediction": probability[0, :, :, axial].numpy() > 0.5, "click": points[0, 0, :2].tolist()}
 
 
