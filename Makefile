@@ -50,7 +50,8 @@ demo-video: $(VENV)/.installed-extras
 
 demo-volume: $(VENV)/.installed-extras
 	$(PY) extras/demo/make_demo_volume.py
-	$(PY) extras/segment_volume.py $(DEMO_MODEL) --original --volume extras/demo/data/ct.nii.gz --point "25,145,146" \
+	$(PY) extras/segment_volume.py $(DEMO_MODEL) --original --volume extras/demo/data/ct.nii.gz \
+	  --box "25,123,117,169,179" \
 	  --truth extras/demo/data/ct_truth.nii.gz --output extras/demo/output/ct
 
 # extras/sam_med3d_ich on drawn head CTs with a model of 3.3 M parameters: no download, no GPU, a few minutes.

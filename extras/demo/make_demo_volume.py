@@ -4,7 +4,7 @@
 
 Writes ct.nii.gz (int16) and ct_truth.nii.gz on a grid as scanners give it: voxels of 0.8 x 0.8 x 3 mm, the gantry
 tilted by 12 degrees, stored from left to right and from front to back (LPS). Prints the voxel in the middle of the
-bleeding, in the indices that segment_volume.py takes.
+bleeding and the box around it there, in the indices that segment_volume.py takes.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def main():
     x, y, z = np.array(np.nonzero(blood)).mean(axis=1).round().astype(int)
     print(f"데모 볼륨: {args.output / 'ct.nii.gz'} ({' x '.join(map(str, SHAPE))}), "
           f"정답: {args.output / 'ct_truth.nii.gz'}, 출혈 {blood.sum() * np.prod(SPACING) / 1000:.1f} ml")
+    across, along = np.nonzero(blood[..., z])
     print(f'출혈의 가운데: --point "{z},{x},{y}"')
+    print(f'그 슬라이스의 출혈: --box "{z},{across.min()},{along.min()},{across.max()},{along.max()}"')
 
 
 def make_affine():
