@@ -280,14 +280,16 @@ class CocoBoxes:
             for image in coco["images"]:
                 size = image.get("width"), image.get("height")
                 self.images[base_name(image["file_name"])].append((image["id"], size))
+                self.boxes[image["id"]] = []
             for annotation in coco["annotations"]:
-                x, y, width, height = np.nan_to_num(np.array(annotation["bbox"], float), posinf=0, neginf=0).tolist()
+                bbox = np.nan_to_num(np.array(annotation["bbox"], float), posinf=0, neginf=0)
+                x, y, width, height = bbox.clip(-1e9, 1e9).tolist()  # what float32 can hold
                 class_id, score = int(annotation["category_id"]), annotation.get("score")
                 self.categories[class_id]  # one that is not listed is an error of the file
                 crowds += bool(annotation.get("iscrowd"))
                 if not annotation.get("iscrowd"):
                     self.boxes[annotation["image_id"]].append(([x, y, x + width, y + height], class_id, score))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             fail(f"{path}: 상자가 든 COCO 형식이 아닙니다 "
                  f"({type(error).__name__}: {textwrap.shorten(str(error), 100)})")
         self.has_scores = all(isinstance(score, (int, float)) for found in self.boxes.values() for _, _, score in found)
@@ -302,7 +304,7 @@ class CocoBoxes:
         (identity, listed), size = entries[0], (image.shape[1], image.shape[0])
         if None not in listed and listed != size:
             raise ImageError("크기가 다름: 이미지 {}x{}, COCO 파일 {}x{}".format(*size, *listed))
-        found = self.boxes.get(identity, [])
+        found = self.boxes[identity]
         return sv.Detections(xyxy=np.array([box for box, _, _ in found], np.float32).reshape(-1, 4),
                              class_id=np.array([class_id for _, class_id, _ in found], int),
                              confidence=np.array([score for _, _, score in found], np.float32) if self.has_scores
@@ -378,7 +380,7 @@ class GroundedSAM2:
     def label(self, folder, output, plot=False, rank=0, processes=1):
         """Label the images of a folder; writes output/annotations.json (COCO) and, with plot, output/plots/NAME.png.
 
-        Below torchrun each process takes a share of the images, and the first one, rank 0, writes the JSON. An image
+        Under torchrun each process takes a share of the images, and the first one, rank 0, writes the JSON. An image
         that cannot be used is named, and the rest goes on; fails if there is not one label at the end.
         Returns the path of the JSON.
         """

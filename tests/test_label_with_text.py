@@ -287,7 +287,9 @@ def test_a_detector_folder_that_lacks_weights_or_holds_a_pickle_only_is_refused(
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"images": [], "categories": [], "annotations": [{"id": 1}]}',
                                   '{"images": [], "categories": [], "annotations": [{"bbox": [1, 2, 3, 4], '
-                                  '"category_id": 1, "image_id": 1}]}'])
+                                  '"category_id": 1, "image_id": 1}]}',
+                                  '{"images": [{"id": [], "file_name": "a"}], "categories": [], "annotations": []}',
+                                  '{"images": [], "categories": [{"id": 1e999, "name": "a"}], "annotations": []}'])
 def test_a_file_that_is_no_coco_file_with_boxes_is_refused(tmp_path, text):
     path = tmp_path / "boxes.json"
     path.write_text(text)
