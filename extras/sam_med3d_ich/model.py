@@ -18,7 +18,7 @@ class RepresentationHead(nn.Module):
         super().__init__()
         self.project = nn.Linear(channels, visual_tokens)
         self.norm = nn.LayerNorm(visual_tokens)
-        self.classify = nn.Linear(visual_tokens, 1)
+        self.classify = nn.Sequential(nn.GELU(), nn.Linear(visual_tokens, 1))
 
     def forward(self, features):
         """features [B, C, X, Y, Z] -> tokens [B, N, visual_tokens], logits of a bleeding in each [B, N]; N = X * Y * Z.
