@@ -3,18 +3,19 @@
     python benchmarks/bench_labels.py
 
 Both encode the image once. The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless
-for quality. The ways take turns, so that a busy machine slows both.
+for quality. On the CPU the seconds are the process's own, which a busy machine changes little.
 """
 
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import supervision as sv
 import torch
-from bench_training import ROOT, save_random_weights, timed
+from bench_training import ROOT, save_random_weights
 
 sys.path.insert(0, str(ROOT / "extras"))
 from common import detect_device, load_predictor  # noqa: E402
@@ -53,9 +54,20 @@ def main():
     encoding, one, each = np.median(rows, axis=0)
     print(f"{args.model_cfg}, {predictor.model.image_size} px, image 1280 x 1024, {args.boxes} boxes, {device}, "
           f"{torch.get_num_threads()} CPU threads")
-    print(f"seconds an image: one call {one:.2f}, a call for each box {each:.2f}, ratio {each / one:.2f}x")
+    unit = "CPU seconds" if device == "cpu" else "seconds"
+    print(f"{unit} an image: one call {one:.2f}, a call for each box {each:.2f}, ratio {each / one:.2f}x")
     print(f"without the encoding ({encoding:.2f}): {one - encoding:.2f} and {each - encoding:.2f}, "
           f"ratio {(each - encoding) / (one - encoding):.2f}x")
+
+
+def timed(device, function, *arguments):
+    """Seconds that a call takes: of the processor's time on the CPU, else of the clock."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    started = clock()
+    function(*arguments)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return clock() - started
 
 
 class GivenBoxes:
