@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_CFG = ROOT / "demo" / "sam2_demo.yaml"  # the demo's model; here with random weights
 
 
+torch.set_num_threads(1)  # as in the scripts below: sums in another order would make other bits
 ENV = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 

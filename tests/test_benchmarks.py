@@ -2,14 +2,13 @@
 
 import re
 
-from conftest import ROOT, SMALL_CFG, run
-
-DEMO_WEIGHTS = ROOT / "demo" / "sam2_demo.pt"
+from conftest import SMALL_CFG, run
 
 
-def test_the_study_of_recipes_prints_a_row_for_each(data):
-    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", DEMO_WEIGHTS, "--passes", 16,
-               "--seeds", 2, "--workers", 1, "--only", "original;reference;focal (x 20) + Dice;mixed;flips;neck too",
+def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
+    done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--passes", 16,
+               "--seeds", 2, "--workers", 1, "--only",
+               "original;reference;focal (x 20) + Dice;mixed;flips;mixed, neck too",
                "--cache-dir", "features", cwd=data)
     head, columns, *rows = done.stdout.strip().splitlines()
     assert "4 images to train on, 2 to measure on, 16 decoder passes, 2 seeds" in head and "box IoU" in columns

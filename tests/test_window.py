@@ -542,7 +542,7 @@ def annotate(tmp_path, monkeypatch):
     def annotate(*windows, more=()):
         left = list(windows)
         monkeypatch.setattr(plt, "show", lambda: left.pop(0)(plt.gcf()))
-        monkeypatch.setattr(test_my_image, "require_display", lambda: None)
+        monkeypatch.setattr(test_my_image, "require_display", lambda alternative: None)
         try:
             main(monkeypatch, tmp_path, "--image", "images", "--annotate", "masks", *more)
         finally:
