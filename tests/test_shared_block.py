@@ -33,6 +33,12 @@ def test_shared_block_holds_what_the_contract_names():
     assert names >= {"detect_device", "calculate_iou", "read_image", "read_mask", "load_predictor", "fail"}
 
 
+def test_extras_common_holds_the_block_letter_for_letter():
+    first = block(WITH_BLOCK[0])
+    functions = first[first.index("class ImageError"):].rstrip()
+    assert functions in source("extras/common.py")
+
+
 def test_functions_of_one_name_are_the_same_in_every_script():
     found = defaultdict(dict)
     for script in SCRIPTS:
