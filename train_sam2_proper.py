@@ -40,12 +40,12 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed
+import torch.utils.checkpoint
 from filelock import FileLock, Timeout
 from pycocotools import mask as coco_mask
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim import lr_scheduler
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -105,7 +105,8 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("max_points", 3, (int, 1), "--prompt points에서 찍을 점의 최대 수"),
     # image encoder
     ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
-     "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고 메모리를 더 씀"),
+     "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고, 메모리는 "
+     "--grad-checkpointing으로 줄임"),
     ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: lora 1e-4, full 1e-5)"),
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
@@ -136,7 +137,7 @@ LOG_EVERY = 10         # iterations between two rows of train_log.csv
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
 DECODER = r"sam_prompt_encoder\.|sam_mask_decoder\."
 TRAINED = {            # names of the weights that --encoder trains
-    # conv_s0 and conv_s1 belong to the decoder, but run with the encoder: features are kept, so they stay as they are
+    # conv_s0 and conv_s1 belong to the decoder, but run with the encoder: if its features are cached, they are fixed
     "frozen": re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)"),
     "lora": re.compile(rf"{DECODER}|image_encoder\..*\.parametrizations\.weight\.0\."),
     "full": re.compile(rf"{DECODER}|image_encoder\."),
@@ -159,33 +160,8 @@ def main():
     if args.resume:
         training.load(args.output_dir / "sam2_last.pt")
         print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
-
-    interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: on_interrupt(interrupted, processes))
-    bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
-               total=args.iterations, disable=True if rank else None)
-    for iteration in bar:
-        stopping, better = training.step(iteration, interrupted), False
-        bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
-        validating = iteration % args.save_every == 0 or iteration == args.iterations
-        if validating or iteration % LOG_EVERY == 0 or iteration == 1:
-            training.log()
-            if validating:
-                better = training.validate()
-                bar.write(training.report())
-            for track in trackers:
-                track(iteration, training.rows[-1])
-        if (validating or stopping) and rank == 0:
-            training.write(better)
-        if stopping:
-            bar.close()
-            print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(processes)}")
-            sys.exit(130)
-        if training.is_out_of_patience():
-            bar.close()
-            print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
-            break
+    with contextlib.closing(training):
+        train(training, trackers)
 
     if rank == 0:
         save_model(training.model, args.output_dir / "sam2_final.pt")
@@ -214,6 +190,8 @@ def parse_args():
     parser.add_argument("--wandb", metavar="PROJECT", help="Weights & Biases의 이 프로젝트에도 기록")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
+    if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
+        parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
     if args.encoder_lr is None:
         args.encoder_lr = ENCODER_LR.get(args.encoder)
     return args
@@ -254,7 +232,8 @@ def system_check(args):
 
     def iteration():
         training, started = Training(args, detect_device(args.device)), time.time()
-        training.step(1)
+        with contextlib.closing(training):
+            training.step(1)
         return f"loss {training.mean[0]:.4f}, {time.time() - started:.1f}초 (이미지를 처음 인코딩하는 시간 포함)"
 
     passed = True
@@ -370,7 +349,7 @@ class Training:
         self.schedulers = make_schedulers(self.optimizer, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
-        self.iteration, self.rows, self.mean, self.started, self.encoded = 0, [], None, time.time(), 0
+        self.iteration, self.rows, self.mean, self.started, self.lr = 0, [], None, time.time(), args.lr
         self.best, self.best_iteration = -1.0, 0
 
     @property
@@ -378,41 +357,36 @@ class Training:
         """The weights that are trained."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def draw(self, iteration):
-        """What this process trains on: see draw_iteration; the picks are cut into batches."""
-        args = self.args
-        images = args.batch_size * args.accumulate * self.processes
-        kind, further_clicks, picks = draw_iteration(args.seed, iteration, images, len(self.masks), args.prompt,
-                                                     args.max_points)
-        picks = picks[self.rank::self.processes]
-        return kind, further_clicks, [picks[start:start + args.batch_size]
-                                      for start in range(0, len(picks), args.batch_size)]
-
     @functools.cached_property
     def batches(self):
-        """The batches of Examples from the next iteration on, read ahead by --workers if nothing is cached."""
-        iterations = range(self.iteration + 1, self.args.iterations + 1)
-        batches = (batch for iteration in iterations for batch in self.draw(iteration)[2])
-        live = self.cache is None
-        dataset = Examples(self.masks, self.args.clicks, self.model.image_size if live else None, self.args.augment)
-        # workers ignore signals, and Python would wait for them at its end: drop the iterator, which ends them, before
-        atexit.register(self.__dict__.pop, "batches", None)
+        """The batches of Examples from the next iteration on, read ahead by --workers if nothing is cached.
+
+        See draw_iteration; each process takes its share of an iteration's picks, cut into batches.
+        """
+        args, rank, processes, images = self.args, self.rank, self.processes, len(self.masks)
+        picks = (draw_iteration(args, iteration, args.batch_size * args.accumulate * processes, images)[rank::processes]
+                 for iteration in range(self.iteration + 1, args.iterations + 1))
+        batches = (share[start:start + args.batch_size] for share in picks
+                   for start in range(0, len(share), args.batch_size))
+        is_cached = self.cache is not None
+        dataset = Examples(self.masks, args.clicks, None if is_cached else self.model.image_size, args.augment)
         return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, worker_init_fn=ignore_interrupts,
-                               num_workers=self.args.workers if live else 0))
+                               num_workers=0 if is_cached else args.workers))
+
+    def close(self):
+        """End the processes that read ahead: they ignore signals, so that Python would wait for them at its end."""
+        self.__dict__.pop("batches", None)
 
     def step(self, iteration, interrupted=()):
         """One step of the optimizer. Returns whether any process was interrupted: its `interrupted` is not empty."""
         args = self.args
-        kind, further_clicks, picks = self.draw(iteration)
         total = torch.zeros(3)
         self.lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.zero_grad()
-        for number in range(1, len(picks) + 1):
+        for number in range(1, args.accumulate + 1):
             examples = next(self.batches)
-            self.encoded += len(examples) if self.cache is None else 0
-            synchronize = number == len(picks) or self.processes == 1
+            synchronize = number == args.accumulate or self.processes == 1
             with contextlib.nullcontext() if synchronize else self.batch_loss.no_sync():
-                loss, iou = self.batch_loss(examples, kind, further_clicks)
+                loss, iou = self.batch_loss(examples)
                 values = [loss.item(), iou.item(), 0]
                 if not math.isfinite(values[0]):
                     names = ", ".join(self.masks.paths[example.index].name for example in examples)
@@ -425,6 +399,7 @@ class Training:
             torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad()  # their memory is free while the model is validated and saved
         step_schedulers(self.schedulers)
         total[2] = bool(interrupted)
         if self.processes > 1:
@@ -729,16 +704,20 @@ def autocast_dtype():
 
 
 class LowRank(torch.nn.Module):
-    """weight + up @ down: a low-rank update, at first zero, of a linear layer's weight. Source: LoRA, Hu et al."""
+    """weight + 8 / rank * up @ down: a low-rank update, at first zero, of a linear layer's weight.
+
+    The factor lets one learning rate serve all ranks. Source: LoRA, Hu et al., arXiv:2106.09685.
+    """
 
     def __init__(self, weight, rank):
         super().__init__()
+        self.scale = 8 / rank
         self.down = torch.nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
         self.up = torch.nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         torch.nn.init.kaiming_uniform_(self.down, math.sqrt(5))
 
     def forward(self, weight):
-        return weight + self.up @ self.down
+        return weight + self.scale * self.up @ self.down
 
 
 def add_low_rank_updates(trunk, rank, seed):
@@ -752,7 +731,8 @@ def add_low_rank_updates(trunk, rank, seed):
 def checkpoint_blocks(trunk):
     """Compute what happens inside the trunk's blocks again in the backward pass instead of keeping it."""
     for block in trunk.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
+                                          preserve_rng_state=False)  # nothing is random: the encoder is in eval mode
 
 
 def freeze_all_but(model, names):
@@ -761,17 +741,28 @@ def freeze_all_but(model, names):
         parameter.requires_grad_(names.match(name) is not None)
 
 
-class Example(NamedTuple):
-    """One image of a batch, with the objects that are asked for."""
+class Pick(NamedTuple):
+    """One image of a batch, and how its objects are prompted."""
 
-    index: int                 # in Masks
-    image: torch.Tensor        # uint8 3 x S x S, or None if its features are cached
-    gt_masks: np.ndarray       # bool K x H x W, one for each prompt
-    rng: np.random.Generator   # what is random about its prompts
+    index: int                      # in Masks
+    rng: np.random.Generator        # what is random about its view and its prompts
+    kind: str                       # of the prompts: point, points or box; the same in a batch
+    further_clicks: int             # one after the other on what the model got wrong; the same in a batch
+
+
+class Example(NamedTuple):
+    """A Pick, read."""
+
+    index: int
+    rng: np.random.Generator
+    kind: str
+    further_clicks: int
+    image: torch.Tensor | None      # uint8 3 x S x S; None if its features are cached
+    gt_masks: np.ndarray            # bool K x H x W, one for each prompt
 
 
 class Examples(Dataset):
-    """Examples by (index, random generator); `clicks` prompts each, on different objects where there are enough.
+    """Examples by Pick; `clicks` prompts each, on different objects where there are enough.
 
     image_size: read and resize images to this; None if their features are cached.
     """
@@ -781,11 +772,11 @@ class Examples(Dataset):
 
     def __getitem__(self, pick):
         """An Example, or an ImageError: raised in another process, it would no longer be one line."""
-        index, rng = pick
+        index, rng = pick.index, pick.rng
         chosen = np.resize(rng.permutation(len(self.masks.objects[index])), self.clicks)
         gt_masks = self.masks.decode(index, chosen)
         if self.image_size is None:
-            return Example(index, None, gt_masks, rng)
+            return Example(*pick, None, gt_masks)
         try:
             image = read_reduced(self.masks.paths[index], self.masks.sizes[index])
         except ImageError as error:
@@ -793,7 +784,7 @@ class Examples(Dataset):
         image = torch.from_numpy(image).permute(2, 0, 1)
         if self.augment:
             image, gt_masks = augment_example(rng, image, gt_masks)
-        return Example(index, v2.functional.resize(image, [self.image_size] * 2), gt_masks, rng)
+        return Example(*pick, v2.functional.resize(image, [self.image_size] * 2), gt_masks)
 
 
 def augment_example(rng, image, gt_masks):
@@ -806,7 +797,7 @@ def augment_example(rng, image, gt_masks):
     transform = v2.Compose([
         v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
         v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
+        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # hue would take four times as long as these
         v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
@@ -817,18 +808,18 @@ def augment_example(rng, image, gt_masks):
     return image, gt_masks
 
 
-def draw_iteration(seed, iteration, count, images, kind, max_points):
-    """What an iteration trains on: (kind of prompt, further clicks, `count` pairs (index, random generator)).
+def draw_iteration(args, iteration, count, images):
+    """The `count` Picks that an iteration trains on, out of so many images.
 
     All of it follows from the seed and the iteration: so it is the same however many processes share the
     batch, it can be read ahead, and a resumed training needs no saved random state.
     """
-    rng = np.random.default_rng([seed, iteration])
-    picks = rng.integers(images, size=count)
-    kind = prompt_kind(kind, rng.integers(3))
-    further_clicks = int(rng.integers(max_points)) if kind == "points" else 0
-    return kind, further_clicks, [(index, np.random.default_rng([seed, iteration, place]))
-                                  for place, index in enumerate(picks, start=1)]
+    rng = np.random.default_rng([args.seed, iteration])
+    indices = rng.integers(images, size=count)
+    kind = prompt_kind(args.prompt, rng.integers(3))
+    further_clicks = int(rng.integers(args.max_points)) if kind == "points" else 0
+    return [Pick(index, np.random.default_rng([args.seed, iteration, place]), kind, further_clicks)
+            for place, index in enumerate(indices, start=1)]
 
 
 def prompt_kind(kind, number):
@@ -846,21 +837,18 @@ class BatchLoss(torch.nn.Module):
         self.prompt_encoder = predictor.model.sam_prompt_encoder
         self.mask_decoder = predictor.model.sam_mask_decoder
 
-    def forward(self, examples, kind, further_clicks=0):
-        """(loss, IoU), scalars, for random prompts of a kind on each example's objects.
-
-        further_clicks: how many are put, one after the other, on what the model got wrong with the prompts before.
-        """
+    def forward(self, examples):
+        """(loss, IoU), scalars, for random prompts on each example's objects."""
         for example in examples:
             if isinstance(example, ImageError):
                 raise example
         args, predictor = self.args, self.predictor
         sizes = [example.gt_masks.shape[1:] for example in examples]
-        prompts = [random_prompts(example.rng, kind, example.gt_masks) for example in examples]
+        prompts = [random_prompts(example.rng, example.kind, example.gt_masks) for example in examples]
         enlarge = predictor._transforms.postprocess_masks
         with mixed_precision(predictor.device, args.amp):
             features = self.features(examples)
-            for _ in range(further_clicks):
+            for _ in range(examples[0].further_clicks):
                 with torch.no_grad():
                     low_res_masks, scores = predict_masks(predictor, features, sizes, prompts)
                 best = low_res_masks.gather(1, scores.argmax(1)[:, None, None, None].expand_as(low_res_masks))[:, :1]
@@ -1039,7 +1027,7 @@ def print_setup(training, device):
     trained = sum(parameter.numel() for parameter in training.parameters)
     total = sum(parameter.numel() for parameter in training.model.parameters())
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
-               "lora": f"이미지 인코더는 랭크 {args.lora_rank}의 LoRA로 학습"}[args.encoder]
+               "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {device}" + (f", 프로세스 {training.processes}개" if training.processes > 1 else ""))
     print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 {masks.left_out}개), "
           f"검증 {len(val_masks)}장, 객체 {val_masks.count}개")
@@ -1053,6 +1041,37 @@ def print_setup(training, device):
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+
+
+def train(training, trackers):
+    """All iterations; log, validate, save as the settings say. Ends the program after the iteration of a Ctrl-C."""
+    args, rank, processes = training.args, training.rank, training.processes
+    interrupted = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: on_interrupt(interrupted, processes))
+    bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
+               total=args.iterations, disable=True if rank else None)
+    for iteration in bar:
+        stopping, better = training.step(iteration, interrupted), False
+        bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
+        validating = iteration % args.save_every == 0 or iteration == args.iterations
+        if validating or iteration % LOG_EVERY == 0 or iteration == 1:
+            training.log()
+            if validating:
+                better = training.validate()
+                bar.write(training.report())
+            for track in trackers:
+                track(iteration, training.rows[-1])
+        if (validating or stopping) and rank == 0:
+            training.write(better)
+        if stopping:
+            bar.close()
+            print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(processes)}")
+            sys.exit(130)
+        if training.is_out_of_patience():
+            bar.close()
+            print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
+            break
 
 
 def ignore_interrupts(_worker):
@@ -1194,7 +1213,9 @@ def resume_command(processes):
 
 def save_summary(training, device):
     """Write training_summary.json."""
-    encoded = training.cache.encoded if training.cache else training.encoded
+    args = training.args
+    encoded = training.cache.encoded if training.cache else \
+        training.iteration * args.batch_size * args.accumulate * training.processes
     summary = {
         "settings": training.settings, "device": device, "versions": versions(),
         "train_images": len(training.masks), "train_objects": training.masks.count,
@@ -1391,4 +1412,5 @@ def load_weights(model, checkpoint, model_cfg):
 
 
 if __name__ == "__main__":
-    run(main, "--batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --image-size 512나 --workers 0을 쓰세요")
+    run(main, "--batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --grad-checkpointing, --image-size 512, "
+        "--workers 0을 쓰세요")

@@ -150,8 +150,8 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
 
 def project_iteration(batch_loss, optimizer, scaler, index, rng):
     """One iteration of train_sam2_proper.py."""
-    example = project.Examples(batch_loss.masks, clicks=1)[index, rng]
-    loss, _ = batch_loss([example], "point")
+    example = project.Examples(batch_loss.masks, clicks=1)[project.Pick(index, rng, "point", 0)]
+    loss, _ = batch_loss([example])
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -167,7 +167,7 @@ def peak_memory(args, checkpoint, folder, flags):
         stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
-    return usage.ru_maxrss * 1024 / 1e9
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":

@@ -158,8 +158,9 @@ def run(job):
     if "average" in options:
         trained.load_state_dict(average.module.state_dict())
     encoded = settings.iterations * settings.batch_size if training.cache is None else len(
-        {index for iteration in range(1, settings.iterations + 1) for index, _ in project.draw_iteration(
-            seed, iteration, settings.batch_size, len(training.masks), settings.prompt, 1)[2]})
+        {pick.index for iteration in range(1, settings.iterations + 1) for pick in project.draw_iteration(
+            settings, iteration, settings.batch_size, len(training.masks))})
+    training.close()
     values = measure(training)
     for patch in patches:
         patch.stop()

@@ -1,14 +1,17 @@
 """train_sam2_proper.py, as a user runs it."""
 
 import csv
+import gc
 import json
 import re
 import signal
 import subprocess
 import sys
+import weakref
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import (
@@ -79,11 +82,15 @@ def test_log_starts_at_the_first_value_and_best_is_the_best_validation(trained):
 
 
 def test_plain_sam2_opens_what_was_saved(trained):
+    assert_plain_sam2_opens(trained[0] / "output/sam2_best.pt")
+
+
+def assert_plain_sam2_opens(path):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(SMALL_CFG.parent), version_base="1.2"):
-        model = build_sam2(SMALL_CFG.name, str(trained[0] / "output/sam2_best.pt"), device="cpu")
+        model = build_sam2(SMALL_CFG.name, str(path), device="cpu")
     initialize_config_module("sam2", version_base="1.2")  # as importing sam2 leaves it
-    saved = load(trained[0] / "output/sam2_best.pt")
+    saved = load(path)
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
 
 
@@ -223,7 +230,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(data, w
     assert not done.stdout and not list((data / "output").glob("[!.]*"))
 
 
-@pytest.mark.parametrize("encoder", ["frozen", "lora"])
+@pytest.mark.parametrize("encoder", ["frozen", "lora", "full"])
 def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder):
     """Started by torchrun, with gloo on the CPU; both processes must end with the same weights."""
     (data / "keep_weights.py").write_text(
@@ -479,7 +486,8 @@ def test_each_click_on_an_image_has_an_object_of_its_own(tmp_path):
                                                                  tmp_path / "data/masks/train"), 1024, 100)
     labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train/pair_003.png")
     for clicks in (1, 2, 3):
-        example = train_sam2_proper.Examples(masks, clicks)[3, np.random.default_rng(clicks)]
+        pick = train_sam2_proper.Pick(3, np.random.default_rng(clicks), "point", 0)
+        example = train_sam2_proper.Examples(masks, clicks)[pick]
         numbers = [set(labels[gt_mask].tolist()) for gt_mask in example.gt_masks]
         assert len(numbers) == clicks and all(number in ({7}, {300}) for number in numbers)
         assert clicks < 2 or numbers[0] != numbers[1]
@@ -516,6 +524,8 @@ def test_low_rank_updates_are_saved_as_an_official_checkpoint_and_resumed_bit_fo
     in_encoder = {name for name in changed if name.startswith("image_encoder.")}
     assert {re.sub(r".*blocks\.\d+\.", "", name) for name in in_encoder} == {
         "attn.qkv.weight", "attn.proj.weight", "mlp.layers.0.weight", "mlp.layers.1.weight"}
+    assert all(name.startswith("sam_") for name in changed - in_encoder)
+    assert_plain_sam2_opens(data / "whole/sam2_final.pt")
     name = "image_encoder.trunk.blocks.0.attn.qkv.weight"
     assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) == 2
     run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--finetuned",
@@ -525,10 +535,62 @@ def test_low_rank_updates_are_saved_as_an_official_checkpoint_and_resumed_bit_fo
 
 
 def test_checkpointing_changes_no_bit_and_batches_read_ahead_are_the_same(data, weights):
-    arguments = ("--encoder", "full", "--iterations", 4, "--batch-size", 2, "--augment", "--lr", "1e-3")
-    train(data, weights, *arguments, "--workers", 0, "--output-dir", "plain")
-    train(data, weights, *arguments, "--workers", 2, "--grad-checkpointing", "--output-dir", "again")
-    assert distance(load(data / "plain/sam2_final.pt"), load(data / "again/sam2_final.pt")) == 0
+    arguments = ("--encoder", "full", "--iterations", 4, "--batch-size", 2, "--lr", "1e-3")
+    train(data, weights, *arguments, "--augment", "--workers", 0, "--output-dir", "plain")
+    train(data, weights, *arguments, "--augment", "--workers", 2, "--grad-checkpointing", "--output-dir", "again")
+    train(data, weights, *arguments, "--workers", 0, "--output-dir", "as they are")
+    plain = load(data / "plain/sam2_final.pt")
+    assert distance(plain, load(data / "again/sam2_final.pt")) == 0
+    assert distance(plain, load(data / "as they are/sam2_final.pt")) > 0
+
+
+def make_training(data, weights, monkeypatch, *flags):
+    """The Training that the command line would start, in this process."""
+    monkeypatch.chdir(data)
+    monkeypatch.setattr(sys, "argv", ["train", "--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), *flags])
+    return train_sam2_proper.Training(train_sam2_proper.parse_args(), "cpu")
+
+
+def test_the_encoder_has_a_learning_rate_of_its_own(data, weights, monkeypatch):
+    def rates(*flags):
+        training = make_training(data, weights, monkeypatch, *flags)
+        return [group["lr"] for group in training.optimizer.param_groups]
+    assert rates() == [1e-5]
+    assert rates("--encoder", "lora", "--lr", "1e-4") == [1e-4, train_sam2_proper.ENCODER_LR["lora"]]
+    assert rates("--encoder", "full") == [1e-5, train_sam2_proper.ENCODER_LR["full"]]
+    assert rates("--encoder", "full", "--encoder-lr", "0.5") == [1e-5, 0.5]
+    done = train(data, weights, "--encoder-lr", "1e-4", code=2)
+    assert "--encoder lora" in done.stderr
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass(data, weights, monkeypatch):
+    def kept(*flags):
+        training, total = make_training(data, weights, monkeypatch, "--encoder", "full", "--workers", "0", *flags), [0]
+
+        def count(tensor):
+            total[0] += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            training.step(1)
+        return total[0]
+    assert kept("--grad-checkpointing") < 0.5 * kept()
+
+
+def children():
+    return set(psutil.Process().children())
+
+
+def test_a_closed_training_leaves_neither_processes_nor_memory(data, weights, monkeypatch):
+    training, before = make_training(data, weights, monkeypatch, "--encoder", "full", "--workers", "2"), children()
+    training.step(1)
+    workers = children() - before
+    assert len(workers) == 2
+    training.close()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    model = weakref.ref(training.model)
+    del training
+    gc.collect()
+    assert model() is None
 
 
 def test_ctrl_c_reaches_the_workers_as_well_and_still_saves(data, weights):
