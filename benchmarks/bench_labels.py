@@ -65,8 +65,7 @@ def timed(device, function, *arguments):
     clock = time.process_time if device == "cpu" else time.perf_counter
     started = clock()
     function(*arguments)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    getattr(torch, torch.device(device).type).synchronize()  # torch.cuda, torch.mps; torch.cpu has nothing to wait for
     return clock() - started
 
 

@@ -118,8 +118,7 @@ def time_iterations(args, checkpoint, pairs):
 def timed(device, function, *arguments):
     started = time.perf_counter()
     function(*arguments)
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    getattr(torch, torch.device(device).type).synchronize()  # torch.cuda, torch.mps; torch.cpu has nothing to wait for
     return time.perf_counter() - started
 
 

@@ -28,7 +28,8 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from sam2.sam2_video_predictor import SAM2VideoPredictor
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
 plt.rcParams["text.parse_math"] = False  # file names may contain "$"

@@ -8,8 +8,8 @@ weights are the same bits in both forms. Nothing is written unless both models g
 """
 
 import argparse
+import io
 import json
-import os
 import re
 import tempfile
 import textwrap
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import fail, load_predictor, run, write_file
+from common import fail, load_predictor, read_config, run, write_file
+from hydra.utils import instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import (
@@ -106,7 +107,7 @@ def parse_args():
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
                         help="모델 설정 이름 또는 YAML 경로 (기본: configs/sam2.1/sam2.1_hiera_s.yaml)")
     parser.add_argument("--image-size", type=int, choices=[512, 768, 1024],
-                        help="이 크기로 학습한 공식 체크포인트일 때, 모델 입력 한 변 (기본: 모델 설정대로)")
+                        help="공식 체크포인트일 때, 모델 입력 한 변 (기본: 체크포인트에 적힌 대로, 없으면 설정대로)")
     parser.add_argument("--checkpoint", type=Path,
                         help="Sam2Model로 저장해 메모리(비디오) 부분이 없는 폴더일 때, 그것을 가져올 공식 체크포인트")
     return parser.parse_args()
@@ -114,16 +115,19 @@ def parse_args():
 
 def to_huggingface(args):
     """Convert an official checkpoint into a folder; it appears under its name when it has been checked."""
-    predictor = load_predictor(args.model_cfg, args.source, "cpu", args.image_size)
     if args.target.exists() and not args.target.is_dir():
         fail(f"{args.target}: 폴더여야 하는데 파일이 있습니다")
+    predictor = load_predictor(args.model_cfg, args.source, "cpu", args.image_size or trained_image_size(args.source))
     args.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{args.target.name}.", dir=args.target.parent) as name:
         folder = Path(name)
         save_folder(predictor.model, folder)
-        has_video = opens_as_video_model(predictor.model, folder)
+        has_video = check_video_model(predictor.model, folder)
         report_difference(predictor, folder, args.target)
         args.target.mkdir(exist_ok=True)
+        replaced = sorted(file.name for file in folder.iterdir() if (args.target / file.name).exists())
+        if replaced:
+            print(f"주의: {args.target}에 있던 파일을 바꿉니다: {', '.join(replaced)}")
         for file in folder.iterdir():
             file.replace(args.target / file.name)
     print(f"저장: {args.target} (파라미터 {sum(p.numel() for p in predictor.model.parameters()):,}개, "
@@ -132,18 +136,31 @@ def to_huggingface(args):
           + (", Sam2VideoModel도 같은 방식" if has_video else ""))
 
 
+def trained_image_size(checkpoint):
+    """The input size in pixels that train_sam2_proper.py writes into a checkpoint; None if there is none."""
+    try:
+        size = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["image_size"]
+    except Exception:  # not written by it; or missing or damaged, which load_predictor reports
+        return None
+    return size if isinstance(size, int) else None
+
+
 def save_folder(model, folder):
     """Write config.json, model.safetensors and the processor's files of an official SAM 2 into `folder`."""
     weights = huggingface_weights(model.state_dict())
     config = huggingface_config(model)
-    expected, shapes = expected_shapes(config), {name: tensor.shape for name, tensor in weights.items()}
-    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
-    if differing:
-        fail(f"transformers의 SAM 2와 구조가 달라 변환할 수 없습니다. 다른 항목 {len(differing)}개: "
-             f"{', '.join(differing[:3])}")
+    check_shapes(weights, expected_shapes(config), "transformers의 SAM 2와 구조가 달라 변환할 수 없습니다")
     config.save_pretrained(folder)
     write_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
     make_processor(model.image_size).save_pretrained(folder)
+
+
+def check_shapes(weights, expected, problem):
+    """Fail, beginning with `problem`, unless the tensors have the expected names and shapes ({name: shape})."""
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if differing:
+        fail(f"{problem}. 다른 항목 {len(differing)}개: {', '.join(differing[:3])}")
 
 
 def make_processor(image_size):
@@ -188,7 +205,7 @@ def expected_shapes(config):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Sam2VideoModel(config).state_dict().items()}
     for name, shape in shapes.items():
-        if re.search(r"cross_attn_image\.[kv]_proj\.weight", name):  # see opens_as_video_model
+        if re.search(r"cross_attn_image\.[kv]_proj\.weight", name):  # see check_video_model
             shapes[name] = torch.Size((shape[0], config.memory_encoder_output_channels))
     return shapes
 
@@ -270,8 +287,11 @@ def huggingface_config(model):
     )
 
 
-def opens_as_video_model(model, folder):
-    """Whether Sam2VideoModel opens the folder; a warning if it cannot, because of the number of memory channels."""
+def check_video_model(model, folder):
+    """Open the folder as a Sam2VideoModel, which fails if it does not fit its config, and return True.
+
+    A model with a number of memory channels that transformers does not open gets a warning and False.
+    """
     if model.mem_dim != HF_MEMORY_CHANNELS:
         print(f"주의: transformers의 Sam2VideoModel은 메모리 채널이 {HF_MEMORY_CHANNELS}개인 모델만 엽니다 "
               f"(이 모델은 {model.mem_dim}개). 폴더는 Sam2Model로 열립니다")
@@ -335,6 +355,8 @@ def probe_image(side):
 
 def to_official(args):
     """Convert a folder of Hugging Face into an official checkpoint; it appears when it has been checked."""
+    if args.target.is_dir():
+        fail(f"{args.target}: 파일이어야 하는데 폴더가 있습니다")
     image_size = read_image_size(args.source)
     try:
         weights = official_weights(load_file(args.source / "model.safetensors"))
@@ -345,17 +367,24 @@ def to_official(args):
              f"({textwrap.shorten(str(error), 100)})")
     if "maskmem_tpos_enc" not in weights:
         weights = {**memory_part(args), **weights}
+    check_shapes(weights, official_shapes(args.model_cfg), f"{args.source}: 설정 {args.model_cfg}와 맞지 않습니다")
+    content = io.BytesIO()  # torch.save to a path ends in a RuntimeError where a file cannot be written
+    torch.save({"model": weights, "image_size": image_size}, content)
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.target.with_name(f"{args.target.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"model": weights, "image_size": image_size}, temporary)
-        predictor = load_predictor(args.model_cfg, temporary, "cpu", image_size)
+    with tempfile.TemporaryDirectory(prefix=f"{args.target.name}.", dir=args.target.parent) as name:
+        checkpoint = Path(name) / args.target.name
+        write_file(checkpoint, content.getbuffer())
+        predictor = load_predictor(args.model_cfg, checkpoint, "cpu", image_size)
         report_difference(predictor, args.source, args.target)
-        temporary.replace(args.target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        checkpoint.replace(args.target)
     print(f"저장: {args.target} (파라미터 {sum(p.numel() for p in predictor.model.parameters()):,}개, "
           f"입력 {image_size}px)")
+
+
+def official_shapes(model_cfg):
+    """Names and shapes of the tensors that sam2 has for a config."""
+    model = instantiate(read_config(model_cfg), _recursive_=True)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def read_image_size(folder):

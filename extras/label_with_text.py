@@ -6,15 +6,19 @@
 
 Writes COCO JSON with boxes and masks, which prepare_data.py --coco reads. From Python:
 
+    from common import load_predictor, read_image
+    from label_with_text import Florence2, GroundedSAM2
+
     predictor = load_predictor("configs/sam2.1/sam2.1_hiera_s.yaml", "output/sam2_best.pt", "cuda")
     model = GroundedSAM2(predictor, Florence2("models/florence2", ["polyp"], "cuda"))
-    detections = model.predict(image)          # sv.Detections with masks
+    detections = model.predict(read_image("photo.jpg"))   # sv.Detections with masks
     model.label("photos", "output/my_labels")
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -58,6 +62,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 REPOSITORIES = {"florence2": "florence-community/Florence-2-base",
                 "grounding-dino": "IDEA-Research/grounding-dino-tiny"}
+OPTIONS = {"florence2": ["detector_dir", "task"],  # each detector's own flags
+           "grounding-dino": ["detector_dir", "box_threshold", "text_threshold"]}
 TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}
 NMS_IOU = 0.7       # of two detected boxes of one category that overlap more, the one with the lower score is dropped
 MAX_TOKENS = 1024   # of Florence-2's answer: all positions that its decoder has, some 200 boxes
@@ -73,8 +79,9 @@ def main():
     if rank == 0:
         command = ["prepare_data.py", "--images", str(args.images), "--coco", str(annotations)]
         if args.preprocess:
+            sys.stdout.flush()  # what this process printed comes before what that one prints
             sys.exit(subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode)
-        print(f"다음: python {' '.join(command)}")
+        print(f"다음: {shlex.join(['python', *command])}")
 
 
 def parse_args():
@@ -86,12 +93,12 @@ def parse_args():
     parser.add_argument("--detector-dir", type=Path, metavar="DIR",
                         help="검출기 가중치 폴더 (기본: models/검출기이름, 없으면 Hugging Face 캐시)")
     parser.add_argument("--boxes", type=Path, metavar="FILE", help="검출기 대신 상자가 든 COCO JSON")
-    parser.add_argument("--task", choices=TASKS, default="detection",
+    parser.add_argument("--task", choices=TASKS,
                         help="florence2의 과제: 어휘를 정한 검출 또는 문구 찾기 (기본: detection)")
-    parser.add_argument("--box-threshold", type=float, default=0.3,
-                        help="grounding-dino: 상자의 점수가 이보다 높아야 함 (기본: 0.3)")
-    parser.add_argument("--text-threshold", type=float, default=0.25,
-                        help="grounding-dino: 범주의 단어와 이만큼은 맞아야 함 (기본: 0.25)")
+    parser.add_argument("--box-threshold", type=parse_score, metavar="SCORE",
+                        help="grounding-dino: 상자의 점수가 이보다 높아야 함, 0-1 (기본: 0.3)")
+    parser.add_argument("--text-threshold", type=parse_score, metavar="SCORE",
+                        help="grounding-dino: 범주의 단어와 맞는 점수가 이보다 높아야 함, 0-1 (기본: 0.25)")
     parser.add_argument("--plot", action="store_true", help="마스크와 상자를 그린 그림을 결과 폴더의 plots/에 저장")
     parser.add_argument("--preprocess", action="store_true", help="끝나면 prepare_data.py로 data/를 만듦")
     add_model_flags(parser, "output/my_labels")
@@ -100,6 +107,9 @@ def parse_args():
         parser.error("--detector와 --boxes 가운데 하나를 쓰세요")
     if bool(args.category) != bool(args.detector):
         parser.error("--detector와 --category는 함께 씁니다")
+    for option in sum(OPTIONS.values(), []):
+        if getattr(args, option) is not None and option not in OPTIONS.get(args.detector, []):
+            parser.error(f"{args.detector or '--boxes'}에는 --{option.replace('_', '-')}가 쓰이지 않습니다")
     return args
 
 
@@ -109,6 +119,13 @@ def parse_categories(text):
     if not names:
         raise argparse.ArgumentTypeError("찾을 것이 없습니다")
     return names
+
+
+def parse_score(text):
+    score = float(text)
+    if not 0 <= score <= 1:
+        raise argparse.ArgumentTypeError(f"0에서 1 사이여야 합니다: {text}")
+    return score
 
 
 def join_processes(requested):
@@ -131,10 +148,10 @@ def make_detector(args, device):
         return CocoBoxes(args.boxes)
     if not all(name.isascii() for name in args.category):
         print("주의: 두 검출기는 영어로 배웠습니다. --category를 영어로 쓰세요")
-    folder = find_weights(args.detector, args.detector_dir)
-    if args.detector == "florence2":
-        return Florence2(folder, args.category, device, args.task)
-    return GroundingDino(folder, args.category, device, args.box_threshold, args.text_threshold)
+    given = {name: getattr(args, name) for name in OPTIONS[args.detector] if getattr(args, name) is not None}
+    folder = find_weights(args.detector, given.pop("detector_dir", None))
+    detector_class = {"florence2": Florence2, "grounding-dino": GroundingDino}[args.detector]
+    return detector_class(folder, args.category, device, **given)
 
 
 def find_weights(detector, folder=None):
@@ -147,32 +164,42 @@ def find_weights(detector, folder=None):
     try:
         return Path(snapshot_download(REPOSITORIES[detector], local_files_only=True))
     except LocalEntryNotFoundError:
-        fail(f"{detector}의 가중치가 없습니다. "
-             f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (받은 폴더는 --detector-dir로)")
+        fail(f"{detector}의 가중치가 없습니다. {how_to_fetch(detector)}")
+
+
+def how_to_fetch(detector):
+    return f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (받은 폴더는 --detector-dir로)"
 
 
 def load_detector(model_class, processor_class, kinds, folder, device):
     """A detector's model and processor from a folder that save_pretrained wrote.
 
-    kinds: the model types in config.json that are right. No code from the folder is run (trust_remote_code=False) and
-    only safetensors are read. Another kind of folder, and one that lacks weights, is an error.
+    kinds: the model types in config.json that are right, a key of REPOSITORIES first. No code from the folder is run
+    (trust_remote_code=False) and only safetensors are read. Another kind of folder, and one that lacks weights or was
+    not fetched to the end, is an error, which names the command that fetches a right one.
     """
+    fetch = how_to_fetch(kinds[0])
     try:
-        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        fail(f"{folder}: 검출기의 config.json을 읽을 수 없습니다 ({textwrap.shorten(str(error), 100)})")
+        reason = getattr(error, "strerror", None) or textwrap.shorten(str(error), 100)
+        fail(f"{folder}: 검출기의 config.json을 읽을 수 없습니다 ({reason}). {fetch}")
     if kind not in kinds:
-        fail(f"{folder}: {kind} 모델의 폴더입니다. 여기에 쓸 수 있는 것: {', '.join(kinds)}")
+        fail(f"{folder}: {kind} 모델의 폴더입니다. 여기에 쓸 수 있는 것: {', '.join(kinds)}. {fetch}")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = model_class.from_pretrained(folder, use_safetensors=True, dtype=torch.float32,
                                                   output_loading_info=True, **local)
         processor = processor_class.from_pretrained(folder, **local)
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
-        fail(f"{folder}: {kind}를 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
-    if info["missing_keys"]:  # transformers would fill them with random numbers; remote-code repositories look so
+        # microsoft/Florence-2-base ends here: the model types in its config are known to its own code only
+        reason = ("자기 코드로 여는 저장소의 폴더인데, 그 코드는 실행하지 않습니다" if "auto_map" in config
+                  else textwrap.shorten(str(error), 200))
+        fail(f"{folder}: {kind}를 열 수 없습니다 ({reason}). {fetch}")
+    if info["missing_keys"]:  # transformers would fill them with random numbers
         fail(f"{folder}: transformers의 {kind} 가중치가 아닙니다. 없는 항목 {len(info['missing_keys'])}개: "
-             f"{', '.join(sorted(info['missing_keys'])[:2])}")
+             f"{', '.join(sorted(info['missing_keys'])[:2])}. {fetch}")
     return model.to(device).eval(), processor
 
 
@@ -217,7 +244,8 @@ class GroundingDino:
     """Boxes by Grounding DINO, one pass for all categories.
 
     folder: of AutoModelForZeroShotObjectDetection, of type grounding-dino or mm-grounding-dino; categories: names in
-    English; box_threshold: a box needs a score above it, 0 to 1; text_threshold: its category's words need at least it.
+    English; box_threshold, text_threshold: a box needs a score above the first and its category's best word one above
+    the second, 0 to 1.
     """
 
     def __init__(self, folder, categories, device, box_threshold=0.3, text_threshold=0.25):
@@ -253,7 +281,7 @@ class GroundingDino:
         detections = sv.Detections(xyxy=result["boxes"].float().cpu().numpy().reshape(-1, 4),
                                    confidence=result["scores"].float().cpu().numpy(),
                                    class_id=index.cpu().numpy() + 1)
-        return detections[(best >= self.text_threshold).cpu().numpy()]
+        return detections[(best > self.text_threshold).cpu().numpy()]
 
     def tokens_of_categories(self):
         """For each category the places of its words among the tokens of self.text."""
@@ -269,7 +297,8 @@ class GroundingDino:
 class CocoBoxes:
     """Boxes from a COCO file, made by any detector or by hand; what is marked iscrowd is left out.
 
-    With a score for every box they count as detected, and overlapping ones go through NMS; without, all of them stay.
+    With a score for every box they count as detected, and overlapping ones go through NMS; without, all of them stay. A
+    box with a number that is not finite becomes one without area, so that it is dropped and counted.
     """
 
     def __init__(self, path):
@@ -282,8 +311,9 @@ class CocoBoxes:
                 self.images[base_name(image["file_name"])].append((image["id"], size))
                 self.boxes[image["id"]] = []
             for annotation in coco["annotations"]:
-                bbox = np.nan_to_num(np.array(annotation["bbox"], float), posinf=0, neginf=0)
-                x, y, width, height = bbox.clip(-1e9, 1e9).tolist()  # what float32 can hold
+                bbox = np.array(annotation["bbox"], float)
+                bbox = bbox.clip(-1e9, 1e9) if np.isfinite(bbox).all() else np.zeros_like(bbox)  # float32 can hold it
+                x, y, width, height = bbox.tolist()
                 class_id, score = int(annotation["category_id"]), annotation.get("score")
                 self.categories[class_id]  # one that is not listed is an error of the file
                 crowds += bool(annotation.get("iscrowd"))
@@ -292,9 +322,22 @@ class CocoBoxes:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             fail(f"{path}: 상자가 든 COCO 형식이 아닙니다 "
                  f"({type(error).__name__}: {textwrap.shorten(str(error), 100)})")
-        self.has_scores = all(isinstance(score, (int, float)) for found in self.boxes.values() for _, _, score in found)
+        scores = [score for found in self.boxes.values() for _, _, score in found]
+        missing = sum(not (isinstance(score, (int, float)) and abs(score) < 1e9) for score in scores)  # or not finite
+        self.has_scores = not missing
+        if 0 < missing < len(scores):
+            print(f"주의: {path}의 상자 {missing}개에 점수(score)가 없어, 점수가 있는 {len(scores) - missing}개도 "
+                  "사람이 그린 것으로 봅니다 (모두 1, NMS 없음)")
         if crowds:
             print(f"주의: {path}의 iscrowd 상자 {crowds}개는 뺍니다")
+
+    def report_absent(self, names):
+        """Print which images of the file are not among the file names of a folder."""
+        present = {base_name(name) for name in names}
+        absent = sorted(name for name in self.images if name not in present)
+        if absent:
+            more = f" 외 {len(absent) - 5}장" if len(absent) > 5 else ""
+            print(f"주의: COCO 파일에 있지만 폴더에 없는 이미지 {len(absent)}장: {', '.join(absent[:5])}{more}")
 
     def find(self, image, name):
         """As Florence2.find, for the image of this file name. Raises ImageError if the file does not fit the image."""
@@ -385,6 +428,10 @@ class GroundedSAM2:
         Returns the path of the JSON.
         """
         paths, problems = find_images(folder)
+        if rank == 0:
+            Path(output).mkdir(parents=True, exist_ok=True)  # if it cannot be made, this shows now and not at the end
+            if isinstance(self.detector, CocoBoxes):
+                self.detector.report_absent([*problems, *(path.name for path in paths)])
         entries = {}
         for path in tqdm(paths[rank::processes], "라벨", disable=True if rank else None):
             try:
@@ -411,15 +458,16 @@ class GroundedSAM2:
         image = read_image(path)
         found = self.detector.find(image, path.name)
         inside = clip_to_image(found, image.shape)
-        segmented = self.segment(image, suppress(inside))
+        kept = suppress(inside)
+        segmented = self.segment(image, kept)
         detections = segmented[segmented.mask.any(axis=(1, 2))]
         if plots:
             write_file(plots / f"{path.stem}.png", draw(image, detections))
-        notes = {"상자 없음": not len(found), f"이미지 밖이거나 넓이가 0인 상자 {len(found) - len(inside)}개 제외":
-                 len(found) > len(inside), f"빈 마스크 {len(segmented) - len(detections)}개 제외":
-                 len(segmented) > len(detections)}
+        left_out = {"이미지 밖이거나 1픽셀보다 작은 상자": len(found) - len(inside), "다른 상자와 겹치는 상자":
+                    len(inside) - len(kept), "빈 마스크": len(segmented) - len(detections)}
+        notes = [f"{what} {count}개 제외" for what, count in left_out.items() if count]
         return ({"size": image.shape[:2], "annotations": list(map(to_coco, detections))},
-                ", ".join(note for note, is_so in notes.items() if is_so))
+                ", ".join(notes) if len(found) else "상자 없음")
 
     def write_coco(self, path, entries, problems):
         """Write the COCO JSON of label() and print what was done. Fails if there is no label at all."""
@@ -462,12 +510,14 @@ def find_images(folder):
     have the same mask file in data/."""
     if not Path(folder).is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in FORMATS)
+    paths = sorted(path for path in Path(folder).iterdir()
+                   if path.is_file() and path.suffix.lower() in FORMATS and not path.name.startswith("."))
     if not paths:
         fail(f"{folder}에 이미지가 없습니다 ({', '.join(FORMATS)})")
-    stems = Counter(path.stem for path in paths)
-    return ([path for path in paths if stems[path.stem] == 1],
-            {path.name: "이름이 같은 파일이 여럿" for path in paths if stems[path.stem] > 1})
+    stems = {path: unicodedata.normalize("NFC", path.stem) for path in paths}
+    counts = Counter(stems.values())
+    return ([path for path in paths if counts[stems[path]] == 1],
+            {path.name: "이름이 같은 파일이 여럿" for path in paths if counts[stems[path]] > 1})
 
 
 def to_coco(detection):
@@ -489,9 +539,9 @@ def draw(image, detections):
     picture = sv.BoxAnnotator(thickness=sv.calculate_optimal_line_thickness((width, height)),
                               **lookup).annotate(picture, detections)
     labels = [f"{name} {confidence:.2f}" for name, confidence in zip(detections["class_name"], detections.confidence)]
-    font = font_manager.findfont(font_manager.FontProperties(family=plt.rcParams["font.family"]))
+    font = font_manager.findfont(plt.rcParams["font.family"][-1])  # the one with Hangul, if there is one: see common.py
     picture = sv.RichLabelAnnotator(font_path=font, font_size=max(10, min(height, width) // 40), text_padding=2,
-                                    **lookup).annotate(picture, detections, labels)
+                                    smart_position=True, **lookup).annotate(picture, detections, labels)
     return cv2.imencode(".png", picture)[1].tobytes()
 
 

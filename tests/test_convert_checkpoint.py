@@ -1,6 +1,7 @@
 """extras/convert_checkpoint.py, as a user runs it; the models' numbers are compared with sam2's own."""
 
 import json
+import re
 
 import convert_checkpoint
 import cv2
@@ -60,11 +61,47 @@ def demo(tmp_path_factory):
 def test_there_and_back_gives_the_same_bits(tiny, demo):
     folder, printed = tiny
     assert_same_bits(load(folder / "tiny.pt"), load(folder / "back.pt"))
-    assert printed.count("최대 차이") == 2 and "파라미터 38,962,498개, 입력 256px" in printed
-    assert not list(folder.glob("*.tmp")) and sorted(path.name for path in (folder / "hf").iterdir()) == [
+    assert printed.count("최대 차이") == 2 and "Sam2VideoModel도 같은 방식" in printed
+    assert "파라미터 38,962,498개, 입력 256px" in printed
+    assert sorted(path.name for path in folder.iterdir()) == ["back.pt", "hf", "tiny.pt", "tiny.yaml"]
+    assert sorted(path.name for path in (folder / "hf").iterdir()) == [
         "config.json", "model.safetensors", "processor_config.json"]
     run(SCRIPT, "hf", "back.pt", "--model-cfg", SMALL_CFG, cwd=demo)
     assert_same_bits(load(DEMO), load(demo / "back.pt"))
+
+
+@pytest.mark.parametrize("size", ["s", "b+", "l"])
+def test_the_weights_of_the_other_sizes_go_there_and_back(size):
+    model = instantiate(compose(config_name=f"configs/sam2.1/sam2.1_hiera_{size}.yaml").model, _recursive_=True)
+    there = convert_checkpoint.huggingface_weights(model.state_dict())
+    config = convert_checkpoint.huggingface_config(model)
+    assert {name: tensor.shape for name, tensor in there.items()} == convert_checkpoint.expected_shapes(config)
+    assert_same_bits(model.state_dict(), convert_checkpoint.official_weights(there))
+
+
+def test_the_image_size_is_the_one_of_the_training_and_replaced_files_are_named(tmp_path, monkeypatch, capsys):
+    torch.save({"model": load(DEMO), "image_size": 512}, tmp_path / "trained.pt")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("an older one")
+    convert(monkeypatch, tmp_path / "trained.pt", tmp_path / "hf", "--model-cfg", SMALL_CFG)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["image_size"] == config["prompt_encoder_config"]["image_size"] == 512
+    printed = capsys.readouterr().out
+    assert "입력 512px" in printed and "로 학습했는데" not in printed
+    assert "파일을 바꿉니다: config.json\n" in printed
+
+
+def test_other_memory_channels_than_transformers_has_are_said_and_the_image_model_opens(tmp_path, monkeypatch, capsys):
+    config = OmegaConf.load(SMALL_CFG)
+    config.model.memory_encoder.out_dim = config.model.memory_encoder.position_encoding.num_pos_feats = 32
+    config.model.memory_attention.layer.cross_attention.kv_in_dim = 32
+    OmegaConf.save(config, tmp_path / "small.yaml")
+    model = instantiate(config.model, _recursive_=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "small.pt")
+    convert(monkeypatch, tmp_path / "small.pt", tmp_path / "hf", "--model-cfg", tmp_path / "small.yaml")
+    printed = capsys.readouterr().out
+    assert "64개인 모델만 엽니다 (이 모델은 32개)" in printed and "Sam2VideoModel도 같은 방식" not in printed
+    assert Sam2Model.from_pretrained(tmp_path / "hf").config.prompt_encoder_config.image_size == 256
 
 
 def test_the_config_holds_the_sizes_of_the_model(demo, tiny):
@@ -171,9 +208,20 @@ def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo, monkeyp
     with pytest.raises(SystemExit, match="손상되었습니다"):
         convert(monkeypatch, "empty", "back.pt")
     for source, target in ((demo / "hf", "back.pt"), (DEMO, "hf")):
-        with pytest.raises(SystemExit, match=r"설정 configs/sam2.1/sam2.1_hiera_t.yaml와 맞지 않습니다"):
-            convert(monkeypatch, source, target, "--model-cfg", "configs/sam2.1/sam2.1_hiera_t.yaml")
+        other = "configs/sam2.1/sam2.1_hiera_t.yaml"
+        with pytest.raises(SystemExit, match=rf"{re.escape(str(source))}(가|:) 설정 {other}와 맞지 않습니다"):
+            convert(monkeypatch, source, target, "--model-cfg", other)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # nothing half made
+
+
+def test_a_target_that_cannot_be_written_ends_in_one_line(tmp_path, demo, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match="folder: 파일이어야 하는데 폴더가"):
+        convert(monkeypatch, demo, tmp_path / "folder")  # before it looks into the source
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    done = run(SCRIPT, demo / "hf", "back.pt", "--model-cfg", SMALL_CFG, cwd=tmp_path, code=1, before=full)
+    assert_fails_in_one_line(done, "File too large")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_models_that_do_not_agree_are_not_written(tmp_path, monkeypatch):

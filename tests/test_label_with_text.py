@@ -1,18 +1,22 @@
 """extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: what is tested is the way through."""
 
+import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import cv2
+import huggingface_hub.constants
 import label_with_text
 import numpy as np
 import pytest
 import supervision as sv
 import torch
-from common import load_predictor
+from common import calculate_iou, load_predictor
 from conftest import ENV, ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, write_image
 from pycocotools import mask as coco_mask
 from tokenizers import pre_tokenizers
@@ -139,12 +143,14 @@ def test_boxes_become_labels_and_bad_images_and_boxes_are_named(tmp_path):
     write_image(tmp_path / "photos" / "other.png", draw_pair(9)[0])
     coco = write_boxes(tmp_path / "boxes.json", [
         (0, 0, boxes[0], {}), (0, 1, [2, 2, 10, 8], {}), (0, 0, [-20, -20, 5, 5], {}), (0, 0, [10, 10, 0, 9], {}),
-        (0, 1, [70, 50, 40, 40], {}), (0, 0, [5, 5, float("nan"), 9], {}), (0, 0, boxes[0], {"iscrowd": 1}),
-        (5, 0, boxes[5], {})], [f"sub/image_{number}.png" for number in range(6)])
+        (0, 1, [70, 50, 40, 40], {}), (0, 0, [5, 5, float("nan"), 9], {}), (0, 0, [float("nan"), 5, 20, 9], {}),
+        (0, 0, [float("-inf"), 5, 20, 9], {}), (0, 0, boxes[0], {"iscrowd": 1}), (5, 0, boxes[5], {})],
+        [*(f"sub/image_{number}.png" for number in range(6)), "gone.png"])
     done = run(SCRIPT, "--images", "photos", "--boxes", coco, "--plot", "--preprocess", "--output", "out", *MODEL,
                cwd=tmp_path)
-    for line in ("iscrowd 상자 1개", "image_0.png - 이미지 밖이거나 넓이가 0인 상자 3개 제외",
-                 "image_1.png - 상자 없음", "image_3.jpg - 이름이 같은", "image_3.png - 이름이 같은",
+    for line in ("iscrowd 상자 1개", "image_0.png - 이미지 밖이거나 1픽셀보다 작은 상자 5개 제외",
+                 "폴더에 없는 이미지 1장: gone.png\n", "image_1.png - 상자 없음",
+                 "image_3.jpg - 이름이 같은", "image_3.png - 이름이 같은",
                  "image_4.png - 이미지 파일이 아니거나", "other.png - COCO 파일에 없음",
                  "라벨이 있는 이미지 2장, 객체 4개: polyp 2, instrument 2", "학습 2쌍"):
         assert line in done.stdout, line
@@ -177,7 +183,7 @@ def test_the_masks_are_those_of_sam2_and_good_on_a_drawn_ellipse(tmp_path, predi
         masks, scores, _ = predictor.predict(box=box, multimask_output=True)
         assert (masks[scores.argmax()].astype(bool) == mask).mean() > 0.999  # one by one or together: rounding
         assert score == pytest.approx(scores.max(), abs=1e-5)
-    assert label_with_text.GroundedSAM2(predictor, Given()).predict(image).mask[0][truth > 0].mean() > 0.5
+    assert calculate_iou(detections.mask[0], truth > 0) > 0.9
 
 
 def test_a_hundred_boxes_take_one_encoding_and_two_decoder_calls(predictor):
@@ -204,11 +210,26 @@ def test_boxes_with_scores_go_through_nms_within_their_category(tmp_path):
         assert sorted(kept_boxes.confidence, reverse=True) == pytest.approx(kept)
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_boxes_that_nms_drops_are_noted_and_a_missing_score_turns_it_off(tmp_path, predictor, capsys, missing):
+    write_image(tmp_path / "a.png", draw_pair(0)[0])
+    notes = []
+    for score in (0.5, missing):
+        coco = write_boxes(tmp_path / "boxes.json", [(0, 0, [10, 10, 20, 20], {"score": 0.9}),
+                                                     (0, 0, [11, 10, 20, 20], {"score": score})], ["a.png"])
+        model = label_with_text.GroundedSAM2(predictor, label_with_text.CocoBoxes(coco))
+        notes.append(model.label_image(tmp_path / "a.png", None)[1])
+    assert "다른 상자와 겹치는 상자 1개 제외" in notes[0] and "겹치는" not in notes[1]
+    assert capsys.readouterr().out.count("상자 1개에 점수(score)가 없어, 점수가 있는 1개도") == 1
+
+
 def test_florence2_asks_and_its_answer_becomes_a_label(tmp_path, florence):
     draw_images(tmp_path)
+    (tmp_path / "photos").rename(tmp_path / "my photos")
     shutil.copytree(florence, tmp_path / "models" / "florence2")  # found there without a flag
-    run(SCRIPT, "--images", "photos", "--detector", "florence2", "--category", "polyp", "--output", "out", *MODEL,
-        cwd=tmp_path)
+    done = run(SCRIPT, "--images", "my photos", "--detector", "florence2", "--category", "polyp", "--output", "out",
+               *MODEL, cwd=tmp_path)
+    assert "다음: python prepare_data.py --images 'my photos' --coco out/annotations.json\n" in done.stdout
     annotation, = read_labels(tmp_path / "out")["annotations"]
     # thousandths of 80 x 60, at the middle of their bin, whole pixels: 20, 6, 59, 53
     assert annotation["bbox"] == [20, 6, 39, 47] and annotation["category_id"] == 1
@@ -260,6 +281,9 @@ def test_logits_of_grounding_dino_become_boxes_worked_out_by_hand(grounding_dino
     assert found.class_id.tolist() == [1, 2, 2]
     assert found.confidence == pytest.approx([0.9, 0.6, 0.31], abs=1e-4)
     assert found.xyxy == pytest.approx(np.array([[50, 25, 150, 75], [40, 65, 60, 85], [160, 0, 200, 20]]), abs=1e-3)
+    detector.text_threshold = 0.5
+    outputs.logits[0, 4, 4] = 0  # a score of exactly 0.5, which is not above it
+    assert detector.read_outputs(outputs, input_ids, (100, 200, 3)).class_id.tolist() == [1, 2]
 
 
 def test_detectors_that_cannot_be_used_end_in_one_line(tmp_path, florence, grounding_dino):
@@ -268,7 +292,58 @@ def test_detectors_that_cannot_be_used_end_in_one_line(tmp_path, florence, groun
     done = run(SCRIPT, *flags, "--detector", "florence2", cwd=tmp_path, code=1, env={"HF_HOME": str(tmp_path)})
     assert_fails_in_one_line(done, "hf download florence-community/Florence-2-base --local-dir models/florence2")
     done = run(SCRIPT, *flags, "--detector", "florence2", "--detector-dir", grounding_dino, cwd=tmp_path, code=1)
-    assert_fails_in_one_line(done, "grounding-dino 모델의 폴더", "florence2")
+    assert_fails_in_one_line(done, "grounding-dino 모델의 폴더", "florence2", "hf download florence-community/")
+
+
+def test_weights_that_are_missing_or_not_fetched_to_the_end_name_the_command(tmp_path, florence, grounding_dino,
+                                                                             monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, whole, detector_class in (("florence2", florence, label_with_text.Florence2),
+                                        ("grounding-dino", grounding_dino, label_with_text.GroundingDino)):
+        repository = label_with_text.REPOSITORIES[name]
+        command = rf"\A오류: .*hf download {repository} --local-dir models/{name} .*\Z"  # one line
+        with pytest.raises(SystemExit, match=command):
+            label_with_text.find_weights(name)
+        with pytest.raises(SystemExit, match=command):
+            detector_class(label_with_text.find_weights(name, tmp_path / "nowhere"), ["polyp"], "cpu")
+        cached = tmp_path / "cache" / f"models--{repository.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        shutil.copy(whole / "config.json", cached / "snapshots" / ("0" * 40))
+        with pytest.raises(SystemExit, match=command):
+            detector_class(label_with_text.find_weights(name), ["polyp"], "cpu")
+        (tmp_path / "models" / name / ".cache").mkdir(parents=True)  # before the first file is there
+        with pytest.raises(SystemExit, match=command):
+            detector_class(label_with_text.find_weights(name), ["polyp"], "cpu")
+
+
+def test_a_repository_with_code_of_its_own_is_told_from_the_right_one(tmp_path, florence):
+    """As microsoft/Florence-2-base has it: florence2 at the top, below it model types that transformers lacks."""
+    config = json.loads((florence / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_florence2.Florence2Config"}
+    config["text_config"]["model_type"] = "florence2_language"
+    shutil.copytree(florence, tmp_path / "remote")
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="자기 코드로 여는.*hf download florence-community/Florence-2-base"):
+        label_with_text.Florence2(tmp_path / "remote", ["polyp"], "cpu")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--boxes a.json --task grounding", "--boxes에는 --task가"),
+    ("--boxes a.json --detector-dir models", "--boxes에는 --detector-dir가"),
+    ("--boxes a.json --text-threshold 0.2", "--boxes에는 --text-threshold가"),
+    ("--detector grounding-dino --category polyp --task detection", "grounding-dino에는 --task가"),
+    ("--detector florence2 --category polyp --box-threshold 0", "florence2에는 --box-threshold가"),
+    ("--detector grounding-dino --category polyp --box-threshold 30", "0에서 1 사이"),
+    ("--detector grounding-dino --category polyp --box-threshold nan", "0에서 1 사이"),
+    ("--detector florence2", "함께 씁니다")])
+def test_flags_that_would_do_nothing_are_refused(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr("sys.argv", ["label_with_text.py", "--images", "photos", *flags.split()])
+    with pytest.raises(SystemExit) as failure:
+        label_with_text.parse_args()
+    assert failure.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_a_detector_folder_that_lacks_weights_or_holds_a_pickle_only_is_refused(tmp_path, florence, capsys):
@@ -303,6 +378,42 @@ def test_no_label_at_all_is_an_error(tmp_path):
     done = run(SCRIPT, "--images", "photos", "--boxes", coco, "--output", "out", *MODEL, cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "하나도")
     assert not (tmp_path / "out" / "annotations.json").exists()
+
+
+def test_an_output_that_cannot_be_made_is_found_before_the_first_image(tmp_path):
+    draw_images(tmp_path)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileExistsError):  # and not that there is no detector
+        label_with_text.GroundedSAM2(None, None).label(tmp_path / "photos", tmp_path / "out")
+
+
+def test_images_are_found_as_prepare_data_finds_them(tmp_path):
+    for name in ("b.PNG", "a.jpg", "._a.jpg", "notes.txt", unicodedata.normalize("NFC", "폴립.png"),
+                 unicodedata.normalize("NFD", "폴립.jpg")):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    paths, problems = label_with_text.find_images(tmp_path)
+    assert [path.name for path in paths] == ["a.jpg", "b.PNG"]
+    assert {unicodedata.normalize("NFC", name) for name in problems} == {"폴립.png", "폴립.jpg"}
+
+
+def test_names_are_drawn_with_the_last_font_and_whole_at_the_top(monkeypatch):
+    def drawn(top, *fonts):
+        monkeypatch.setitem(label_with_text.plt.rcParams, "font.family", list(fonts))
+        detections = sv.Detections(xyxy=np.array([[20, top, 150, 120]], float), mask=np.zeros((1, 160, 200), bool),
+                                   confidence=np.ones(1), class_id=np.ones(1, int), data={"class_name": ["polyp"]})
+        picture = label_with_text.draw(np.zeros((160, 200, 3), np.uint8), detections)
+        return cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)
+
+    sans, serif = drawn(60, "DejaVu Sans"), drawn(60, "DejaVu Serif")
+    assert (sans != serif).any() and (drawn(60, "DejaVu Sans", "DejaVu Serif") == serif).all()
+    letters = [(drawn(top, "DejaVu Sans").min(axis=2) > 200).sum() for top in (60, 0)]
+    assert letters[0] == letters[1] > 20
+
+
+def test_common_opens_where_the_output_is_no_terminal_and_no_file(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook: it has no reconfigure()
+    assert "run" in runpy.run_path(str(ROOT / "extras" / "common.py"))
 
 
 def test_two_processes_write_the_json_that_one_writes(tmp_path):
