@@ -243,6 +243,6 @@ def draw_patients(pictures):
             axes[column].set_title(f"{picture['patient_id']}: {name}" if column == 0 else name, fontsize=10)
             axes[column].axis("off")
             for side, place in (("L", 0.02), ("R", 0.94)):  # not as radiologists hang films: no side is exchanged
-                axes[column].text(place, 0.49, side, color="white", transform=axes[column].transAxes)
+                axes[column].text(place, 0.49, side, color="yellow", transform=axes[column].transAxes)
         axes[0].plot(*picture["click"], "*", color="cyan", markersize=11)
     return figure
