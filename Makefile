@@ -61,7 +61,7 @@ demo-ich: $(VENV)/.installed-extras
 	$(PY) extras/demo/draw_ich_dataset.py
 	$(PY) extras/sam_med3d_ich/train.py --train_csv $(ICH_DATA)/train.csv --val_csv $(ICH_DATA)/val.csv \
 	  --mask_dir $(ICH_DATA)/masks --output_dir $(ICH_OUTPUT) --model_size small --spacing 4 --keep_in_memory \
-	  --epochs 36 --gradient_accumulation_steps 1 --lr 4e-4 --num_clicks 1 --scheduler_type cosine
+	  --epochs 28 --gradient_accumulation_steps 1 --lr 4e-4 --num_clicks 1 --scheduler_type cosine
 	@echo
 	@echo "그림과 표를 열어 보세요:"
 	@echo "  $(ICH_OUTPUT)/training_curve.png   학습 곡선"

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import types
 from pathlib import Path
 
 import config
@@ -15,10 +16,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import train as train_script
 import trainer
+import utils
 from conftest import ForkServer, assert_fails_in_one_line, signal_at
 from conftest import run as run_script
 from dataloader import Row
+from filelock import FileLock
+from matplotlib import pyplot as plt
 from medim import create_model
 from utils import DataError
 
@@ -146,6 +151,26 @@ def test_sam_encoder_loads_into_medims_encoder(trained):
     assert tokens.shape == (1, 6**3, 256) and logits.shape == (1, 6**3)
 
 
+def test_sam_encoder_of_the_full_model_loads_into_medims_encoder(volumes):
+    args = settings("--model_size", "full", "--output_dir", volumes.rows[0].path.parent / "full")
+    with torch.device("meta"):
+        net, visual_encoder = model.SamMed3dIch("full", 256), create_model("SAM-Med3D").image_encoder
+    net = net.to_empty(device="cpu")
+    with torch.no_grad():
+        for number, parameter in enumerate(net.parameters()):
+            parameter.fill_(number)
+    picture = {"patient_id": "a", "dice": 0.5, "click": (1, 1), **{name: np.zeros((4, 4)) for name in (
+        "image", "truth", "prediction")}}
+    trainer.Trainer(net, volumes, volumes, args, "cpu").save_best([], [picture])
+    (args.output_dir / "best_model.pth").unlink()  # 400 MB; the encoder's 372 MB follow
+    state = torch.load(args.output_dir / "sam_encoder.pth")["image_encoder_state_dict"]
+    (args.output_dir / "sam_encoder.pth").unlink()
+    visual_encoder.load_state_dict(state, strict=True, assign=True)
+    for name, parameter in net.sam.image_encoder.named_parameters():
+        assert parameter.flatten()[0] == visual_encoder.get_parameter(name).flatten()[0]
+    assert sum(parameter.numel() for parameter in visual_encoder.parameters()) == pytest.approx(92.9e6, abs=1e5)
+
+
 def test_best_model_opens_in_medim_and_starts_a_new_training(trained, tmp_path):
     best = trained[0] / "outputs/best_model.pth"
     weights = load(best)["model_state_dict"]
@@ -175,9 +200,117 @@ def test_an_interrupted_run_goes_on_to_the_same_result(scheduler, tmp_path):
     assert same_weights(*(load(folder / "outputs/best_model.pth") for folder in (whole, broken)))
 
 
+KILL_IN_WRITING = """
+import torch
+
+def save_half(value, path, save=torch.save):
+    save(value, path)
+    if "latest_model.pth" in str(path) and value["epoch"] == 2:
+        os.truncate(path, 10_000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_half"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_run_that_is_killed_while_it_writes_leaves_whole_files(data):
+    train(data, "--epochs", 3, code=-signal.SIGKILL, before=KILL_IN_WRITING)
+    output = data / "outputs"
+    assert list(output.glob("latest_model.pth.*.tmp"))
+    assert load(output / "latest_model.pth")["epoch"] == 1
+    assert load(output / "best_model.pth")["epoch"] in (1, 2)
+    assert load(output / "sam_encoder.pth")["image_encoder_state_dict"]
+    train(data, "--epochs", 2, "--resume")
+    assert load(output / "latest_model.pth")["epoch"] == 2 and not list(output.glob("*.tmp"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no RLIMIT_FSIZE")
+def test_a_full_disk_is_named_and_leaves_nothing_behind(data):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))"
+    assert_fails_in_one_line(train(data, "--epochs", 1, code=1, before=limit), "best_model.pth", "디스크")
+    assert not [path for path in (data / "outputs").iterdir() if path.suffix in (".pth", ".tmp")]
+
+
+def test_two_runs_do_not_share_a_folder(data):
+    (data / "outputs").mkdir()
+    with FileLock(data / "outputs/.lock"):
+        assert_fails_in_one_line(train(data, "--epochs", 1, code=1), "outputs/.lock")
+    assert not (data / "outputs/config.json").exists()
+
+
+@pytest.mark.parametrize("epochs, told", [(0, False), (1, True)])
+def test_only_a_run_that_has_saved_an_epoch_is_told_to_resume(epochs, told, data):
+    before = f"""
+import trainer
+
+def train_epoch(self, epoch, original=trainer.Trainer.train_epoch):
+    if epoch > {epochs}:
+        raise KeyboardInterrupt
+    return original(self, epoch)
+
+trainer.Trainer.train_epoch = train_epoch"""
+    done = train(data, "--epochs", 3, code=1, before=before)
+    assert_fails_in_one_line(done, "중단했습니다")
+    assert ("--resume" in done.stderr) == told == (data / "outputs/latest_model.pth").exists()
+
+
+@pytest.mark.parametrize("message", [
+    "CUDA out of memory. Tried to allocate 2 GiB", "DataLoader worker (pid 7) is killed by signal: Killed. ",
+    "unable to allocate shared memory(shm) for file </torch_7>: out of shared memory",
+    "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"])
+def test_too_little_memory_is_one_line(message):
+    def main():
+        raise RuntimeError(message)
+    with pytest.raises(SystemExit, match="오류: 메모리가 부족합니다"):
+        utils.run(main)
+
+
+def test_an_error_of_the_program_itself_is_not_hidden():
+    def main():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        utils.run(main)
+
+
 def test_resume_refuses_other_settings(trained):
-    done = train(trained[0], "--epochs", 3, "--resume", "--weight_decay", "0.5", code=1)
-    assert_fails_in_one_line(done, "--weight_decay 0.0001")
+    done = train(trained[0], "--epochs", 3, "--resume", "--weight_decay", "0.5", "--freeze_encoder", "--window",
+                 "50,100", code=1)
+    assert_fails_in_one_line(done, "--weight_decay 0.0001", "--freeze_encoder 없이", "--window=40,80")
+
+
+def test_resume_compares_what_must_not_change():
+    before = config.settings_of(settings("--train_csv", "a/../train.csv", "--window", "none", "--freeze_encoder"))
+    same = settings("--train_csv", Path("train.csv").resolve(), "--window", "none", "--freeze_encoder", "--epochs", 7)
+    assert config.differing_settings(same, before) == []
+    other = settings("--train_csv", "b.csv", "--model_size", "full")
+    assert config.differing_settings(other, before) == [
+        "--train_csv a/../train.csv", "--window=none", "--model_size small", "--freeze_encoder"]
+
+
+@pytest.mark.parametrize("content", [{"model_state_dict": {}}, [1, 2]])
+def test_resume_refuses_a_file_of_another_program(content, data):
+    (data / "outputs").mkdir()
+    torch.save(content, data / "outputs/latest_model.pth")
+    assert_fails_in_one_line(train(data, "--resume", code=1), "outputs/latest_model.pth")
+
+
+def test_resume_with_more_epochs_has_the_rate_of_its_formula(volumes, tmp_path):
+    flags = ("--scheduler_type", "cosine", "--output_dir", tmp_path)
+    trained = [trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
+               for args in (settings(*flags, "--epochs", 3), settings(*flags, "--epochs", 6))]
+    for _ in range(3):
+        trained[0].optimizer.step()
+        trained[0].scheduler.step()
+    trained[0].epoch = 3
+    utils.save_checkpoint(tmp_path / "latest_model.pth", trained[0].state())
+    trained[1].load()
+    group, = trained[1].optimizer.param_groups
+    rates = [group["lr"]]
+    for _ in range(3):
+        trained[1].optimizer.step()
+        trained[1].scheduler.step()
+        rates.append(group["lr"])
+    assert rates == pytest.approx([5e-4, 2.5e-4, 6.7e-5, 0], abs=1e-6)
 
 
 def test_resume_without_a_run(data):
@@ -235,6 +368,25 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("size, side, least", [("small", 48, 8), ("full", 128, 50)])
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(size, side, least):
+    """On the meta device, where the full model takes no time: the bytes that autograd keeps, without the weights."""
+    def kept(recompute):
+        with torch.device("meta"):
+            net = model.SamMed3dIch(size, 16, use_gradient_checkpointing=recompute)
+            image = torch.zeros(1, 1, side, side, side)
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net.encode(image)
+        weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+        return sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in weights)
+    assert kept(False) > least * kept(True) > 0
+
+
 @pytest.mark.parametrize("scheduler, expected", [
     ("cosine", [1, 0.933, 0.75, 0.5, 0.25, 0.067]), ("step", [1, 1, 0.1, 0.1, 0.01, 0.01]),
     ("reduce_on_plateau", [1, 1, 1, 1, 1, 1, 1, 0.5])])
@@ -256,10 +408,33 @@ def test_mixed_precision_is_off_without_cuda(volumes):
     assert not any("CUDA에서만" in warning for warning in config.warnings_about(args, "cuda"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(data):
-    done = train(data, "--epochs", 1, "--lr", "1e30", "--max_grad_norm", 0, code=1)
+@pytest.mark.parametrize("batch_size", [2, 5])  # three steps an epoch; one, after which there is no further loss
+@pytest.mark.parametrize("max_grad_norm", [0, 1])
+def test_a_run_that_diverges_stops_and_saves_nothing(batch_size, max_grad_norm, data):
+    done = train(data, "--epochs", 1, "--lr", "1e30", "--max_grad_norm", max_grad_norm, "--batch_size", batch_size,
+                 code=1)
     assert_fails_in_one_line(done, "--lr")
-    assert not (data / "outputs/latest_model.pth").exists()
+    assert not list((data / "outputs").glob("*.pth"))
+
+
+@pytest.mark.parametrize("what, max_grad_norm, named", [
+    ("gradient", 0, "기울기"), ("gradient", 1, "기울기"), ("weight", 1, "가중치"), ("prediction", 1, "예측")])
+def test_what_is_not_finite_is_not_saved(what, max_grad_norm, named, volumes, tmp_path):
+    args = settings("--batch_size", 5, "--max_grad_norm", max_grad_norm, "--epochs", 1, "--output_dir", tmp_path)
+    training = trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
+    weight = training.model.head.project.weight
+    if what == "gradient":
+        weight.register_hook(lambda gradient: gradient * torch.inf)
+    elif what == "weight":
+        training.optimizer.register_step_post_hook(lambda *_: weight.data.view(-1)[:1].fill_(torch.inf))
+    else:
+        training.optimizer.register_step_post_hook(lambda *_: weight.data.fill_(3e38))
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    with pytest.raises(SystemExit, match=f"오류: .*{named}에 NaN"):
+        training.fit()
+    assert not list(tmp_path.glob("*.pth"))
+    if what == "gradient":
+        assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
 
 
 def test_workers_change_no_sample(volumes):
@@ -276,6 +451,16 @@ def test_wandb_gets_the_log(data):
     train(data, "--epochs", 1, "--use_wandb", "--log_images", "--log_freq", 1, env={"WANDB_MODE": "offline"})
     assert list((data / "outputs/wandb").glob("offline-run-*/*.wandb"))
     assert list((data / "outputs/wandb").glob("offline-run-*/files/media/images/patients_*.png"))
+
+
+def test_figures_for_wandb_are_closed(tmp_path, monkeypatch):
+    tracker = types.SimpleNamespace(id="a", log=lambda values, step: logged.append(values))
+    monkeypatch.setitem(utils.sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: tracker, Image=id))
+    logged, args = [], settings("--output_dir", tmp_path, "--log_images", "--log_freq", 1)
+    log = train_script.open_wandb(types.SimpleNamespace(args=args, run_id=None))
+    before = plt.get_fignums()
+    log([{"epoch": 1, "dice": 0.5, "specificity": None}], plt.figure)
+    assert set(logged[0]) == {"epoch", "dice", "patients"} and plt.get_fignums() == before
 
 
 def test_wandb_that_is_not_installed(data):
@@ -351,6 +536,28 @@ def test_metrics_by_patient():
     assert trainer.summarize(table[:1])["specificity"] is None
 
 
+def test_pictures_have_the_patients_dice_and_the_slice_of_the_click(data):
+    volume, mask = draw_scan(7, 1)
+    for number in (1, 2):
+        save_nifti(data / f"scans/again_{number}.nii.gz", volume, "LPS")
+        save_nifti(data / f"masks/again_{number}.nii", mask, "LPS")
+    rows, _ = dataloader.read_rows(write_csv(data / "val.csv", [
+        ("scans/again_1.nii.gz", 1, "a"), ("scans/again_2.nii.gz", 1, "a"), ("scans/scan_2.nii.gz", 0, "b"),
+        ("scans/scan_100.nii.gz", 1, "c")]), data / "masks")
+    args = settings()
+    val = dataloader.Volumes(rows, args)
+    training = trainer.Trainer(model.build_model(args), val, val, args, "cpu")
+    table, pictures = training.validate()
+    assert [picture["patient_id"] for picture in pictures] == ["a", "c"]
+    assert [picture["dice"] for picture in pictures] == [entry["dice"] for entry in table if entry["ich"]]
+    for picture in pictures:
+        assert picture["truth"][picture["click"]]  # the click, which lies in the truth, is in this slice
+    figure = utils.draw_patients([{**picture, "dice": dice} for picture, dice in zip(pictures, (0.9, 0.25))])
+    titles = [axes.get_title() for axes in figure.axes]
+    plt.close(figure)
+    assert titles[0].startswith("c:") and titles[2].endswith("0.25") and titles[3].startswith("a:")
+
+
 def test_a_perfect_prediction_has_dice_1_with_the_voxels_of_the_file(data):
     rows, _ = dataloader.read_rows(data / "val.csv", data / "masks")
     args = settings("--spacing", 2)
@@ -423,6 +630,30 @@ def test_crop_around_pads_with_0_where_the_volume_ends():
     assert (crop.affine @ torch.tensor([2.0, 0, 0, 1], dtype=torch.double)).tolist() == [0, 0, 4, 1]
 
 
+@pytest.mark.parametrize("length, first", [(4, 8), (5, 8), (6, 7), (7, 7)])
+def test_a_mask_of_an_odd_length_lies_where_torchio_puts_it(length, first):
+    """The middle of an odd length lies between two voxels of the crop: CropOrPad takes the lower one, always."""
+    mask = dataloader.MetaTensor(torch.zeros(1, 40, 40, 40), affine=np.eye(4))
+    mask[0, 14:14 + length, 14, 14] = 1
+    crop = dataloader.crop_around(mask, dataloader.target_centre(mask), 20)
+    assert torch.argwhere(crop[0])[0, 0] == first
+
+
+def test_no_label_is_learnt_from_a_crop_without_the_haemorrhage(data):
+    """The head's centre is far from a haemorrhage at the rim: a small crop around it shows none."""
+    volume, mask = draw_scan(0, 0)
+    mask[20, 15, 7] = 1
+    path = save_nifti(data / "masks/rim.nii", mask, "RAS")
+    scan = save_nifti(data / "scans/rim.nii.gz", volume, "RAS")
+    args = settings("--augmentation_prob", 0)
+    rim = dataloader.TrainingSet(dataloader.Volumes([Row("", scan, 1, "a", path)], args), args)
+    assert {rim[epoch, 0]["label"] for epoch in range(20)} == {1, dataloader.NO_LABEL}
+    rim.size = 8
+    seen = [rim[epoch, 0] for epoch in range(20)]
+    assert {item["label"] for item in seen} == {dataloader.NO_LABEL}
+    assert {bool(item["mask"].any()) for item in seen} == {True, False}
+
+
 def test_the_label_is_learnt_from_crops_that_do_not_depend_on_the_truth(data):
     """The same scan with and without its mask: where the label counts, the network sees the same voxels."""
     (data / "empty").mkdir()
@@ -492,6 +723,13 @@ def test_a_pickle_cannot_change_the_stand_ins(tmp_path):
     assert dataloader.PickledArray.array is None and dataloader.StandIn.array is None
 
 
+@pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"PK\x03\x04", pickle.dumps(np.zeros(9))[:-20]])
+def test_a_damaged_pickle_is_not_called_hostile(content, tmp_path):
+    (tmp_path / "scan.pkl").write_bytes(content)
+    with pytest.raises(DataError, match=r"scan\.pkl: 읽을 수 없습니다"):
+        dataloader.read_volume(tmp_path / "scan.pkl")
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("dtype", ["int16", ">i2", "uint8", "float32", "float64", "bool"])
 def test_pickled_arrays_are_read_as_they_are(protocol, dtype, tmp_path):
@@ -554,11 +792,22 @@ def spoil(folder, what):
     if what == "no mask":
         mask.unlink()
         return ["masks/scan_1.nii", "마스크가 없습니다"]
+    if what == "two masks":
+        save_nifti(mask.with_suffix(".nii.gz"), truth, "LPS")
+        return ["masks/scan_1.nii, ", "masks/scan_1.nii.gz", "둘"]
+    if what == "a volume as its mask":
+        mask.unlink()
+        mask.with_suffix(".nii.gz").hardlink_to(scan)
+        return ["scan_1.nii.gz", "볼륨 자신"]
+    if what == "another volume as the mask":
+        save_nifti(mask, volume, "LPS")
+        return ["masks/scan_1.nii", "가지"]
 
 
 @pytest.mark.parametrize("what", [
     "other shape", "other place", "empty mask", "too small for the voxels", "NaN", "not in Hounsfield units",
-    "truncated", "two-dimensional", "array of objects", "no file", "no mask"])
+    "truncated", "two-dimensional", "array of objects", "no file", "no mask", "two masks", "a volume as its mask",
+    "another volume as the mask"])
 def test_a_bad_volume_is_named_with_its_row(what, data):
     words = spoil(data, what)
     name = next((word for word in words if word.endswith(".npy")), "scan_1.nii.gz")
@@ -575,6 +824,15 @@ def test_a_bad_row_is_named(row, words, data):
     problem, = problems_of(data, [("scans/scan_0.nii.gz", 1, "a"), row])
     for word in ("test.csv 3행", *words):
         assert word in problem
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_mask_may_have_a_handful_of_labels(value, data):
+    _, mask = draw_scan(1, 1)
+    mask[mask > 0] = value
+    mask[0, 0, :3] = [2, 3, 4]
+    save_nifti(data / "masks/scan_1.nii", mask, "LPS")
+    assert not problems_of(data, [("scans/scan_1.nii.gz", 1, "a")])
 
 
 def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):
@@ -616,7 +874,7 @@ def test_a_patient_on_both_sides_and_a_volume_twice_are_refused(data):
                   ("val.csv 4행", "scan_100", "val.csv 2행")):
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"✗ {words[0]}"))
         assert all(word in line for word in words)
-    assert not (data / "outputs").exists()
+    assert [path.name for path in (data / "outputs").iterdir()] == [".lock"]
 
 
 def test_two_volumes_with_one_mask_are_refused(data):
@@ -716,6 +974,31 @@ def test_system_check_without_data_names_what_is_missing(tmp_path):
     assert not done.stderr
 
 
+def test_system_check_does_not_try_what_memory_does_not_allow(tmp_path):
+    done = run(TRAIN, "--test", "--model_size", "small", cwd=tmp_path, code=1,
+               before="import utils; utils.free_memory = lambda device: 0.4")
+    assert any(line.startswith("✗ 학습 1회: 메모리가 0.4 GB") for line in done.stdout.splitlines())
+
+
+def test_mps_without_transposed_convolutions_is_not_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for version, chosen in (("2.7.1", "cpu"), ("2.8.0", "mps"), ("2.14.1", "mps")):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        for requested in ("auto", "mps"):
+            assert utils.detect_device.__wrapped__(requested) == chosen
+            assert ("ConvTranspose3d" in capsys.readouterr().out) == (chosen == "cpu")
+
+
+def test_free_memory_knows_the_containers_limit(monkeypatch):
+    files = {"memory.max": "3000000000", "memory.current": "1500000000",
+             "memory.stat": "anon 1\ninactive_file 500000000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
+    monkeypatch.setattr(utils.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16e9))
+    assert utils.free_memory("cpu") == 2.0
+    files["memory.max"] = "max"
+    assert utils.free_memory("cpu") == 16.0
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_system_check_with_data_passes_on_any_terminal(encoding, data):
     done = run(TRAIN, "--test", *DATA_FLAGS, *SMALL, cwd=data, before=(
@@ -728,6 +1011,18 @@ def test_system_check_with_data_passes_on_any_terminal(encoding, data):
 def test_missing_flags_are_named(tmp_path):
     done = run(TRAIN, "--train_csv", "a.csv", cwd=tmp_path, code=2)
     assert "--val_csv, --mask_dir" in done.stderr
+
+
+@pytest.mark.parametrize("window", ["foo", "40", "1,2,3", "40,0", "nan,80", "40,x"])
+def test_a_bad_window_is_explained(window, capsys):
+    with pytest.raises(SystemExit):
+        config.parse_args(["--test", "--window", window])
+    assert f"argument --window: {window}: brain, none, 또는 '레벨,폭'" in capsys.readouterr().err
+
+
+def test_a_good_window():
+    windows = [config.parse_args(["--test", f"--window={text}"]).window for text in ("brain", "none", "-600,1500")]
+    assert windows == [(40, 80), None, (-600, 1500)]
 
 
 def test_the_flags_have_the_documented_defaults():
@@ -754,3 +1049,17 @@ def test_the_demos_data_set(tmp_path):
     for path in one.rglob("*.*"):
         if not path.name.endswith(".gz"):  # gzip writes the time
             assert path.read_bytes() == (tmp_path / "other" / path.relative_to(one)).read_bytes()
+
+
+@pytest.mark.parametrize("foreign", ["volumes/mine.nii.gz", "masks/other/patient_001_0.nii.gz", "notes.txt"])
+def test_the_demos_data_set_replaces_no_other_files(foreign, tmp_path):
+    path = tmp_path / "mine" / foreign
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"precious")
+    flags = ("--train", 1, "--val", 1, "--output")
+    done = run("extras/demo/draw_ich_dataset.py", *flags, tmp_path / "mine", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, str(path.relative_to(tmp_path)).split("/")[1])
+    assert [path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()] == [b"precious"]
+    path.unlink()
+    for _ in range(2):  # an empty folder, then its own files
+        run("extras/demo/draw_ich_dataset.py", *flags, tmp_path / "own", cwd=tmp_path)

@@ -1,18 +1,19 @@
-"""Draw the data set of `make demo-ich`: cartoons of head CTs, some with a bleeding, as train.py takes them.
+"""Draw the data set of `make demo-ich`: cartoons of head CTs, some with a haemorrhage, as train.py takes them.
 
     python extras/demo/draw_ich_dataset.py
 
 A head is an ellipsoid of brain below a thin skull and a scalp, with ventricles, a falx, and calcified spots as bright
 as blood, in Hounsfield units, at the size of an adult's and with thick slices. (A skull of an adult's thickness fills
-the 32 mm patches of the demo's model, and takes longer than a demo's minutes to tell from blood.) A bleeding is a
-bumpy ball with a dark rim. Three patients of four bleed; some have several scans. Volumes are written as .pkl, .npy
-and .nii.gz, with their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each
+the 32 mm patches of the demo's model, and takes longer than a demo's minutes to tell from blood.) A haemorrhage is
+a bumpy ball with a dark rim. Three patients of four have one; some have several scans. Volumes are written as .pkl,
+.npy and .nii.gz, with their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each
 patient has a seed of its own: the same files every time.
 """
 
 import argparse
 import csv
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ SHAPE = (92, 112, 38)              # voxels
 VOXEL = np.array([2.2, 2.2, 5.0])  # mm
 AIR, SCALP, SKULL, FLUID, BRAIN, FALX, CALCIFIED = -1000, 30, 1100, 8, 33, 50, 130  # Hounsfield units
 FORMATS = (".pkl", ".npy", ".nii.gz")
+OWN = re.compile(r"(train|val)\.csv|(volumes|masks)(/patient_\d+_\d+\.(pkl|npy|nii\.gz))?")  # what this script writes
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
@@ -42,7 +44,7 @@ def reach_of(points, centre, radii):
 
 
 def draw_head(rng, points):
-    """A head without a bleeding: (float32 SHAPE in Hounsfield units, how far out each voxel lies: 1 at the skull)."""
+    """A head without a haemorrhage: (float32 SHAPE in Hounsfield units, how far out each voxel is: 1 at the skull)."""
     radii = np.array([68, 86, 72]) * rng.uniform(0.93, 1.07, 3)
     reach = reach_of(points, rng.uniform(-7, 7, 3), radii) * (1 + 0.02 * smooth_noise(rng, 4))
     head = np.full(SHAPE, AIR, np.float32)
@@ -63,8 +65,8 @@ def draw_head(rng, points):
     return head, reach
 
 
-def draw_bleeding(rng, head, reach, points, centre, radius):
-    """Put a bleeding into the brain of `head` (changed in place); returns its mask, bool SHAPE."""
+def draw_haemorrhage(rng, head, reach, points, centre, radius):
+    """Put a haemorrhage into the brain of `head` (changed in place); returns its mask, bool SHAPE."""
     bumps = 1 + 0.3 * smooth_noise(rng, 6) + 0.15 * smooth_noise(rng, 12)
     ball = reach_of(points, centre, radius * rng.uniform(0.8, 1.2, 3)) * bumps
     brain = reach < 0.97
@@ -74,10 +76,10 @@ def draw_bleeding(rng, head, reach, points, centre, radius):
     return mask
 
 
-def draw_scan(rng, bleeding):
+def draw_scan(rng, haemorrhage):
     """One scan: (int16 SHAPE in Hounsfield units, bool SHAPE).
 
-    bleeding: (centre as a share of the brain's radius, radius in mm), or None.
+    haemorrhage: (centre as a share of the brain's radius, radius in mm), or None.
     """
     points = [(np.arange(count) - (count - 1) / 2) * size for count, size in zip(SHAPE, VOXEL)]
     x, y, z = (axis.astype(np.float32) for axis in np.meshgrid(*points, indexing="ij"))
@@ -85,9 +87,9 @@ def draw_scan(rng, bleeding):
     points = (x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn), z)
     head, reach = draw_head(rng, points)
     mask = np.zeros(SHAPE, bool)
-    if bleeding:
-        share, radius = bleeding
-        mask = draw_bleeding(rng, head, reach, points, share * (68, 86, 72), radius)
+    if haemorrhage:
+        share, radius = haemorrhage
+        mask = draw_haemorrhage(rng, head, reach, points, share * (68, 86, 72), radius)
     blurred = (head + np.roll(head, 1, 0) + np.roll(head, 1, 1) + np.roll(head, (1, 1), (0, 1))) / 4
     return (blurred + rng.normal(0, 4, SHAPE)).round().astype(np.int16), mask
 
@@ -105,7 +107,7 @@ def write_scan(folder, name, kind, volume, mask, axes):
         np.save(path, volume)
     else:
         path.write_bytes(pickle.dumps({"image": np.ascontiguousarray(volume), "affine": affine}))
-    if mask.any() or kind == ".npy":  # without a bleeding, only .npy needs a mask: it says nothing about millimetres
+    if mask.any() or kind == ".npy":  # a .npy always needs a mask: it says nothing about millimetres itself
         nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), folder / "masks" / f"{name}.nii.gz")
     return path
 
@@ -119,8 +121,8 @@ def draw_patient(folder, number, seed):
     radius = 14 * np.exp(rng.normal(0.35, 0.2))
     rows = []
     for scan in range(scans):
-        bleeding = None if number % 4 == 3 else (share, radius * 1.15**scan)  # it grows from scan to scan
-        volume, mask = draw_scan(rng, bleeding)
+        haemorrhage = None if number % 4 == 3 else (share, radius * 1.15**scan)  # it grows from scan to scan
+        volume, mask = draw_scan(rng, haemorrhage)
         name = f"patient_{number:03}_{scan}"
         path = write_scan(folder, name, FORMATS[(number + scan) % 3], volume, mask, "LPS" if number % 2 else "RAS")
         rows.append({"path": path.relative_to(folder).as_posix(), "ich": int(mask.any()),
@@ -132,10 +134,14 @@ def main():
     parser = argparse.ArgumentParser(description="SAM-Med3D 데모용 머리 CT와 출혈 마스크를 그려 저장합니다.")
     parser.add_argument("--seed", type=int, default=0, help="난수 시드 (기본: 0)")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "data" / "ich",
-                        help="결과 폴더, 있으면 새로 만듦 (기본: extras/demo/data/ich)")
+                        help="결과 폴더: 없거나, 비었거나, 이 스크립트가 만든 것. 전에 만든 것은 지우고 새로 그림 "
+                        "(기본: extras/demo/data/ich)")
     parser.add_argument("--train", type=int, default=48, help="학습 환자 수 (기본: 48)")
     parser.add_argument("--val", type=int, default=12, help="검증 환자 수 (기본: 12)")
     args = parser.parse_args()
+    for path in args.output.rglob("*"):
+        if not OWN.fullmatch(path.relative_to(args.output).as_posix()):
+            sys.exit(f"오류: 다른 파일이 있는 폴더라 지우고 새로 만들지 않습니다: {path}")
     for name in ("volumes", "masks"):
         shutil.rmtree(args.output / name, ignore_errors=True)
         (args.output / name).mkdir(parents=True)

@@ -12,19 +12,25 @@ MODELS = {
     "small": {"image_size": 48, "vit_patch_size": 8, "encoder_embed_dim": 192, "encoder_depth": 4,
               "encoder_num_heads": 6, "encoder_global_attn_indexes": [0, 1, 2, 3], "prompt_embed_dim": 96},
 }
-BRAIN_WINDOW = (40, 80)  # level and width in Hounsfield units
+BRAIN_WINDOW = (40.0, 80.0)  # level and width in Hounsfield units
+# GB that a training step with batch 1 takes at most; with a frozen or a recomputed encoder half of it
+MEMORY = {"full": 9, "small": 1}
 FREE_ON_RESUME = {"epochs", "patience", "output_dir", "device", "num_workers", "keep_in_memory", "use_wandb",
-                  "wandb_project", "wandb_entity", "log_images", "log_freq", "resume", "test", "sam_checkpoint"}
+                  "wandb_project", "wandb_entity", "log_images", "log_freq", "resume", "test", "sam_checkpoint",
+                  "image_size"}  # the last one follows from model_size
 
 
 def window_type(text):
     """"brain" -> (40.0, 80.0); "none" -> None; "level,width" in Hounsfield units -> the two numbers."""
-    if text == "none":
-        return None
-    level, width = map(float, BRAIN_WINDOW if text == "brain" else text.split(","))
-    if not (abs(level) < 1e5 and 0 < width < 1e5):
-        raise ValueError(text)
-    return level, width
+    if text in ("brain", "none"):
+        return BRAIN_WINDOW if text == "brain" else None
+    try:
+        level, width = map(float, text.split(","))
+        if abs(level) < 1e5 and 0 < width < 1e5:
+            return level, width
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: brain, none, 또는 '레벨,폭'이어야 합니다. 예: 40,80 (폭은 0보다 큰 수)")
 
 
 def at_least(least, kind):
@@ -121,6 +127,21 @@ def settings_of(args):
 
 
 def differing_settings(args, before):
-    """Names of settings that must not change on --resume and differ from those of the run before."""
+    """The settings that must not change on --resume and differ now, as flags that give what the run before had."""
     now = settings_of(args)
-    return [name for name in now if name not in FREE_ON_RESUME and now[name] != before.get(name)]
+
+    def same(name):
+        if isinstance(getattr(args, name), Path):
+            return Path(now[name]).resolve() == Path(before[name]).resolve()
+        return now[name] == before.get(name)
+
+    return [as_flag(name, before.get(name)) for name in now if name not in FREE_ON_RESUME and not same(name)]
+
+
+def as_flag(name, value):
+    """A setting as the command line has it, from what settings_of gives: "--window=40,80", "--freeze_encoder 없이"."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--{name} 없이"
+    if name == "window":
+        return f"--window={','.join(f'{number:g}' for number in value) if value else 'none'}"
+    return f"--{name} {value}"

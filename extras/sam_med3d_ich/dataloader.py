@@ -9,6 +9,7 @@ over the voxels above 0.
 """
 
 import csv
+import math
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ SUFFIXES = (".nii", ".nii.gz", ".npy", ".pkl")
 NO_LABEL = -100    # what cross_entropy leaves out
 ROTATION = 0.17    # radians, about each axis: 10 degrees
 NOISE = 0.1        # standard deviation, where that of the image is 1
+MOST_LABELS = 10   # a mask with more different values is no mask
 
 
 # ---- the CSV ----
@@ -87,10 +89,10 @@ def read_csv(path):
     return rows
 
 
-def find_mask(mask_dir, path):
-    """The mask of a volume, {stem}.nii or {stem}.nii.gz, or None."""
+def find_masks(mask_dir, path):
+    """The files that may be the mask of a volume: those of {stem}.nii and {stem}.nii.gz that are there."""
     candidates = (mask_dir / f"{stem_of(path)}{suffix}" for suffix in (".nii", ".nii.gz"))
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return [candidate for candidate in candidates if candidate.is_file()]
 
 
 def read_rows(csv_path, mask_dir):
@@ -112,10 +114,14 @@ def read_rows(csv_path, mask_dir):
         elif not path.is_file():
             problems.append(f"{place}: {path}: 파일이 없습니다")
         else:
-            mask = find_mask(mask_dir, path)
-            if mask is None and values["ich"] == "1":
+            masks = find_masks(mask_dir, path)
+            if len(masks) > 1:
+                problems.append(f"{place}: 마스크가 둘입니다. 하나만 남기세요: {masks[0]}, {masks[1]}")
+            elif masks and masks[0].samefile(path):
+                problems.append(f"{place}: 마스크가 볼륨 자신입니다: {path}. 마스크는 볼륨과 다른 폴더에 두세요")
+            elif not masks and values["ich"] == "1":
                 problems.append(f"{place}: 마스크가 없습니다: {mask_dir / stem_of(path)}.nii 또는 .nii.gz")
-            rows.append(Row(place, path, int(values["ich"]), values["patient_id"], mask))
+            rows.append(Row(place, path, int(values["ich"]), values["patient_id"], masks[0] if masks else None))
     return rows, problems
 
 
@@ -138,6 +144,10 @@ def check_patients(train, val):
 
 # ---- the files ----
 
+class RefusedPickle(pickle.UnpicklingError):
+    """A pickle that holds what is no part of a volume; the message names it."""
+
+
 class StandIn:
     """What a pickle may name, in place of the original, so that it never gets hold of a function of numpy's.
 
@@ -146,7 +156,7 @@ class StandIn:
     array = None
 
     def __setstate__(self, state):
-        raise pickle.UnpicklingError("unexpected state")
+        raise RefusedPickle("unexpected state")
 
 
 class PickledDtype(StandIn):
@@ -154,7 +164,7 @@ class PickledDtype(StandIn):
 
     def __init__(self, code, align=False, copy=False):
         if not re.fullmatch("[biuf][1248]", code):
-            raise pickle.UnpicklingError(f"dtype {code}")
+            raise RefusedPickle(f"dtype {code}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
@@ -204,7 +214,7 @@ class VolumeUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         known = self.KNOWN.get(f"{module}.{name}")
         if known is None:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise RefusedPickle(f"{module}.{name}")
         return known
 
 
@@ -213,7 +223,7 @@ def read_pickle(path):
     with path.open("rb") as file:
         try:
             content = VolumeUnpickler(file).load()
-        except pickle.UnpicklingError as error:
+        except RefusedPickle as error:
             raise DataError(f"{path}: 볼륨에 있을 수 없는 것이 들어 있어 열지 않았습니다: {reason(error)}") from None
     parts = content if isinstance(content, dict) else {"image": content}
     parts = {name: value.array if isinstance(value, StandIn) else value for name, value in parts.items()}
@@ -229,6 +239,7 @@ def read_nifti(path):
 
 
 def read_npy(path):
+    """The array of a .npy, and None for its affine. Raises ValueError for an array of Python objects."""
     with path.open("rb") as file:
         return np.lib.format.read_array(file, allow_pickle=False), None
 
@@ -265,6 +276,9 @@ def read_pair(row):
                             ".pkl에 'affine'을 넣거나, NIfTI로 저장하세요")
         return image, np.zeros(image.shape, np.uint8), affine
     mask, mask_affine = read_volume(row.mask)
+    if (count := len(np.unique(mask[mask > 0.5]))) > MOST_LABELS:
+        raise DataError(f"{row.mask}: 마스크가 아닌 것 같습니다: 0.5보다 큰 값이 {count}가지입니다 "
+                        f"({MOST_LABELS}가지까지 받습니다)")
     mask = (mask > 0.5).astype(np.uint8)
     if mask.shape != image.shape:
         raise DataError(f"{row.mask}: 마스크의 크기 {mask.shape}가 볼륨의 크기 {image.shape}와 다릅니다")
@@ -346,7 +360,7 @@ class Volumes:
 
 
 def millilitres(mask):
-    """The volume of a MetaTensor mask in ml."""
+    """The volume in ml of a mask, a MetaTensor [1, X, Y, Z] whose affine is in mm."""
     return float(mask.sum() * torch.linalg.det(mask.affine[:3, :3]).abs() / 1000)
 
 
@@ -364,8 +378,11 @@ def head_centre(image):
 
 
 def crop_around(tensor, centre, size):
-    """size x size x size voxels of a MetaTensor [1, X, Y, Z] around a place, given in voxels; outside stands 0."""
-    start = [round(place - size / 2) for place in centre]
+    """size x size x size voxels of a MetaTensor [1, X, Y, Z] around a place, given in voxels; outside stands 0.
+
+    A place between two voxels is rounded down, as torchio's CropOrPad does with a mask of an odd length.
+    """
+    start = [math.ceil(place - size / 2 - 0.5) for place in centre]
     before = [max(0, -place) for place in start]
     after = [max(0, place + size - length) for place, length in zip(start, tensor.shape[1:])]
     start = [place + pad for place, pad in zip(start, before)]
@@ -398,7 +415,8 @@ class TrainingSet(Dataset):
 
     Indexed by (epoch, number), and every draw follows from these and the seed: neither workers nor a resumed run
     change it. The label is learnt only from crops around the head's centre, which is found without the truth. A crop
-    around the target would give the label away, because only a haemorrhage has one.
+    around the target would give the label away, because only a haemorrhage has one. Nor is it learnt where the crop
+    or the rotation has cut the whole haemorrhage off.
     """
 
     def __init__(self, volumes, args):
@@ -417,8 +435,9 @@ class TrainingSet(Dataset):
         crop = {name: crop_around(case[name], centre, self.size) for name in ("image", "mask")}
         self.augment.set_random_state(int(rng.integers(2**32)))
         crop = self.augment(crop)
+        without_label = around_target or (ich and not crop["mask"].any())
         return {"image": crop["image"].as_tensor(), "mask": crop["mask"].as_tensor().float(),
-                "label": NO_LABEL if around_target else ich, "number": number}
+                "label": NO_LABEL if without_label else ich, "number": number}
 
 
 class ValidationSet(Dataset):

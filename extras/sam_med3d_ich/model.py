@@ -12,7 +12,7 @@ from utils import fail, load_checkpoint
 
 
 class RepresentationHead(nn.Module):
-    """Tokens, and what they say about a bleeding, from the encoder's features, whatever their number of channels."""
+    """Tokens of the encoder's features, and what each of them says about a haemorrhage."""
 
     def __init__(self, channels, visual_tokens):
         super().__init__()
@@ -21,9 +21,10 @@ class RepresentationHead(nn.Module):
         self.classify = nn.Sequential(nn.GELU(), nn.Linear(visual_tokens, 1))
 
     def forward(self, features):
-        """features [B, C, X, Y, Z] -> tokens [B, N, visual_tokens], logits of a bleeding in each [B, N]; N = X * Y * Z.
+        """features [B, channels, X, Y, Z] -> tokens [B, N, visual_tokens], with N = X * Y * Z, and logits [B, N] of a
+        haemorrhage in each.
 
-        The logit of the volume is the largest of them: a small bleeding shows in few tokens.
+        The logit of the volume is the largest of them: a small haemorrhage shows in few tokens.
         """
         tokens = self.norm(self.project(features.flatten(2).transpose(1, 2)))
         return tokens, self.classify(tokens)[..., 0]

@@ -14,8 +14,9 @@ import time
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import torch
-from config import parse_args, settings_of, warnings_about
+from config import MEMORY, parse_args, settings_of, warnings_about
 from dataloader import Volumes, check_patients, read_rows
+from matplotlib import pyplot as plt
 from model import build_model
 from trainer import Trainer
 from utils import (
@@ -25,6 +26,7 @@ from utils import (
     duration,
     fail,
     free_memory,
+    lock,
     peak_memory,
     run,
     save_figure,
@@ -38,6 +40,9 @@ def main():
     args = parse_args()
     if args.test:
         sys.exit(not system_check(args))
+    lock(args.output_dir / ".lock")
+    for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
     device = detect_device(args.device)
     for warning in warnings_about(args, device):
         print(f"주의: {warning}")
@@ -53,7 +58,12 @@ def main():
     print_setup(trainer)
 
     started = time.time()
-    early = trainer.fit()
+    try:
+        early = trainer.fit()
+    except KeyboardInterrupt:
+        if not (trainer.epoch and (args.output_dir / "latest_model.pth").is_file()):
+            raise
+        fail("중단했습니다. 같은 명령에 --resume을 붙이면 마지막으로 마친 에포크부터 이어서 합니다")
     save_figure(draw_curve(trainer.history), args.output_dir / "training_curve.png")
     save_summary(trainer, early)
     if early:
@@ -61,7 +71,7 @@ def main():
     best = trainer.best
     print(f"학습 시간 {duration(time.time() - started)}. 최고 에포크 {trainer.best_epoch}: "
           f"검증 Dice {best['dice']:.3f}, IoU {best['iou']:.3f}, 부피 오차 {best['volume_error_ml']:.1f} ml, "
-          f"라벨 정확도 {best['label_accuracy']:.0%}")
+          f"라벨 정확도 {best['label_accuracy']:.0%}. 메모리 {peak_memory(device):.2f} GB")
     print(f"저장: {args.output_dir}/ (best_model.pth, sam_encoder.pth, patients.csv, patients.png)")
 
 
@@ -127,7 +137,9 @@ def open_wandb(trainer):
     def log(history, draw):
         values = {name: value for name, value in history[-1].items() if value is not None}
         if args.log_images and history[-1]["epoch"] % args.log_freq == 0:
-            values["patients"] = wandb.Image(draw())
+            figure = draw()
+            values["patients"] = wandb.Image(figure)
+            plt.close(figure)
         tracker.log(values, step=history[-1]["epoch"])
     return log
 
@@ -161,16 +173,20 @@ def system_check(args):
 
     def step():
         started, device = time.time(), detect_device(args.device)
-        args.num_workers = 0
+        saving = args.freeze_encoder or args.use_gradient_checkpointing
+        free, needed = free_memory(device), MEMORY[args.model_size] / (2 if saving else 1)
+        if free < needed:
+            fail(f"메모리가 {free:.1f} GB 남아 해 보지 않았습니다. {needed:g} GB까지 들 수 있습니다")
+        args.num_workers, args.batch_size = 0, 1
         trainer = Trainer(build_model(args), [0], [0], args, device)
-        size = (args.batch_size, 1, *[args.image_size] * 3)
-        batch = {"image": torch.randn(size), "mask": torch.zeros(size), "number": torch.arange(args.batch_size),
-                 "label": torch.ones(args.batch_size, dtype=torch.int64)}
+        size = (1, 1, *[args.image_size] * 3)
+        batch = {"image": torch.randn(size), "mask": torch.zeros(size), "number": torch.tensor([0]),
+                 "label": torch.tensor([1])}
         batch["mask"][..., :8] = 1
         mask_loss, label_loss = trainer.losses(batch, epoch=1)
         trainer.scaler.scale((mask_loss + label_loss).mean()).backward()
         trainer.step()
-        return f"{time.time() - started:.1f}초, 메모리 {peak_memory(device):.1f} GB (배치 {args.batch_size}, 무작위 값)"
+        return f"{time.time() - started:.1f}초, 메모리 {peak_memory(device):.1f} GB (배치 1, 무작위 값)"
 
     passed = True
     for name, check in (

@@ -20,7 +20,6 @@ from monai.transforms import ResampleToMatch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
 from utils import (
-    best_slice,
     draw_patients,
     duration,
     fail,
@@ -71,7 +70,7 @@ def mask_losses(logits, truth):
 
 
 def label_losses(logits, mask, label):
-    """Cross-entropy of each volume's label, [B], and of its tokens', which learn where they see a bleeding.
+    """Cross-entropy of each volume's label, [B], and of its tokens', which learn where they see a haemorrhage.
 
     logits: of the tokens, [B, N]; mask: float [B, 1, S, S, S]; label: 0, 1, or NO_LABEL, whose loss is 0.
     """
@@ -83,6 +82,7 @@ def label_losses(logits, mask, label):
 
 
 def upscale(low_res, size):
+    """Logits [B, 1, L, L, L] -> [B, 1, size, size, size], trilinear."""
     return F.interpolate(low_res, (size, size, size), mode="trilinear", align_corners=False)
 
 
@@ -98,7 +98,7 @@ def by_patient(rows, results):
 
     rows: the volumes' Rows; results: dicts of a volume's "probability" of a haemorrhage and, where it has one,
     "overlap", "predicted", "true" in ml. Dice and IoU are those of all scans of a patient taken together; ml are means
-    over the scans with a haemorrhage; a patient bleeds if one of the scans does.
+    over the scans with a haemorrhage; a patient has one if one of the scans does.
     """
     patients = {}
     for row, result in zip(rows, results):
@@ -220,28 +220,32 @@ class Trainer:
             done = (number - 1) // steps * per_step
             share = min(per_step, len(self.train) - done)  # volumes in this step of the optimizer; fewer in the last
             loss = (mask_loss + LABEL_WEIGHT * label_loss).sum() / share
-            if not loss.isfinite():
-                fail(f"손실이 {loss.item()}가 되어 멈춥니다. --lr을 줄이세요. 저장된 파일은 그대로입니다")
+            check_finite("손실", loss)
             self.scaler.scale(loss).backward()
             if number % steps == 0 or number == len(self.train_loader):
                 self.step()
             sums += [mask_loss.sum().item(), (mask_loss > 0).sum().item(), label_loss.sum().item(),
                      (batch["label"] >= 0).sum().item()]
+        check_finite("가중치", *self.parameters)
         mask_sum, masks, label_sum, labels = sums.tolist()
         return {"mask_loss": mask_sum / max(masks, 1), "label_loss": label_sum / max(labels, 1)}
 
     def step(self):
-        """One step of the optimizer with the accumulated gradients."""
-        if self.args.max_grad_norm:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        """One step of the optimizer with the accumulated gradients; fail() if they are not finite.
+
+        In float16 they may be: the scaler leaves the step out, and multiplies the next losses by less.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
+        if not self.scaler.is_enabled():
+            check_finite("기울기", norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
     @torch.no_grad()
     def validate(self):
-        """(table of by_patient, pictures for draw_patients, one a patient) of the validation volumes.
+        """(table of by_patient, pictures for draw_patients: of each patient's first haemorrhage) of the validation.
 
         The label comes from a crop around the head's centre, the mask from one click in a crop around the target.
         Dice and ml are measured with the voxels of the mask's file, after the prediction is brought back to them.
@@ -251,6 +255,7 @@ class Trainer:
         for item in tqdm(self.val_loader, "검증", disable=None, leave=False):
             row = self.val.rows[item["number"]]
             _, logits = self.model.head(self.encode(item["head"]))
+            check_finite("검증의 예측", logits)
             results.append({"probability": logits.max().sigmoid().item()})
             if row.ich:
                 generator = np.random.default_rng([VALIDATION_SEED, item["number"]])
@@ -260,8 +265,9 @@ class Trainer:
                 low_res = self.model.decode(features, points.to(self.device), labels.to(self.device), low_res)
                 probability = upscale(low_res, item["image"].shape[-1]).sigmoid()[0].cpu()
                 results[-1] |= measure(probability, item)
-                pictures.setdefault(row.patient_id, picture_of(row, item, probability, points, results[-1]))
-        return by_patient(self.val.rows, results), list(pictures.values())
+                pictures.setdefault(row.patient_id, picture_of(item, probability, points))
+        table = by_patient(self.val.rows, results)
+        return table, [{**entry, **pictures[entry["patient_id"]]} for entry in table if entry["ich"]]
 
     def fit(self):
         """Train to the last epoch, or until --patience epochs in a row were not better; returns whether early."""
@@ -279,7 +285,7 @@ class Trainer:
             if better:
                 self.best, self.best_epoch = scores, epoch
                 self.save_best(table, pictures)
-            self.save()
+            save_checkpoint(args.output_dir / "latest_model.pth", self.state())
             left = (time.time() - started) / (epoch - first) * (args.epochs - epoch)
             print(report(self.history[-1], args.epochs, better, left, peak_memory(self.device)), flush=True)
             self.on_epoch(self.history, lambda pictures=pictures: draw_patients(pictures))
@@ -299,23 +305,23 @@ class Trainer:
         write_patients(output / "patients.csv", table)
         save_figure(draw_patients(pictures), output / "patients.png")
 
-    def save(self):
-        """latest_model.pth: all that --resume needs."""
-        save_checkpoint(self.args.output_dir / "latest_model.pth", {
-            "model_state_dict": self.model.sam.state_dict(), "head_state_dict": self.model.head.state_dict(),
-            "optimizer_state_dict": self.optimizer.state_dict(), "scheduler_state_dict": self.scheduler.state_dict(),
-            "scaler_state_dict": self.scaler.state_dict(), "epoch": self.epoch, "history": self.history,
-            "best": self.best, "best_epoch": self.best_epoch, "run_id": self.run_id,
-            "settings": settings_of(self.args)})
+    def state(self):
+        """All that --resume needs."""
+        return {"model_state_dict": self.model.sam.state_dict(), "head_state_dict": self.model.head.state_dict(),
+                "optimizer_state_dict": self.optimizer.state_dict(),
+                "scheduler_state_dict": self.scheduler.state_dict(), "scaler_state_dict": self.scaler.state_dict(),
+                "epoch": self.epoch, "history": self.history, "best": self.best, "best_epoch": self.best_epoch,
+                "run_id": self.run_id, "settings": settings_of(self.args)}
 
     def load(self):
-        """Go on from latest_model.pth; fail() if it is of a run with other settings."""
+        """Go on from latest_model.pth; fail() if it is not one, or of a run with other settings."""
         path = self.args.output_dir / "latest_model.pth"
         state = load_checkpoint(path)
+        if not isinstance(state, dict) or self.state().keys() - state.keys():
+            fail(f"이 스크립트가 쓴 latest_model.pth가 아니거나 다른 버전이 쓴 것이라 이어서 할 수 없습니다: {path}")
         differing = differing_settings(self.args, state["settings"])
         if differing:
-            shown = ", ".join(f"--{name} {state['settings'].get(name)}" for name in differing)
-            fail(f"{path}는 다른 설정으로 한 학습입니다. 이어서 하려면 그때와 같게 주세요: {shown}")
+            fail(f"{path}는 다른 설정으로 한 학습입니다. 이어서 하려면 그때와 같게 주세요: {', '.join(differing)}")
         self.model.sam.load_state_dict(state["model_state_dict"])
         self.model.head.load_state_dict(state["head_state_dict"])
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
@@ -323,6 +329,14 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler_state_dict"])
         self.epoch, self.history, self.run_id = state["epoch"], state["history"], state["run_id"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        if isinstance(self.scheduler, LambdaLR):  # its formula may have another --epochs than the rate in the file
+            self.optimizer.param_groups[0]["lr"] = self.args.lr * self.scheduler.lr_lambdas[0](self.epoch)
+
+
+def check_finite(name, *tensors):
+    """fail() if one of the tensors has a NaN or an infinity: a model that gives such values is not saved."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        fail(f"{name}에 NaN이나 무한대가 있어 멈춥니다. --lr을 줄이세요. 저장된 파일은 그대로입니다")
 
 
 def measure(probability, item):
@@ -336,13 +350,12 @@ def measure(probability, item):
             "true": truth.sum().item() * voxel}
 
 
-def picture_of(row, item, probability, points, result):
-    """What draw_patients shows of a volume: the slice with the most of the truth, and the click put into it."""
-    mask = item["mask"][0, 0].numpy()
-    axial = best_slice(mask)
-    return {"title": row.patient_id, "dice": dice_and_iou(result["overlap"], result["predicted"], result["true"])[0],
-            "image": item["image"][0, 0, :, :, axial].numpy().copy(), "truth": mask[:, :, axial].copy(),
-            "prediction": probability[0, :, :, axial].numpy() > 0.5, "click": points[0, 0, :2].tolist()}
+def picture_of(item, probability, points):
+    """What draw_patients shows of a volume: the axial slice with the click."""
+    x, y, axial = points[0, 0].long().tolist()
+    return {"image": item["image"][0, 0, :, :, axial].numpy().copy(),
+            "truth": item["mask"][0, 0, :, :, axial].numpy().copy(),
+            "prediction": probability[0, :, :, axial].numpy() > 0.5, "click": (x, y)}
 
 
 def report(row, epochs, better, left, memory):

@@ -4,6 +4,10 @@ extras/common.py has the first few as well, but Python does not find it from thi
 """
 
 import argparse
+import atexit
+import contextlib
+import errno
+import functools
 import importlib.metadata
 import io
 import json
@@ -17,9 +21,9 @@ import warnings
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import psutil
 import torch
+from filelock import FileLock, Timeout
 
 matplotlib.use("Agg")
 from matplotlib import font_manager, pyplot as plt  # noqa: E402, I001  (the backend is chosen first)
@@ -55,16 +59,31 @@ def run(main):
     except (DataError, OSError) as error:
         fail(reason(error))
     except KeyboardInterrupt:
-        fail("중단했습니다. 같은 명령에 --resume을 붙이면 마지막으로 마친 에포크부터 이어서 합니다")
-    except (RuntimeError, MemoryError) as error:
-        words = re.search("out of memory|not enough memory|can't allocate memory", str(error))
-        if not words and not isinstance(error, MemoryError):
+        fail("중단했습니다")
+    except (RuntimeError, MemoryError) as error:  # CUDA, MPS, the CPU and DataLoader report it in different words
+        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail("메모리가 부족합니다. --batch_size를 줄이고 --gradient_accumulation_steps를 늘리거나 "
-             "--use_gradient_checkpointing, --use_mixed_precision, --freeze_encoder를 쓰세요")
+             "--use_gradient_checkpointing, --use_mixed_precision, --freeze_encoder, --num_workers 0을 쓰세요")
 
 
 # ---- files ----
+
+def lock(path):
+    """Hold the lock file `path` until the process ends, however it ends; fail() if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
+    file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
+    try:
+        file_lock.acquire(blocking=False)
+    except Timeout:
+        fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
+    except OSError as error:  # Lustre without flock, SMB, NFS without lockd
+        print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
+              "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
+    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
+
 
 def beside(path):
     """The name under which a file is written before it is renamed to `path`: readers never see half a file."""
@@ -93,9 +112,17 @@ def save_figure(figure, path):
 
 
 def save_checkpoint(path, value):
-    """torch.save beside `path`, then rename; straight to disk, because latest_model.pth takes more than 1 GB."""
+    """torch.save beside `path`, then rename; straight to disk, because latest_model.pth takes more than 1 GB.
+
+    Raises OSError, naming the file, where torch.save raises RuntimeError: the disk is full, or a quota is used up.
+    """
     temporary = beside(path)
-    torch.save(value, temporary)
+    try:
+        torch.save(value, temporary)
+    except RuntimeError:
+        temporary.unlink(missing_ok=True)
+        strerror = "끝까지 쓰지 못했습니다. 디스크에 남은 자리를 확인하세요"
+        raise OSError(errno.EIO, strerror, str(path)) from None
     temporary.replace(path)
 
 
@@ -120,8 +147,17 @@ def load_checkpoint(path):
 
 # ---- the system ----
 
+@functools.cache  # --test asks three times: one warning is enough
 def detect_device(requested="auto"):
-    """Name of the device to run on: "mps" if available, else "cuda", else "cpu"; fail() for one that is not there."""
+    """Name of the device to run on: "mps" if available, else "cuda", else "cpu"; fail() for one that is not there.
+
+    MPS has the decoder's ConvTranspose3d from torch 2.8 on (github.com/pytorch/pytorch/pull/154696), and before that
+    the fallback to the CPU does not catch it: the whole model runs on the CPU then.
+    """
+    if requested in ("auto", "mps") and torch.backends.mps.is_available() and torch.__version__ < "2.8":
+        print(f"주의: torch {torch.__version__}의 MPS에는 ConvTranspose3d가 없어 CPU에서 실행합니다. "
+              "torch 2.8 이상을 설치하면 MPS를 씁니다")
+        return "cpu"
     available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     if requested == "auto":
         return next(name for name, there in available.items() if there)
@@ -138,10 +174,17 @@ def versions():
 
 
 def free_memory(device):
-    """Memory that is free now, in GB: the GPU's on CUDA, else the computer's."""
+    """GB of memory that are free: of the GPU on CUDA, else of the machine, or of the container (cgroup 2) if that has
+    a lower limit."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    return psutil.virtual_memory().available / 1e9
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used -= int(statistics["inactive_file"])  # files that were read; their memory is given back when needed
+        free = max(0, min(free, limit - used))
+    return free / 1e9
 
 
 def peak_memory(device):
@@ -181,9 +224,10 @@ def draw_curve(history):
 
 
 def draw_patients(pictures):
-    """The lowest, the median and the highest Dice of a validation: scan with click, truth, prediction; a figure.
+    """The patients with the lowest, the median and the highest Dice: scan with click, truth, prediction; a figure.
 
-    pictures: dicts with title, dice, image, truth, prediction (X x Y, of one axial slice), click (x, y) or None.
+    pictures: dicts with patient_id, dice (the patient's), image, truth, prediction (X x Y, of one axial slice; x to
+    the patient's right, y to the front), click (x, y).
     """
     ranked = sorted(pictures, key=lambda picture: picture["dice"])
     chosen = list(dict.fromkeys([0, len(ranked) // 2, len(ranked) - 1]))
@@ -191,17 +235,14 @@ def draw_patients(pictures):
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.1 / len(chosen), wspace=0.02, hspace=0.12)
     for axes, picture in zip(rows, (ranked[number] for number in chosen)):
         for column, (name, mask) in enumerate((("scan and click", None), ("truth", "truth"),
-                                               (f"prediction, Dice {picture['dice']:.2f}", "prediction"))):
+                                               (f"prediction; patient's Dice {picture['dice']:.2f}", "prediction"))):
             axes[column].imshow(picture["image"].T, cmap="gray", origin="lower")
             if mask and picture[mask].any():
                 axes[column].contour(picture[mask].T, [0.5], colors="lime" if mask == "truth" else "red",
                                      linewidths=1.2)
-            axes[column].set_title(f"{picture['title']}: {name}" if column == 0 else name, fontsize=10)
+            axes[column].set_title(f"{picture['patient_id']}: {name}" if column == 0 else name, fontsize=10)
             axes[column].axis("off")
+            for side, place in (("L", 0.02), ("R", 0.94)):  # not as radiologists hang films: no side is exchanged
+                axes[column].text(place, 0.49, side, color="yellow", transform=axes[column].transAxes)
         axes[0].plot(*picture["click"], "*", color="cyan", markersize=11)
     return figure
-
-
-def best_slice(mask):
-    """Number of the axial slice (last axis) of a bool X x Y x Z mask with the largest area."""
-    return int(np.argmax(mask.sum((0, 1))))
