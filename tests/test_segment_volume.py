@@ -15,16 +15,9 @@ import pytest
 import segment_volume
 import tracking
 from conftest import SMALL_CFG, assert_fails_in_one_line, run
-from test_track_video import Hand, make_visible
+from test_track_video import Hand
 
 SHAPE, SPACING = (24, 20, 8), (1.0, 1.5, 4.0)
-
-
-@pytest.fixture(scope="module")
-def visible(tmp_path_factory, weights):
-    path = tmp_path_factory.mktemp("visible") / "visible.pt"
-    path.write_bytes(weights.read_bytes())
-    return make_visible(path)
 
 
 def draw_volume():

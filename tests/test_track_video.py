@@ -16,7 +16,7 @@ import pytest
 import torch
 import track_video
 import tracking
-from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
+from conftest import SMALL_CFG, assert_fails_in_one_line, make_visible, run, write_image
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from PIL import Image
 from sam2.build_sam import build_sam2_video_predictor
@@ -60,21 +60,6 @@ def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, tim
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
-
-
-def make_visible(checkpoint):
-    """Raise the score by which the model says that an object is in sight: random weights often hide all of them."""
-    weights = torch.load(checkpoint, weights_only=True)
-    weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 10
-    torch.save(weights, checkpoint)
-    return checkpoint
-
-
-@pytest.fixture(scope="module")
-def visible(tmp_path_factory, weights):
-    path = tmp_path_factory.mktemp("visible") / "visible.pt"
-    path.write_bytes(weights.read_bytes())
-    return make_visible(path)
 
 
 @pytest.fixture
