@@ -1,14 +1,11 @@
 """test_my_image.py: prompts on the command line, and the window they replace."""
 
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from unittest.mock import Mock, create_autospec
 
