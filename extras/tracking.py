@@ -239,7 +239,8 @@ class Window:
         for action, own in (("home", ("r",)), ("back", ("backspace", "left")), ("forward", ("right",))):
             keys = plt.rcParams[f"keymap.{action}"]  # matplotlib's own meaning of these keys
             plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in own]
-        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 6.5) + 1.6))
+        # fits a laptop of 1280 x 720
+        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.5) + 1.6))
         self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
         self.picture = self.axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect, extent=(
             -0.5, frames.size[1] - 0.5, frames.size[0] - 0.5, -0.5))

@@ -638,6 +638,8 @@ class TrackingWindow(RealWindow):
 def test_real_window_prompts_two_objects_tracks_steps_corrects_and_tracks_again(clip, screen):
     with TrackingWindow(clip, screen, "track_video", "--video", "frames", "-o", "clicked") as window:
         window.wait_for_window("frames")
+        geometry = window.xdotool("getwindowgeometry", "--shell", window.id)
+        assert int(re.search(r"HEIGHT=(\d+)", geometry)[1]) <= 720 - 50  # the frame and a panel of the desktop
         window.click(20, 20)
         window.wait_for("frames", 0, 1, 1)
         window.xdotool("key", "2")
