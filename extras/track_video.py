@@ -290,9 +290,10 @@ class VideoFile:
                         bar.update()
             except av.FFmpegError:
                 return False
-            # a clip trimmed by an edit list holds more frames than it shows, but lasts as long as it says
-            lasts = stream.duration is not None and end >= (stream.start_time or 0) + stream.duration
-            return lasts or packets >= stream.frames  # 0 where the container does not say
+            # an MP4 or MOV trimmed by its edit list holds more frames than it shows, but lasts as long as it says
+            is_trimmed = "mp4" in container.format.name and \
+                end >= (stream.start_time or 0) + (stream.duration or math.inf)
+            return packets >= stream.frames or is_trimmed  # 0 where the container does not say
 
     def __len__(self):
         return len(self.times)

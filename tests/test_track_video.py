@@ -338,7 +338,7 @@ def test_frames_of_a_damaged_video_are_those_that_reading_through_gives(tmp_path
     path = save_video(tmp_path / "cut.avi", numbered_frames(), "mpeg4", options={"g": "5"})
     content = bytearray(path.read_bytes())
     places = [found.start() for found in re.finditer(b"00dc", content)]
-    del content[places[12]:places[14]]  # two frames are missing, and the index at the end is wrong
+    content[places[12]:places[14]] = bytes(places[14] - places[12])  # two frames, which the index still lists
     path.write_bytes(content)
     with av.open(str(path)) as container:
         wanted = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
