@@ -407,7 +407,8 @@ def clear(folder, name, to_data):
     halves = [path for path in (*folder.glob("*.tmp"), *folder.glob("masks/*.tmp"))
               if re.fullmatch(rf"([0-9]{{5,}}\.png|{'|'.join(RESULTS)})\.[0-9]+\.tmp", path.name)]
     for path in (*masks, *others, *halves):
-        path.unlink()
+        if path.name != "prompts.json":  # is replaced
+            path.unlink()
 
 
 def palette_png(labels):
