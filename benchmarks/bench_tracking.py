@@ -4,8 +4,9 @@
     python benchmarks/bench_tracking.py --model-cfg configs/sam2.1/sam2.1_hiera_t.yaml --frames 12
 
 Frames of 960 x 540 are drawn, two objects are prompted on the first one. Each run is a process of its own, and its
-peak is that process's resident memory, with Python, torch and the model. Weights are the demo's, or random for
-another config: right for memory and speed, meaningless for quality.
+peak is that process's resident memory, with Python, torch and the model. On the CPU the seconds are the process's own,
+with one thread, which a busy machine changes little. Weights are the demo's, or random for another config: right for
+memory and speed, meaningless for quality.
 """
 
 import argparse
@@ -51,14 +52,15 @@ def main():
         is_demo = args.model_cfg == str(DEMO_CFG)
         checkpoint = DEMO_WEIGHTS if is_demo else save_random_weights(args, folder / "random.pt")
         print(f"{args.model_cfg}, {args.width} x {args.height} px, {len(PROMPTS)} objects, {args.device}")
-        print(f"{'':16}{'frames':>8}{'peak MB':>10}{'frames/s':>10}")
+        unit = "frames/CPU s" if common.detect_device(args.device) == "cpu" else "frames/s"
+        print(f"{'':16}{'frames':>8}{'peak MB':>10}{unit:>14}")
         for count in sorted(args.frames):
             draw_frames(folder / "frames", count, args.width, args.height)
             for kind in [*KINDS] * (args.rounds if count == min(args.frames) else 1):
                 if kind == "sam2" and count > args.skip_sam2_above:
                     continue
                 peak, rate = measure(args, kind, folder / "frames", checkpoint)
-                print(f"{KINDS[kind]:16}{count:8}{peak:10.0f}{rate:10.3f}", flush=True)
+                print(f"{KINDS[kind]:16}{count:8}{peak:10.0f}{rate:14.3f}", flush=True)
 
 
 def save_random_weights(args, path):
@@ -83,7 +85,7 @@ def draw_frames(folder, count, width, height):
 
 
 def measure(args, kind, frames, checkpoint):
-    """Run one of KINDS in a process of its own: (peak resident memory in MB, frames a second with decoding)."""
+    """Run one of KINDS in a process of its own: (peak resident memory in MB, frames a second, decoding included)."""
     done = subprocess.run([sys.executable, __file__, "--child", f"{kind},{frames},{checkpoint}", "--model-cfg",
                            args.model_cfg, "--device", args.device], stdout=subprocess.PIPE, text=True, check=True)
     peak, rate = map(float, done.stdout.split()[-2:])
@@ -93,8 +95,11 @@ def measure(args, kind, frames, checkpoint):
 def child(args):
     """Track, as --child says, and print the peak in MB and the frames a second."""
     kind, folder, checkpoint = args.child.split(",")
-    predictor = common.load_video_predictor(args.model_cfg, checkpoint, common.detect_device(args.device))
-    started = time.perf_counter()
+    device = common.detect_device(args.device)
+    torch.set_num_threads(1)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    predictor = common.load_video_predictor(args.model_cfg, checkpoint, device)
+    started = clock()
     count = 0
     if kind == "project":
         masks = (tracking.label_map(objects, logits) for _, objects, logits, _ in tracking.track(
@@ -106,7 +111,7 @@ def child(args):
                  predictor.propagate_in_video(state))
     for _ in tqdm(masks, KINDS[kind], disable=None):
         count += 1
-    rate = count / (time.perf_counter() - started)
+    rate = count / (clock() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     print(peak, rate)
 

@@ -13,6 +13,8 @@ import csv
 import gzip
 import io
 import math
+import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -37,6 +39,7 @@ from tqdm import tqdm
 from tracking import (
     Window,
     add_prompts,
+    as_label,
     check_prompts,
     object_scores,
     overlay,
@@ -51,6 +54,7 @@ WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (6
            "abdomen": (50, 400)}  # level, width in Hounsfield units, as radiopaedia.org/articles/windowing-ct has them
 MILLIMETRES = {"meter": 1000, "micron": 0.001}  # of a NIfTI header's unit, if it is not the millimetre
 MONTAGE_SLICES = 20
+MARK = "segment_volume.py"  # the description in the mask's header: a mask without it is somebody else's
 
 
 def main():
@@ -59,6 +63,7 @@ def main():
         require_display('--point "슬라이스,x,y"')
     else:
         plt.switch_backend("Agg")
+    check_output(args)
     volume = Volume(args.volume)
     slices = Slices(volume, args.axis, args.window)
     check_prompts(args.prompts, slices, args.volume, "슬라이스")
@@ -83,7 +88,7 @@ def main():
         prompts, is_done = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
             fail("프롬프트가 없습니다. 창에서 대상을 클릭하거나 --point \"슬라이스,x,y\"를 쓰세요")
-        print(f"같은 결과를 얻는 명령: {as_flags(mirror(prompts, slices.size))}")
+        print(f"같은 결과를 얻는 옵션: {as_flags(mirror(prompts, slices.size))}")
         if window.is_tracking:
             fail("분할하는 중에 창을 닫아 멈췄습니다. 저장하지 않았습니다")
     if not is_done:
@@ -108,7 +113,8 @@ def parse_args():
                         help="기억으로 따라가지 않고 프롬프트가 있는 슬라이스만 하나씩 분할")
     parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산")
     add_model_flags(parser, "output/my_volumes/이름")
-    args = parser.parse_args()
+    # after a space, because argparse takes "-600,1500" for a flag
+    args = parser.parse_args([re.sub("^(?=-[0-9.]+,)", " ", argument) for argument in sys.argv[1:]])
     args.prompts = {(number, 1): ([point for own, point in args.point if own == number], args.box.get(number))
                     for number in {number for number, _ in args.point} | set(args.box)}
     args.interactive = not args.prompts
@@ -120,9 +126,39 @@ def parse_args():
     return args
 
 
+def result_paths(args):
+    """The mask, the tables and the montage that save() writes."""
+    names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
+    return [args.output / name for name in names]
+
+
+def check_output(args):
+    """Say which results of an earlier run will be overwritten; fail if anything else would be.
+
+    An earlier run is known by its mask, whose header bears MARK: one that was corrected by hand in a viewer does not.
+    """
+    mask, *others = result_paths(args)
+    for path in filter(None, (args.volume, args.truth)):
+        if Path(path).resolve() in [result.resolve() for result in (mask, *others)]:
+            fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
+    found = [path for path in (mask, *others) if path.exists()]
+    if found and not is_marked(mask):
+        fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+    if found:
+        print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
+
+
+def is_marked(path):
+    """Whether a mask is one of this script's."""
+    try:
+        return bytes(nib.load(path).header["descrip"]).rstrip(b"\0") == MARK.encode()
+    except Exception:  # nibabel, gzip and zlib each raise their own kinds
+        return False
+
+
 def parse_points(text):
     """Parse "slice,x,y" or "slice,x,y,label;...": a list of (slice, (x, y, label)), in voxels."""
-    return [(slice_number(place), (x, y, int(label[0]) if label else 1))
+    return [(slice_number(place), (x, y, as_label(*label or [1])))
             for place, x, y, *label in parse_numbers(text, (3, 4), '"슬라이스,x,y" 또는 "슬라이스,x,y,라벨"')]
 
 
@@ -146,8 +182,10 @@ def parse_window(text):
     """Parse a window's name or "level,width": (lowest, highest) value to show, or None for "none"."""
     if text == "none":
         return None
-    level, width = WINDOWS[text] if text in WINDOWS else \
-        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "중심,폭"')[0]
+    (level, width), *others = [WINDOWS[text]] if text in WINDOWS else \
+        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "중심,폭"')
+    if others:
+        raise argparse.ArgumentTypeError(f"밝기 범위는 하나여야 합니다: {text}")
     if width <= 0:
         raise argparse.ArgumentTypeError(f"폭은 0보다 커야 합니다: {width:g}")
     return level - width / 2, level + width / 2
@@ -180,23 +218,28 @@ class Volume:
             raise
         except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
             raise ImageError(f"{path}: 읽을 수 없습니다 ({textwrap.shorten(str(error), 150)})") from None
-        matrix = self.image.affine
+        matrix = np.diag([scale] * 3 + [1]) @ self.image.affine
         if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-12 or not data.size:
             raise ImageError(f"{path}: 복셀이 공간에 놓인 방향과 크기(affine)가 올바르지 않습니다")
         self.orientation = nib.io_orientation(matrix)
         self.data = nib.apply_orientation(data, self.orientation)
-        self.affine = np.diag([scale] * 3 + [1]) @ matrix @ nib.orientations.inv_ornt_aff(self.orientation, data.shape)
+        self.affine = matrix @ nib.orientations.inv_ornt_aff(self.orientation, data.shape)
         if not np.isfinite(self.data).any():
             raise ImageError(f"{path}: 유한한 값이 없습니다")
 
     def restore(self, mask):
-        """A bool X x Y x Z mask as a NIfTI image in the file's own grid, with its affine and header codes."""
+        """A bool X x Y x Z mask as a NIfTI image in the file's own grid, with its affine and header codes.
+
+        What describes the file's values is left out: scaling, intent, header extensions.
+        """
         back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), self.orientation)
         kind = nib.Nifti2Image if isinstance(self.image, nib.Nifti2Pair) else nib.Nifti1Image
         source = self.image.header
         header = kind.header_class(source.binaryblock, source.endianness, check=False)  # a pair's too
         header.set_data_dtype(np.uint8)
         header.set_slope_inter(1, 0)
+        header.set_intent("none")
+        header["descrip"] = MARK
         header["cal_min"] = header["cal_max"] = 0  # the brightness that a viewer should show; it was the CT's
         return kind(nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape), self.image.affine,
                     header)
@@ -240,7 +283,7 @@ class Slices:
         return len(self.values)
 
     def __getitem__(self, index):
-        grey = np.clip((self.values[index] - self.low) / max(self.high - self.low, 1e-6), 0, 1) * 255
+        grey = np.clip((self.values[index] - self.low) / ((self.high - self.low) or 1), 0, 1) * 255
         return np.repeat(np.nan_to_num(grey).round().astype(np.uint8)[..., None], 3, axis=2)
 
 
@@ -292,11 +335,9 @@ def segment_each(predictor, slices, prompts):
 
 def save(args, volume, slices, prompts, mask, scores, truth):
     """Write the mask, the tables and the montage, and print what a person wants to know first."""
-    names = [f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"]
-    if any((args.output / name).exists() for name in names):
-        print(f"이전 결과를 덮어씁니다: {args.output}")
+    mask_path, slices_path, summary_path, montage_path = paths = result_paths(args)
     restored = volume.restore(slices.from_pictures(mask))
-    write_file(args.output / names[0], gzip.compress(restored.to_bytes(), mtime=0))
+    write_file(mask_path, gzip.compress(restored.to_bytes(), mtime=0))
 
     voxel = abs(np.linalg.det(volume.affine[:3, :3]))  # mm³; oblique and sheared grids too
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
@@ -308,7 +349,7 @@ def save(args, volume, slices, prompts, mask, scores, truth):
                        truth_ml=truth.sum() * voxel / 1000)
         print(f"정답과 비교: Dice {summary['dice']:.4f}, IoU {summary['iou']:.4f}, "
               f"정답 부피 {summary['truth_ml']:.3f} ml")
-    write_json(args.output / "summary.json", summary)
+    write_json(summary_path, summary)
 
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -319,9 +360,9 @@ def save(args, volume, slices, prompts, mask, scores, truth):
             is_empty = not (truth[number].any() or mask[number].any())
             row.append("" if is_empty else f"{calculate_dice(mask[number], truth[number]):.4f}")
         writer.writerow(row)
-    write_file(args.output / "slices.csv", text.getvalue().encode())
-    save_figure(draw_montage(slices, mask, truth), args.output / names[3])
-    print(f"저장: {args.output} ({', '.join(names)})")
+    write_file(slices_path, text.getvalue().encode())
+    save_figure(draw_montage(slices, mask, truth), montage_path)
+    print(f"저장: {args.output} ({', '.join(path.name for path in paths)})")
 
 
 def calculate_dice(pred_mask, gt_mask):

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-import shutil
+import shlex
 from bisect import bisect
 from fractions import Fraction
 from pathlib import Path
@@ -36,10 +36,11 @@ from common import (
     write_json,
 )
 from matplotlib import pyplot as plt
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 from tracking import (
     Window,
+    as_label,
     check_prompts,
     label_map,
     overlay,
@@ -53,6 +54,9 @@ FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken f
 FOLDER_RATE = 25             # frames a second of the overlay of a folder
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
 KEPT_BYTES = 64 * 2**20      # of decoded frames, for going backwards
+RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
+MARK = "track_video.py"      # the text "Software" in each mask's PNG: masks without it are somebody else's
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for other files
 
 
 def main():
@@ -61,9 +65,10 @@ def main():
         require_display('--point "x,y"나 --prompts')
     else:
         plt.switch_backend("Agg")
+    check_output(args)
     video = open_video(args.video)
     prompts = read_prompts(args.prompts) if args.prompts else \
-        {(args.frame, 1): (args.point, args.box)} if args.point or args.box else {}
+        {(args.frame or 0, 1): (args.point, args.box)} if args.point or args.box else {}
     check_prompts(prompts, video, args.prompts or args.video, "프레임")
 
     checkpoint, device = choose_checkpoint(args), detect_device(args.device)
@@ -84,13 +89,14 @@ def main():
         if not prompts:
             fail("프롬프트가 없습니다. 창에서 추적할 대상을 클릭하거나 --point \"x,y\"를 쓰세요")
         if window.is_tracking:
-            fail(f"추적하는 중에 창을 닫아 멈췄습니다. 다시 하려면: --prompts {args.output / 'prompts.json'}")
+            fail("추적하는 중에 창을 닫아 멈췄습니다. 다시 하려면: --prompts "
+                 f"{shlex.quote(str(args.output / 'prompts.json'))}")
     if not is_tracked:
         for _ in follow(prompts):
             pass
     print(f"저장: {args.output} (masks/, overlay.mp4, tracks.csv, prompts.json)")
     if args.interactive:
-        print(f"같은 결과를 얻는 명령: --prompts {args.output / 'prompts.json'}")
+        print(f"같은 결과를 얻는 옵션: --prompts {shlex.quote(str(args.output / 'prompts.json'))}")
 
 
 def parse_args():
@@ -100,7 +106,7 @@ def parse_args():
     parser.add_argument("--point", "-p", type=parse_points, default=[],
                         help='대상 1의 점: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_box, help='대상 1의 상자: "x1,y1,x2,y2"')
-    parser.add_argument("--frame", type=int, default=0, help="--point와 --box의 프레임 번호, 0부터 (기본: 0)")
+    parser.add_argument("--frame", type=int, help="--point와 --box의 프레임 번호, 0부터 (기본: 0)")
     parser.add_argument("--prompts", metavar="FILE",
                         help='JSON 프롬프트: [{"frame": 0, "object": 1, "points": [[x, y, 라벨], ...], '
                              '"box": [x1, y1, x2, y2]}, ...]')
@@ -110,6 +116,8 @@ def parse_args():
     args = parser.parse_args()
     if args.prompts and (args.point or args.box):
         parser.error("--prompts와 --point, --box는 함께 쓸 수 없습니다")
+    if args.frame is not None and not (args.point or args.box):
+        parser.error("--frame은 --point나 --box와 함께 씁니다")
     if args.to_data is not None and args.to_data < 1:
         parser.error("--to-data는 1 이상이어야 합니다")
     path = Path(args.video)
@@ -120,10 +128,46 @@ def parse_args():
     return args
 
 
+def check_output(args):
+    """Say which results of an earlier run will be overwritten; fail if anything else would be.
+
+    An earlier run is known by its masks: each bears MARK.
+    """
+    folder = args.output
+    if Path(args.video).resolve() in [(folder / name).resolve() for name in ("masks", "to_data/images", "overlay.mp4")]:
+        fail(f"{args.video}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
+    masks, others = earlier_results(folder, args.name, args.to_data)
+    foreign = [path for path in masks if not is_marked(path)] if masks else \
+        [path for path in others if not (args.prompts and path.resolve() == Path(args.prompts).resolve())]
+    if foreign:
+        fail(f"{foreign[0]}: 이 스크립트가 쓴 것이 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+    if masks:
+        names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
+        print(f"이전 결과를 덮어씁니다: {folder} ({', '.join(names)})")
+    if not args.to_data and (folder / "to_data").exists():
+        print(f"주의: {folder / 'to_data'}는 이전에 남긴 것입니다. --to-data가 없어 그대로 둡니다")
+
+
+def earlier_results(folder, name, to_data):
+    """The files below `folder` that have names of this script's: its masks, and the others."""
+    masks = [path for path in sorted(folder.glob("masks/*.png")) if re.fullmatch("[0-9]{5,}", path.stem)]
+    pairs = [path for path in sorted(folder.glob("to_data/*/*.png"))
+             if to_data and re.fullmatch(f"{re.escape(name)}_[0-9]{{5,}}", path.stem)]
+    return masks, [*(path for result in RESULTS if (path := folder / result).exists()), *pairs]
+
+
+def is_marked(path):
+    """Whether a mask is one of this script's."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MARK
+    except UNREADABLE:
+        return False
+
+
 def parse_points(text):
     """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels."""
-    return [(*point[:2], int(point[2]) if len(point) == 3 else 1)
-            for point in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
+    return [(x, y, as_label(*label or [1])) for x, y, *label in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
 
 
 def parse_box(text):
@@ -181,7 +225,7 @@ def image_size(path):
     try:
         with Image.open(path) as image:
             size = image.size if image.getexif().get(0x0112, 1) >= 5 else image.size[::-1]  # EXIF: lies on its side
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises for other files
+    except UNREADABLE:
         raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다") from None
     return size
 
@@ -202,10 +246,12 @@ class VideoFile:
             raise ImageError(f"{path}: 읽을 수 있는 프레임이 없습니다")
         if not is_whole:
             print(f"주의: {path}는 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 {len(self.times)}프레임만 씁니다")
-        self.can_seek = None not in self.times and all(map(int.__lt__, self.times, self.times[1:]))
-        self.numbers = {time: number for number, time in enumerate(self.times)}
-        if not self.can_seek:  # no times, or none that can be used
+        has_times = None not in self.times and all(map(int.__lt__, self.times, self.times[1:]))
+        if not has_times:
             self.times, self.time_base = range(len(self.times)), 1 / (self.rate or Fraction(FOLDER_RATE))
+        if not (has_times and is_whole):  # nothing to seek by, or an index that may be wrong
+            self.keys = []
+        self.numbers = {time: number for number, time in enumerate(self.times)}
         height, width = self.size
         self.kept_frames = max(2, min(64, KEPT_BYTES // (height * width * 3 // 2)))
         self.kept, self.decoding, self.next = {}, iter(()), math.inf  # {number: frame}, frames to come, their first
@@ -213,7 +259,7 @@ class VideoFile:
     def open(self):
         """The opened container and its first video stream. Raises ImageError."""
         try:
-            container = av.open(str(self.path))
+            container = av.open(str(self.path), metadata_errors="replace")
         except av.FFmpegError as error:
             raise ImageError(f"{self.path}: 영상을 열 수 없습니다 ({error.strerror})") from None
         if not container.streams.video:
@@ -225,9 +271,9 @@ class VideoFile:
     def read_through(self):
         """Decode every frame once for times, key frames and size. Returns whether the file is whole."""
         container, stream = self.open()
-        packets = 0
+        packets = end = 0
         with container, tqdm(desc="영상 확인", unit="프레임", leave=False, disable=None) as bar:
-            self.time_base, self.rate, announced = stream.time_base, stream.average_rate, stream.frames
+            self.time_base, self.rate = stream.time_base, stream.average_rate
             try:
                 for packet in container.demux(stream):
                     packets += packet.size > 0
@@ -240,17 +286,22 @@ class VideoFile:
                         if frame.key_frame:
                             self.keys.append(len(self.times))
                         self.times.append(frame.pts)
+                        end = (frame.pts or 0) + (frame.duration or 0)
                         bar.update()
             except av.FFmpegError:
                 return False
-        return packets >= announced  # 0 where the container does not say
+            # an MP4 or MOV trimmed by its edit list holds more frames than it shows, but lasts as long as it says
+            is_trimmed = "mp4" in container.format.name and \
+                end >= (stream.start_time or 0) + (stream.duration or math.inf)
+            return packets >= stream.frames or is_trimmed  # 0 where the container does not say
 
     def __len__(self):
         return len(self.times)
 
     def __getitem__(self, index):
         if index not in self.kept:
-            key = self.keys[max(bisect(self.keys, index) - 1, 0)] if self.keys else 0
+            place = bisect(self.keys, index)
+            key = self.keys[place - 1] if place else 0
             if index < self.next or key > self.next:
                 self.kept, self.decoding = {}, self.decode_from(key)
             self.decode_until(index)
@@ -273,10 +324,10 @@ class VideoFile:
                 break
 
     def decode_from(self, start):
-        """Yield (number, frame) from a key frame on; from the beginning of a file in which one cannot seek."""
+        """Yield (number, frame) from a key frame on, or from the beginning (0)."""
         container, stream = self.open()
         with container:
-            if self.can_seek and start > 0:
+            if start > 0:
                 container.seek(self.times[start], stream=stream)
                 frames = ((self.numbers.get(frame.pts), frame) for frame in container.decode(stream))
             else:
@@ -295,7 +346,7 @@ def upright_size(frame):
 def read_prompts(path):
     """Read a JSON file of prompts: {(frame, object): (points, box)}. Raises ImageError, naming the entry."""
     try:
-        entries = json.loads(Path(path).read_text("utf-8"))
+        entries = json.loads(Path(path).read_text("utf-8-sig"))
     except ValueError as error:
         raise ImageError(f"{path}: JSON이 아닙니다 ({error})") from None
     prompts = {}
@@ -324,14 +375,13 @@ def read_prompts(path):
 
 def track_and_save(predictor, video, prompts, folder, name, to_data):
     """Track, and write each mask as soon as it is known, the rest at the end. Yields (frame, label map)."""
-    clear(folder)
-    write_json(folder / "prompts.json", [
-        {"frame": frame, "object": number, "points": points, **({"box": box} if box else {})}
-        for (frame, number), (points, box) in sorted(prompts.items())])
     rows = {}
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
+            if not rows:  # earlier results stay until there are new ones
+                clear(folder, name, to_data)
+                write_prompts(folder / "prompts.json", prompts)
             write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels))
             bar.update(frame not in rows)
             rows[frame] = [track_row(frame, number, labels == number, score)
@@ -345,24 +395,24 @@ def track_and_save(predictor, video, prompts, folder, name, to_data):
     save_pictures(video, folder, name, to_data, is_numbered=len({number for _, number in prompts}) > 1)
 
 
-def clear(folder):
-    """Make room for new results: say so if this script has written some there, and take them away.
+def write_prompts(path, prompts):
+    """The inverse of read_prompts."""
+    write_json(path, [{"frame": frame, "object": number, "points": points, **({"box": box} if box else {})}
+                      for (frame, number), (points, box) in sorted(prompts.items())])
 
-    Fails if there are masks of somebody else's.
-    """
-    masks = list(folder.glob("masks/*.png"))
-    if masks and not (folder / "prompts.json").exists():
-        fail(f"{folder / 'masks'}에 이 스크립트가 쓰지 않은 마스크가 있습니다. 다른 --output을 쓰세요")
-    if (folder / "prompts.json").exists():
-        print(f"이전 결과를 덮어씁니다: {folder}")
-        for path in (*masks, *folder.glob("masks/*.tmp"), *folder.glob("*.tmp"), folder / "overlay.mp4",
-                     folder / "tracks.csv"):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(folder / "to_data", ignore_errors=True)
+
+def clear(folder, name, to_data):
+    """Take away what earlier runs have left, half-written files too; pairs for training only with --to-data."""
+    masks, others = earlier_results(folder, name, to_data)
+    halves = [path for path in (*folder.glob("*.tmp"), *folder.glob("masks/*.tmp"))
+              if re.fullmatch(rf"([0-9]{{5,}}\.png|{'|'.join(RESULTS)})\.[0-9]+\.tmp", path.name)]
+    for path in (*masks, *others, *halves):
+        if path.name != "prompts.json":  # is replaced
+            path.unlink()
 
 
 def palette_png(labels):
-    """A label map as the bytes of a palette PNG: the object's number as pixel value, in the colours of DAVIS.
+    """A label map as the bytes of a palette PNG with MARK: objects' numbers as pixel values, in the colours of DAVIS.
 
     The palette is PASCAL VOC's: bit k of a number's three lowest bits goes to bit 7 - k of red, green and blue.
     """
@@ -370,8 +420,9 @@ def palette_png(labels):
     palette = sum(((numbers >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8))
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).ravel().tolist())
-    content = io.BytesIO()
-    image.save(content, "png")
+    mark, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    mark.add_text("Software", MARK)
+    image.save(content, "png", pnginfo=mark)
     return content.getvalue()
 
 
@@ -388,7 +439,7 @@ def save_pictures(video, folder, name, to_data, is_numbered):
     is_numbered: whether there are several objects, so that the pairs' masks must tell them apart.
     """
     temporary = folder / f"overlay.mp4.{os.getpid()}.tmp"
-    pairs = 0
+    pairs = skipped = 0
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=FOLDER_RATE, options={"preset": "veryfast", "crf": "20"})
@@ -400,16 +451,19 @@ def save_pictures(video, folder, name, to_data, is_numbered):
                     stream.height, stream.width, stream.pix_fmt = frame.height, frame.width, "yuv420p"
                 frame.pts, frame.time_base = video.times[index] - video.times[0], video.time_base
                 container.mux(stream.encode(frame))
-                if to_data and index % to_data == 0 and labels.any():
-                    pairs += 1
-                    save_pair(folder / "to_data", f"{name}_{index:05}.png", image, labels, is_numbered)
+                if to_data and index % to_data == 0:
+                    skipped += not labels.any()
+                    if labels.any():
+                        pairs += 1
+                        save_pair(folder / "to_data", f"{name}_{index:05}.png", image, labels, is_numbered)
             container.mux(stream.encode())
         temporary.replace(folder / "overlay.mp4")
     finally:
         temporary.unlink(missing_ok=True)
     if to_data:
-        print(f"학습용 쌍 {pairs}개: python prepare_data.py --images {folder / 'to_data/images'} "
-              f"--masks {folder / 'to_data/masks'}")
+        images, masks = (shlex.quote(str(folder / "to_data" / kind)) for kind in ("images", "masks"))
+        print(f"학습용 쌍 {pairs}개 (대상이 없어 뺀 프레임 {skipped}개): "
+              f"python prepare_data.py --images {images} --masks {masks}")
 
 
 def overlay_frame(image, labels):

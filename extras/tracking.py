@@ -145,6 +145,13 @@ def parse_numbers(text, lengths, form):
     return found
 
 
+def as_label(label):
+    """A point's label as int. Raises argparse.ArgumentTypeError unless it is 1 or 0."""
+    if label not in (0, 1):
+        raise argparse.ArgumentTypeError(f"점의 라벨은 1(전경) 또는 0(배경)이어야 합니다: {label:g}")
+    return int(label)
+
+
 def check_prompts(prompts, frames, source, unit):
     """Raise ImageError, naming the prompt, if one does not fit the frames.
 
@@ -232,7 +239,8 @@ class Window:
         for action, own in (("home", ("r",)), ("back", ("backspace", "left")), ("forward", ("right",))):
             keys = plt.rcParams[f"keymap.{action}"]  # matplotlib's own meaning of these keys
             plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in own]
-        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 6.5) + 1.6))
+        # fits a laptop of 1280 x 720
+        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.5) + 1.6))
         self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
         self.picture = self.axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect, extent=(
             -0.5, frames.size[1] - 0.5, frames.size[0] - 0.5, -0.5))
@@ -254,7 +262,7 @@ class Window:
         def handle(event):
             try:
                 handler(event)
-            except Exception as error:
+            except BaseException as error:  # Ctrl-C too
                 self.error = error
                 plt.close(self.figure)
         return handle
@@ -293,11 +301,13 @@ class Window:
         return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
 
     def on_motion(self, event):
-        if self.pressed and (box := self.dragged_box(event)):
+        if self.pressed and not self.is_tracking and (box := self.dragged_box(event)):
             self.draw_prompts({(self.frame, self.object): ([], box)})
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
+        if self.is_tracking:  # a click that began before it
+            self.pressed = None
         if not self.pressed or event.button != self.pressed.button:
             return
         key = (self.frame, self.object)
@@ -352,9 +362,9 @@ class Window:
 
     def run_tracking(self):
         """Track with the prompts as they are, showing some of the frames; Esc or closing the window stops it."""
-        shown, self.is_tracking, self.is_stopped, redrawn = self.frame, True, False, 0
-        self.tracked, self.tracked_prompts = {}, None
-        with contextlib.closing(self.follow(self.prompts)) as following:
+        shown, prompts, redrawn = self.frame, self.prompts, 0
+        self.is_tracking, self.is_stopped, self.tracked, self.tracked_prompts = True, False, {}, None
+        with contextlib.closing(self.follow(prompts)) as following:
             for self.frame, labels in following:
                 self.tracked[self.frame] = cv2.imencode(".png", labels)[1]
                 if time.monotonic() - redrawn > REDRAW_SECONDS:
@@ -366,7 +376,7 @@ class Window:
                 if self.is_stopped:
                     break
             else:
-                self.tracked_prompts = self.prompts
+                self.tracked_prompts = prompts
         if self.is_closed:
             return
         self.is_tracking, self.frame = False, shown

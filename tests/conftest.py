@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -134,6 +136,21 @@ def weights(tmp_path_factory):
     return save_small_model(tmp_path_factory.mktemp("weights") / "small.pt", seed=0)
 
 
+def make_visible(checkpoint):
+    """Raise the score by which the model says that an object is in sight: random weights often hide all of them."""
+    weights = torch.load(checkpoint, weights_only=True)
+    weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 10
+    torch.save(weights, checkpoint)
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def visible(tmp_path_factory, weights):
+    path = tmp_path_factory.mktemp("visible") / "visible.pt"
+    path.write_bytes(weights.read_bytes())
+    return make_visible(path)
+
+
 @pytest.fixture
 def data(tmp_path):
     return make_data(tmp_path)
@@ -146,3 +163,34 @@ def trained(tmp_path_factory, weights):
     done = run("train_sam2_proper.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
                "--iterations", 25, "--save-every", 10, "--lr", "1e-3", cwd=folder)
     return folder, done
+
+
+@pytest.fixture
+def screen(tmp_path):
+    """A virtual screen with a window manager: the value for DISPLAY."""
+    missing = [tool for tool in ("Xvfb", "openbox", "xdotool") if not shutil.which(tool)]
+    try:
+        import tkinter  # noqa: F401
+    except ImportError:
+        missing.append("tkinter")
+    if missing:
+        reason = f"the real window needs {', '.join(missing)}"
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
+    read, write = os.pipe()
+    xvfb = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x720x24",
+                             "-dpi", "96"], pass_fds=[write],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        display = f":{pipe.readline().strip()}"
+    ready = tmp_path / "openbox is ready"
+    manager = subprocess.Popen(["openbox", "--startup", f"touch '{ready}'"], env={**os.environ, "DISPLAY": display},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not ready.exists():
+        assert manager.poll() is None and xvfb.poll() is None
+        time.sleep(0.01)
+    yield display
+    for process in (manager, xvfb):
+        process.terminate()
+        process.wait()

@@ -5,26 +5,21 @@ import gzip
 import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import common
+import cv2
 import matplotlib
 import nibabel as nib
 import numpy as np
 import pytest
 import segment_volume
 import tracking
-from conftest import SMALL_CFG, assert_fails_in_one_line, run
-from test_track_video import Hand, make_visible
+from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, run
+from test_track_video import Hand, TrackingWindow, numbers_in
 
 SHAPE, SPACING = (24, 20, 8), (1.0, 1.5, 4.0)
-
-
-@pytest.fixture(scope="module")
-def visible(tmp_path_factory, weights):
-    path = tmp_path_factory.mktemp("visible") / "visible.pt"
-    path.write_bytes(weights.read_bytes())
-    return make_visible(path)
 
 
 def draw_volume():
@@ -118,6 +113,9 @@ def test_the_written_mask_has_shape_affine_and_codes_of_the_input(tmp_path, visi
     image.set_sform(image.affine, 4)
     image.set_qform(image.affine, 1)
     image.header["cal_max"] = 80
+    image.header["descrip"] = "head CT"
+    image.header.set_intent("estimate")
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"about the CT's values"))
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, tmp_path / "ct.nii.gz")
     done = segment(tmp_path, visible, "--point", "4,7,6")
@@ -126,6 +124,8 @@ def test_the_written_mask_has_shape_affine_and_codes_of_the_input(tmp_path, visi
     assert (mask.affine == nib.load(tmp_path / "ct.nii.gz").affine).all()
     assert (int(mask.header["sform_code"]), int(mask.header["qform_code"])) == (4, 1)
     assert mask.header.get_xyzt_units() == ("mm", "sec") and mask.header["cal_max"] == 0
+    assert mask.header.get_intent()[0] == "none" and not mask.header.extensions
+    assert mask.header["descrip"].item() == b"segment_volume.py"
     values = np.asarray(mask.dataobj)
     assert set(np.unique(values)) <= {0, 1} and values.any()
     summary = json.loads((tmp_path / "output/my_volumes/ct/summary.json").read_text())
@@ -177,6 +177,20 @@ def test_units_of_the_header_are_taken_to_millimetres(tmp_path):
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "micro.nii")
     assert np.diag(segment_volume.Volume(tmp_path / "micro.nii").affine) == pytest.approx([0.2, 0.2, 0.5, 1])
+
+
+def test_voxels_and_values_may_be_small_in_their_units(tmp_path):
+    """Metres with voxels of 10 µm; apparent diffusion coefficients in m²/s."""
+    values = np.linspace(0, 3e-9, 120).reshape(4, 5, 6).astype(np.float32)
+    image = nib.Nifti1Image(values, np.diag([1e-5, 1e-5, 1e-5, 1]))
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "small.nii")
+    volume = segment_volume.Volume(tmp_path / "small.nii")
+    assert np.diag(volume.affine) == pytest.approx([0.01, 0.01, 0.01, 1])
+    slices = segment_volume.Slices(volume, "axial", None)
+    assert slices[0].min() == 0 and slices[5].max() == 255
+    nib.save(nib.Nifti1Image(np.full((4, 5, 6), 7, np.float32), np.eye(4)), tmp_path / "same.nii")
+    assert not segment_volume.Slices(segment_volume.Volume(tmp_path / "same.nii"), "axial", None)[0].any()
 
 
 def test_truth_with_other_axes_is_compared_at_the_same_place_and_another_grid_is_refused(tmp_path):
@@ -311,8 +325,42 @@ def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):
     done = segment(tmp_path, "missing.pt", code=1, env={"DISPLAY": None, "MPLBACKEND": None})
     assert_fails_in_one_line(done, "--point")
     for wrong in (("--point", "1,2"), ("--point", "1.5,2,3"), ("--box", "1,2,3,4"), ("--box", "1,2,3,4,5;1,2,3,4,6"),
-                  ("--window", "brian"), ("--window", "40,0")):
+                  ("--window", "brian"), ("--window", "40,0"), ("--window", "40,80;1,2"), ("--window", "-600,x"),
+                  ("--point", "1,2,3,0.9")):
         assert "usage" in segment(tmp_path, "missing.pt", *wrong, code=2).stderr
+
+
+def test_a_window_may_begin_with_a_minus(tmp_path, visible):
+    save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    segment(tmp_path, visible, "--point", "4,16,6", "--each-slice", "--window", "-600,1500", "-o", "out")
+    assert json.loads((tmp_path / "out/summary.json").read_text())["window"] == [-1350, 150]
+
+
+@pytest.mark.parametrize("truth, name, words", [
+    ("ct_mask.nii.gz", "ct_mask.nii.gz", "결과를 쓸 자리에 있습니다"),
+    ("truth.nii.gz", "ct_mask.nii.gz", "이전 결과가 아니어서"),
+    ("truth.nii.gz", "summary.json", "이전 결과가 아니어서")])
+def test_masks_of_somebody_else_are_not_overwritten(tmp_path, truth, name, words):
+    data, mask = draw_volume()
+    save(tmp_path / "ct.nii.gz", data, oblique_affine())
+    for path in {truth, name}:
+        save(tmp_path / "mask.nii.gz", mask.astype(np.uint8), oblique_affine()).rename(tmp_path / path)
+    before = (tmp_path / name).read_bytes()
+    failed = segment(tmp_path, "missing.pt", "--point", "4,16,6", "--truth", truth, "-o", ".", code=1)
+    assert_fails_in_one_line(failed, name, words)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_its_own_results_are_overwritten_with_a_word_until_they_were_corrected_by_hand(tmp_path, visible):
+    save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    arguments = "--point", "4,16,6", "--each-slice", "-o", "out"
+    assert "이전 결과" not in segment(tmp_path, visible, *arguments).stdout
+    done = segment(tmp_path, visible, *arguments)
+    assert "이전 결과를 덮어씁니다: out (ct_mask.nii.gz, slices.csv, summary.json, ct_montage.png)" in done.stdout
+    mask = np.asarray(nib.load(tmp_path / "out/ct_mask.nii.gz").dataobj)
+    save(tmp_path / "out/ct_mask.nii.gz", mask, oblique_affine())
+    failed = segment(tmp_path, visible, *arguments, code=1)
+    assert_fails_in_one_line(failed, "out/ct_mask.nii.gz: 이 볼륨의 이전 결과가 아니어서")
 
 
 def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
@@ -331,3 +379,47 @@ def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
     hand.press("enter")
     assert window.tracked_prompts == window.prompts and not np.isnan(scores).any() and (mask[8] == shown).all()
     matplotlib.pyplot.close(window.figure)
+
+
+def test_real_window_goes_to_a_slice_with_the_slider_clicks_segments_and_saves(tmp_path, screen):
+    save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    with TrackingWindow(tmp_path, screen, "segment_volume", "--volume", "ct.nii.gz", "-o", "clicked") as window:
+        window.wait_for_window("ct")
+        window.slide(4 / 7)
+        window.wait_for("ct", 4)
+        window.click(23 - 16, 19 - 6)  # voxel (16, 6): both axes are reversed in the picture
+        window.wait_for("ct", 4, 1, 1)
+        window.xdotool("key", "Return")
+        window.wait_for("ct", 4, 1, 1, "tracked")
+        window.xdotool("key", "Left")
+        window.wait_for("ct", 3, 1, 1, "tracked")
+        window.xdotool("key", "alt+F4")
+        flags = shlex.split(re.search("같은 결과를 얻는 옵션: (.*)", window.end())[1])
+    (number, (x, y, label)), = segment_volume.parse_points(flags[1])
+    assert flags[0] == "--point" and (number, label) == (4, 1) and (x, y) == pytest.approx((16, 6), abs=1)
+    segment(tmp_path, ROOT / "demo/sam2_demo.pt", *flags, "-o", "typed")
+    clicked, typed = (nib.load(tmp_path / name / "ct_mask.nii.gz").get_fdata() for name in ("clicked", "typed"))
+    assert clicked[13:20, 4:10, 4].any() and (clicked == typed).all()
+
+
+# ----------------------------------------------------------------------------- demo
+
+def test_the_drawn_volume_has_a_bleeding_that_stands_out_and_the_makefile_its_box(tmp_path):
+    done = run("extras/demo/make_demo_volume.py", "--output", "data", cwd=tmp_path)
+    volume = segment_volume.Volume(tmp_path / "data/ct.nii.gz")
+    truth = segment_volume.Volume(tmp_path / "data/ct_truth.nii.gz").data > 0
+    assert nib.aff2axcodes(volume.image.affine) == ("L", "P", "S") and volume.data.shape == truth.shape
+    assert np.abs(volume.image.affine[:3, :3]).min() == 0 and volume.image.affine[1, 2] != 0  # tilted
+    assert volume.image.header.get_zooms() == pytest.approx((0.8, 0.8, 3.0))
+    assert volume.image.get_data_dtype() == np.int16
+    near = (cv2.dilate(truth.astype(np.uint8), np.ones((7, 7))) > 0) & ~truth
+    assert volume.data[truth].mean() - volume.data[near].mean() > 25  # Hounsfield units
+    number, x1, y1, x2, y2 = (int(value) for value in numbers_in(done.stdout, "--box"))
+    rows, columns = np.nonzero(truth[..., number])
+    assert (x1, y1, x2, y2) == (rows.min(), columns.min(), rows.max(), columns.max())
+    assert numbers_in((ROOT / "Makefile").read_text("utf-8").split("ct.nii.gz")[1], "--box") == pytest.approx(
+        [number, x1, y1, x2, y2], abs=2)  # OpenCV's versions round differently
+    for points in re.findall(r'--point "([\d,;]+)"', done.stdout):
+        places = [tuple(map(int, point.split(","))) for point in points.split(";")]
+        assert all(truth[x, y, z] for z, x, y in places)
+    assert [z for z, _, _ in places] == list(np.flatnonzero(truth.any(axis=(0, 1))))

@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+import shlex
 import signal
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,10 +18,11 @@ import pytest
 import torch
 import track_video
 import tracking
-from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
+from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, make_visible, run, write_image
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from PIL import Image
 from sam2.build_sam import build_sam2_video_predictor
+from test_window import RealWindow
 
 PROMPTS = [{"frame": 1, "object": 1, "points": [[20, 20, 1]]},
            {"frame": 1, "object": 2, "box": [40, 20, 60, 40]},
@@ -44,9 +47,11 @@ def save_folder(folder, frames, name="{:05}.jpg"):
     return folder
 
 
-def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, times=None, options=None):
+def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, times=None, options=None,
+               metadata=None):
     """Write frames as a video file; times: of each frame in milliseconds, if not 25 a second."""
     with av.open(str(path), "w") as container:
+        container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
         if rotation:
@@ -60,21 +65,6 @@ def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, tim
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
-
-
-def make_visible(checkpoint):
-    """Raise the score by which the model says that an object is in sight: random weights often hide all of them."""
-    weights = torch.load(checkpoint, weights_only=True)
-    weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 10
-    torch.save(weights, checkpoint)
-    return checkpoint
-
-
-@pytest.fixture(scope="module")
-def visible(tmp_path_factory, weights):
-    path = tmp_path_factory.mktemp("visible") / "visible.pt"
-    path.write_bytes(weights.read_bytes())
-    return make_visible(path)
 
 
 @pytest.fixture
@@ -179,15 +169,45 @@ def test_everything_is_written_and_its_own_prompts_give_it_again(clip, visible):
         shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(shown) == 8 and shown[0].shape == (60, 80, 3)
     assert "이전 결과" not in done.stdout and "overlay.mp4" in done.stdout
-    (folder / "masks/00042.png").write_bytes(b"of a longer video")
+    (folder / "masks/00042.png").write_bytes((folder / "masks/00001.png").read_bytes())  # of a longer video
     done = track(clip, visible, "--prompts", folder / "prompts.json")  # read before it is written again
-    assert "이전 결과를 덮어씁니다: output/my_tracks/frames" in done.stdout and (read_masks(folder) == masks).all()
+    assert "이전 결과를 덮어씁니다: output/my_tracks/frames (masks, overlay.mp4, prompts.json" in done.stdout
+    assert (read_masks(folder) == masks).all()
 
 
-def test_masks_of_somebody_else_are_not_taken_away(clip, visible):
+@pytest.mark.parametrize("name", ["masks/00000.png", "overlay.mp4", "tracks.csv", "prompts.json"])
+def test_files_of_somebody_else_are_neither_taken_away_nor_overwritten(clip, name):
     write_image(clip / "mine/masks/00000.png", np.zeros((60, 80), np.uint8))
-    assert_fails_in_one_line(track(clip, visible, "--point", "20,20", "-o", "mine", code=1), "mine/masks")
-    assert [path.name for path in (clip / "mine").glob("**/*.*")] == ["00000.png"]
+    (clip / "mine/masks/00000.png").rename(clip / "mine/own")
+    (clip / "mine" / name).parent.mkdir(exist_ok=True)
+    (clip / "mine/own").rename(clip / "mine" / name)
+    before = (clip / "mine" / name).read_bytes()
+    failed = track(clip, "missing.pt", "--point", "20,20", "-o", "mine", code=1)  # before the model is loaded
+    assert_fails_in_one_line(failed, f"mine/{name}: 이 스크립트가 쓴 것이 아니어서")
+    assert (clip / "mine" / name).read_bytes() == before
+
+
+def test_a_mask_corrected_by_hand_stops_and_other_files_beside_the_results_stay(clip, visible):
+    track(clip, visible, "--point", "20,20", "--to-data", 4, "-o", "out")
+    kept = [clip / "out" / name for name in ("masks/truth_00001.png", "notes.tmp", "to_data/masks/frames_00000.png")]
+    for path in kept:
+        path.write_bytes(b"by hand")
+    done = track(clip, visible, "--prompts", "out/prompts.json", "-o", "out")
+    assert "주의: out/to_data는 이전에 남긴 것입니다" in done.stdout
+    assert all(path.read_bytes() == b"by hand" for path in kept)
+    done = track(clip, visible, "--point", "20,20", "--to-data", 3, "-o", "out")
+    assert "(masks, overlay.mp4, prompts.json, to_data, tracks.csv)" in done.stdout
+    assert not list(clip.glob("out/to_data/*/frames_00004.png")) and kept[0].exists()
+    write_image(clip / "out/masks/00003.png", np.zeros((60, 80), np.uint8))
+    assert_fails_in_one_line(track(clip, visible, "--point", "20,20", "-o", "out", code=1), "out/masks/00003.png")
+    failed = track(clip, visible, "--point", "20,20", "-o", "out", video="out/overlay.mp4", code=1)
+    assert_fails_in_one_line(failed, "out/overlay.mp4: 결과를 쓸 자리에 있습니다")
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark_and_lie_where_the_results_go(clip, visible):
+    (clip / "prompts.json").write_text(json.dumps(PROMPTS), "utf-8-sig")
+    track(clip, visible, "--prompts", "prompts.json", "-o", ".")
+    assert len(json.loads((clip / "prompts.json").read_text("utf-8"))) == 3
 
 
 def test_point_and_box_are_for_object_1_on_the_frame_that_is_given(clip, visible):
@@ -208,12 +228,15 @@ def test_pairs_for_training_are_what_prepare_data_takes(clip, visible):
         assert (common.read_image(image) == common.read_image(clip / f"frames/{number:05}.jpg")).all()
         saved = cv2.imread(str(pair), cv2.IMREAD_UNCHANGED)
         assert saved.dtype == np.uint16 and (saved == masks[number]).all()  # two objects
-    done = track(clip, visible, "--point", "20,20", "--to-data", 4)
+    done = track(clip, visible, "--point", "20,20", "--to-data", 4, "-o", "a folder")
+    folder = clip / "a folder"
     saved = cv2.imread(str(folder / "to_data/masks/frames_00000.png"), cv2.IMREAD_UNCHANGED)
     assert saved.dtype == np.uint8 and set(np.unique(saved)) == {0, 255}  # one object
+    count = len(list((folder / "to_data/images").iterdir()))
+    assert f"학습용 쌍 {count}개 (대상이 없어 뺀 프레임 {2 - count}개)" in done.stdout
     command = done.stdout.split("python prepare_data.py ")[1].splitlines()[0]
-    run("prepare_data.py", *command.split(), cwd=clip)
-    assert len(list((clip / "data/images").glob("*/*"))) == len(list((folder / "to_data/images").iterdir())) > 0
+    run("prepare_data.py", *shlex.split(command), cwd=clip)
+    assert len(list((clip / "data/images").glob("*/*"))) == count > 0
 
 
 def test_a_killed_run_leaves_whole_files_and_the_next_one_clears_up(clip, visible):
@@ -311,6 +334,42 @@ def test_a_video_that_ends_in_the_middle_is_used_up_to_there(tmp_path, visible):
     assert re.search(r"주의: cut.avi는 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 \d+프레임만 씁니다", done.stdout)
 
 
+def test_frames_of_a_damaged_video_are_those_that_reading_through_gives(tmp_path):
+    path = save_video(tmp_path / "cut.avi", numbered_frames(), "mpeg4", options={"g": "5"})
+    content = bytearray(path.read_bytes())
+    places = [found.start() for found in re.finditer(b"00dc", content)]
+    content[places[12]:places[14]] = bytes(places[14] - places[12])  # two frames, which the index still lists
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        wanted = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    video = track_video.VideoFile(path)
+    video.kept_frames = 4
+    assert len(video) == len(wanted) == 38
+    for number in (37, 20, 30, 6, 13):
+        assert (video[number] == wanted[number]).all()
+
+
+@pytest.mark.parametrize("first, shown", [(0, 25), (10, 30), (10, 20)])
+def test_a_clip_trimmed_by_an_edit_list_is_whole(tmp_path, capsys, first, shown):
+    """An MP4's edit list (elst) holds the length in milliseconds and the time at which it begins, 512 a frame."""
+    path = save_video(tmp_path / "trimmed.mp4", numbered_frames(), options={"g": "12", "bf": "3"})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12
+    _, begin = struct.unpack(">Ii", content[place:place + 8])
+    content[place:place + 8] = struct.pack(">Ii", shown * 40, begin + first * 512)
+    path.write_bytes(content)
+    video = track_video.VideoFile(path)
+    assert len(video) == shown and "주의" not in capsys.readouterr().out
+    seen = [round((video[number].mean() - 5) / 6) for number in (0, shown - 1, 1)]
+    assert seen == [first, first + shown - 1, first + 1]
+
+
+def test_metadata_may_be_in_any_encoding(tmp_path):
+    path = save_video(tmp_path / "named.mkv", numbered_frames(3), metadata={"title": "Titel"})
+    path.write_bytes(path.read_bytes().replace(b"Titel", "Tïtel".encode("latin-1")))
+    assert len(track_video.VideoFile(path)) == 3
+
+
 def test_files_that_are_no_video_are_named(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").touch()
@@ -389,7 +448,8 @@ def test_failures_are_one_line_before_the_model_is_loaded(clip):
     assert_fails_in_one_line(track(clip, "missing.pt", "--point", "8,10", code=1), "missing.pt")
     assert_fails_in_one_line(track(clip, "missing.pt", code=1, env={"DISPLAY": None, "MPLBACKEND": None}), "--prompts")
     for wrong in (("--point", "1"), ("--box", "1,2,3"), ("--box", "1,2,3,4;5,6,7,8"), ("--point", "1,nan"),
-                  ("--prompts", "prompts.json", "--point", "1,2"), ("--point", "1,2", "--to-data", 0)):
+                  ("--prompts", "prompts.json", "--point", "1,2"), ("--point", "1,2", "--to-data", 0),
+                  ("--point", "1,2,0.9"), ("--frame", 0), ("--prompts", "prompts.json", "--frame", 3)):
         assert "usage" in track(clip, "missing.pt", *wrong, code=2).stderr
 
 
@@ -438,7 +498,7 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     hand.press("2")
     hand.drag((40, 20), (60, 42))
     shown = window.labels()
-    assert window.prompts[0, 1] == ([(20, 20, 1)], None) and window.prompts[0, 2][0] == []
+    assert window.prompts[0, 1] == ([pytest.approx((20, 20, 1), abs=0.3)], None) and window.prompts[0, 2][0] == []
     assert window.prompts[0, 2][1] == pytest.approx([40, 20, 60, 42], abs=0.3)
     hand.press("enter")
     assert window.tracked_prompts == window.prompts and sorted(window.tracked) == list(range(8)) and window.frame == 0
@@ -471,9 +531,10 @@ def test_the_window_undoes_clears_and_stops(window):
     hand.press("r")
     assert list(window.prompts) == [(0, 1)]
     hand.press("u", "u")
-    assert window.prompts == {(0, 1): ([(20, 20, 1), (25, 25, 1)], None)}
+    points = [pytest.approx((20, 20, 1), abs=0.3), pytest.approx((25, 25, 1), abs=0.3)]
+    assert window.prompts == {(0, 1): (points, None)}
     hand.press("u")
-    assert window.prompts == {(0, 1): ([(20, 20, 1)], None)}
+    assert window.prompts == {(0, 1): (points[:1], None)}
     follow, seen = window.follow, []
 
     def follow_and_stop(prompts):
@@ -496,8 +557,162 @@ def test_a_failure_in_the_window_closes_it_and_is_reported(window, clip, monkeyp
         window.show()
 
 
+def test_ctrl_c_while_the_window_tracks_closes_it_and_ends_the_script(window, monkeypatch):
+    hand = Hand(window)
+    hand.click((20, 20))
+
+    def follow_and_interrupt(prompts):
+        yield 0, np.zeros((60, 80), np.uint8)
+        raise KeyboardInterrupt
+
+    window.follow = follow_and_interrupt
+    hand.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", hand.canvas, "enter"))
+    assert not matplotlib.pyplot.fignum_exists(window.figure.number)
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        window.show()
+
+
+def test_a_click_that_ends_while_the_window_tracks_does_not_count(window):
+    hand = Hand(window)
+    hand.click((20, 20))
+    prompts = window.prompts
+
+    def follow_and_release(prompts):
+        yield 0, np.zeros((60, 80), np.uint8)
+        hand.mouse("button_release_event", (30, 30), 1)
+
+    window.follow = follow_and_release
+    hand.mouse("button_press_event", (30, 30), 1)
+    hand.press("enter")
+    assert window.prompts == window.tracked_prompts == prompts and window.pressed is None
+
+
+TRACKING_DRIVER = """
+import sys
+sys.path.insert(0, {folder!r})
+import tracking
+
+class Window(tracking.Window):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.figure.canvas.mpl_connect("draw_event", self.tell)
+
+    def tell(self, event):
+        status = "tracking" if self.is_tracking else "tracked" if self.tracked_prompts == self.prompts else "prompting"
+        (left, top), (right, bottom) = self.axes.transData.transform([(0, 0), (100, 100)])
+        slider = self.slider.ax.bbox
+        height = self.figure.canvas.get_width_height(physical=True)[1]
+        print("drawn", self.figure.canvas.manager.get_window_title(), self.frame, self.object, len(self.prompts),
+              status, slider.x0, slider.x1, height - (slider.y0 + slider.y1) / 2, left, height - top, right,
+              height - bottom, flush=True)
+
+tracking.Window = Window
+import {script} as script
+script.run(script.main, "")
+"""
+
+
+class TrackingWindow(RealWindow):
+    """track_video.py or segment_volume.py in a window on a virtual screen."""
+
+    def __init__(self, folder, screen, script, *arguments):
+        driver = TRACKING_DRIVER.format(folder=str(ROOT / "extras"), script=script)
+        super().__init__(folder, screen, *arguments, driver=driver)
+
+    def wait_for(self, name, frame=0, number=1, prompts=0, status="prompting"):
+        """Until the window has drawn this frame, with this object chosen, so many prompts and this status."""
+        for line in self.script.stdout:
+            self.output += line
+            if line.startswith(f"drawn {name} {frame} {number} {prompts} {status} "):
+                *self.slider, left, top, right, bottom = (float(word) for word in line.split()[6:])
+                self.corners = left, top, right, bottom
+                return
+        raise AssertionError(self.output)
+
+    def slide(self, share):
+        """Click on the slider, this share of its length from the left."""
+        left, right, height = self.slider
+        self.xdotool("mousemove", "--window", self.id, round(left + share * (right - left)), round(height), "click", 1)
+
+
+def test_real_window_prompts_two_objects_tracks_steps_corrects_and_tracks_again(clip, screen):
+    with TrackingWindow(clip, screen, "track_video", "--video", "frames", "-o", "clicked") as window:
+        window.wait_for_window("frames")
+        geometry = window.xdotool("getwindowgeometry", "--shell", window.id)
+        assert int(re.search(r"HEIGHT=(\d+)", geometry)[1]) <= 720 - 50  # the frame and a panel of the desktop
+        window.click(20, 20)
+        window.wait_for("frames", 0, 1, 1)
+        window.xdotool("key", "2")
+        window.wait_for("frames", 0, 2, 1)
+        window.drag((41, 20), (60, 40))
+        window.wait_for("frames", 0, 2, 2)
+        window.xdotool("key", "Return")
+        window.wait_for("frames", 0, 2, 2, "tracked")
+        first = read_masks(clip / "clicked")
+        window.xdotool("key", "Right")
+        window.wait_for("frames", 1, 2, 2, "tracked")
+        window.slide(5 / 7)
+        window.wait_for("frames", 5, 2, 2, "tracked")
+        window.xdotool("key", "1")
+        window.wait_for("frames", 5, 1, 2, "tracked")
+        window.click(5, 50, 3)
+        window.wait_for("frames", 5, 1, 3)
+        window.xdotool("key", "Return")
+        window.wait_for("frames", 5, 1, 3, "tracked")
+        window.xdotool("key", "alt+F4")
+        assert "같은 결과를 얻는 옵션: --prompts clicked/prompts.json" in window.end()
+    entries = json.loads((clip / "clicked/prompts.json").read_text())
+    assert [(entry["frame"], entry["object"]) for entry in entries] == [(0, 1), (0, 2), (5, 1)]
+    assert entries[0]["points"] == [[pytest.approx(20, abs=1), pytest.approx(20, abs=1), 1]]
+    assert entries[1]["box"] == pytest.approx([41, 20, 60, 40], abs=1) and entries[2]["points"][0][2] == 0
+    assert len(first) == 8 and {1, 2} <= set(np.unique(first[0]))
+    masks = read_masks(clip / "clicked")
+    track(clip, ROOT / "demo/sam2_demo.pt", "--prompts", "clicked/prompts.json", "-o", "repeated")
+    assert (read_masks(clip / "repeated") == masks).all()
+
+
 def test_the_benchmark_prints_memory_and_speed_of_both(tmp_path):
     done = run("benchmarks/bench_tracking.py", "--frames", 2, "--rounds", 1, "--width", 64, "--height", 48, "--device",
                "cpu", cwd=tmp_path)
     rows = dict(re.findall(r"^(sam2's own|track_video.py) +2 +(\d+) +[\d.]+$", done.stdout, re.MULTILINE))
     assert len(rows) == 2 and all(100 < int(peak) < 10000 for peak in rows.values())
+
+
+# ----------------------------------------------------------------------------- demo
+
+def numbers_in(text, flag):
+    return [float(number) for number in re.search(rf'{flag} "([\d.,]+)"', text)[1].split(",")]
+
+
+def test_the_drawn_clip_has_a_polyp_on_every_frame_and_the_makefile_its_box(tmp_path):
+    done = run("extras/demo/make_demo_clip.py", "--output", "data", cwd=tmp_path)
+    masks = np.array([cv2.imread(str(path), 0) for path in sorted((tmp_path / "data/clip_masks").iterdir())])
+    assert masks.shape == (60, 288, 320) and set(np.unique(masks)) == {0, 255}
+    shares = (masks > 0).mean(axis=(1, 2))
+    assert 0.04 < shares.min() and shares.max() < 0.25
+    rows, columns = np.nonzero(masks[0])
+    box = [columns.min(), rows.min(), columns.max(), rows.max()]
+    assert numbers_in(done.stdout, "--box") == box
+    for name in ("Makefile", "extras/GUIDE.md"):  # OpenCV's versions round differently
+        shown = (ROOT / name).read_text("utf-8").split("extras/demo/data/clip.mp4 ")[1]
+        assert numbers_in(shown, "--box") == pytest.approx(box, abs=2)
+    assert len(track_video.VideoFile(tmp_path / "data/clip.mp4")) == 60
+
+
+def test_the_score_of_a_clip_is_the_mean_iou_without_the_first_frame(tmp_path):
+    for number in range(3):
+        truth, tracked = np.zeros((2, 20, 30), np.uint8)
+        truth[5:15, 5:15], tracked[5:15, 5 + 5 * number:15 + 5 * number] = 255, 1  # half, then nothing in common
+        write_image(tmp_path / f"truth/{number:05}.png", truth)
+        write_image(tmp_path / f"tracked/masks/{number:05}.png", tracked)
+    score = ("extras/demo/score_clip.py", "tracked", "--truth")
+    done = run(*score, "truth", cwd=tmp_path)
+    assert "평균 J 0.1667 (2프레임, 가장 낮은 프레임 0.0000)" in done.stdout  # (1 / 3 + 0) / 2
+    (tmp_path / "empty").mkdir()
+    assert_fails_in_one_line(run(*score, "empty", code=1, cwd=tmp_path), "empty")
+    assert_fails_in_one_line(run(*score, "missing", code=1, cwd=tmp_path), "missing")
+    write_image(tmp_path / "tracked/masks/00002.png", np.zeros((10, 10), np.uint8))
+    assert_fails_in_one_line(run(*score, "truth", code=1, cwd=tmp_path), "00002.png", "크기가 다릅니다")
+    (tmp_path / "tracked/masks/00001.png").unlink()
+    assert_fails_in_one_line(run(*score, "truth", code=1, cwd=tmp_path), "00001.png: 없습니다")

@@ -1,14 +1,11 @@
 """test_my_image.py: prompts on the command line, and the window they replace."""
 
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from unittest.mock import Mock, create_autospec
 
@@ -595,37 +592,6 @@ def test_labelling_refuses_what_would_mix_masks_up(tmp_path, annotate):
     assert stop.value.code == 2
 
 
-@pytest.fixture
-def screen(tmp_path):
-    """A virtual screen with a window manager: the value for DISPLAY."""
-    missing = [tool for tool in ("Xvfb", "openbox", "xdotool") if not shutil.which(tool)]
-    try:
-        import tkinter  # noqa: F401
-    except ImportError:
-        missing.append("tkinter")
-    if missing:
-        reason = f"the real window needs {', '.join(missing)}"
-        assert not os.environ.get("CI"), reason
-        pytest.skip(reason)
-    read, write = os.pipe()
-    xvfb = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x720x24",
-                             "-dpi", "96"], pass_fds=[write],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        display = f":{pipe.readline().strip()}"
-    ready = tmp_path / "openbox is ready"
-    manager = subprocess.Popen(["openbox", "--startup", f"touch '{ready}'"], env={**os.environ, "DISPLAY": display},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not ready.exists():
-        assert manager.poll() is None and xvfb.poll() is None
-        time.sleep(0.01)
-    yield display
-    for process in (manager, xvfb):
-        process.terminate()
-        process.wait()
-
-
 DRIVER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -650,16 +616,16 @@ test_my_image.run(test_my_image.main, "")
 
 
 class RealWindow:
-    """test_my_image.py in a window on a virtual screen, driven with xdotool.
+    """A script in a window on a virtual screen, driven with xdotool; driver: code that starts it.
 
     The script tells what it has drawn. Every action is followed by a wait for the drawing that it leads to, so
     that nothing depends on how fast the machine is.
     """
 
-    def __init__(self, folder, screen, *arguments):
+    def __init__(self, folder, screen, *arguments, driver=DRIVER):
         self.env = {**ENV, "DISPLAY": screen, "MPLBACKEND": "TkAgg"}
         self.script = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, "--model-cfg", str(SMALL_CFG), "--finetuned", ROOT / "demo/sam2_demo.pt",
+            [sys.executable, "-c", driver, "--model-cfg", str(SMALL_CFG), "--finetuned", ROOT / "demo/sam2_demo.pt",
              "--device", "cpu", *map(str, arguments)],
             cwd=folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
         self.watchdog = threading.Timer(300, self.script.kill)  # only if it hangs

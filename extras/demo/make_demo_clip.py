@@ -16,7 +16,7 @@ import av
 import cv2
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 import make_demo_data as scene  # noqa: E402
 
 WIDTH, HEIGHT = 320, 288

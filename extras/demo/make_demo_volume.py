@@ -3,8 +3,8 @@
     python extras/demo/make_demo_volume.py
 
 Writes ct.nii.gz (int16) and ct_truth.nii.gz on a grid as scanners give it: voxels of 0.8 x 0.8 x 3 mm, the gantry
-tilted by 12 degrees, stored from left to right and from front to back (LPS). Prints the voxel in the middle of the
-bleeding and the box around it there, in the indices that segment_volume.py takes.
+tilted by 12 degrees, stored from right to left and from front to back (LPS). Prints the voxel in the middle of the
+bleeding, the box around it there, and a voxel inside it on each slice, in the indices that segment_volume.py takes.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import cv2
 import nibabel as nib
 import numpy as np
 
-SHAPE = (208, 256, 48)       # voxels: from right to left, back to front, bottom to top
+SHAPE = (208, 256, 48)       # voxels: from left to right, back to front, bottom to top
 SPACING = (0.8, 0.8, 3.0)    # mm
 TILT = np.deg2rad(12)        # around the axis from right to left
 AIR, SCALP, BONE, FLUID, GREY, WHITE, BLOOD, OEDEMA = -1000, 30, 1100, 6, 37, 28, 68, 17  # Hounsfield units
@@ -30,7 +30,7 @@ def main():
     volume, blood = draw_head(np.random.default_rng(args.seed))
     affine = make_affine()
     for name, data in (("ct", volume), ("ct_truth", blood)):
-        image = nib.Nifti1Image(data[::-1, ::-1], affine)  # stored from left to right, front to back
+        image = nib.Nifti1Image(data[::-1, ::-1], affine)  # stored from right to left, front to back
         image.header.set_xyzt_units("mm")
         nib.save(image, args.output / f"{name}.nii.gz")
     x, y, z = np.array(np.nonzero(blood)).mean(axis=1).round().astype(int)
@@ -39,6 +39,11 @@ def main():
     across, along = np.nonzero(blood[..., z])
     print(f'출혈의 가운데: --point "{z},{x},{y}"')
     print(f'그 슬라이스의 출혈: --box "{z},{across.min()},{along.min()},{across.max()},{along.max()}"')
+    points = []
+    for z in np.flatnonzero(blood.any(axis=(0, 1))):
+        depth = cv2.distanceTransform(blood[..., z].copy(), cv2.DIST_L2, 5)  # the voxel that lies deepest in the blood
+        points.append("{},{},{}".format(z, *np.unravel_index(depth.argmax(), depth.shape)))
+    print(f'출혈이 있는 모든 슬라이스: --each-slice --point "{";".join(points)}"')
 
 
 def make_affine():
