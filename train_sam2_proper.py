@@ -2,7 +2,8 @@
 
     python train_sam2_proper.py                      the reference guide's loss and settings
     python train_sam2_proper.py --recipe improved    more IoU from as many decoder passes
-    python train_sam2_proper.py --encoder lora       the image encoder learns too
+    python train_sam2_proper.py --recipe strongest   most IoU: the image encoder learns too, which takes longer
+    python train_sam2_proper.py --encoder lora       the guide's loss, and low-rank updates of the image encoder
     python train_sam2_proper.py --test               is everything there that a training needs?
 
 By default the image encoder is frozen, so an image is encoded at its first visit only and its features are kept.
@@ -77,8 +78,8 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("val_mask_dir", "data/masks/val", str, "검증 마스크 폴더"),
     ("max_objects", 20, (int, 1), "이미지마다 번호가 작은 객체부터 몇 개까지 검증할지"),
     # training
-    ("recipe", "reference", ["reference", "improved"], "학습 방법: reference 원래 가이드의 손실 그대로, improved 같은 "
-     "계산량으로 IoU를 더 올리는 설정 묶음(따로 준 옵션이 우선)"),
+    ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실 그대로, "
+     "improved 같은 계산량으로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더까지 학습(따로 준 옵션이 우선)"),
     ("iterations", 3000, (int, 1), "총 학습 반복 횟수"),
     ("save_every", 500, (int, 1), "몇 번 반복할 때마다 검증하고 저장할지"),
     ("patience", 0, (int, 0), "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지"),
@@ -107,7 +108,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
      "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고, 메모리는 "
      "--grad-checkpointing으로 줄임"),
-    ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: lora 1e-4, full 1e-5)"),
+    ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: full은 --lr과 같고 lora는 그 3배)"),
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
     ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
@@ -120,13 +121,15 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("cache_dtype", "float16", ["float16", "float32"], "남겨 둘 특징의 정밀도"),
 ]
 CONFIG = {name: default for name, default, *_ in SETTINGS}
+IMPROVED = {"dice_weight": 1.0, "supervise": "all", "prompt": "mixed", "batch_size": 4, "iterations": 750,
+            "save_every": 125, "lr": 3e-4, "scheduler": "cosine", "warmup": 50}
 RECIPES = {  # what --recipe sets, where a flag does not say otherwise
+    # the same 3000 decoder passes in all three; chosen by benchmarks/study_recipes.py, see the guide
     "reference": {},
-    # the same 3000 decoder passes; chosen by benchmarks/study_recipes.py, see the guide
-    "improved": {"dice_weight": 1.0, "supervise": "all", "prompt": "mixed", "batch_size": 4, "iterations": 750,
-                 "save_every": 125, "lr": 3e-4, "scheduler": "cosine", "warmup": 50},
+    "improved": IMPROVED,
+    "strongest": {**IMPROVED, "encoder": "full"},
 }
-ENCODER_LR = {"lora": 1e-4, "full": 1e-5}
+ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, if --encoder-lr does not say otherwise
 FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
                   "workers", "grad_checkpointing", "tensorboard", "wandb"}  # may differ from the run before
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
@@ -192,8 +195,8 @@ def parse_args():
     args = parser.parse_args()
     if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
         parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
-    if args.encoder_lr is None:
-        args.encoder_lr = ENCODER_LR.get(args.encoder)
+    if args.encoder != "frozen" and args.encoder_lr is None:
+        args.encoder_lr = args.lr * ENCODER_LR[args.encoder]
     return args
 
 

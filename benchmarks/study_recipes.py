@@ -1,4 +1,4 @@
-"""Train recipes at an equal budget and compare their IoU: how --recipe improved was chosen.
+"""Train recipes at an equal budget and compare their IoU: how --recipe improved and strongest were chosen.
 
     python benchmarks/study_recipes.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
     python benchmarks/study_recipes.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt --final
@@ -73,7 +73,8 @@ STUDY = {
     "mixed, full 3e-4, average": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4", "average": 0.99},
 }
 FINAL = {"reference": {"flags": "--recipe reference"}, "reference, lr 1e-4": {"flags": "--recipe reference --lr 1e-4"},
-         "improved": {"flags": "--recipe improved"}}
+         "improved": {"flags": "--recipe improved"}, "strongest": {"flags": "--recipe strongest"},
+         "strongest, lora": {"flags": "--recipe strongest --encoder lora"}}
 
 
 def main():

@@ -28,10 +28,12 @@ from conftest import (
 )
 from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from sam2.build_sam import build_sam2
 
 import train_sam2_proper
 
+CHANNELS = OmegaConf.load(SMALL_CFG).model.image_encoder.neck.d_model
 TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
 
 
@@ -308,7 +310,7 @@ def test_cached_features_train_as_fresh_ones_do(data, weights):
 
 
 def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
-    size = 2 * 64 * (16**2 + 64**2 // 8 + 32**2 // 4)  # bytes an image at 256 px, 64 channels
+    size = 2 * CHANNELS * (16**2 + 64**2 // 8 + 32**2 // 4)  # bytes an image at 256 px
     limit = (4 * 2 + 2.5) * size / 1e9  # validation's features have full precision: twice the size
     done = train(data, weights, "--iterations", 12, "--cache-gb", limit, "--output-dir", "some")
     assert "학습 6장 중 2장, 검증 4장 중 4장" in done.stdout  # validation images go first: all are seen every time
@@ -379,7 +381,7 @@ def test_a_batch_decodes_as_its_images_and_clicks_do_one_by_one(data, weights):
 def test_image_size_is_the_side_that_the_model_sees(data, weights):
     arguments = ("--model-cfg", SMALL_CFG, "--device", "cpu", "--image-size", 512)
     done = run("train_sam2_proper.py", *arguments, "--checkpoint", weights, "--iterations", 2, cwd=data)
-    assert f"한 장 {2 * 64 * (32**2 + 128**2 // 8 + 64**2 // 4) / 1e6:.2g} MB" in done.stdout
+    assert f"한 장 {2 * CHANNELS * (32**2 + 128**2 // 8 + 64**2 // 4) / 1e6:.2g} MB" in done.stdout
     run("compare_models.py", *arguments, "--checkpoint", weights, cwd=data)
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["image_size"] == 512
@@ -433,6 +435,14 @@ def test_improved_is_a_set_of_flags_and_each_can_be_given_otherwise(monkeypatch)
     assert passes[0] == passes[1]  # the same budget
     mine = settings_of(monkeypatch, "--lr", "2e-4", "--recipe", "improved", "--iterations=10")
     assert mine["lr"] == 2e-4 and mine["iterations"] == 10 and mine["supervise"] == "all"
+
+
+def test_strongest_is_improved_with_the_encoder(monkeypatch):
+    improved, strongest = (settings_of(monkeypatch, "--recipe", name) for name in ("improved", "strongest"))
+    assert {name: value for name, value in strongest.items() if value != improved[name]} == {
+        "recipe": "strongest", "encoder": "full", "encoder_lr": 3e-4}
+    low_rank = settings_of(monkeypatch, "--recipe", "strongest", "--encoder", "lora", "--lr", "1e-5")
+    assert low_rank["encoder"] == "lora" and low_rank["encoder_lr"] == pytest.approx(3e-5)
 
 
 def test_improved_trains_and_is_validated_with_the_middle_click(data, weights):
@@ -556,8 +566,8 @@ def test_the_encoder_has_a_learning_rate_of_its_own(data, weights, monkeypatch):
         training = make_training(data, weights, monkeypatch, *flags)
         return [group["lr"] for group in training.optimizer.param_groups]
     assert rates() == [1e-5]
-    assert rates("--encoder", "lora", "--lr", "1e-4") == [1e-4, train_sam2_proper.ENCODER_LR["lora"]]
-    assert rates("--encoder", "full") == [1e-5, train_sam2_proper.ENCODER_LR["full"]]
+    assert rates("--encoder", "lora", "--lr", "1e-4") == pytest.approx([1e-4, 3e-4])
+    assert rates("--encoder", "full") == [1e-5, 1e-5]
     assert rates("--encoder", "full", "--encoder-lr", "0.5") == [1e-5, 0.5]
     done = train(data, weights, "--encoder-lr", "1e-4", code=2)
     assert "--encoder lora" in done.stderr
