@@ -79,7 +79,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("max_objects", 20, (int, 1), "이미지마다 번호가 작은 객체부터 몇 개까지 검증할지"),
     # training
     ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실 그대로, "
-     "improved 같은 계산량으로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더까지 학습(따로 준 옵션이 우선)"),
+     "improved 같은 계산량으로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더도 학습(따로 준 옵션이 우선)"),
     ("iterations", 3000, (int, 1), "총 학습 반복 횟수"),
     ("save_every", 500, (int, 1), "몇 번 반복할 때마다 검증하고 저장할지"),
     ("patience", 0, (int, 0), "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지"),
