@@ -21,7 +21,7 @@ $(VENV)/.installed-extras: $(VENV)/.installed-dev extras/requirements.txt
 	$(PY) -m pip install -r extras/requirements.txt
 	touch $@
 
-# The whole pipeline on drawn images with a model of 2 M parameters: no download, no GPU, a few minutes.
+# The whole pipeline on drawn images with a model of 3.2 M parameters: no download, no GPU, a few minutes.
 # Only --lr and --iterations differ from the training's defaults. Everything is written below demo/.
 DEMO_MODEL := --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
 DEMO_VAL := demo/data/images/val

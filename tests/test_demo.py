@@ -38,10 +38,10 @@ def test_polyps_are_about_as_large_as_in_kvasir_seg(tmp_path):
 
 def test_demo_model_is_small_and_in_the_official_form():
     path = ROOT / "demo/sam2_demo.pt"
-    assert path.stat().st_size < 10e6
+    assert path.stat().st_size < 20e6
     checkpoint = torch.load(path, weights_only=True)
     assert list(checkpoint) == ["model"]
-    assert 1.5e6 < sum(tensor.numel() for tensor in checkpoint["model"].values()) < 2.5e6
+    assert 2.5e6 < sum(tensor.numel() for tensor in checkpoint["model"].values()) < 5e6
 
 
 def test_shortened_demo_gains_iou(tmp_path):
