@@ -2,8 +2,8 @@
 
 A scene holds one to eight overlapping things of any colour, texture, outline and softness of edge: blobs, polygons,
 crescents, bent strips; some carry parts of another colour, some are of the same make as their neighbour. In a clip
-they move, turn, deform, pass behind each other, leave and come back, and the camera moves too. A still scene is a
-clip of one frame. Nothing here imitates the fine-tuning domain (make_demo_data.py).
+they move, turn, deform, shrink to nothing, pass behind each other, leave and come back, and the camera moves too. A
+still scene is a clip of one frame. Nothing here imitates the fine-tuning domain (make_demo_data.py).
 
     python demo/draw_scenes.py        # a sheet of scenes and clips to look at: demo/output/scenes.png
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-MIN_PIXELS = 40     # an object with less left in sight is never asked for (at 128 px)
+MIN_PIXELS = 50     # an object with less left in sight is never asked for (at 128 px)
 MAX_THINGS = 8      # a part counts as one
 
 
@@ -90,7 +90,7 @@ class Thing:
 def new_thing(rng, size, ground, pace, model=None, whole=None):
     """A thing anywhere; of the surface and outline of `model`, or a part on `whole`, if one is given."""
     if whole is None:
-        radius = size * np.exp(rng.uniform(np.log(0.07), np.log(0.4)))
+        radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.4)))
         centre = rng.uniform(0.05, 0.95, 2) * size
         motion = Motion(rng, size, pace, leaves=0.25)
     else:
@@ -120,9 +120,9 @@ def new_thing(rng, size, ground, pace, model=None, whole=None):
 
 
 def contrasting(rng, ground):
-    """A colour at a distance of 20 to 160 from `ground`."""
-    shift = rng.normal(0, 1, 3)
-    contrast = np.exp(rng.uniform(np.log(20), np.log(160)))
+    """A colour at a distance of 30 to 160 from `ground`."""
+    shift = rng.normal(0, 1, 3) if rng.random() < 0.75 else np.full(3, rng.choice([-1, 1]))  # or brightness alone
+    contrast = np.exp(rng.uniform(np.log(30), np.log(160)))
     return np.clip(ground + contrast * shift / np.linalg.norm(shift), 5, 250)
 
 
@@ -191,7 +191,8 @@ def value_noise(rng, side, cells):
 class Motion:
     """Where something is at time t (frames): a drift, a swing, a turn and a change of size.
 
-    leaves: the chance of a swing so wide that the thing leaves the picture and comes back.
+    leaves: the chance of a swing so wide that the thing leaves the picture and comes back; half as often it shrinks
+        to nothing, as the slices of a round body do.
     """
 
     def __init__(self, rng, size, pace, leaves):
@@ -203,13 +204,18 @@ class Motion:
             self.swing = direction / np.linalg.norm(direction) * size * rng.uniform(0.7, 1.4)
             self.period, self.phase = rng.uniform(24, 60), np.zeros(2)
             self.drift *= 0
+        self.end = rng.uniform(5, 40) if rng.random() < leaves / 2 else np.inf
         self.turn = rng.normal(0, 0.04) * pace
         self.growth = rng.uniform(0, 0.25) * min(pace, 1)
         self.start = np.sin(self.phase)
 
+    def section(self, t):
+        """The radius at time t, as a share of that at time 0, of a ball that is cut into slices."""
+        return np.sqrt(max(0, 1 - (t / self.end) ** 2))
+
     def matrix(self, t, centre, about=0):
         """3 x 3: the thing's own pixels, around `about`, to the scene's, at time t."""
-        scale = 1 + self.growth * np.sin(2 * np.pi * t / self.period)
+        scale = (1 + self.growth * np.sin(2 * np.pi * t / self.period)) * self.section(t)
         linear = scale * rotation(self.turn * t)
         place = centre + self.drift * t + self.swing * (np.sin(2 * np.pi * t / self.period + self.phase) - self.start)
         return np.vstack([np.column_stack([linear, place - linear @ np.broadcast_to(about, 2)]), [0, 0, 1]])
@@ -221,6 +227,8 @@ def paste(image, labels, thing, view, t, number, within=None):
     view: 3 x 3, the carrier's pixels to the image's. within: the alpha of the thing that carries this part.
     Returns: the highest number used.
     """
+    if thing.motion.section(t) < 0.05:
+        return number + len(thing.parts)
     own = view @ thing.motion.matrix(t, thing.centre)
     angle = np.linspace(0, 2 * np.pi, len(thing.outline), endpoint=False)
     bulge = 1 + sum(a * np.sin(waves * angle) * np.sin(speed * t) for a, waves, speed in thing.waves)
@@ -278,6 +286,7 @@ class Finish:
             spots = (wish > np.quantile(wish, 1 - rng.uniform(0.002, 0.012))).astype(np.float32)
             self.shine = cv2.GaussianBlur(spots, (0, 0), size / 200)[..., None]
         self.sigma = size / 128 * rng.uniform(0.4, 1.2) if rng.random() < 0.3 else 0
+        self.is_grey = rng.random() < 0.2
         self.noise = rng.uniform(0, 8)
         self.quality = int(rng.integers(40, 96)) if rng.random() < 0.4 else None
 
@@ -288,6 +297,8 @@ class Finish:
             image += self.shine * (250 - image)
         if self.sigma:
             image = cv2.GaussianBlur(image, (0, 0), self.sigma)
+        if self.is_grey:
+            image = np.repeat(image.mean(2, keepdims=True), 3, 2)
         grain = self.rng.standard_normal(image.shape, np.float32)
         image = np.clip(image + self.noise * grain, 0, 255).astype(np.uint8)
         if self.quality:
