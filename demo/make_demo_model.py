@@ -16,14 +16,14 @@ four times as much as one at 128 px, so the large size comes last.
 
 How the tracked file came about (2-core CPU machine, no GPU): a model of 64 instead of 128 channels, STILL_PHASES on
 simpler scenes, 101 minutes on 2026-11-21, and 1,450 steps on scenes and clips, 50 minutes of one thread, on 2026-11-22.
-It no longer improved (2,500 more steps on stills at 128 px: click IoU 0.54, box IoU 0.66 throughout), so it was widened:
-each channel twice, and what reads them halved, with noise that cancels, which left its masks the same within 4e-5; the
-memory's parts began anew. Then the steps in CLIP_PHASES, 59 minutes of one thread, with constant learning rates
-but for the last phase, where they fell to 0. All of this is short: --resume goes on.
+It no longer improved (2,500 more steps on stills at 128 px: click IoU 0.54, box IoU 0.66 throughout), so it was
+widened: each channel twice, and what reads them halved, with noise that cancels, which left its masks the same within
+4e-5; the memory's parts began anew. Then the steps in CLIP_PHASES, about an hour of one thread, with constant learning
+rates but for the last phase, where they fell to 0. All of this is short: --resume goes on.
 
-On 200 held-out scenes of draw_scenes.py at 256 px it reaches IoU 0.551 with a click and 0.674 with a box, and misses the
-IoU by 0.165 with its score. These scenes are harder than those of 2026-11-21, on which that day's file had 0.682 and
-0.788.
+On 200 held-out scenes of draw_scenes.py at 256 px it reaches IoU 0.551 with a click and 0.674 with a box, and misses
+the IoU by 0.165 with its score. These scenes are harder than those of 2026-11-21, on which that day's file had 0.682
+and 0.788.
 """
 
 import argparse
