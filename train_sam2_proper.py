@@ -1415,5 +1415,4 @@ def load_weights(model, checkpoint, model_cfg):
 
 
 if __name__ == "__main__":
-    run(main, "--batch-size나 --clicks를 줄이고 --accumulate를 늘리거나, --grad-checkpointing, --image-size 512, "
-        "--workers 0을 쓰세요")
+    run(main, "--batch-size나 --clicks를 줄이거나, --grad-checkpointing, --image-size 512, --workers 0을 쓰세요")
