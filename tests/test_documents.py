@@ -1,14 +1,26 @@
-"""The guide and the README say what is there: command lines, flags, files and settings."""
+"""The guides and the README say what is there: command lines, flags, defaults, files, settings and messages."""
 
 import ast
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
+from unittest import mock
 
+import convert_checkpoint
+import label_with_text
 import numpy as np
 import pytest
+import segment_volume
 import torch
+import track_video
+import train
 from conftest import ROOT, SMALL_CFG, draw_pair
 from hydra.errors import MissingConfigException
 from sam2.build_sam import build_sam2
@@ -19,80 +31,232 @@ import prepare_data
 import test_my_image
 import train_sam2_proper
 
-SCRIPTS = {module.__name__: module for module in (
-    download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image)}
-DOCUMENTS = ["README.md", "SAM2_FINETUNING_GUIDE.md"]
-# what the scripts write, or users bring, so that it need not be in the repository
-WRITTEN = re.compile(r"checkpoints/sam2\.1_hiera_(tiny|small|base_plus|large)\.pt|data/(images|masks)/(train|val)/?|"
-                     r"data/preview\.png|output/.*|demo/(data|output)(/.*)?|test_images/.*|Kvasir-SEG/|data/|output/|"
-                     r"checkpoints/|venv/|(이름|NAME)_\w+\.(png|json)|compare_\d\.png")
+GUIDE, EXTRAS_GUIDE = "SAM2_FINETUNING_GUIDE.md", "extras/GUIDE.md"
+DOCUMENTS = ["README.md", GUIDE, EXTRAS_GUIDE]
+SECTIONS = {  # path of a script: the document that explains it, and the beginnings of the headings where
+    "download_dataset.py": (GUIDE, "2. 체크포인트", "3. 데이터"),
+    "prepare_data.py": (GUIDE, "3. 데이터"),
+    "train_sam2_proper.py": (GUIDE, "4. 파인튜닝"),
+    "compare_models.py": (GUIDE, "5. 원본과 비교"),
+    "test_my_image.py": (GUIDE, "6. 내 이미지에 쓰기"),
+    "extras/track_video.py": (EXTRAS_GUIDE, "설치", "영상에서 따라가기"),
+    "extras/segment_volume.py": (EXTRAS_GUIDE, "설치", "CT와 MR에서 따라가기"),
+    "extras/label_with_text.py": (EXTRAS_GUIDE, "설치", "단어나 상자로 라벨 만들기"),
+    "extras/convert_checkpoint.py": (EXTRAS_GUIDE, "Hugging Face 형식으로"),
+    "extras/sam_med3d_ich/train.py": (EXTRAS_GUIDE, "SAM-Med3D로 뇌 CT의 출혈 분할하기"),
+}
+SCRIPTS = dict(zip(SECTIONS, (
+    download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image, track_video, segment_volume,
+    label_with_text, convert_checkpoint, train)))
+SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
+                  for path in sorted((ROOT / folder).glob("*.py")))
+# what they write under a name that they put together, or through a package, and folders that appear when they run
+WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/output|output/comparison|plots|to_data|"
+                     r"output/my_(tracks|volumes)/이름|extras/demo/output/ich|models/(florence2|grounding-dino)|"
+                     r"data/(images|masks)/(train|val))/|checkpoints/sam2\.1_hiera_(small|base_plus)\.pt|"
+                     r"(output/comparison/)?compare_1\.png|masks/00000\.png|training_summary_(\*|날짜_시각)\.json|"
+                     r"processor_config\.json")
+BROUGHT = ("annotations.json", "_annotations.coco.json", "2.jpg", "10.jpg", "sam_med3d_turbo.pth")  # by users
 
 
 def text(document):
     return (ROOT / document).read_text(encoding="utf-8")
 
 
-def flags_of(module):
-    """All flags that a script's parser knows, from its source."""
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    flags = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-             and re.fullmatch(r"--?[a-z][a-z-]*", node.value)}
-    if module is train_sam2_proper:
-        flags |= {"--" + name.replace("_", "-") for name in train_sam2_proper.CONFIG}
-        flags |= {f"--no-{name.replace('_', '-')}" for name, _, kind, _ in train_sam2_proper.SETTINGS if kind is bool}
-    return {flag for flag in flags if flag not in ("--proc",)}
+def section(document, *headings):
+    """The chapters of a document whose headings begin so."""
+    chapters = re.split("^## ", text(document), flags=re.MULTILINE)  # no block of code has a line that begins so
+    found = [chapter for chapter in chapters if chapter.startswith(headings)]
+    assert len(found) == len(headings)
+    return "".join(found)
+
+
+@functools.cache
+def help_of(script):
+    """What --help says: {flag: the block of lines that explains it}."""
+    with mock.patch.object(sys, "argv", [script, "--help"]), mock.patch.dict(os.environ, COLUMNS="1000"), \
+            contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        SCRIPTS[script].parse_args()
+    blocks = re.findall(r"^  (-[^\n]*(?:\n    [^\n]*)*)", out.getvalue(), re.MULTILINE)
+    return {flag: block for block in blocks for flag in re.findall(r"(?<![\w-])--?[a-z][\w-]*", block.split("  ")[0])
+            if flag not in ("-h", "--help")}
+
+
+def flags_in_source(path):
+    """The flags of a script that has no parse_args() to ask: those of demo/ and benchmarks/."""
+    return set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / path).read_text(encoding="utf-8")))
+
+
+def code(document):
+    """Every line of a document's code: blocks, fenced or indented, and what stands in a text between backticks."""
+    joined = re.sub(r" *\\\n *", " ", text(document))
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", joined, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```\w*\n.*?^```$", "", joined, flags=re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^    (.*)$", prose, re.MULTILINE)
+    inline = [re.sub(r"\s*\n\s*", " ", span) for span in re.findall(r"`([^`]+)`", prose)]
+    return [line.strip() for block in fenced for line in block.splitlines()] + indented + inline
 
 
 def command_lines(document):
-    """Every line of a code block that starts one of the scripts, without its comment."""
-    for line in text(document).splitlines():
-        line = line.strip()
-        if found := re.match(r"(?:python|torchrun --nproc-per-node=\d+) (\S+?)\.py( .*)?$", line):
-            if found[1] in SCRIPTS:
-                yield found[1], shlex.split(found[2] or "", comments=True)
+    """Every command of a document that starts a Python file, without its comment: (path, arguments)."""
+    for line in code(document):
+        if found := re.match(r"(?:\w+=\S+ )?(?:python|torchrun --nproc-per-node=\d+) (\S+\.py)( .*)?$", line):
+            yield found[1], shlex.split(found[2] or "", comments=True)
+
+
+def options_in(chapter):
+    """The rows of its tables of options: {heading of the column: cell}; the last one says what the options mean."""
+    for table in re.findall(r"^\| 옵션 .*\n\|[-|]+\n(?:\|.*\n)+", chapter, re.MULTILINE):
+        heading, _, *rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines()]
+        yield from ({column.split()[0]: cell for column, cell in zip(heading, row)} for row in rows)
+
+
+def named_flags(words):
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9_-]*(?<!-)", words))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_line_parses(document, monkeypatch):
     lines = list(command_lines(document))
-    assert len(lines) >= 5
-    for script, arguments in lines:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        SCRIPTS[script].parse_args()  # exits if it does not
+    assert len(lines) >= 10
+    for path, arguments in lines:
+        if path in SCRIPTS:
+            monkeypatch.setattr(sys, "argv", [path, *arguments])
+            SCRIPTS[path].parse_args()  # exits if it does not
+        else:
+            assert (ROOT / path).is_file(), path
+            assert named_flags(" ".join(arguments)) <= flags_in_source(path), path
+
+
+@pytest.mark.parametrize("document", [GUIDE, EXTRAS_GUIDE])
+def test_flags_behind_a_script_are_its_own(document):
+    scripts = {Path(script).name: script for script in SCRIPTS}
+    found = [match for line in code(document) if (match := re.match(r"(\w+\.py) (-.*)", line))]
+    assert len(found) >= 3
+    for match in found:
+        assert named_flags(match[2]) <= help_of(scripts[match[1]]).keys(), match[0]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_make_pip_and_hf_command_has_what_it_names(document):
+    targets = re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE)
+    lines = code(document)
+    made = [target for line in lines for target in re.findall(r"^make ([\w-]+)", line)]
+    assert made and set(made) <= set(targets), set(made) - set(targets)
+    for line in lines:
+        if line.startswith("pip install"):
+            assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", line)), line
+        if found := re.match(r"hf download (\S+) --local-dir models/(\S+)$", line):
+            assert label_with_text.REPOSITORIES[found[2]] == found[1]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_is_named_exists(document):
-    known = set().union(*(flags_of(module) for module in SCRIPTS.values())) | {
-        "--nproc-per-node", "--no-build-isolation", "--help", "--memory", "--final", "--repeats"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text(document)))
+    known = {flag for script in SCRIPTS for flag in help_of(script)} | {
+        "--nproc-per-node", "--no-build-isolation", "--help", "--local-dir"}
+    known = known.union(*(flags_in_source(path) for path, _ in command_lines(document) if path not in SCRIPTS))
+    named = {flag for flag in named_flags(text(document)) if flag.startswith("--")}
     assert named <= known, named - known
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_in_the_guide(script):
-    guide = text("SAM2_FINETUNING_GUIDE.md")
-    missing = [flag for flag in flags_of(SCRIPTS[script]) if not re.search(rf"(?<![\w-]){flag}(?![\w-])", guide)]
+def test_every_flag_is_explained_where_its_script_is(script):
+    missing = help_of(script).keys() - named_flags(section(*SECTIONS[script]))
     assert not missing
+
+
+@pytest.mark.parametrize("document", [GUIDE, EXTRAS_GUIDE])
+def test_tables_of_options_hold_the_flags_of_their_scripts(document):
+    headings = {script: headings for script, (own, *headings) in SECTIONS.items() if own == document}
+    rows = [(heading, row) for heading in set(sum(headings.values(), []))
+            for row in options_in(section(document, heading))]
+    assert len(rows) >= 40
+    for heading, row in rows:
+        known = {flag for script in headings if heading in headings[script] for flag in help_of(script)}
+        assert named_flags(row["옵션"]) <= known, (heading, row)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_default_in_a_table_of_options_is_that_of_the_parser(script):
+    defaults = {flag: re.findall(r"기본: ([^()]+)\)", block)[-1:] for flag, block in help_of(script).items()}
+    for row in options_in(section(*SECTIONS[script])):
+        flags = [flag for flag in re.findall(r"`(--[\w-]+)", row["옵션"]) if flag in defaults]
+        actual = [as_value(default) for flag in flags for default in defaults[flag]]
+        if "기본" in row:  # a column of its own, which names all of them
+            named = [as_value(default) for default in row["기본"].split(", ") if default not in ("", "끔")]
+            assert named == [default for default in actual if default != "None"], row
+        elif flags:
+            named = [as_value(default) for found in re.findall(r"\(기본 ([^():]+)\)", [*row.values()][-1])
+                     for default in found.split(", ")]
+            assert set(named) <= set(actual), (row, actual)
+
+
+def as_value(words):
+    """A number, if it is one: 1e-4 is 0.0001."""
+    try:
+        return float(words)
+    except ValueError:
+        return words.strip("`")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_is_named_exists_or_is_written_by_a_script(document):
-    named = set(re.findall(r"[`(]((?:[a-zA-Z_][\w.-]*/)+[\w.-]*|[\w-]+\.(?:py|md|txt|pt|png|yaml))[`)]",
-                           text(document)))
-    named |= set(re.findall(r"(?<= )(?:demo|benchmarks|tests)/[\w./-]+", text(document)))
-    made_by_users = {"annotations.json", "rough.png"}
-    sources = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in SCRIPTS.values())
+    suffixes = "py|md|txt|pt|pth|png|jpg|yaml|json|csv|mp4|nii\\.gz|safetensors"
+    named = set(re.findall(rf"[`(]((?:[\w.*-]+/)*(?:[\w.*-]+/|[\w.*+-]+\.(?:{suffixes})))[`)]", text(document)))
+    named |= {name for line in re.findall(r"^[├└]── (.*?)(?:  |$)", text(document), re.MULTILINE)
+              for name in line.split(", ")}
+    assert len(named) >= 10
     package = {name for name in named if name.startswith("configs/sam2.1/")}
-    missing = [name for name in named - made_by_users - package
-               if not (ROOT / name).exists() and not WRITTEN.fullmatch(name) and f'"{name}"' not in sources]
+    missing = [name for name in named - package if not (is_there(name, document) or is_written(name)
+                                                        or name in BROUGHT)]
     assert not missing
     import sam2
     assert all((Path(sam2.__file__).parent / name).is_file() for name in package)
 
 
+def is_there(name, document):
+    """Whether a file is in the repository, named from its root, from the document or from a folder beside that."""
+    beside = (ROOT / document).parent
+    return any((folder / name).exists() for folder in (ROOT, beside, beside / "sam_med3d_ich"))
+
+
+def is_written(name):
+    """Whether a script's source has the name of a file, in quotes, or what follows an image's or a volume's name."""
+    file = Path(name).name
+    quoted = re.sub("^(이름|NAME)_", "}_", file) + '"' if file.startswith(("이름_", "NAME_")) else f'"{file}"'
+    return WRITTEN.fullmatch(name) or not name.endswith("/") and quoted in SOURCES
+
+
+def test_prompts_as_the_guide_shows_them_are_read(tmp_path):
+    shown = re.search(r"```json\n(.*?)```", text(EXTRAS_GUIDE), re.DOTALL)[1]
+    (tmp_path / "prompts.json").write_text(shown)
+    assert track_video.read_prompts(tmp_path / "prompts.json").keys() == {
+        (entry["frame"], entry["object"]) for entry in json.loads(shown)}
+
+
+@pytest.mark.parametrize("document", [GUIDE, EXTRAS_GUIDE])
+def test_what_the_python_examples_import_is_there(document):
+    imported = 0
+    for block in re.findall(r"```python\n(.*?)```", text(document), re.DOTALL):
+        if block.startswith('"'):  # settings, see below
+            continue
+        for node in ast.walk(ast.parse(block)):
+            for name in node.names if isinstance(node, ast.ImportFrom) else ():
+                imported += 1
+                assert hasattr(importlib.import_module(node.module), name.name), (node.module, name.name)
+    assert imported
+
+
+def test_every_message_that_the_extras_guide_quotes_is_in_a_script():
+    quoted = re.findall(r'\*\*"(.+?)"\*\*', text(EXTRAS_GUIDE))
+    assert len(quoted) >= 4
+    joined = re.sub(r'"\s*\n\s*f?"', "", SOURCES)  # strings that go on in the next line
+    for message in quoted:
+        assert message in joined, message
+
+
 def test_what_scripts_write_is_named_in_their_source():
-    sources = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS)
+    sources = "".join((ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS if "/" not in script)
     for name in re.findall(r"`output/([\w.]+)`", text("SAM2_FINETUNING_GUIDE.md")):
         assert name in sources
 
@@ -105,7 +269,7 @@ def test_every_setting_that_is_quoted_is_that_of_config():
 
 
 def test_every_message_that_the_guide_shows_is_in_a_script():
-    sources = "".join((ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS)
+    sources = "".join((ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS if "/" not in script)
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
     shown = re.findall(r"^(?:오류|주의): (.*)$", text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
     assert len(shown) >= 7
@@ -146,9 +310,13 @@ def test_nothing_is_learnt_through_predict_and_something_through_features_as_the
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_inside_the_repository_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#:]+)\)", text(document)):
-        assert (ROOT / target).exists(), target
-    headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ")).strip().replace(" ", "-").lower()
-                for line in text(document).splitlines() if line.startswith("#")}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text(document)):
-        assert anchor in headings, anchor
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(document)):
+        assert ((ROOT / document).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text(document)):
+        assert anchor in anchors((ROOT / document).parent / target if target else ROOT / document), anchor
+
+
+def anchors(path):
+    """What GitHub makes of a document's headings, to link to them."""
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("# ")).strip().replace(" ", "-").lower()
+            for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")}
