@@ -268,6 +268,17 @@ def test_every_setting_that_is_quoted_is_that_of_config():
         assert train_sam2_proper.CONFIG[name] == ast.literal_eval(value), name
 
 
+def test_the_flags_of_a_recipe_are_those_that_the_guide_shows(monkeypatch):
+    shown, = (line for line in code(GUIDE) if line.startswith("--dice-weight") and "--save-every" in line)
+
+    def settings(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_sam2_proper.py", *flags])
+        return {**vars(train_sam2_proper.parse_args()), "recipe": None}
+
+    assert settings(*shown.split()) == settings("--recipe", "improved")
+    assert settings(*shown.split(), "--encoder", "full") == settings("--recipe", "strongest")
+
+
 def test_every_message_that_the_guide_shows_is_in_a_script():
     sources = "".join((ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS if "/" not in script)
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
