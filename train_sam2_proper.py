@@ -46,7 +46,6 @@ from filelock import FileLock, Timeout
 from pycocotools import mask as coco_mask
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
-from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -132,6 +131,8 @@ RECIPES = {  # what --recipe sets, where a flag does not say otherwise
 ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, if --encoder-lr does not say otherwise
 FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
                   "workers", "grad_checkpointing", "tensorboard", "wandb"}  # may differ from the run before
+PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best",
+            "halvings")  # of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; objects with fewer are left out
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
@@ -349,11 +350,11 @@ class Training:
         if processes > 1:  # unused: what belongs to the masks that are not in the loss
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
         self.optimizer = make_optimizer(self.model, args)
-        self.schedulers = make_schedulers(self.optimizer, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
-        self.iteration, self.rows, self.mean, self.started, self.lr = 0, [], None, time.time(), args.lr
-        self.best, self.best_iteration = -1.0, 0
+        self.started = time.time()
+        self.iteration, self.rows, self.mean = 0, [], None
+        self.best, self.best_iteration, self.validations_since_best, self.halvings = -1.0, 0, 0, 0
 
     @property
     def parameters(self):
@@ -384,7 +385,8 @@ class Training:
         """One step of the optimizer. Returns whether any process was interrupted: its `interrupted` is not empty."""
         args = self.args
         total = torch.zeros(3)
-        self.lr = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration, self.halvings)
         for number in range(1, args.accumulate + 1):
             examples = next(self.batches)
             synchronize = number == args.accumulate or self.processes == 1
@@ -403,7 +405,6 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()  # their memory is free while the model is validated and saved
-        step_schedulers(self.schedulers)
         total[2] = bool(interrupted)
         if self.processes > 1:
             total = total.to(self.predictor.device)
@@ -416,9 +417,10 @@ class Training:
         return bool(total[2])
 
     def log(self):
-        """Add a row with the running means to the log."""
+        """Add a row with the running means and the learning rates to the log."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rows.append({"iteration": self.iteration, "loss": self.mean[0], "train_iou": self.mean[1],
-                          "lr": self.lr, "seconds": round(time.time() - self.started, 1)})
+                          **dict(zip(("lr", "encoder_lr"), rates)), "seconds": round(time.time() - self.started, 1)})
 
     def validate(self):
         """Add what compare_models.py would measure now, and the loss, to the log's last row.
@@ -438,10 +440,13 @@ class Training:
             means = (float(np.mean(values)) for values in zip(*results))
             self.rows[-1].update(zip(("val_loss", "val_iou", "val_dice"), means))
         iou = self.rows[-1].get("val_iou", self.mean[1])
-        step_schedulers(self.schedulers, iou)
-        if better := iou > self.best:
-            self.best, self.best_iteration = iou, self.iteration
-        return better
+        if iou > self.best:
+            self.best, self.best_iteration, self.validations_since_best = iou, self.iteration, 0
+            return True
+        self.validations_since_best += 1
+        if self.validations_since_best % 2 == 0:
+            self.halvings += 1
+        return False
 
     def validate_image(self, index):
         """(loss, IoU, Dice) of each object of the index-th validation image."""
@@ -457,18 +462,6 @@ class Training:
                         for mask, gt_mask in zip(best, gt_masks)]
         return results
 
-    def report(self):
-        """The line that the terminal shows for the log's last row."""
-        row = self.rows[-1]
-        validated = (f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "검증 없음")
-        return (f"[{row['iteration']}/{self.args.iterations}] loss {row['loss']:.4f}, "
-                f"학습 IoU {row['train_iou']:.2%}, {validated}")
-
-    def is_out_of_patience(self):
-        """Whether so many validations as --patience says have passed without a better one."""
-        waited = self.iteration - self.best_iteration
-        return 0 < self.args.patience * self.args.save_every <= waited
-
     def write(self, better):
         """Write sam2_last.pt, the log and, if the last validation was the best so far, sam2_best.pt."""
         if better:
@@ -481,16 +474,14 @@ class Training:
         state = self.model.state_dict()
         save_model(self.model, path, optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                    low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
-                   schedulers=[scheduler.state_dict() for scheduler in self.schedulers],
-                   iteration=self.iteration, rows=self.rows, mean=self.mean, best=self.best,
-                   best_iteration=self.best_iteration, seconds=time.time() - self.started,
-                   settings=json.dumps(self.settings), data=data_fingerprint(self.masks))
+                   **{name: getattr(self, name) for name in PROGRESS}, seconds=time.time() - self.started,
+                   settings=self.settings, data=data_fingerprint(self.masks))
 
     def load(self, path):
         """Load what save() wrote; fail, with the reason, if it belongs to another training."""
         try:
             last = torch.load(path, map_location="cpu", weights_only=True)
-            before = json.loads(last["settings"])
+            before, progress = dict(last["settings"]), {name: last[name] for name in PROGRESS}
         except FileNotFoundError:
             fail(f"이어서 할 학습이 없습니다: {path}")
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
@@ -507,10 +498,8 @@ class Training:
         self.optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
             self.scaler.load_state_dict(last["scaler"])
-        for scheduler, state in zip(self.schedulers, last["schedulers"]):
-            scheduler.load_state_dict(state)
-        for name in ("iteration", "rows", "mean", "best", "best_iteration"):
-            setattr(self, name, last[name])
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
         self.started = time.time() - last["seconds"]
 
 
@@ -995,32 +984,19 @@ def make_optimizer(model, args):
         if parameter.requires_grad:
             groups["encoder" if name.startswith("image_encoder.") else "decoder"].append(parameter)
     rates = {"decoder": args.lr, "encoder": args.encoder_lr}
-    return torch.optim.AdamW([{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]],
-                             weight_decay=args.weight_decay)
+    return torch.optim.AdamW([{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]}
+                              for name in groups if groups[name]], weight_decay=args.weight_decay)
 
 
-def make_schedulers(optimizer, args):
-    """torch's schedulers for --scheduler and --warmup; they multiply. "plateau" steps at validations only."""
-    schedulers = []
-    if args.warmup:
-        schedulers.append(lr_scheduler.LinearLR(optimizer, 1 / (args.warmup + 1), total_iters=args.warmup))
-    if args.scheduler == "cosine":
-        schedulers.append(lr_scheduler.CosineAnnealingLR(optimizer, args.iterations))
-    if args.scheduler == "step":  # a tenth after each third
-        schedulers.append(lr_scheduler.StepLR(optimizer, math.ceil(args.iterations / 3), gamma=0.1))
-    if args.scheduler == "plateau":  # half after two validations without a better one
-        schedulers.append(lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=1, eps=0))
-    return schedulers
+def learning_rate_factor(args, iteration, halvings=0):
+    """What --warmup and --scheduler multiply the learning rates by in an iteration, counted from 1.
 
-
-def step_schedulers(schedulers, reached=None):
-    """Step after an iteration or, with the IoU that it reached, after a validation ("plateau" only)."""
-    for scheduler in schedulers:
-        if not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-            if reached is None:
-                scheduler.step()
-        elif reached is not None:
-            scheduler.step(reached)
+    halvings: how often "plateau" has halved them so far; the rest follows from the iteration.
+    """
+    done = iteration - 1
+    factor = {"none": 1, "cosine": (1 + math.cos(math.pi * done / args.iterations)) / 2,
+              "step": 0.1 ** (done // math.ceil(args.iterations / 3)), "plateau": 0.5**halvings}[args.scheduler]
+    return factor * min(1, iteration / (args.warmup + 1))
 
 
 def print_setup(training, device):
@@ -1062,7 +1038,10 @@ def train(training, trackers):
             training.log()
             if validating:
                 better = training.validate()
-                bar.write(training.report())
+                row = training.rows[-1]
+                bar.write(f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}, "
+                          + (f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row
+                             else "검증 없음"))
             for track in trackers:
                 track(iteration, training.rows[-1])
         if (validating or stopping) and rank == 0:
@@ -1071,7 +1050,7 @@ def train(training, trackers):
             bar.close()
             print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(processes)}")
             sys.exit(130)
-        if training.is_out_of_patience():
+        if 0 < args.patience <= training.validations_since_best:
             bar.close()
             print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
             break
@@ -1185,7 +1164,8 @@ def data_fingerprint(masks):
 def save_log(rows, output_dir):
     """Write train_log.csv and training_curve.png from the rows logged so far."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", "lr", "val_loss", "val_iou", "val_dice",
+    rates = ["lr", "encoder_lr"] if "encoder_lr" in rows[0] else ["lr"]
+    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", *rates, "val_loss", "val_iou", "val_dice",
                                    "seconds"])
     writer.writeheader()
     writer.writerows(rows)

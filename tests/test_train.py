@@ -586,6 +586,30 @@ def test_checkpointing_keeps_less_for_the_backward_pass(data, weights, monkeypat
     assert kept("--grad-checkpointing") < 0.5 * kept()
 
 
+def test_plateau_halves_the_learning_rate_after_two_validations_without_a_better_one(data, weights, monkeypatch):
+    def factors(reached):
+        training, factors = make_training(data, weights, monkeypatch, "--scheduler", "plateau"), []
+        training.mean = [0.0, 0.0]
+        for iteration, iou in enumerate(reached, start=1):
+            factors.append(train_sam2_proper.learning_rate_factor(training.args, iteration, training.halvings))
+            training.validate_image = lambda index, iou=iou: [(0.0, iou, 0.0)]
+            training.log()
+            training.validate()
+        return factors
+    # 0.5 is the best at first; the third validation is the second that is no better
+    assert factors([0.5] * 12) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625, 0.03125]
+    assert factors([0.1 + number / 100 for number in range(12)]) == [1] * 12
+
+
+def test_the_log_has_the_learning_rate_of_the_encoder_when_it_learns(data, weights):
+    flags = ("--iterations", 2, "--workers", 0, "--scheduler", "step")
+    train(data, weights, *flags, "--encoder", "lora", "--output-dir", "lora")
+    row = read_log(data, "lora")[-1]
+    assert float(row["lr"]) == pytest.approx(1e-6) and float(row["encoder_lr"]) == pytest.approx(3e-6)
+    train(data, weights, *flags)
+    assert "encoder_lr" not in read_log(data)[-1]
+
+
 def children():
     return set(psutil.Process().children())
 
