@@ -636,11 +636,11 @@ class FeatureCache:
     def read_or_encode(self, path, size):
         key = hashlib.sha256(self.identity + repr(size).encode() + path.read_bytes()).hexdigest()
         entry = self.folder / f"{key}.npz"
-        try:
-            with np.load(entry) as stored:  # which compares the checksums
-                return [torch.from_numpy(stored[name]) for name in stored]
-        except Exception:  # not there, or damaged: that raises half a dozen kinds
-            levels = self.encode(path, size)
+        with contextlib.suppress(Exception):  # not there, or damaged: that raises half a dozen kinds
+            with np.load(entry) as stored:
+                if stored.zip.testzip() is None:  # no checksum is wrong
+                    return [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
+        levels = self.encode(path, size)
         buffer = io.BytesIO()
         np.savez(buffer, *(level.numpy() for level in levels))
         write_file(entry, buffer.getbuffer())
@@ -710,12 +710,12 @@ def freeze_all_but(model, names):
 class Example(NamedTuple):
     """One image of a batch: how its objects are prompted and, once it is read, what the loss is computed from."""
 
-    index: int                      # in Masks
-    rng: np.random.Generator        # what is random about its view and its prompts
-    kind: str                       # of the prompts: point, points or box; the same in a batch
-    further_clicks: int             # one after the other on what the model got wrong; the same in a batch
-    image: torch.Tensor | None = None       # uint8 3 x S x S; None if its features are cached
-    gt_masks: np.ndarray | None = None      # bool K x H x W, one for each prompt
+    index: int                          # in Masks
+    rng: np.random.Generator            # what is random about its view and its prompts
+    kind: str                           # of the prompts: point, points or box; the same in a batch
+    further_clicks: int                 # one after the other on what the model got wrong; the same in a batch
+    image: torch.Tensor | None = None   # uint8 3 x S x S; None if its features are cached
+    gt_masks: np.ndarray | None = None  # bool K x H x W, one for each prompt
 
 
 class Examples(Dataset):
@@ -789,9 +789,7 @@ class BatchLoss(torch.nn.Module):
     def __init__(self, predictor, masks, cache, args):
         super().__init__()
         self.predictor, self.masks, self.cache, self.args = predictor, masks, cache, args
-        self.image_encoder = predictor.model.image_encoder
-        self.prompt_encoder = predictor.model.sam_prompt_encoder
-        self.mask_decoder = predictor.model.sam_mask_decoder
+        self.model = predictor.model  # a part of this module, so that its weights are found
 
     def forward(self, examples):
         """(loss, IoU), scalars, for random prompts on each example's objects."""
