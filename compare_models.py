@@ -400,19 +400,14 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
 
-class ImageError(Exception):
+class ImageError(OSError):
     """An image or mask that cannot be used; the message names the file."""
 
 
 def run(main, advice):
-    """Call main(). An expected failure ends in one line on stderr and exit code 1, without a traceback.
-
-    advice: what the user can do when memory runs out.
-    """
+    """Call main(). An expected failure ends in one line on stderr and exit code 1; advice: if memory runs out."""
     try:
         main()
-    except ImageError as error:
-        fail(error)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except KeyboardInterrupt:
@@ -452,10 +447,7 @@ def save_figure(figure, path):
 
 
 def detect_device(requested="auto"):
-    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
-
-    A device requested by name ("cuda", "cuda:1", "mps", "cpu") that is not available is an error.
-    """
+    """The device to run on: as requested ("cuda", "cuda:1", "mps", "cpu"; fails if it is not available) or the best."""
     is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     usable = [name for name in is_available if is_available[name]]
     if requested != "auto" and requested.split(":")[0] not in usable:
@@ -487,15 +479,12 @@ def decode_file(path, flags):
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too.
-
-    Raises ImageError if it cannot be read.
-    """
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too."""
     return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path):
-    """Read a mask as uint16 H x W: 0 is the background, every other value one object. Raises as read_image does.
+    """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
     A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127.
     """
@@ -514,10 +503,9 @@ def read_config(model_cfg):
 
 
 def load_predictor(model_cfg, checkpoint, device, image_size=None):
-    """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
+    """A SAM2ImagePredictor on `device`, in eval mode: see read_config and load_weights.
 
-    model_cfg: see read_config; checkpoint: see load_weights; image_size: the side in pixels that images are
-    resized to, if not the config's own.
+    image_size: the side in pixels that images are resized to, if not the config's own.
     """
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
@@ -534,8 +522,8 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
 
-    A file that is missing, damaged or made for another config than `model_cfg` is an error. Prints a warning if
-    the weights were trained at another image size.
+    Fails if the file is missing, damaged or made for another config than `model_cfg`; warns if the weights were
+    trained at another image size.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
@@ -544,13 +532,10 @@ def load_weights(model, checkpoint, model_cfg):
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights = dict(saved.get("model", saved))
+        model.load_state_dict(dict(saved.get("model", saved)))
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({textwrap.shorten(str(error), 200)})")
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:  # the last two: values that are no tensors
-        fail(f"체크포인트 {checkpoint}가 설정 {model_cfg}와 맞지 않습니다: {textwrap.shorten(str(error), 400)}")
+        fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
+             f"{textwrap.shorten(str(error), 400)}")
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -46,7 +46,6 @@ from filelock import FileLock, Timeout
 from pycocotools import mask as coco_mask
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
-from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -96,8 +95,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
     # loss
     ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
-    ("supervise", "first", ["first", "all", "best"], "손실에 넣을 마스크: first 첫째만, all 셋 모두, "
-     "best 가장 잘 맞는 것만"),
+    ("supervise", "first", ["first", "all", "best"], "손실에 넣을 마스크: first 첫째, all 셋 모두, best 가장 맞는 것"),
     # prompts
     ("prompt", "point", ["point", "points", "box", "mixed"], "학습할 프롬프트: point 마스크 안의 점 하나, "
      "points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음"),
@@ -132,6 +130,8 @@ RECIPES = {  # what --recipe sets, where a flag does not say otherwise
 ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, if --encoder-lr does not say otherwise
 FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
                   "workers", "grad_checkpointing", "tensorboard", "wandb"}  # may differ from the run before
+PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best",
+            "halvings")  # of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; objects with fewer are left out
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
@@ -167,9 +167,7 @@ def main():
         train(training, trackers)
 
     if rank == 0:
-        save_model(training.model, args.output_dir / "sam2_final.pt")
-        save_summary(training, device)
-    print_result(training)
+        finish(training, device)
     if processes > 1:
         torch.distributed.destroy_process_group()
     return training
@@ -185,7 +183,7 @@ def parse_args():
         elif isinstance(kind, list):
             options.update(choices=kind, type=type(kind[0]))
         else:
-            options.update(type=number_from(*kind) if isinstance(kind, tuple) else kind)
+            options.update(type=kind[0] if isinstance(kind, tuple) else kind)
         parser.add_argument("--" + name.replace("_", "-"), **options)
     parser.add_argument("--resume", action="store_true", help="중단된 학습을 결과 폴더의 sam2_last.pt에서 이어서 하기")
     parser.add_argument("--test", action="store_true", help="학습하지 않고, 필요한 것이 다 있는지 1분 안에 검사하기")
@@ -193,22 +191,15 @@ def parse_args():
     parser.add_argument("--wandb", metavar="PROJECT", help="Weights & Biases의 이 프로젝트에도 기록")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
     args = parser.parse_args()
+    for name, _, kind, _ in SETTINGS:
+        value = getattr(args, name)
+        if isinstance(kind, tuple) and value is not None and not kind[1] <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: {kind[1]} 이상이어야 합니다")
     if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
         parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and args.encoder_lr is None:
         args.encoder_lr = args.lr * ENCODER_LR[args.encoder]
     return args
-
-
-def number_from(kind, least):
-    """A type for argparse: an int or float that is at least `least`."""
-    def parse(text):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: {least} 이상이어야 합니다")
-        return value
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number
-    return parse
 
 
 def system_check(args):
@@ -220,13 +211,9 @@ def system_check(args):
         on_gpu = f", GPU {torch.cuda.mem_get_info()[0] / 1e9:.1f} GB 남음" if torch.cuda.is_available() else ""
         return f"{free:.1f} GB 남음{on_gpu}"
 
-    def model():
+    def checkpoint():
         model = load_predictor(args.model_cfg, args.checkpoint, "cpu", args.image_size).model
-        return f"{args.checkpoint}, 가중치 {sum(weight.numel() for weight in model.parameters()):,}개"
-
-    def data():
-        masks, val_masks = load_masks(args)
-        return f"학습 {len(masks)}장 (객체 {masks.count}개), 검증 {len(val_masks)}장 (객체 {val_masks.count}개)"
+        return f"{args.checkpoint}, 가중치 {count_weights(model.parameters()):,}개"
 
     def output():
         write_file(args.output_dir / "check.tmp", b"")
@@ -242,10 +229,11 @@ def system_check(args):
     passed = True
     for name, check in (("장치", lambda: detect_device(args.device)), ("메모리", memory),
                         ("버전", lambda: ", ".join(" ".join(pair) for pair in versions().items())),
-                        ("체크포인트", model), ("데이터", data), ("결과 폴더", output), ("학습 1회", iteration)):
+                        ("체크포인트", checkpoint), ("데이터", lambda: describe_data(*load_masks(args))),
+                        ("결과 폴더", output), ("학습 1회", iteration)):
         try:
             print(f"✓ {name}: {check()}", flush=True)
-        except (SystemExit, ImageError, OSError, RuntimeError) as error:
+        except (SystemExit, OSError, RuntimeError) as error:
             print(f"✗ {name}: {str(error).removeprefix('오류: ')}", flush=True)
             passed = False
     return passed
@@ -303,26 +291,22 @@ def lock(path):
 def open_trackers(args):
     """Functions that take (iteration, values by name), for --tensorboard and --wandb; fail if not installed."""
     trackers = []
-    if args.tensorboard:
-        try:
+    try:
+        if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail("--tensorboard를 쓰려면 tensorboard 패키지가 필요합니다: pip install tensorboard")
-        writer = SummaryWriter(args.output_dir / "tensorboard")
+            writer = SummaryWriter(args.output_dir / "tensorboard")
 
-        def track(iteration, values):
-            for name, value in values.items():
-                writer.add_scalar(name, value, iteration)
-            writer.flush()
-        trackers.append(track)
-    if args.wandb:
-        try:
+            def track(iteration, values):
+                for name, value in values.items():
+                    writer.add_scalar(name, value, iteration)
+                writer.flush()
+            trackers.append(track)
+        if args.wandb:
             import wandb
-        except ImportError:
-            fail("--wandb를 쓰려면 wandb 패키지가 필요합니다: pip install wandb")
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        tracked = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
-        trackers.append(lambda iteration, values: tracked.log(values, step=iteration))
+            tracked = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
+            trackers.append(lambda iteration, values: tracked.log(values, step=iteration))
+    except ImportError as error:
+        fail(f"--tensorboard나 --wandb에 필요한 패키지가 없습니다: pip install {error.name or 'tensorboard'}")
     return trackers
 
 
@@ -349,11 +333,11 @@ class Training:
         if processes > 1:  # unused: what belongs to the masks that are not in the loss
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
         self.optimizer = make_optimizer(self.model, args)
-        self.schedulers = make_schedulers(self.optimizer, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
-        self.iteration, self.rows, self.mean, self.started, self.lr = 0, [], None, time.time(), args.lr
-        self.best, self.best_iteration = -1.0, 0
+        self.started = time.time()
+        self.iteration, self.rows, self.mean = 0, [], None
+        self.best, self.best_iteration, self.validations_since_best, self.halvings = -1.0, 0, 0, 0
 
     @property
     def parameters(self):
@@ -364,12 +348,13 @@ class Training:
     def batches(self):
         """The batches of Examples from the next iteration on, read ahead by --workers if nothing is cached.
 
-        See draw_iteration; each process takes its share of an iteration's picks, cut into batches.
+        See draw_iteration; each process takes its share of an iteration's examples, cut into batches.
         """
         args, rank, processes, images = self.args, self.rank, self.processes, len(self.masks)
-        picks = (draw_iteration(args, iteration, args.batch_size * args.accumulate * processes, images)[rank::processes]
-                 for iteration in range(self.iteration + 1, args.iterations + 1))
-        batches = (share[start:start + args.batch_size] for share in picks
+        count = args.batch_size * args.accumulate * processes
+        shares = (draw_iteration(args, iteration, count, images)[rank::processes]
+                  for iteration in range(self.iteration + 1, args.iterations + 1))
+        batches = (share[start:start + args.batch_size] for share in shares
                    for start in range(0, len(share), args.batch_size))
         is_cached = self.cache is not None
         dataset = Examples(self.masks, args.clicks, None if is_cached else self.model.image_size, args.augment)
@@ -384,7 +369,8 @@ class Training:
         """One step of the optimizer. Returns whether any process was interrupted: its `interrupted` is not empty."""
         args = self.args
         total = torch.zeros(3)
-        self.lr = self.optimizer.param_groups[0]["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration, self.halvings)
         for number in range(1, args.accumulate + 1):
             examples = next(self.batches)
             synchronize = number == args.accumulate or self.processes == 1
@@ -403,7 +389,6 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()  # their memory is free while the model is validated and saved
-        step_schedulers(self.schedulers)
         total[2] = bool(interrupted)
         if self.processes > 1:
             total = total.to(self.predictor.device)
@@ -416,9 +401,10 @@ class Training:
         return bool(total[2])
 
     def log(self):
-        """Add a row with the running means to the log."""
+        """Add a row with the running means and the learning rates to the log."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rows.append({"iteration": self.iteration, "loss": self.mean[0], "train_iou": self.mean[1],
-                          "lr": self.lr, "seconds": round(time.time() - self.started, 1)})
+                          **dict(zip(("lr", "encoder_lr"), rates)), "seconds": round(time.time() - self.started, 1)})
 
     def validate(self):
         """Add what compare_models.py would measure now, and the loss, to the log's last row.
@@ -438,10 +424,13 @@ class Training:
             means = (float(np.mean(values)) for values in zip(*results))
             self.rows[-1].update(zip(("val_loss", "val_iou", "val_dice"), means))
         iou = self.rows[-1].get("val_iou", self.mean[1])
-        step_schedulers(self.schedulers, iou)
-        if better := iou > self.best:
-            self.best, self.best_iteration = iou, self.iteration
-        return better
+        if iou > self.best:
+            self.best, self.best_iteration, self.validations_since_best = iou, self.iteration, 0
+            return True
+        self.validations_since_best += 1
+        if self.validations_since_best % 2 == 0:
+            self.halvings += 1
+        return False
 
     def validate_image(self, index):
         """(loss, IoU, Dice) of each object of the index-th validation image."""
@@ -457,40 +446,22 @@ class Training:
                         for mask, gt_mask in zip(best, gt_masks)]
         return results
 
-    def report(self):
-        """The line that the terminal shows for the log's last row."""
-        row = self.rows[-1]
-        validated = (f"검증 IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "검증 없음")
-        return (f"[{row['iteration']}/{self.args.iterations}] loss {row['loss']:.4f}, "
-                f"학습 IoU {row['train_iou']:.2%}, {validated}")
-
-    def is_out_of_patience(self):
-        """Whether so many validations as --patience says have passed without a better one."""
-        waited = self.iteration - self.best_iteration
-        return 0 < self.args.patience * self.args.save_every <= waited
-
-    def write(self, better):
-        """Write sam2_last.pt, the log and, if the last validation was the best so far, sam2_best.pt."""
+    def save(self, better):
+        """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt."""
+        folder, state = self.args.output_dir, self.model.state_dict()
         if better:
-            save_model(self.model, self.args.output_dir / "sam2_best.pt")
-        self.save(self.args.output_dir / "sam2_last.pt")
-        save_log(self.rows, self.args.output_dir)
-
-    def save(self, path):
-        """Save all that --resume needs; the model lies in it in the official form."""
-        state = self.model.state_dict()
-        save_model(self.model, path, optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+            save_model(self.model, folder / "sam2_best.pt")
+        save_model(self.model, folder / "sam2_last.pt", optimizer=self.optimizer.state_dict(),
                    low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
-                   schedulers=[scheduler.state_dict() for scheduler in self.schedulers],
-                   iteration=self.iteration, rows=self.rows, mean=self.mean, best=self.best,
-                   best_iteration=self.best_iteration, seconds=time.time() - self.started,
-                   settings=json.dumps(self.settings), data=data_fingerprint(self.masks))
+                   scaler=self.scaler.state_dict(), **{name: getattr(self, name) for name in PROGRESS},
+                   seconds=time.time() - self.started, settings=self.settings, data=data_fingerprint(self.masks))
+        save_log(self.rows, folder)
 
     def load(self, path):
         """Load what save() wrote; fail, with the reason, if it belongs to another training."""
         try:
             last = torch.load(path, map_location="cpu", weights_only=True)
-            before = json.loads(last["settings"])
+            before, progress = dict(last["settings"]), {name: last[name] for name in PROGRESS}
         except FileNotFoundError:
             fail(f"이어서 할 학습이 없습니다: {path}")
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
@@ -507,10 +478,8 @@ class Training:
         self.optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
             self.scaler.load_state_dict(last["scaler"])
-        for scheduler, state in zip(self.schedulers, last["schedulers"]):
-            scheduler.load_state_dict(state)
-        for name in ("iteration", "rows", "mean", "best", "best_iteration"):
-            setattr(self, name, last[name])
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
         self.started = time.time() - last["seconds"]
 
 
@@ -612,16 +581,14 @@ class FeatureCache:
         `dtype` all the same, so that a result does not depend on what happened to fit.
     amp: encode in mixed precision where the device has it.
     folder: if given, features are also kept there as files, across runs. A file's name is a hash of all
-        that its content depends on; a file whose checksum is wrong is made anew.
+        that its content depends on; a damaged file is made anew.
     """
 
     def __init__(self, predictor, limit, dtype=torch.float16, amp=True, folder=None, model_cfg=None):
         self.predictor, self.limit, self.dtype, self.amp, self.folder = predictor, limit, dtype, amp, folder
         self.kept, self.encoded = {}, 0
-        side, channels = predictor.model.image_size, predictor.model.hidden_dim
-        self.shapes = [(1, channels, side // 16, side // 16), (1, channels // 8, side // 4, side // 4),
-                       (1, channels // 4, side // 8, side // 8)]
-        self.bytes_per_image = dtype.itemsize * sum(math.prod(shape) for shape in self.shapes)
+        model = predictor.model  # has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
+        self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         if folder:
             self.identity = self.hash_of_the_encoder(model_cfg)
 
@@ -667,20 +634,16 @@ class FeatureCache:
         return [level.to(self.dtype).cpu() for level in levels]
 
     def read_or_encode(self, path, size):
-        try:
-            key = hashlib.sha256(self.identity + repr(size).encode() + path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise ImageError(f"{path}: {error.strerror}") from None
-        entry = Path(self.folder) / f"{key}.features"
-        stored = entry.read_bytes() if entry.is_file() else b""
-        checksum, content = stored[:32], stored[32:]
-        if len(content) == self.bytes_per_image and hashlib.sha256(content).digest() == checksum:
-            values = torch.frombuffer(bytearray(content), dtype=self.dtype)
-            parts = values.split([math.prod(shape) for shape in self.shapes])
-            return [part.view(shape) for part, shape in zip(parts, self.shapes)]
+        key = hashlib.sha256(self.identity + repr(size).encode() + path.read_bytes()).hexdigest()
+        entry = self.folder / f"{key}.npz"
+        with contextlib.suppress(Exception):  # not there, or damaged: that raises half a dozen kinds
+            with np.load(entry) as stored:
+                if stored.zip.testzip() is None:  # no checksum is wrong
+                    return [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
         levels = self.encode(path, size)
-        content = b"".join(level.numpy().tobytes() for level in levels)
-        write_file(entry, hashlib.sha256(content).digest() + content)
+        buffer = io.BytesIO()
+        np.savez(buffer, *(level.numpy() for level in levels))
+        write_file(entry, buffer.getbuffer())
         return levels
 
 
@@ -744,28 +707,19 @@ def freeze_all_but(model, names):
         parameter.requires_grad_(names.match(name) is not None)
 
 
-class Pick(NamedTuple):
-    """One image of a batch, and how its objects are prompted."""
-
-    index: int                      # in Masks
-    rng: np.random.Generator        # what is random about its view and its prompts
-    kind: str                       # of the prompts: point, points or box; the same in a batch
-    further_clicks: int             # one after the other on what the model got wrong; the same in a batch
-
-
 class Example(NamedTuple):
-    """A Pick, read."""
+    """One image of a batch: how its objects are prompted and, once it is read, what the loss is computed from."""
 
-    index: int
-    rng: np.random.Generator
-    kind: str
-    further_clicks: int
-    image: torch.Tensor | None      # uint8 3 x S x S; None if its features are cached
-    gt_masks: np.ndarray            # bool K x H x W, one for each prompt
+    index: int                          # in Masks
+    rng: np.random.Generator            # what is random about its view and its prompts
+    kind: str                           # of the prompts: point, points or box; the same in a batch
+    further_clicks: int                 # one after the other on what the model got wrong; the same in a batch
+    image: torch.Tensor | None = None   # uint8 3 x S x S; None if its features are cached
+    gt_masks: np.ndarray | None = None  # bool K x H x W, one for each prompt
 
 
 class Examples(Dataset):
-    """Examples by Pick; `clicks` prompts each, on different objects where there are enough.
+    """Reads Examples; `clicks` prompts each, on different objects where there are enough.
 
     image_size: read and resize images to this; None if their features are cached.
     """
@@ -773,21 +727,20 @@ class Examples(Dataset):
     def __init__(self, masks, clicks, image_size=None, augment=False):
         self.masks, self.clicks, self.image_size, self.augment = masks, clicks, image_size, augment
 
-    def __getitem__(self, pick):
-        """An Example, or an ImageError: raised in another process, it would no longer be one line."""
-        index, rng = pick.index, pick.rng
-        chosen = np.resize(rng.permutation(len(self.masks.objects[index])), self.clicks)
-        gt_masks = self.masks.decode(index, chosen)
-        if self.image_size is None:
-            return Example(*pick, None, gt_masks)
-        try:
-            image = read_reduced(self.masks.paths[index], self.masks.sizes[index])
-        except ImageError as error:
-            return error
-        image = torch.from_numpy(image).permute(2, 0, 1)
-        if self.augment:
-            image, gt_masks = augment_example(rng, image, gt_masks)
-        return Example(*pick, v2.functional.resize(image, [self.image_size] * 2), gt_masks)
+    def __getitem__(self, example):
+        """The Example with its masks and image, or an ImageError: raised in a worker, it would be many lines."""
+        index, rng, image = example.index, example.rng, None
+        gt_masks = self.masks.decode(index, np.resize(rng.permutation(len(self.masks.objects[index])), self.clicks))
+        if self.image_size is not None:
+            try:
+                image = read_reduced(self.masks.paths[index], self.masks.sizes[index])
+            except ImageError as error:
+                return error
+            image = torch.from_numpy(image).permute(2, 0, 1)
+            if self.augment:
+                image, gt_masks = augment_example(rng, image, gt_masks)
+            image = v2.functional.resize(image, [self.image_size] * 2)
+        return example._replace(image=image, gt_masks=gt_masks)
 
 
 def augment_example(rng, image, gt_masks):
@@ -812,7 +765,7 @@ def augment_example(rng, image, gt_masks):
 
 
 def draw_iteration(args, iteration, count, images):
-    """The `count` Picks that an iteration trains on, out of so many images.
+    """The `count` Examples, not read yet, that an iteration trains on, out of so many images.
 
     All of it follows from the seed and the iteration: so it is the same however many processes share the
     batch, it can be read ahead, and a resumed training needs no saved random state.
@@ -821,7 +774,7 @@ def draw_iteration(args, iteration, count, images):
     indices = rng.integers(images, size=count)
     kind = prompt_kind(args.prompt, rng.integers(3))
     further_clicks = int(rng.integers(args.max_points)) if kind == "points" else 0
-    return [Pick(index, np.random.default_rng([args.seed, iteration, place]), kind, further_clicks)
+    return [Example(index, np.random.default_rng([args.seed, iteration, place]), kind, further_clicks)
             for place, index in enumerate(indices, start=1)]
 
 
@@ -836,9 +789,7 @@ class BatchLoss(torch.nn.Module):
     def __init__(self, predictor, masks, cache, args):
         super().__init__()
         self.predictor, self.masks, self.cache, self.args = predictor, masks, cache, args
-        self.image_encoder = predictor.model.image_encoder
-        self.prompt_encoder = predictor.model.sam_prompt_encoder
-        self.mask_decoder = predictor.model.sam_mask_decoder
+        self.model = predictor.model  # a part of this module, so that its weights are found
 
     def forward(self, examples):
         """(loss, IoU), scalars, for random prompts on each example's objects."""
@@ -854,7 +805,7 @@ class BatchLoss(torch.nn.Module):
             for _ in range(examples[0].further_clicks):
                 with torch.no_grad():
                     low_res_masks, scores = predict_masks(predictor, features, sizes, prompts)
-                best = low_res_masks.gather(1, scores.argmax(1)[:, None, None, None].expand_as(low_res_masks))[:, :1]
+                best = low_res_masks[range(len(scores)), scores.argmax(1)][:, None]
                 predicted = [(enlarge(masks, size)[:, 0] > 0).cpu().numpy()
                              for masks, size in zip(best.split(args.clicks), sizes)]
                 prompts = [with_clicks_on_errors(example.rng, earlier, masks, example.gt_masks)
@@ -876,7 +827,7 @@ class BatchLoss(torch.nn.Module):
             return self.cache([(self.masks.paths[example.index], self.masks.sizes[example.index])
                                for example in examples])
         images = torch.stack([example.image for example in examples])
-        with contextlib.nullcontext() if self.args.encoder != "frozen" else torch.no_grad():
+        with torch.set_grad_enabled(self.args.encoder != "frozen"):
             return encode_images(self.predictor, images)
 
 
@@ -995,45 +946,30 @@ def make_optimizer(model, args):
         if parameter.requires_grad:
             groups["encoder" if name.startswith("image_encoder.") else "decoder"].append(parameter)
     rates = {"decoder": args.lr, "encoder": args.encoder_lr}
-    return torch.optim.AdamW([{"params": groups[name], "lr": rates[name]} for name in groups if groups[name]],
-                             weight_decay=args.weight_decay)
+    return torch.optim.AdamW([{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]}
+                              for name in groups if groups[name]], weight_decay=args.weight_decay)
 
 
-def make_schedulers(optimizer, args):
-    """torch's schedulers for --scheduler and --warmup; they multiply. "plateau" steps at validations only."""
-    schedulers = []
-    if args.warmup:
-        schedulers.append(lr_scheduler.LinearLR(optimizer, 1 / (args.warmup + 1), total_iters=args.warmup))
-    if args.scheduler == "cosine":
-        schedulers.append(lr_scheduler.CosineAnnealingLR(optimizer, args.iterations))
-    if args.scheduler == "step":  # a tenth after each third
-        schedulers.append(lr_scheduler.StepLR(optimizer, math.ceil(args.iterations / 3), gamma=0.1))
-    if args.scheduler == "plateau":  # half after two validations without a better one
-        schedulers.append(lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=1, eps=0))
-    return schedulers
+def learning_rate_factor(args, iteration, halvings=0):
+    """What --warmup and --scheduler multiply the learning rates by in an iteration, counted from 1.
 
-
-def step_schedulers(schedulers, reached=None):
-    """Step after an iteration or, with the IoU that it reached, after a validation ("plateau" only)."""
-    for scheduler in schedulers:
-        if not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-            if reached is None:
-                scheduler.step()
-        elif reached is not None:
-            scheduler.step(reached)
+    halvings: how often "plateau" has halved them so far; the rest follows from the iteration.
+    """
+    done = iteration - 1
+    factor = {"none": 1, "cosine": (1 + math.cos(math.pi * done / args.iterations)) / 2,
+              "step": 0.1 ** (done // math.ceil(args.iterations / 3)), "plateau": 0.5**halvings}[args.scheduler]
+    return factor * min(1, iteration / (args.warmup + 1))
 
 
 def print_setup(training, device):
     """Print what is about to be trained, on what."""
     args, masks, val_masks = training.args, training.masks, training.val_masks
     cache, val_cache = training.cache, training.val_cache
-    trained = sum(parameter.numel() for parameter in training.parameters)
-    total = sum(parameter.numel() for parameter in training.model.parameters())
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
                "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {device}" + (f", 프로세스 {training.processes}개" if training.processes > 1 else ""))
-    print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 {masks.left_out}개), "
-          f"검증 {len(val_masks)}장, 객체 {val_masks.count}개")
+    print(describe_data(masks, val_masks))
+    trained, total = count_weights(training.parameters), count_weights(training.model.parameters())
     print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
     if cache is None:
         print("특징을 캐시하지 않고 이미지를 쓸 때마다 인코딩합니다.")
@@ -1044,6 +980,15 @@ def print_setup(training, device):
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+
+
+def count_weights(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def describe_data(masks, val_masks):
+    return (f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
+            f"{masks.left_out}개), 검증 {len(val_masks)}장, 객체 {val_masks.count}개")
 
 
 def train(training, trackers):
@@ -1062,16 +1007,19 @@ def train(training, trackers):
             training.log()
             if validating:
                 better = training.validate()
-                bar.write(training.report())
+                row = training.rows[-1]
+                line = f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}, 검증 "
+                line += f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
+                bar.write(line)
             for track in trackers:
                 track(iteration, training.rows[-1])
         if (validating or stopping) and rank == 0:
-            training.write(better)
+            training.save(better)
         if stopping:
             bar.close()
             print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(processes)}")
             sys.exit(130)
-        if training.is_out_of_patience():
+        if 0 < args.patience <= training.validations_since_best:
             bar.close()
             print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
             break
@@ -1185,7 +1133,8 @@ def data_fingerprint(masks):
 def save_log(rows, output_dir):
     """Write train_log.csv and training_curve.png from the rows logged so far."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", "lr", "val_loss", "val_iou", "val_dice",
+    rates = ["lr", "encoder_lr"] if "encoder_lr" in rows[0] else ["lr"]
+    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", *rates, "val_loss", "val_iou", "val_dice",
                                    "seconds"])
     writer.writeheader()
     writer.writerows(rows)
@@ -1214,32 +1163,25 @@ def resume_command(processes):
     return shlex.join([*start, *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
 
 
-def save_summary(training, device):
-    """Write training_summary.json."""
-    args = training.args
-    encoded = training.cache.encoded if training.cache else \
-        training.iteration * args.batch_size * args.accumulate * training.processes
-    summary = {
+def finish(training, device):
+    """Write sam2_final.pt and training_summary.json; print how long the training took and what it reached."""
+    args, rows, folder = training.args, training.rows, training.args.output_dir
+    save_model(training.model, folder / "sam2_final.pt")
+    visits = training.iteration * args.batch_size * args.accumulate * training.processes
+    encoded = training.cache.encoded if training.cache else visits
+    seconds = time.time() - training.started
+    write_json(folder / "training_summary.json", {
         "settings": training.settings, "device": device, "versions": versions(),
         "train_images": len(training.masks), "train_objects": training.masks.count,
         "val_images": len(training.val_masks), "val_objects": training.val_masks.count,
-        "trained_weights": sum(parameter.numel() for parameter in training.parameters),
-        "encodings": encoded + training.val_cache.encoded,
+        "trained_weights": count_weights(training.parameters), "encodings": encoded + training.val_cache.encoded,
         "iterations": training.iteration, "best_iou": training.best, "best_iteration": training.best_iteration,
-        "best_chosen_by": "validation IoU" if training.val_masks else "training IoU",
-        "seconds": round(time.time() - training.started, 1),
-    }
-    write_json(training.args.output_dir / "training_summary.json", summary)
-
-
-def print_result(training):
-    """Print how long the training took and what it reached."""
-    minutes, seconds = divmod(round(time.time() - training.started), 60)
-    rows, chosen_by = training.rows, "검증" if training.val_masks else "학습"
-    print(f"학습 시간 {minutes}분 {seconds}초, 학습 IoU(이동 평균) {rows[0]['train_iou']:.1%} → "
-          f"{rows[-1]['train_iou']:.1%}, {chosen_by} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
-    output_dir = training.args.output_dir
-    print(f"저장: {output_dir / 'sam2_best.pt'}, {output_dir / 'sam2_final.pt'}")
+        "best_chosen_by": "validation IoU" if training.val_masks else "training IoU", "seconds": round(seconds, 1)})
+    chosen_by = "검증" if training.val_masks else "학습"
+    print(f"학습 시간 {round(seconds) // 60}분 {round(seconds) % 60}초, "
+          f"학습 IoU(이동 평균) {rows[0]['train_iou']:.1%} → {rows[-1]['train_iou']:.1%}, "
+          f"{chosen_by} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
+    print(f"저장: {folder / 'sam2_best.pt'}, {folder / 'sam2_final.pt'}")
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
@@ -1256,19 +1198,14 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
 
-class ImageError(Exception):
+class ImageError(OSError):
     """An image or mask that cannot be used; the message names the file."""
 
 
 def run(main, advice):
-    """Call main(). An expected failure ends in one line on stderr and exit code 1, without a traceback.
-
-    advice: what the user can do when memory runs out.
-    """
+    """Call main(). An expected failure ends in one line on stderr and exit code 1; advice: if memory runs out."""
     try:
         main()
-    except ImageError as error:
-        fail(error)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except KeyboardInterrupt:
@@ -1308,10 +1245,7 @@ def save_figure(figure, path):
 
 
 def detect_device(requested="auto"):
-    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
-
-    A device requested by name ("cuda", "cuda:1", "mps", "cpu") that is not available is an error.
-    """
+    """The device to run on: as requested ("cuda", "cuda:1", "mps", "cpu"; fails if it is not available) or the best."""
     is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     usable = [name for name in is_available if is_available[name]]
     if requested != "auto" and requested.split(":")[0] not in usable:
@@ -1343,15 +1277,12 @@ def decode_file(path, flags):
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too.
-
-    Raises ImageError if it cannot be read.
-    """
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too."""
     return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path):
-    """Read a mask as uint16 H x W: 0 is the background, every other value one object. Raises as read_image does.
+    """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
     A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127.
     """
@@ -1370,10 +1301,9 @@ def read_config(model_cfg):
 
 
 def load_predictor(model_cfg, checkpoint, device, image_size=None):
-    """Build a SAM 2 and load its weights; returns a SAM2ImagePredictor on `device`, in eval mode.
+    """A SAM2ImagePredictor on `device`, in eval mode: see read_config and load_weights.
 
-    model_cfg: see read_config; checkpoint: see load_weights; image_size: the side in pixels that images are
-    resized to, if not the config's own.
+    image_size: the side in pixels that images are resized to, if not the config's own.
     """
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
@@ -1390,8 +1320,8 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
 
-    A file that is missing, damaged or made for another config than `model_cfg` is an error. Prints a warning if
-    the weights were trained at another image size.
+    Fails if the file is missing, damaged or made for another config than `model_cfg`; warns if the weights were
+    trained at another image size.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
@@ -1400,13 +1330,10 @@ def load_weights(model, checkpoint, model_cfg):
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights = dict(saved.get("model", saved))
+        model.load_state_dict(dict(saved.get("model", saved)))
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"체크포인트를 읽을 수 없습니다: {checkpoint} ({textwrap.shorten(str(error), 200)})")
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:  # the last two: values that are no tensors
-        fail(f"체크포인트 {checkpoint}가 설정 {model_cfg}와 맞지 않습니다: {textwrap.shorten(str(error), 400)}")
+        fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
+             f"{textwrap.shorten(str(error), 400)}")
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -149,7 +149,7 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
 
 def project_iteration(batch_loss, optimizer, scaler, index, rng):
     """One iteration of train_sam2_proper.py."""
-    example = project.Examples(batch_loss.masks, clicks=1)[project.Pick(index, rng, "point", 0)]
+    example = project.Examples(batch_loss.masks, clicks=1)[project.Example(index, rng, "point", 0)]
     loss, _ = batch_loss([example])
     optimizer.zero_grad()
     scaler.scale(loss).backward()

@@ -330,7 +330,8 @@ def test_features_on_disk_serve_the_next_run_and_damage_is_mended(data, weights)
     assert distance(load(data / "first/sam2_final.pt"), load(data / "second/sam2_final.pt")) == 0
 
     good = entries[0].read_bytes()
-    entries[0].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit
+    middle = len(good) // 2
+    entries[0].write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:])  # one bit
     entries[1].write_bytes(entries[1].read_bytes()[:100])      # cut short
     train(data, weights, *arguments, "--output-dir", "third")
     assert read_summary(data / "third")["encodings"] == 2 and entries[0].read_bytes() == good
@@ -496,8 +497,8 @@ def test_each_click_on_an_image_has_an_object_of_its_own(tmp_path):
                                                                  tmp_path / "data/masks/train"), 1024, 100)
     labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train/pair_003.png")
     for clicks in (1, 2, 3):
-        pick = train_sam2_proper.Pick(3, np.random.default_rng(clicks), "point", 0)
-        example = train_sam2_proper.Examples(masks, clicks)[pick]
+        example = train_sam2_proper.Examples(masks, clicks)[
+            train_sam2_proper.Example(3, np.random.default_rng(clicks), "point", 0)]
         numbers = [set(labels[gt_mask].tolist()) for gt_mask in example.gt_masks]
         assert len(numbers) == clicks and all(number in ({7}, {300}) for number in numbers)
         assert clicks < 2 or numbers[0] != numbers[1]
@@ -584,6 +585,30 @@ def test_checkpointing_keeps_less_for_the_backward_pass(data, weights, monkeypat
             training.step(1)
         return total[0]
     assert kept("--grad-checkpointing") < 0.5 * kept()
+
+
+def test_plateau_halves_the_learning_rate_after_two_validations_without_a_better_one(data, weights, monkeypatch):
+    def factors(reached):
+        training, factors = make_training(data, weights, monkeypatch, "--scheduler", "plateau"), []
+        training.mean = [0.0, 0.0]
+        for iteration, iou in enumerate(reached, start=1):
+            factors.append(train_sam2_proper.learning_rate_factor(training.args, iteration, training.halvings))
+            training.validate_image = lambda index, iou=iou: [(0.0, iou, 0.0)]
+            training.log()
+            training.validate()
+        return factors
+    # 0.5 is the best at first; the third validation is the second that is no better
+    assert factors([0.5] * 12) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625, 0.03125]
+    assert factors([0.1 + number / 100 for number in range(12)]) == [1] * 12
+
+
+def test_the_log_has_the_learning_rate_of_the_encoder_when_it_learns(data, weights):
+    flags = ("--iterations", 2, "--workers", 0, "--scheduler", "step")
+    train(data, weights, *flags, "--encoder", "lora", "--output-dir", "lora")
+    row = read_log(data, "lora")[-1]
+    assert float(row["lr"]) == pytest.approx(1e-6) and float(row["encoder_lr"]) == pytest.approx(3e-6)
+    train(data, weights, *flags)
+    assert "encoder_lr" not in read_log(data)[-1]
 
 
 def children():
