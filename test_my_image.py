@@ -77,7 +77,7 @@ def main():
             image = read_image(path)
             check_prompts(path, image, args.point, args.box, args.mask)
             if not args.everything:
-                encode(image, list(predictors.values()), shared)
+                set_image_in_all(predictors.values(), image, shared)
             lines = run_mode(path, name, image, predictors, args)
         except ImageError as error:
             if len(paths) == 1:
@@ -291,7 +291,7 @@ def result_names(paths):
     return list(names)
 
 
-def encode(image, predictors, shared):
+def set_image_in_all(predictors, image, shared):
     """Set `image` in every predictor; it is encoded once if they share what encodes it."""
     first, *others = predictors
     first.set_image(image)

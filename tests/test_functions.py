@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw_pair, write_image
+from conftest import display_width, draw_pair, write_image
 from pycocotools import mask as coco_mask
 
 import compare_models
@@ -185,7 +185,7 @@ def test_plateau_halves_the_learning_rate_after_two_validations_without_a_better
 def test_box_lines_up_for_every_value():
     for original, finetuned in ((0.6592, 0.8333), (1.0, 0.0), (0.0, 1.0), (0.051, 0.049)):
         lines = compare_models.result_box(original, finetuned).splitlines()
-        assert {compare_models.display_width(line) for line in lines} == {43}
+        assert {display_width(line) for line in lines} == {43}
     assert "+17.4%p" in compare_models.result_box(0.6592, 0.8333)
     assert "-100.0%p" in compare_models.result_box(1.0, 0.0)  # a drop is shown as a drop
 
