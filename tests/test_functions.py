@@ -306,9 +306,9 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them():
             mask = cv2.blur(mask.astype(np.float32), (15, 15)) > 0.1  # long runs
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         segmentation = {"size": [61, 83], "counts": rle["counts"].decode()}
-        assert (prepare_data.decode_segmentation(segmentation, 61, 83) == mask).all()
+        assert (coco_mask.decode(prepare_data.to_rle(segmentation, 61, 83)) == mask).all()
     plain = {"size": [2, 3], "counts": [1, 2, 3]}  # down the columns: 0 11 000
-    assert prepare_data.decode_segmentation(plain, 2, 3).tolist() == [[False, True, False], [True, False, False]]
+    assert coco_mask.decode(prepare_data.to_rle(plain, 2, 3)).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_runs_and_polygons_that_are_none_are_refused():
