@@ -229,11 +229,11 @@ def test_results_of_images_with_the_same_stem_get_names_of_their_own():
 
 
 def test_prompts_are_written_as_the_flags_that_give_them_again():
-    points, boxes = [(1.5, 2, 1), (3, 4.2, 0)], [[1, 2, 30.5, 40]]
-    flags = test_my_image.prompts_as_flags(points, boxes)
+    points, box = [(1.5, 2, 1), (3, 4.2, 0)], [1, 2, 30.5, 40]
+    flags = test_my_image.prompts_as_flags(points, box)
     assert flags == '--point "1.5,2,1;3,4.2,0" --box "1,2,30.5,40"'
-    point, box = re.findall('"(.*?)"', flags)
-    assert test_my_image.parse_points(point) == points and test_my_image.parse_boxes(box) == boxes
+    point_text, box_text = re.findall('"(.*?)"', flags)
+    assert test_my_image.parse_points(point_text) == points and test_my_image.parse_boxes(box_text) == [box]
 
 
 def test_reduce_to_shrinks_the_longer_side_and_never_enlarges():
