@@ -39,7 +39,7 @@ for _stream in (sys.stdout, sys.stderr):
 
 
 class BadDownload(Exception):
-    """What arrived cannot be used; the message says why, in the user's words."""
+    """What was received cannot be used; the message says why, in Korean."""
 
 
 def main():
@@ -94,11 +94,11 @@ def make_kvasir_folder(args):
         unpack_new_archive(args, archive, source)
         print(f"압축 해제 완료: {KVASIR_DIR}")
     if not args.zip:
-        part_of(archive).unlink(missing_ok=True)  # here, so that what a stopped run left goes too
+        part_of(archive).unlink(missing_ok=True)  # here, so that the part of an interrupted run is removed too
 
 
 def unpack_new_archive(args, archive, source):
-    """Unpack `archive` if it is here (with --zip, or put here by the user), and what is downloaded if it is not."""
+    """Unpack `archive`, which is downloaded first unless it is the user's own (--zip, or already in this folder)."""
     is_users_own = archive.is_file()
     try:
         if is_users_own:
@@ -125,12 +125,12 @@ def read_source(target):
 
 
 def part_of(path):
-    """Where a file or folder grows until it is complete."""
+    """The path of a file or folder until it is complete."""
     return path.with_name(path.name + ".part")
 
 
 def download(url, part):
-    """Download `url` to `part`, or what of it is missing there, until it is complete. Gives up after TRIES tries."""
+    """Download `url` to `part`, after what is there already, until it is complete. Gives up after TRIES tries."""
     part.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(BadDownload):
         check_archive(part)

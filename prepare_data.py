@@ -49,7 +49,7 @@ cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this scr
 
 
 class BadPair(Exception):
-    """An image or a mask that cannot be used; the message says why, in the user's words."""
+    """An image or a mask that cannot be used; the message says why, in Korean."""
 
 
 def main():
@@ -162,7 +162,7 @@ def pair_by_stem(image_dir, mask_dir):
 
 
 def by_stem(folder):
-    """Image files of a folder by stem: {stem: [paths]}; Korean letters composed (NFC)."""
+    """Image files of a folder by composed stem: {stem: [paths]}."""
     files = defaultdict(list)
     for path in image_files(folder):
         files[composed(path.stem)].append(path)
@@ -177,12 +177,12 @@ def image_files(folder):
 
 
 def composed(name):
-    """A file name with each Korean letter as one character; macOS and its zip files take them apart."""
+    """A file name with each Korean letter as one character (NFC); macOS and its zip files decompose them."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_source_mask(path, numbered, colours, merge):
-    """Read a mask as others draw it: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
+    """Read a mask that any tool wrote: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
 
     Grey with more than 8 bits is numbered, as microscopy tools write it (16 or 32 bits, also as floats); 8 bits are,
     if `numbered`. With `colours` every colour but black is one object. Otherwise the foreground is what is brighter
@@ -512,7 +512,7 @@ def print_statistics(good):
 
 def preview(data_dir, count):
     """Write data/preview.png: `count` pairs spread over data/, each with its mask drawn over the image."""
-    images = [path for path in sorted(data_dir.glob("images/*/*")) if path.suffix.lower() in KEPT_AS_IS]
+    images = [path for path in sorted(data_dir.glob("images/*/[!.]*")) if path.suffix.lower() in KEPT_AS_IS]
     pairs = [(image, data_dir / "masks" / image.parent.name / f"{image.stem}.png") for image in images]
     pairs = [(image, mask) for image, mask in pairs if mask.is_file()]
     if not pairs:
