@@ -107,27 +107,27 @@ def parse_args():
         help='점 좌표: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
-    add("--refine", type=int, default=0, metavar="N", help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
+    add("--refine", type=int, default=0, metavar="N",
+        help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: %(default)s)")
     add("--annotate", type=Path, metavar="DIR",
         help="DIR에 마스크가 아직 없는 이미지를 하나씩 창에서 라벨링해 DIR/이름.png로 저장")
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
-    add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: 32)")
+    add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
     add("--pred-iou-thresh", type=float, default=0.88,
-        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: 0.88)")
+        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: %(default)s)")
     add("--stability-score-thresh", type=float, default=0.95,
-        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: 0.95)")
+        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: %(default)s)")
     add("--min-mask-region-area", type=int, default=100,
-        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: 100)")
-    add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: output/my_results)")
+        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: %(default)s)")
+    add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: %(default)s)")
     add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
-        help="모델 설정 이름 또는 YAML 경로 (기본: configs/sam2.1/sam2.1_hiera_s.yaml)")
-    add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt",
-        help="원본 체크포인트 (기본: checkpoints/sam2.1_hiera_small.pt)")
-    add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: output/sam2_best.pt)")
+        help="모델 설정 이름 또는 YAML 경로 (기본: %(default)s)")
+    add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
+    add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: %(default)s)")
     add("--image-size", type=int, choices=[512, 768, 1024],
         help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 정확도가 떨어짐 "
              "(기본: 모델 설정대로)")
-    add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
+    add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
     prompted = bool(args.point or args.box or args.mask)
     if args.everything and (prompted or args.compare or args.refine):
@@ -182,8 +182,10 @@ def find_images(names):
     """The image files that --image names: files as they are, folders as the images in them, sorted."""
     paths = []
     for path in map(Path, names):
-        inside = sorted(path.glob("[!.]*"))  # macOS writes ._a.jpg beside a.jpg
-        paths += [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES] if path.is_dir() else [path]
+        if path.is_dir():  # macOS writes ._a.jpg beside a.jpg
+            paths += sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            paths.append(path)
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
@@ -306,7 +308,7 @@ def run_everything(path, name, image, predictors, args):
 
     What is written: an overlay in distinct colours, the label map (0: nothing, k: annotation k), the COCO file.
     """
-    *_, predictor = predictors.values()
+    predictor, = predictors.values()
     annotations = segment_everything(predictor, image, args)
     height, width = image.shape[:2]
     labels, overlaid = np.zeros((height, width), np.uint16), image
@@ -338,9 +340,8 @@ def segment_everything(predictor, image, args):
     generator.predictor = predictor  # its own would take the model's image_size for 1024
     annotations = []
     for found in generator.generate(reduced):
-        mask = found["segmentation"]
-        if mask.shape != (height, width):
-            mask = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        mask = found["segmentation"].astype(np.uint8)
+        mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) > 0
         for kind in ("holes", "islands"):  # what the generator's own min_mask_region_area does on CUDA only
             mask, _ = remove_small_regions(mask, args.min_mask_region_area, kind)
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -372,22 +373,20 @@ def run_prompts(path, name, image, predictors, args):
         objects = [segment_with_all(models, points, box) for points, box in split_prompts(args.point, args.box)]
         lines = []
 
-    def union(title):
-        return np.any([item.best(title)[1] for item in objects], axis=0)
-
+    labels = {title: number_objects(objects, title) for title in models}
     *_, title = models
-    pictures = {f"{name}_mask.png": union(title).astype(np.uint8) * 255}
+    pictures = {f"{name}_mask.png": 255 * (labels[title] > 0).astype(np.uint8)}
     if len(objects) > 1:
-        pictures[f"{name}_objects.png"] = number_objects([item.best(title)[1] for item in objects])
+        pictures[f"{name}_objects.png"] = labels[title]
     if args.compare:
-        pictures[f"{name}_original_mask.png"] = union("original model").astype(np.uint8) * 255
+        pictures[f"{name}_original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
     save_result(args.output / f"{name}_result.png", image, path.name, objects, args.mask)
     for file_name, picture in pictures.items():
         write_png(args.output / file_name, picture)
     number, _, score = objects[0].best(title)
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
-    return [*lines, f"{found}, 이미지의 {union(title).mean():.1%}",
-            saved_line(args.output, [f"{name}_result.png", *pictures])]
+    lines.append(f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}")
+    return [*lines, saved_line(args.output, [f"{name}_result.png", *pictures])]
 
 
 def run_annotation(path, name, image, predictors, args):
@@ -401,10 +400,10 @@ def run_annotation(path, name, image, predictors, args):
     plt.show()
     if window.closed_by != "enter":
         return [] if window.closed_by == "s" else None
-    masks = [item.best(title)[1] for item in window.objects()]
-    labels = number_objects(masks) if len(masks) > 1 else masks[0].astype(np.uint8) * 255
-    write_png(args.annotate / f"{name}.png", labels)
-    return [f"객체 {len(masks)}개, " + saved_line(args.annotate, [f"{name}.png"])]
+    objects = window.objects()
+    labels = number_objects(objects, title)
+    write_png(args.annotate / f"{name}.png", labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
+    return [f"객체 {len(objects)}개, " + saved_line(args.annotate, [f"{name}.png"])]
 
 
 class Segmented(NamedTuple):
@@ -435,7 +434,7 @@ def split_prompts(points, boxes):
 
 def segment_with_all(models, points, box):
     """Segment one object with every model of {title: function of (points, box)}."""
-    return Segmented(points, box, {title: find(points, box) for title, find in models.items()})
+    return Segmented(points, box, {title: predict(points, box) for title, predict in models.items()})
 
 
 def segment(predictor, points, box, rough=None, refine=0):
@@ -459,14 +458,15 @@ def segment(predictor, points, box, rough=None, refine=0):
     return masks > 0, scores
 
 
-def number_objects(masks):
-    """The masks, bool H x W each, as one numbered mask: uint16 H x W, 0 the background, k where the k-th mask is.
+def number_objects(objects, title):
+    """The objects' masks of one model as a numbered mask: uint16 H x W, 0 the background, k where the k-th object is.
 
     Where masks overlap, the smaller one is on top, as prepare_data.py draws COCO's.
     """
+    masks = [item.best(title)[1] for item in objects]
     labels = np.zeros(masks[0].shape, np.uint16)
-    for number in sorted(range(len(masks)), key=lambda number: -masks[number].sum()):
-        labels[masks[number]] = number + 1
+    for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
+        labels[masks[index]] = index + 1
     return labels
 
 
@@ -503,7 +503,7 @@ class Window:
         return [*self.finished, self.current] if is_found else self.finished
 
     def position(self, event):
-        """Where an event is in the image that was pressed on: (x, y) to one decimal, moved inside if it is outside."""
+        """Where an event is in the image that was pressed on: (x, y) to one decimal, clipped to the image."""
         height, width = self.image.shape[:2]
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
         return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())

@@ -262,7 +262,8 @@ def test_compare_builds_one_model_and_compares_the_frozen_weights_once(tmp_path,
 def test_smaller_objects_are_numbered_on_top_of_larger_ones():
     small, large, other = np.zeros((3, 4, 6), bool)
     small[0, :2], large[:3, :4], other[3, 5] = True, True, True
-    assert test_my_image.number_objects([small, large, other]).tolist() == [
+    objects = [test_my_image.Segmented([], None, {"model": ([mask], np.ones(1))}) for mask in (small, large, other)]
+    assert test_my_image.number_objects(objects, "model").tolist() == [
         [1, 1, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 0, 3]]
 
 
