@@ -54,10 +54,10 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(
         description="Kvasir-SEG 데이터셋을 받아 data/를 만들거나, SAM 2.1 체크포인트를 받습니다.")
-    parser.add_argument("--url", default=KVASIR_URL, help=f"데이터셋 주소 (기본: {KVASIR_URL})")
+    parser.add_argument("--url", default=KVASIR_URL, help="데이터셋 주소 (기본: %(default)s)")
     parser.add_argument("--zip", type=Path, help="이미 받아 둔 압축 파일을 사용")
-    parser.add_argument("--data-dir", default="data", help="결과 폴더 (기본: data)")
-    parser.add_argument("--val-ratio", default="0.2", help="검증에 쓸 비율 (기본: 0.2)")
+    parser.add_argument("--data-dir", default="data", help="결과 폴더 (기본: %(default)s)")
+    parser.add_argument("--val-ratio", default="0.2", help="검증에 쓸 비율 (기본: %(default)s)")
     parser.add_argument("--shuffle-seed", default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
     parser.add_argument("--keep-zip", action="store_true", help="받은 압축 파일을 지우지 않음")
     parser.add_argument("--checkpoint", choices=["tiny", "small", "base_plus", "large"],

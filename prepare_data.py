@@ -76,8 +76,8 @@ def parse_args():
                       help="--masks에서 색 하나가 객체 하나 (검은색은 배경). 색이 클래스면 클래스 하나가 객체 하나")
     parser.add_argument("--category", action="append", metavar="NAME", help="--coco에서 이 범주만 씀 (여러 번 가능)")
     parser.add_argument("--merge", action="store_true", help="이미지의 객체를 모두 8비트 마스크 하나로 합침")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: data)")
-    parser.add_argument("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: 0.2)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: %(default)s)")
+    parser.add_argument("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: %(default)s)")
     parser.add_argument("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
     parser.add_argument("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
     parser.add_argument("--preview", type=int, metavar="N", help="N쌍을 한 장에 모아 data/preview.png로 저장")
@@ -309,7 +309,8 @@ def draw_objects(segmentations, height, width, merge, name):
     if merge or len(rles) == 1:
         return coco_mask.decode(coco_mask.merge(rles)) > 0
     labels = np.zeros((height, width), np.uint16)
-    for index in np.argsort(coco_mask.area(rles), kind="stable")[::-1]:
+    areas = [coco_mask.area(rle) for rle in rles]  # of more than 255 at once it fails (pycocotools 2.0.11)
+    for index in np.argsort(areas, kind="stable")[::-1]:
         labels[coco_mask.decode(rles[index]) > 0] = index + 1
     if hidden := len(segmentations) - np.count_nonzero(np.bincount(labels.ravel())[1:]):
         tqdm.write(f"  제외: {name}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
