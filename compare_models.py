@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import textwrap
-import unicodedata
 import warnings
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
 
-MODELS = {"original": (230, 60, 30), "fine-tuned": (30, 110, 255)}  # and the colours of their masks
+COLOURS = {"original": (230, 60, 30), "fine-tuned": (30, 110, 255)}  # of each model's masks
 
 
 def main():
@@ -53,43 +52,40 @@ def main():
     pairs = find_pairs(args.image_dir, args.mask_dir)[:args.num_images]
     if not pairs:
         fail(f"비교할 쌍이 없습니다. 이미지는 {args.image_dir}, 이름이 같은 마스크는 {args.mask_dir} 폴더에 넣으세요")
+    count = len(pairs)
+    pairs = [(image_path, mask_path) for image_path, mask_path in pairs if read_mask(mask_path).any()]
+    if not pairs:
+        fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
     original = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
     finetuned = copy.deepcopy(original)
     load_weights(finetuned.model, args.finetuned, args.model_cfg)
+    predictors = {"original": original, "fine-tuned": finetuned}
     shared = same_frozen_weights(original.model, finetuned.model)
     print("고정된 가중치가 같아 이미지를 한 번만 인코딩합니다." if shared else
           "고정된 가중치가 서로 달라 이미지를 모델마다 인코딩합니다.")
 
-    rows, images = [], 0
-    chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
-    pictures = 0
     for old in args.output_dir.glob("compare_[0-9]*.png"):  # of an earlier run
         old.unlink()
+    chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
+    rows = []
     for number, (image_path, mask_path) in enumerate(tqdm(pairs, "비교", disable=None)):
         image, labels = read_pair(image_path, mask_path)
         objects, gt_masks = split_objects(labels, args.max_objects)
-        if not objects:
-            continue
-        set_image_in_both(original, finetuned, image, shared)
-        kind = prompt_kind(args.prompt, images)
-        results = {name: predict_objects(predictor, kind, gt_masks)
-                   for name, predictor in zip(MODELS, (original, finetuned))}
-        images += 1
+        set_image_in_all(predictors.values(), image, shared)
+        kind = prompt_kind(args.prompt, number)
+        results = {title: predict_objects(predictor, kind, gt_masks) for title, predictor in predictors.items()}
         rows += measure(image_path.name, objects, gt_masks, results)
         if number in chosen:
-            pictures += 1
-            save_comparison(args.output_dir / f"compare_{pictures}.png", image_path.name, image, gt_masks, results,
-                            rows[-len(objects):])
-    if not rows:
-        fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
+            path = args.output_dir / f"compare_{chosen.index(number) + 1}.png"
+            save_comparison(path, image_path.name, image, gt_masks, results)
 
-    mean = save_results(rows, images, args, device, original.model.image_size)
+    mean = save_results(rows, len(pairs), args, device, original.model.image_size)
     print(result_box(mean["original_iou"], mean["finetuned_iou"]))
-    print(f"이미지 {images}장, 객체 {len(rows)}개, 프롬프트 {args.prompt}, 장치 {device}, "
+    print(f"이미지 {len(pairs)}장, 객체 {len(rows)}개, 프롬프트 {args.prompt}, 장치 {device}, "
           f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")
-    if images < len(pairs):
-        print(f"정답 마스크가 비어 있어 뺀 이미지: {len(pairs) - images}장")
-    print(f"저장: {args.output_dir} (비교 그림 {pictures}장, per_image.csv, summary.json, scatter.png)")
+    if len(pairs) < count:
+        print(f"정답 마스크가 비어 있어 뺀 이미지: {count - len(pairs)}장")
+    print(f"저장: {args.output_dir} (비교 그림 {len(chosen)}장, per_image.csv, summary.json, scatter.png)")
 
 
 def parse_args():
@@ -163,14 +159,15 @@ def split_objects(labels, max_objects):
     return numbers.tolist(), labels == numbers[:, None, None]
 
 
-def set_image_in_both(original, finetuned, image, shared):
-    """Encode `image` for both predictors: once if they share their frozen weights, else once for each."""
-    original.set_image(image)
-    if shared:
-        finetuned._features, finetuned._orig_hw = original._features, original._orig_hw
-        finetuned._is_image_set = True
-    else:
-        finetuned.set_image(image)
+def set_image_in_all(predictors, image, shared):
+    """Set `image` in every predictor; it is encoded once if they share what encodes it."""
+    first, *others = predictors
+    first.set_image(image)
+    for other in others:
+        if shared:
+            other._features, other._orig_hw, other._is_image_set = first._features, first._orig_hw, True
+        else:
+            other.set_image(image)
 
 
 def prompt_kind(kind, number):
@@ -266,12 +263,11 @@ def calculate_dice(pred_mask, gt_mask):
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 
-def save_comparison(path, name, image, gt_masks, results, rows):
+def save_comparison(path, name, image, gt_masks, results):
     """One row of four panels: the input with its prompts, the ground truth, and both models' masks.
 
-    results: {"original": (masks bool N x H x W, prompts), "fine-tuned": ...}; rows: their N rows of per_image.csv.
-    Clicks after the first are each model's own, and so drawn on its masks. One object has the model's colour, several
-    have one colour each.
+    results: {"original": (masks bool N x H x W, prompts), "fine-tuned": ...}. Clicks after the first are each model's
+    own, and so drawn on its masks. One object has the model's colour, several have one colour each.
     """
     height, width = image.shape[:2]
     figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained")
@@ -281,12 +277,13 @@ def save_comparison(path, name, image, gt_masks, results, rows):
     draw_prompts(panels[0], coords[:, :shared], labels[:, :shared])
     panels[0].set_title(printable(name if len(name) < 32 else name[:14] + "..." + name[-14:]))
     panels[1].imshow(overlay_objects(image, gt_masks, (0, 200, 0)))
-    panels[1].set_title("ground truth" if len(rows) == 1 else f"ground truth, {len(rows)} objects")
-    for panel, (title, (masks, (coords, labels))), column in zip(panels[2:], results.items(),
-                                                                 ("original_iou", "finetuned_iou")):
-        panel.imshow(overlay_objects(image, masks, MODELS[title]))
+    single = len(gt_masks) == 1
+    panels[1].set_title("ground truth" if single else f"ground truth, {len(gt_masks)} objects")
+    for panel, (title, (masks, (coords, labels))) in zip(panels[2:], results.items()):
+        panel.imshow(overlay_objects(image, masks, COLOURS[title]))
         draw_prompts(panel, coords[:, shared:], labels[:, shared:])
-        panel.set_title(f"{title}, {'' if len(rows) == 1 else 'mean '}IoU {np.mean([row[column] for row in rows]):.1%}")
+        iou = np.mean([calculate_iou(mask, gt_mask) for mask, gt_mask in zip(masks, gt_masks)])
+        panel.set_title(f"{title}, {'' if single else 'mean '}IoU {iou:.1%}")
     for panel in panels:
         panel.axis("off")
     save_figure(figure, path)
@@ -360,30 +357,19 @@ def save_scatter(path, rows):
 
 
 def result_box(original_iou, finetuned_iou):
-    """The box that the guide shows; IoU from 0 to 1. A drop shows as a negative difference."""
-    inside = 41
-    title = "평균 IoU 비교"
-    difference = 100 * (finetuned_iou - original_iou)
+    """The box that the guide shows; IoU from 0 to 1. A drop shows as a negative difference.
 
-    def line(text):
-        return f"│{text}{' ' * (inside - display_width(text))}│"
-
-    rule = "─" * inside
-    return "\n".join([
-        f"┌{rule}┐",
-        line(" " * ((inside - display_width(title)) // 2) + title),
-        f"├{rule}┤",
-        line(f"  원본 SAM2:      {original_iou:7.2%}"),
-        line(f"  파인튜닝 SAM2:  {finetuned_iou:7.2%}"),
-        f"├{rule}┤",
-        line(f"  개선율:         {difference:+6.1f}%p"),
-        f"└{rule}┘",
-    ])
-
-
-def display_width(text):
-    """Columns that `text` takes on a terminal: a Korean letter takes two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+    A Korean letter is two columns wide: the frame lines up on a terminal.
+    """
+    return f"""\
+┌─────────────────────────────────────────┐
+│              평균 IoU 비교              │
+├─────────────────────────────────────────┤
+│  원본 SAM2:      {original_iou:7.2%}                │
+│  파인튜닝 SAM2:  {finetuned_iou:7.2%}                │
+├─────────────────────────────────────────┤
+│  개선율:         {100 * (finetuned_iou - original_iou):+6.1f}%p               │
+└─────────────────────────────────────────┘"""
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----

@@ -39,7 +39,7 @@ for _stream in (sys.stdout, sys.stderr):
 
 
 class BadDownload(Exception):
-    """What arrived cannot be used; the message says why, in the user's words."""
+    """What was received cannot be used; the message says why, in Korean."""
 
 
 def main():
@@ -54,10 +54,10 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(
         description="Kvasir-SEG 데이터셋을 받아 data/를 만들거나, SAM 2.1 체크포인트를 받습니다.")
-    parser.add_argument("--url", default=KVASIR_URL, help=f"데이터셋 주소 (기본: {KVASIR_URL})")
+    parser.add_argument("--url", default=KVASIR_URL, help="데이터셋 주소 (기본: %(default)s)")
     parser.add_argument("--zip", type=Path, help="이미 받아 둔 압축 파일을 사용")
-    parser.add_argument("--data-dir", default="data", help="결과 폴더 (기본: data)")
-    parser.add_argument("--val-ratio", default="0.2", help="검증에 쓸 비율 (기본: 0.2)")
+    parser.add_argument("--data-dir", default="data", help="결과 폴더 (기본: %(default)s)")
+    parser.add_argument("--val-ratio", default="0.2", help="검증에 쓸 비율 (기본: %(default)s)")
     parser.add_argument("--shuffle-seed", default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
     parser.add_argument("--keep-zip", action="store_true", help="받은 압축 파일을 지우지 않음")
     parser.add_argument("--checkpoint", choices=["tiny", "small", "base_plus", "large"],
@@ -94,11 +94,11 @@ def make_kvasir_folder(args):
         unpack_new_archive(args, archive, source)
         print(f"압축 해제 완료: {KVASIR_DIR}")
     if not args.zip:
-        part_of(archive).unlink(missing_ok=True)  # here, so that what a stopped run left goes too
+        part_of(archive).unlink(missing_ok=True)  # here, so that the part of an interrupted run is removed too
 
 
 def unpack_new_archive(args, archive, source):
-    """Unpack `archive` if it is here (with --zip, or put here by the user), and what is downloaded if it is not."""
+    """Unpack `archive`, which is downloaded first unless it is the user's own (--zip, or already in this folder)."""
     is_users_own = archive.is_file()
     try:
         if is_users_own:
@@ -125,12 +125,12 @@ def read_source(target):
 
 
 def part_of(path):
-    """Where a file or folder grows until it is complete."""
+    """The path of a file or folder until it is complete."""
     return path.with_name(path.name + ".part")
 
 
 def download(url, part):
-    """Download `url` to `part`, or what of it is missing there, until it is complete. Gives up after TRIES tries."""
+    """Download `url` to `part`, after what is there already, until it is complete. Gives up after TRIES tries."""
     part.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(BadDownload):
         check_archive(part)

@@ -21,11 +21,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -47,7 +49,7 @@ cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this scr
 
 
 class BadPair(Exception):
-    """An image or a mask that cannot be used; the message says why, in the user's words."""
+    """An image or a mask that cannot be used; the message says why, in Korean."""
 
 
 def main():
@@ -74,8 +76,8 @@ def parse_args():
                       help="--masks에서 색 하나가 객체 하나 (검은색은 배경). 색이 클래스면 클래스 하나가 객체 하나")
     parser.add_argument("--category", action="append", metavar="NAME", help="--coco에서 이 범주만 씀 (여러 번 가능)")
     parser.add_argument("--merge", action="store_true", help="이미지의 객체를 모두 8비트 마스크 하나로 합침")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: data)")
-    parser.add_argument("--val-ratio", type=ratio, default=0.2, help="검증에 쓸 비율 (기본: 0.2)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: %(default)s)")
+    parser.add_argument("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: %(default)s)")
     parser.add_argument("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
     parser.add_argument("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
     parser.add_argument("--preview", type=int, metavar="N", help="N쌍을 한 장에 모아 data/preview.png로 저장")
@@ -86,16 +88,11 @@ def parse_args():
         parser.error("--masks와 --coco 중 하나만 쓰세요")
     if (args.numbered or args.colours) and not args.masks or args.category and not args.coco:
         parser.error("--numbered와 --colours는 --masks와, --category는 --coco와 함께 씁니다")
+    if not 0 <= args.val_ratio < 1:
+        parser.error("--val-ratio는 0 이상 1 미만이어야 합니다")
     if args.preview is not None and args.preview < 1:
         parser.error("--preview는 1 이상이어야 합니다")
     return args
-
-
-def ratio(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError("0 이상 1 미만이어야 합니다")
-    return value
 
 
 def prepare(args):
@@ -108,7 +105,7 @@ def prepare(args):
         sources = [*readers, args.coco]
     else:
         readers, problems = pairs_from_masks(args.images, args.masks, args.numbered, args.colours, args.merge)
-        sources = [*readers, *(path for paths in by_stem(args.masks).values() for path in paths)]
+        sources = [*readers, *image_files(args.masks)]
 
     lock(target / ".lock")
     settings = {name: getattr(args, name) for name in (
@@ -138,43 +135,54 @@ def pairs_from_masks(image_dir, mask_dir, numbered, colours, merge):
 
     Returns: {image path: a function that reads its mask as read_source_mask does}, and {name: problem} for the others.
     """
+    pairs, problems = pair_by_stem(image_dir, mask_dir)
+    for _, mask_path in pairs:
+        if (numbered or colours) and mask_path.suffix.lower() not in LOSSLESS_SUFFIXES:
+            fail(f"{mask_path}: 손실 압축은 번호와 색을 바꾸므로 --numbered와 --colours에 쓸 수 없습니다. "
+                 "PNG, TIFF, BMP로 저장한 원본을 쓰세요")
+    return {image: partial(read_source_mask, mask, numbered, colours, merge) for image, mask in pairs}, problems
+
+
+def pair_by_stem(image_dir, mask_dir):
+    """Pair the files of two folders by stem: [(image path, mask path)], and {name: problem} for the others."""
     images, masks = by_stem(image_dir), by_stem(mask_dir)
-    readers, problems = {}, {}
+    pairs, problems = [], {}
     for stem in sorted(images.keys() | masks.keys()):
-        image_paths, mask_paths = images.get(stem, []), masks.get(stem, [])
+        image_paths, mask_paths = images[stem], masks[stem]
         if len(image_paths) > 1 or len(mask_paths) > 1:
             same = image_paths if len(image_paths) > 1 else mask_paths
             problems[stem] = "이름이 같은 파일이 여럿: " + ", ".join(path.name for path in same)
         elif not mask_paths:
-            problems[image_paths[0].name] = "마스크 없음"
+            problems[image_paths[0].name] = f"마스크 없음 (이름이 {stem}인 파일)"
         elif not image_paths:
-            problems[mask_paths[0].name] = "이미지 없음"
+            problems[mask_paths[0].name] = f"이미지 없음 (이름이 {stem}인 파일)"
         else:
-            if (numbered or colours) and mask_paths[0].suffix.lower() not in LOSSLESS_SUFFIXES:
-                fail(f"{mask_paths[0]}: 손실 압축은 번호와 색을 바꾸므로 --numbered와 --colours에 쓸 수 없습니다. "
-                     "PNG, TIFF, BMP로 저장한 원본을 쓰세요")
-            readers[image_paths[0]] = lambda path=mask_paths[0]: read_source_mask(path, numbered, colours, merge)
-    return readers, problems
+            pairs.append((image_paths[0], mask_paths[0]))
+    return pairs, problems
 
 
 def by_stem(folder):
-    """Image files of a folder by stem: {stem: [paths]}, sorted by name; Korean letters composed (NFC)."""
-    if not folder.is_dir():
-        fail(f"폴더가 없습니다: {folder}")
+    """Image files of a folder by composed stem: {stem: [paths]}."""
     files = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            files[composed(path.stem)].append(path)
+    for path in image_files(folder):
+        files[composed(path.stem)].append(path)
     return files
 
 
+def image_files(folder):
+    """The image files of a folder, sorted by name."""
+    if not folder.is_dir():
+        fail(f"폴더가 없습니다: {folder}")
+    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
 def composed(name):
-    """A file name with each Korean letter as one character; macOS and its zip files take them apart."""
+    """A file name with each Korean letter as one character (NFC); macOS and its zip files decompose them."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_source_mask(path, numbered, colours, merge):
-    """Read a mask as others draw it: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
+    """Read a mask that any tool wrote: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
 
     Grey with more than 8 bits is numbered, as microscopy tools write it (16 or 32 bits, also as floats); 8 bits are,
     if `numbered`. With `colours` every colour but black is one object. Otherwise the foreground is what is brighter
@@ -187,14 +195,12 @@ def read_source_mask(path, numbered, colours, merge):
         if 1 < mask.max() <= 127:
             raise BadPair(f"마스크가 비어 있음 (가장 밝은 값 {mask.max()}; 값이 객체의 번호라면 --numbered)")
         return mask > (0 if mask.max() == 1 else 127)
-    if path.suffix.lower() in (".tif", ".tiff") and count_pages(path) > 1:
-        raise BadPair(f"여러 장이 든 TIFF: {path.name} (한 장씩 나누어야 함)")
+    if path.suffix.lower() in (".tif", ".tiff"):
+        _, pages = cv2.imdecodemulti(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+        if len(pages) > 1:
+            raise BadPair(f"여러 장이 든 TIFF: {path.name} (한 장씩 나누어야 함)")
     labels = colours_to_labels(values) if colours else numbers_to_labels(values)
     return labels > 0 if merge else labels
-
-
-def count_pages(path):
-    return len(cv2.imdecodemulti(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)[1])
 
 
 def colours_to_labels(values):
@@ -248,8 +254,10 @@ def pairs_from_coco(image_dir, coco_file, categories, merge):
     """
     try:
         coco = json.loads(coco_file.read_text(encoding="utf-8-sig"))
-        entries = {image["id"]: (base_name(image["file_name"]), image["height"], image["width"])
-                   for image in coco["images"]}
+        entries = {}
+        for image in coco["images"]:
+            name = re.split(r"[/\\]", str(image["file_name"]))[-1]  # without the folders that CVAT writes
+            entries[image["id"]] = composed(name), image["height"], image["width"]
         known = {category["id"]: str(category["name"]) for category in coco["categories"]} if categories else {}
         objects, crowds = defaultdict(list), Counter()
         for annotation in coco["annotations"]:
@@ -267,7 +275,7 @@ def pairs_from_coco(image_dir, coco_file, categories, merge):
     if crowds:
         print(f"  제외: iscrowd 영역 {crowds.total()}개 (이미지 {len(crowds)}장)")
 
-    files = {composed(path.name): path for paths in by_stem(image_dir).values() for path in paths}
+    files = {composed(path.name): path for path in image_files(image_dir)}
     stems = Counter(Path(name).stem for name in files)
     in_coco = {name for name, _, _ in entries.values()}
     readers, problems = {}, {name: "마스크 없음 (COCO 파일에 없음)" for name in files if name not in in_coco}
@@ -281,14 +289,8 @@ def pairs_from_coco(image_dir, coco_file, categories, merge):
         elif files[name] in readers:
             problems[name] = "COCO 파일에 두 번 나옴"
         else:
-            readers[files[name]] = lambda found=objects[identity], size=(height, width), name=name: \
-                draw_objects(found, *size, merge, name)
+            readers[files[name]] = partial(draw_objects, objects[identity], height, width, merge, name)
     return readers, problems
-
-
-def base_name(file_name):
-    """The name in a COCO file without the folders that CVAT writes in front of it."""
-    return composed(PurePosixPath(str(file_name).replace("\\", "/")).name)
 
 
 def draw_objects(segmentations, height, width, merge, name):
@@ -300,24 +302,23 @@ def draw_objects(segmentations, height, width, merge, name):
         raise BadPair(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
     if len(segmentations) > 65535 and not merge:
         raise BadPair("객체가 65,535개보다 많음")
-    labels = np.zeros((height, width), np.uint16)
     try:
-        if merge or len(segmentations) == 1:
-            for segmentation in segmentations:
-                labels[decode_segmentation(segmentation, height, width)] = 1
-            return labels > 0
-        areas = [decode_segmentation(segmentation, height, width).sum() for segmentation in segmentations]
-        for index in np.argsort(areas, kind="stable")[::-1]:
-            labels[decode_segmentation(segmentations[index], height, width)] = index + 1
+        rles = [to_rle(segmentation, height, width) for segmentation in segmentations]
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
         raise BadPair(f"segmentation을 해석할 수 없음 ({type(error).__name__})") from None
+    if merge or len(rles) == 1:
+        return coco_mask.decode(coco_mask.merge(rles)) > 0
+    labels = np.zeros((height, width), np.uint16)
+    areas = [coco_mask.area(rle) for rle in rles]  # of more than 255 at once it fails (pycocotools 2.0.11)
+    for index in np.argsort(areas, kind="stable")[::-1]:
+        labels[coco_mask.decode(rles[index]) > 0] = index + 1
     if hidden := len(segmentations) - np.count_nonzero(np.bincount(labels.ravel())[1:]):
         tqdm.write(f"  제외: {name}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
     return labels
 
 
-def decode_segmentation(segmentation, height, width):
-    """One COCO segmentation (polygons, or RLE, plain or compressed) as bool H x W; ValueError if it is invalid.
+def to_rle(segmentation, height, width):
+    """A COCO segmentation (polygons, or RLE, plain or compressed) as pycocotools' RLE; ValueError if it is invalid.
 
     Checked here, because pycocotools crashes on polygons with NaN, and leaves pixels that runs do not reach undefined.
     """
@@ -327,15 +328,12 @@ def decode_segmentation(segmentation, height, width):
         if segmentation["size"] != [height, width] or counts.ndim != 1 or (counts < 0).any() or \
                 counts.sum() != height * width:
             raise ValueError("RLE does not cover the image")
-        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
-    mask = np.zeros((height, width), bool)
-    for polygon in segmentation:
-        points = np.array(polygon, float)
+        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    polygons = [np.array(polygon, float) for polygon in segmentation]
+    for points in polygons:
         if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) < 1e5).all():
             raise ValueError("not a polygon")
-        for rle in coco_mask.frPyObjects([points.tolist()], height, width):
-            mask |= coco_mask.decode(rle).astype(bool)
-    return mask
+    return coco_mask.merge(coco_mask.frPyObjects([points.tolist() for points in polygons], height, width))
 
 
 def uncompress(text):
@@ -439,42 +437,38 @@ def put_in_place(staging, target, splits, record):
 
 def check(data_dir):
     """Print what there is in data/, and every problem, by file; returns the number of problems."""
-    problems, pairs = [], 0
+    problems, count = [], 0
     for split in SPLITS:
-        images, masks = (by_stem(data_dir / part / split) for part in ("images", "masks"))
+        pairs, bad = pair_by_stem(data_dir / "images" / split, data_dir / "masks" / split)
         good = {}
-        for stem in tqdm(sorted(images.keys() | masks.keys()), f"{split} 검사", disable=None, leave=False):
-            image_paths, mask_paths = images.get(stem, []), masks.get(stem, [])
-            name = (image_paths or mask_paths)[0].name
+        for image_path, mask_path in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
             try:
-                good[name] = check_pair(image_paths, mask_paths)
+                good[image_path.name] = measure_pair(image_path, mask_path)
             except BadPair as problem:
-                problems.append(f"{split}/{name}: {problem}")
-        pairs += len(good)
+                bad[image_path.name] = problem
+        count += len(good)
+        problems += [f"{split}/{name}: {problem}" for name, problem in sorted(bad.items())]
         print(f"{split}: {len(good)}쌍")
         if good:
             print_statistics(good)
+    if not count:
+        problems.append(f"{data_dir}에 이미지-마스크 쌍이 하나도 없습니다")
     for problem in problems:
         print(f"  문제: {problem}")
-    if not pairs:
-        problems.append("쌍이 없음")
-        print(f"  문제: {data_dir}에 이미지-마스크 쌍이 하나도 없습니다")
-    print("문제 없음" if not problems else f"문제 {len(problems)}개")
+    print(f"문제 {len(problems)}개" if problems else "문제 없음")
     return len(problems)
 
 
-def check_pair(image_paths, mask_paths):
-    """Size "WxH", share of foreground, and pixels of each object (as training counts them) of the pair with one stem.
+def measure_pair(image_path, mask_path):
+    """Size "WxH", share of foreground, and pixels of each object (as training counts them) of a pair.
 
     BadPair if it cannot be trained on.
     """
-    if len(image_paths) > 1 or len(mask_paths) > 1:
-        raise BadPair("이름이 같은 파일이 여럿")
-    if not image_paths or image_paths[0].suffix.lower() not in KEPT_AS_IS:
+    if image_path.suffix.lower() not in KEPT_AS_IS:
         raise BadPair("이미지 없음 (jpg, jpeg, png)")
-    if not mask_paths or mask_paths[0].name != f"{image_paths[0].stem}.png":
-        raise BadPair(f"마스크 없음 ({image_paths[0].stem}.png이어야 함)")
-    image, labels = decode(image_paths[0], cv2.IMREAD_COLOR), read_labels(mask_paths[0])
+    if mask_path.name != f"{image_path.stem}.png":
+        raise BadPair(f"마스크 없음 ({image_path.stem}.png이어야 함)")
+    image, labels = decode(image_path, cv2.IMREAD_COLOR), read_labels(mask_path)
     if image.shape[:2] != labels.shape:
         raise BadPair("크기가 다름 (이미지 {1}x{0}, 마스크 {3}x{2})".format(*image.shape[:2], *labels.shape))
     if not labels.any():
@@ -501,7 +495,7 @@ def reduce_to(array, max_side, interpolation):
 
 
 def print_statistics(good):
-    """Print sizes, shares of foreground and objects of {name: what check_pair returned}."""
+    """Print sizes, shares of foreground and objects of {name: what measure_pair returned}."""
     sizes, shares, objects = zip(*good.values())
     sizes = Counter(sizes)
     common = ", ".join(f"{size} ({count}장)" for size, count in sizes.most_common(3))
@@ -519,8 +513,8 @@ def print_statistics(good):
 
 def preview(data_dir, count):
     """Write data/preview.png: `count` pairs spread over data/, each with its mask drawn over the image."""
-    pairs = [(image, data_dir / "masks" / split / f"{image.stem}.png") for split in SPLITS
-             for image in sorted((data_dir / "images" / split).glob("*")) if image.suffix.lower() in KEPT_AS_IS]
+    images = [path for path in sorted(data_dir.glob("images/*/[!.]*")) if path.suffix.lower() in KEPT_AS_IS]
+    pairs = [(image, data_dir / "masks" / image.parent.name / f"{image.stem}.png") for image in images]
     pairs = [(image, mask) for image, mask in pairs if mask.is_file()]
     if not pairs:
         fail(f"{data_dir}에 이미지-마스크 쌍이 없습니다. 먼저 데이터를 준비하세요")

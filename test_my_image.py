@@ -77,7 +77,7 @@ def main():
             image = read_image(path)
             check_prompts(path, image, args.point, args.box, args.mask)
             if not args.everything:
-                encode(image, list(predictors.values()), shared)
+                set_image_in_all(predictors.values(), image, shared)
             lines = run_mode(path, name, image, predictors, args)
         except ImageError as error:
             if len(paths) == 1:
@@ -107,27 +107,27 @@ def parse_args():
         help='점 좌표: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
-    add("--refine", type=int, default=0, metavar="N", help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
+    add("--refine", type=int, default=0, metavar="N",
+        help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: %(default)s)")
     add("--annotate", type=Path, metavar="DIR",
         help="DIR에 마스크가 아직 없는 이미지를 하나씩 창에서 라벨링해 DIR/이름.png로 저장")
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
-    add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: 32)")
+    add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
     add("--pred-iou-thresh", type=float, default=0.88,
-        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: 0.88)")
+        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: %(default)s)")
     add("--stability-score-thresh", type=float, default=0.95,
-        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: 0.95)")
+        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: %(default)s)")
     add("--min-mask-region-area", type=int, default=100,
-        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: 100)")
-    add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: output/my_results)")
+        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: %(default)s)")
+    add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: %(default)s)")
     add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
-        help="모델 설정 이름 또는 YAML 경로 (기본: configs/sam2.1/sam2.1_hiera_s.yaml)")
-    add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt",
-        help="원본 체크포인트 (기본: checkpoints/sam2.1_hiera_small.pt)")
-    add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: output/sam2_best.pt)")
+        help="모델 설정 이름 또는 YAML 경로 (기본: %(default)s)")
+    add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
+    add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: %(default)s)")
     add("--image-size", type=int, choices=[512, 768, 1024],
         help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 정확도가 떨어짐 "
              "(기본: 모델 설정대로)")
-    add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: auto)")
+    add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
     prompted = bool(args.point or args.box or args.mask)
     if args.everything and (prompted or args.compare or args.refine):
@@ -182,14 +182,13 @@ def find_images(names):
     """The image files that --image names: files as they are, folders as the images in them, sorted."""
     paths = []
     for path in map(Path, names):
-        paths += sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
+        if path.is_dir():  # macOS writes ._a.jpg beside a.jpg
+            paths += sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            paths.append(path)
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
-
-
-def is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")  # macOS writes ._a.jpg beside a.jpg
 
 
 def without_mask(paths, mask_dir):
@@ -230,8 +229,8 @@ def check_prompts(path, image, points, boxes, rough):
     height, width = image.shape[:2]
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
     outside += [(x, y) for box in boxes for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
-    for x, y in outside:
-        raise ImageError(f"{path}: 좌표 ({x:g}, {y:g})가 이미지 밖에 있습니다. "
+    if outside:
+        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. "
                          f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
     for x, y, _ in points:
         if len(boxes) > 1 and not any(is_inside((x, y), box) for box in boxes):
@@ -256,9 +255,11 @@ def load_models(args):
     if not args.original and not Path(args.finetuned).is_file():
         print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
         args.original, args.compare = True, False
-    checkpoints = {"original model": args.checkpoint, "fine-tuned model": args.finetuned}
-    if not args.compare:
-        del checkpoints["fine-tuned model" if args.original else "original model"]
+    checkpoints = {}
+    if args.original or args.compare:
+        checkpoints["original model"] = args.checkpoint
+    if not args.original:
+        checkpoints["fine-tuned model"] = args.finetuned
     device = detect_device(args.device)
     first, *others = checkpoints
     predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
@@ -291,7 +292,7 @@ def result_names(paths):
     return list(names)
 
 
-def encode(image, predictors, shared):
+def set_image_in_all(predictors, image, shared):
     """Set `image` in every predictor; it is encoded once if they share what encodes it."""
     first, *others = predictors
     first.set_image(image)
@@ -307,7 +308,7 @@ def run_everything(path, name, image, predictors, args):
 
     What is written: an overlay in distinct colours, the label map (0: nothing, k: annotation k), the COCO file.
     """
-    *_, predictor = predictors.values()
+    predictor, = predictors.values()
     annotations = segment_everything(predictor, image, args)
     height, width = image.shape[:2]
     labels, overlaid = np.zeros((height, width), np.uint16), image
@@ -339,16 +340,15 @@ def segment_everything(predictor, image, args):
     generator.predictor = predictor  # its own would take the model's image_size for 1024
     annotations = []
     for found in generator.generate(reduced):
-        mask = found["segmentation"]
-        if mask.shape != (height, width):
-            mask = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        mask = found["segmentation"].astype(np.uint8)
+        mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) > 0
         for kind in ("holes", "islands"):  # what the generator's own min_mask_region_area does on CUDA only
             mask, _ = remove_small_regions(mask, args.min_mask_region_area, kind)
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         annotations.append({
             "bbox": [int(number) for number in coco_mask.toBbox(rle)], "area": int(coco_mask.area(rle)),
             "score": round(found["predicted_iou"], 4), "stability_score": round(found["stability_score"], 4),
-            "segmentation": {"size": [height, width], "counts": rle["counts"].decode()}, "iscrowd": 0})
+            "segmentation": {**rle, "counts": rle["counts"].decode()}, "iscrowd": 0})
     annotations.sort(key=lambda annotation: -annotation["area"])
     return [{"id": number, "image_id": 1, "category_id": 1, **annotation}
             for number, annotation in enumerate(annotations, start=1)]
@@ -368,27 +368,25 @@ def run_prompts(path, name, image, predictors, args):
         objects = window.objects()
         if not objects:
             raise ImageError(f"{path}: 분할한 것이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
-        lines = ["창에서 준 프롬프트: " + prompts_as_flags(item.points, [item.box] if item.box else [])
-                 for item in objects]
+        lines = [f"창에서 준 프롬프트: {prompts_as_flags(item.points, item.box)}" for item in objects]
     else:
         objects = [segment_with_all(models, points, box) for points, box in split_prompts(args.point, args.box)]
         lines = []
 
-    names = [f"{name}_result.png", f"{name}_mask.png"]
-    save_result(args.output / names[0], image, path.name, objects, args.mask)
-    masks = {title: [item.best(title)[1] for item in objects] for title in models}
-    union = {title: np.any(masks[title], axis=0) for title in models}
+    labels = {title: number_objects(objects, title) for title in models}
     *_, title = models
-    write_png(args.output / names[1], union[title].astype(np.uint8) * 255)
+    pictures = {f"{name}_mask.png": 255 * (labels[title] > 0).astype(np.uint8)}
     if len(objects) > 1:
-        names.append(f"{name}_objects.png")
-        write_png(args.output / names[-1], number_objects(masks[title]))
+        pictures[f"{name}_objects.png"] = labels[title]
     if args.compare:
-        names.append(f"{name}_original_mask.png")
-        write_png(args.output / names[-1], union["original model"].astype(np.uint8) * 255)
+        pictures[f"{name}_original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
+    save_result(args.output / f"{name}_result.png", image, path.name, objects, args.mask)
+    for file_name, picture in pictures.items():
+        write_png(args.output / file_name, picture)
     number, _, score = objects[0].best(title)
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
-    return [*lines, f"{found}, 이미지의 {union[title].mean():.1%}", saved_line(args.output, names)]
+    lines.append(f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}")
+    return [*lines, saved_line(args.output, [f"{name}_result.png", *pictures])]
 
 
 def run_annotation(path, name, image, predictors, args):
@@ -402,10 +400,10 @@ def run_annotation(path, name, image, predictors, args):
     plt.show()
     if window.closed_by != "enter":
         return [] if window.closed_by == "s" else None
-    masks = [item.best(title)[1] for item in window.objects()]
-    labels = number_objects(masks) if len(masks) > 1 else masks[0].astype(np.uint8) * 255
-    write_png(args.annotate / f"{name}.png", labels)
-    return [f"객체 {len(masks)}개, " + saved_line(args.annotate, [f"{name}.png"])]
+    objects = window.objects()
+    labels = number_objects(objects, title)
+    write_png(args.annotate / f"{name}.png", labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
+    return [f"객체 {len(objects)}개, " + saved_line(args.annotate, [f"{name}.png"])]
 
 
 class Segmented(NamedTuple):
@@ -436,7 +434,7 @@ def split_prompts(points, boxes):
 
 def segment_with_all(models, points, box):
     """Segment one object with every model of {title: function of (points, box)}."""
-    return Segmented(points, box, {title: find(points, box) for title, find in models.items()})
+    return Segmented(points, box, {title: predict(points, box) for title, predict in models.items()})
 
 
 def segment(predictor, points, box, rough=None, refine=0):
@@ -460,14 +458,15 @@ def segment(predictor, points, box, rough=None, refine=0):
     return masks > 0, scores
 
 
-def number_objects(masks):
-    """The masks, bool H x W each, as one numbered mask: uint16 H x W, 0 the background, k where the k-th mask is.
+def number_objects(objects, title):
+    """The objects' masks of one model as a numbered mask: uint16 H x W, 0 the background, k where the k-th object is.
 
     Where masks overlap, the smaller one is on top, as prepare_data.py draws COCO's.
     """
+    masks = [item.best(title)[1] for item in objects]
     labels = np.zeros(masks[0].shape, np.uint16)
-    for number in sorted(range(len(masks)), key=lambda number: -masks[number].sum()):
-        labels[masks[number]] = number + 1
+    for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
+        labels[masks[index]] = index + 1
     return labels
 
 
@@ -504,17 +503,14 @@ class Window:
         return [*self.finished, self.current] if is_found else self.finished
 
     def position(self, event):
-        """Where an event is in the image that was pressed on: (x, y) to one decimal, moved inside if it is outside."""
+        """Where an event is in the image that was pressed on: (x, y) to one decimal, clipped to the image."""
         height, width = self.image.shape[:2]
-        x, y = self.pressed.inaxes.transData.inverted().transform((event.x, event.y)).tolist()
-        return round(min(max(x, 0), width - 1), 1), round(min(max(y, 0), height - 1), 1)
+        place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
+        return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # it zooms or pans
-        if event.inaxes not in self.panels or event.button not in (1, 3) or toolbar_mode:
-            return
-        height, width = self.image.shape[:2]
-        if 0 <= round(event.xdata, 1) < width and 0 <= round(event.ydata, 1) < height:
+        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode:
             self.pressed = event
 
     def dragged_box(self, event):
@@ -579,18 +575,17 @@ class Window:
     def draw_markers(self, points, box):
         for artist in self.markers:
             artist.remove()
-        self.markers = [artist for axes in self.panels for artist in mark_prompts(axes, points, [box] if box else [])]
+        self.markers = [artist for axes in self.panels for artist in mark_prompts(axes, points, box)]
 
     def update(self):
         """Show the image, the finished objects, the current one's mask, and its prompts."""
+        objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.models):
-            masks = coloured_masks(self.finished, title)
             text = f"{title}, object {len(self.finished) + 1}" if self.finished else title
             if self.current.candidates:
-                number, mask, score = self.current.best(title)
-                masks.append((mask, object_colour(len(self.finished)) if self.finished else COLOURS[title]))
+                number, _, score = self.current.best(title)
                 text += f": mask {number + 1} of 3, score {score:.3f}"
-            show(axes, self.image, masks)
+            show(axes, self.image, coloured_masks(objects, title))
             axes.set_title(text, fontsize=10)
         self.draw_markers(self.current.points, self.current.box)
         self.figure.canvas.draw_idle()
@@ -601,18 +596,17 @@ def save_result(path, image, name, objects, rough):
 
     Of one object and one model these are the candidates, the best in a green frame; else a panel for each model.
     """
-    titles = list(objects[0].candidates)
-    if len(objects) > 1:
-        panels = [(f"{title}: {len(objects)} objects", coloured_masks(objects, title), False) for title in titles]
-    elif len(titles) > 1:
-        best = {title: objects[0].best(title) for title in titles}
-        panels = [(f"{title}, score {score:.3f}", [(mask, COLOURS[title])], False)
-                  for title, (_, mask, score) in best.items()]
+    panels = []
+    if len(objects) == 1 and len(objects[0].candidates) == 1:
+        (name, candidates), = objects[0].candidates.items()
+        chosen, _, _ = objects[0].best(name)
+        for number, (mask, score) in enumerate(zip(*candidates)):
+            text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
+            panels.append((text, [(mask, COLOURS[name])], number == chosen))
     else:
-        chosen, name = objects[0].best(titles[0])[0], titles[0]
-        panels = [(f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}",
-                   [(mask, COLOURS[titles[0]])], number == chosen)
-                  for number, (mask, score) in enumerate(zip(*objects[0].candidates[titles[0]]))]
+        for title in objects[0].candidates:
+            text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
+            panels.append((title + text, coloured_masks(objects, title), False))
 
     flatness = image.shape[1] / image.shape[0]
     count = len(panels) + 1
@@ -622,12 +616,14 @@ def save_result(path, image, name, objects, rough):
     height = min(max(width / flatness, 1), 9) + 0.4
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
                                 layout="constrained")
-    prompts = ([point for item in objects for point in item.points], [item.box for item in objects if item.box])
     for axis, (title, masks, framed) in zip(axes.flat, [(printable(name), [], False), *panels]):
         show(axis, image, masks)
         axis.set_title(title)
         axis.spines[:].set(visible=framed, color="lime", linewidth=4)
-    mark_prompts(axes.flat[0], *prompts, rough)
+    for item in objects:
+        mark_prompts(axes.flat[0], item.points, item.box)
+    if rough is not None and rough.any():
+        axes.flat[0].contour(rough, levels=[0.5], colors="lime", linewidths=2)
     for axis in axes.flat[count:]:
         axis.remove()
     save_figure(figure, path)
@@ -637,16 +633,17 @@ def saved_line(folder, names):
     return "저장: " + ", ".join(str(folder / name) for name in names)
 
 
-def prompts_as_flags(points, boxes):
-    """Points and boxes as they would be written on the command line."""
+def prompts_as_flags(points, box):
+    """The points and the box of an object as they would be written on the command line."""
     flags = ["--point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"'] if points else []
-    flags += ["--box \"" + ";".join(",".join(f"{number:g}" for number in box) for box in boxes) + '"'] if boxes else []
+    flags += ["--box \"" + ",".join(f"{number:g}" for number in box) + '"'] if box else []
     return " ".join(flags)
 
 
 def coloured_masks(objects, title):
-    """The masks of one model's objects, each with its colour: a list of (bool H x W, RGB)."""
-    return [(item.best(title)[1], object_colour(number)) for number, item in enumerate(objects)]
+    """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
+    return [(item.best(title)[1], object_colour(number) if len(objects) > 1 else COLOURS[title])
+            for number, item in enumerate(objects)]
 
 
 def object_colour(number):
@@ -697,17 +694,14 @@ def show(axes, image, masks=()):
         axes.set(xticks=[], yticks=[])
 
 
-def mark_prompts(axes, points, boxes, rough=None):
-    """Mark points (x, y, label) with stars, green or red; boxes and the rough mask's outline in green.
-
-    Returns what was drawn, so that it can be removed again.
-    """
+def mark_prompts(axes, points, box):
+    """Mark points (x, y, label) with stars, green or red, and the box in green; returns what was drawn."""
     drawn = [axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
              for x, y, label in points]
-    drawn += [axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
-              for x1, y1, x2, y2 in boxes]
-    if rough is not None and rough.any():
-        axes.contour(rough, levels=[0.5], colors="lime", linewidths=2)
+    if box:
+        x1, y1, x2, y2 = box
+        drawn.append(axes.add_patch(
+            plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2)))
     return drawn
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -94,6 +95,11 @@ def assert_fails_in_one_line(done, *words):
     assert line.startswith("오류: ")
     for word in words:
         assert word in line
+
+
+def display_width(text):
+    """Columns that `text` takes on a terminal: a Korean letter takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def write_image(path, image):

@@ -9,7 +9,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_CFG, assert_fails_in_one_line, run, save_small_model, signal_at, write_image
+from conftest import (
+    SMALL_CFG,
+    assert_fails_in_one_line,
+    display_width,
+    run,
+    save_small_model,
+    signal_at,
+    write_image,
+)
 
 import compare_models
 
@@ -41,7 +49,7 @@ def test_box_pictures_and_tables_agree(trained, weights):
         assert summary[name] == pytest.approx(mean) and 0 <= mean <= 1
 
     box = done.stdout[done.stdout.index("┌"):done.stdout.index("┘") + 1].splitlines()
-    assert len({compare_models.display_width(line) for line in box}) == 1
+    assert len({display_width(line) for line in box}) == 1
     shown = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", "\n".join(box))]
     assert shown == [round(100 * means["original_iou"], 2), round(100 * means["finetuned_iou"], 2),
                      round(summary["difference_pp"], 1)]
@@ -117,6 +125,8 @@ def test_empty_masks_are_left_out_and_counted(data, weights):
     done = compare(data, weights, "--finetuned", weights)
     assert "뺀 이미지: 1장" in done.stdout and len(read_rows(data / "output/comparison")) == 3
     assert "비교 그림 3장" in done.stdout and len(list((data / "output/comparison").glob("compare_*.png"))) == 3
+    compare(data, weights, "--finetuned", weights, "--num-visualize", 2)  # the first would have been the empty one
+    assert len(list((data / "output/comparison").glob("compare_*.png"))) == 2
 
 
 def test_ctrl_c_ends_in_one_line(data, weights):

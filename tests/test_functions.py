@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw_pair, write_image
+from conftest import display_width, draw_pair, write_image
 from pycocotools import mask as coco_mask
 
 import compare_models
@@ -171,7 +171,7 @@ def test_learning_rate_follows_the_scheduler():
 def test_box_lines_up_for_every_value():
     for original, finetuned in ((0.6592, 0.8333), (1.0, 0.0), (0.0, 1.0), (0.051, 0.049)):
         lines = compare_models.result_box(original, finetuned).splitlines()
-        assert {compare_models.display_width(line) for line in lines} == {43}
+        assert {display_width(line) for line in lines} == {43}
     assert "+17.4%p" in compare_models.result_box(0.6592, 0.8333)
     assert "-100.0%p" in compare_models.result_box(1.0, 0.0)  # a drop is shown as a drop
 
@@ -215,11 +215,11 @@ def test_results_of_images_with_the_same_stem_get_names_of_their_own():
 
 
 def test_prompts_are_written_as_the_flags_that_give_them_again():
-    points, boxes = [(1.5, 2, 1), (3, 4.2, 0)], [[1, 2, 30.5, 40]]
-    flags = test_my_image.prompts_as_flags(points, boxes)
+    points, box = [(1.5, 2, 1), (3, 4.2, 0)], [1, 2, 30.5, 40]
+    flags = test_my_image.prompts_as_flags(points, box)
     assert flags == '--point "1.5,2,1;3,4.2,0" --box "1,2,30.5,40"'
-    point, box = re.findall('"(.*?)"', flags)
-    assert test_my_image.parse_points(point) == points and test_my_image.parse_boxes(box) == boxes
+    point_text, box_text = re.findall('"(.*?)"', flags)
+    assert test_my_image.parse_points(point_text) == points and test_my_image.parse_boxes(box_text) == [box]
 
 
 def test_reduce_to_shrinks_the_longer_side_and_never_enlarges():
@@ -292,9 +292,9 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them():
             mask = cv2.blur(mask.astype(np.float32), (15, 15)) > 0.1  # long runs
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         segmentation = {"size": [61, 83], "counts": rle["counts"].decode()}
-        assert (prepare_data.decode_segmentation(segmentation, 61, 83) == mask).all()
+        assert (coco_mask.decode(prepare_data.to_rle(segmentation, 61, 83)) == mask).all()
     plain = {"size": [2, 3], "counts": [1, 2, 3]}  # down the columns: 0 11 000
-    assert prepare_data.decode_segmentation(plain, 2, 3).tolist() == [[False, True, False], [True, False, False]]
+    assert coco_mask.decode(prepare_data.to_rle(plain, 2, 3)).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_runs_and_polygons_that_are_none_are_refused():

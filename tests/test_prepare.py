@@ -273,6 +273,13 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
     assert "b.png의 객체 1개" in line
 
 
+def test_hundreds_of_coco_objects_are_numbered():
+    squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
+    labels = prepare_data.draw_objects([rle_plain(square) for square in squares], 60, 80, False, "a.png")
+    wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
+    assert len(squares) == 400 and (labels == wanted).all()
+
+
 LABELS = np.where(SMALL, 7, np.where(LARGE, 1, np.where(OTHER, 300, 0)))
 
 

@@ -262,7 +262,8 @@ def test_compare_builds_one_model_and_compares_the_frozen_weights_once(tmp_path,
 def test_smaller_objects_are_numbered_on_top_of_larger_ones():
     small, large, other = np.zeros((3, 4, 6), bool)
     small[0, :2], large[:3, :4], other[3, 5] = True, True, True
-    assert test_my_image.number_objects([small, large, other]).tolist() == [
+    objects = [test_my_image.Segmented([], None, {"model": ([mask], np.ones(1))}) for mask in (small, large, other)]
+    assert test_my_image.number_objects(objects, "model").tolist() == [
         [1, 1, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 0, 3]]
 
 
@@ -485,9 +486,14 @@ def test_other_buttons_and_clicks_outside_the_image_place_nothing(window):
     click(window.figure, 40, 30, button=2)
     click(window.figure, -20, 30)
     click(window.figure, 40, 300)
-    click(window.figure, -0.4, 30)  # inside the axes, half a pixel outside the image
     mouse(window.figure, "button_release", 40, 30, 1)  # pressed somewhere else
     assert not window.asked and not window.current.points
+
+
+def test_a_click_on_the_outer_half_of_an_edge_pixel_is_in_it(window):
+    click(window.figure, -0.4, 30)
+    click(window.figure, 79.4, 30)
+    assert [point[0] for point in window.current.points] == [0, 79]
 
 
 def test_clicks_while_the_toolbar_zooms_place_nothing(window):
