@@ -5,6 +5,7 @@
 Most of it is the shared block of the five scripts at the top level, and a test fails when they differ.
 """
 
+import csv
 import io
 import json
 import os
@@ -25,7 +26,6 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
-from sam2.sam2_video_predictor import SAM2VideoPredictor
 
 for _stream in (sys.stdout, sys.stderr):
     if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
@@ -36,6 +36,8 @@ plt.rcParams["text.parse_math"] = False  # file names may contain "$"
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by the script
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
+
+FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images, by suffix in lower case
 
 
 class ImageError(OSError):
@@ -179,15 +181,28 @@ def load_weights(model, checkpoint, model_cfg):
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
 
 
-def load_video_predictor(model_cfg, checkpoint, device, image_size=None, kind=SAM2VideoPredictor):
-    """Build a SAM 2 for videos and load its weights; returns it on `device`, in eval mode.
+def list_images(folder):
+    """Paths of the images in a folder, sorted; hidden files are left out (macOS writes ._a.jpg beside a.jpg)."""
+    return sorted(path for path in Path(folder).iterdir()
+                  if path.is_file() and path.suffix.lower() in FORMATS and not path.name.startswith("."))
 
-    Arguments as in load_predictor; kind: SAM2VideoPredictor or a subclass of it. Holes in masks are not filled:
-    sam2 does that with its CUDA extension only, which not every installation has.
+
+def write_csv(path, rows):
+    """Write rows, the first of them the column names, as a CSV file in UTF-8."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
+def load_video_predictor(model_cfg, checkpoint, device, image_size=None):
+    """Build a SAM 2 for videos and load its weights; returns a SAM2VideoPredictor on `device`, in eval mode.
+
+    Arguments as in load_predictor. Holes in masks are not filled, because sam2 needs its CUDA extension for that,
+    which not every installation has.
     """
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
-    config._target_ = f"{kind.__module__}.{kind.__qualname__}"
+    config._target_ = "sam2.sam2_video_predictor.SAM2VideoPredictor"
     config.sam_mask_decoder_extra_args = dict(  # as sam2.build_sam.build_sam2_video_predictor sets them
         dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05,
         dynamic_multimask_stability_thresh=0.98)
@@ -199,7 +214,7 @@ def load_video_predictor(model_cfg, checkpoint, device, image_size=None, kind=SA
 
 
 def add_model_flags(parser, output):
-    """Add the flags that every script with a SAM 2 has; output: the default of --output."""
+    """Add the flags that every script with a SAM 2 has. output: default of --output."""
     parser.add_argument("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
     parser.add_argument("--output", "-o", type=Path, default=Path(output), help=f"결과 폴더 (기본: {output})")
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
@@ -214,7 +229,7 @@ def add_model_flags(parser, output):
 
 
 def choose_checkpoint(args):
-    """The checkpoint that the flags of add_model_flags ask for: the original if there is no fine-tuned one yet."""
+    """Path of the checkpoint to load: --finetuned, or --checkpoint with --original or without a fine-tuned file."""
     if args.original:
         return args.checkpoint
     if not Path(args.finetuned).is_file():

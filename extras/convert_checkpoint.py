@@ -38,13 +38,13 @@ from transformers.models.sam2_video.configuration_sam2_video import (
 )
 from transformers.utils import logging
 
-LIMIT = 1e-3  # largest difference of logits that is rounding: float32, other order of the same operations
-HF_MEMORY_CHANNELS = 64  # Sam2VideoModel is written for this number, whatever its config says
-IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")  # what Sam2Model has
+LIMIT = 1e-3  # largest difference of logits that float32 rounding explains: same operations in another order
+HF_MEMORY_CHANNELS = 64  # fixed in the code of Sam2VideoModel, whatever its config says
+IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")  # parts of Sam2Model
 
-# Official name, Hugging Face's: whole parts of a dotted name, "*" a number. To Hugging Face they are applied from top
-# to bottom, back from bottom to top: what is general stands above what is particular to one module, except where
-# the particular name would be taken for the general one.
+# (official name, Hugging Face name): whole components of a dotted name, "*" stands for a number. They are applied from
+# top to bottom to convert to Hugging Face, and from bottom to top to convert back. General names come before those of
+# one module, except where the name of a module would match a general one.
 MLP_HEADS = ("output_hypernetworks_mlps.*", "iou_prediction_head", "pred_obj_score_head", "object_pointer_proj")
 RENAMED = [
     ("maskmem_tpos_enc", "memory_temporal_positional_encoding"),
@@ -114,7 +114,7 @@ def parse_args():
 
 
 def to_huggingface(args):
-    """Convert an official checkpoint into a folder; it appears under its name when it has been checked."""
+    """Convert an official checkpoint to a folder, which gets its name only after the check."""
     if args.target.exists() and not args.target.is_dir():
         fail(f"{args.target}: 폴더여야 하는데 파일이 있습니다")
     predictor = load_predictor(args.model_cfg, args.source, "cpu", args.image_size or trained_image_size(args.source))
@@ -137,10 +137,10 @@ def to_huggingface(args):
 
 
 def trained_image_size(checkpoint):
-    """The input size in pixels that train_sam2_proper.py writes into a checkpoint; None if there is none."""
+    """The input size in pixels that train_sam2_proper.py saves in a checkpoint; None without one."""
     try:
         size = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["image_size"]
-    except Exception:  # not written by it; or missing or damaged, which load_predictor reports
+    except Exception:  # an official checkpoint; or missing or damaged, which load_predictor reports
         return None
     return size if isinstance(size, int) else None
 
@@ -156,7 +156,10 @@ def save_folder(model, folder):
 
 
 def check_shapes(weights, expected, problem):
-    """Fail, beginning with `problem`, unless the tensors have the expected names and shapes ({name: shape})."""
+    """Fail unless the tensors in `weights` have the expected names and shapes.
+
+    expected: {name: shape}; problem: the beginning of the error message.
+    """
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if differing:
@@ -164,15 +167,15 @@ def check_shapes(weights, expected, problem):
 
 
 def make_processor(image_size):
-    """What resizes and normalizes images and scales prompts, for a model of this input size."""
+    """The processor that resizes and normalizes images and scales prompts for this input size in pixels."""
     size, mask_size = ({"height": side, "width": side} for side in (image_size, image_size // 4))
     return Sam2VideoProcessor(Sam2ImageProcessor(size=size, mask_size=mask_size), Sam2VideoVideoProcessor(size=size),
                               target_size=image_size)
 
 
 def huggingface_weights(official):
-    """Rename the tensors of an official state dict. The four point embeddings become one tensor; the positional
-    embedding stands in the prompt encoder and once more beside it."""
+    """Rename the tensors of an official state dict. The four point embeddings become one tensor, and the positional
+    embedding of the prompt encoder is stored a second time for the image."""
     weights = {rename(name, RENAMED): tensor.contiguous() for name, tensor in official.items()
                if ".point_embeddings." not in name}
     points = [official[f"sam_prompt_encoder.point_embeddings.{number}.weight"] for number in range(4)]
@@ -183,7 +186,7 @@ def huggingface_weights(official):
 
 
 def official_weights(huggingface):
-    """The reverse of huggingface_weights, in float32."""
+    """The inverse of huggingface_weights, in float32."""
     back = [(new, old) for old, new in reversed(RENAMED)]
     weights = {rename(name, back): tensor.float().contiguous() for name, tensor in huggingface.items()
                if name not in ("prompt_encoder.point_embed.weight", "shared_image_embedding.positional_embedding")}
@@ -193,7 +196,7 @@ def official_weights(huggingface):
 
 
 def rename(name, pairs):
-    """Replace in a dotted name each first of `pairs` by the second, in their order; "*" is a number, kept."""
+    """Apply `pairs` of (old, new) components to a dotted name, in order; the number at "*" is kept."""
     for old, new in pairs:
         pattern = re.escape(old).replace(r"\*", r"(\d+)")
         name = re.sub(rf"(?<![^.]){pattern}(?![^.])", new.replace("*", r"\1"), name)
@@ -201,7 +204,7 @@ def rename(name, pairs):
 
 
 def expected_shapes(config):
-    """Names and shapes of the tensors that transformers has for a config. No memory is taken for their values."""
+    """{name: shape} of the tensors of a Sam2VideoModel with this config. The values are not allocated."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Sam2VideoModel(config).state_dict().items()}
     for name, shape in shapes.items():
@@ -211,7 +214,7 @@ def expected_shapes(config):
 
 
 def huggingface_config(model):
-    """The Sam2VideoConfig of an official SAM 2: every size is read off the modules, not off the YAML."""
+    """The Sam2VideoConfig of an official SAM 2, with all sizes taken from the modules instead of the YAML file."""
     trunk, neck = model.image_encoder.trunk, model.image_encoder.neck
     decoder, attention, memory = model.sam_mask_decoder, model.memory_attention, model.memory_encoder
     two_way, layer, fuser = decoder.transformer, attention.layers[0], memory.fuser.layers
@@ -288,9 +291,9 @@ def huggingface_config(model):
 
 
 def check_video_model(model, folder):
-    """Open the folder as a Sam2VideoModel, which fails if it does not fit its config, and return True.
+    """Whether Sam2VideoModel can open the folder: not with other memory channels than its own, which is a warning.
 
-    A model with a number of memory channels that transformers does not open gets a warning and False.
+    Fails if it cannot open the folder for another reason.
     """
     if model.mem_dim != HF_MEMORY_CHANNELS:
         print(f"주의: transformers의 Sam2VideoModel은 메모리 채널이 {HF_MEMORY_CHANNELS}개인 모델만 엽니다 "
@@ -301,7 +304,7 @@ def check_video_model(model, folder):
 
 
 def open_folder(kind, folder):
-    """A transformers model from a folder, in float32 and eval mode; fails if it does not fit its config."""
+    """Load a transformers model of class `kind` in float32 and eval mode; fails if weights and config do not match."""
     try:
         model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
                                            output_loading_info=True)
@@ -313,21 +316,21 @@ def open_folder(kind, folder):
 
 
 def report_difference(predictor, folder, target):
-    """Print how far the logits of both forms are apart on a drawn image; fail above LIMIT."""
+    """Print the largest difference between both forms on a drawn image; fail if it is above LIMIT."""
     difference = largest_difference(predictor, folder)
     print(f"두 모델의 로짓과 점수의 최대 차이 (점, 상자): {difference:.1e}")
-    if not difference <= LIMIT:  # not a number, too
+    if not difference <= LIMIT:  # also if it is NaN
         fail(f"{target}: 두 모델의 결과가 {LIMIT:g}보다 많이 달라 저장하지 않았습니다. "
              "설정(--model-cfg, --image-size)이 이 가중치의 것인지 확인하세요")
 
 
 @torch.inference_mode()
 def largest_difference(predictor, folder):
-    """Segment a drawn image with the official model and with the folder's, by click and by box.
+    """Segment a drawn image with the official model and with that of the folder, by point and by box.
 
     Returns the largest absolute difference of the low-resolution logits (clamped to ±32, as sam2 returns them) and
-    of the predicted scores. The image has the model's own size: sam2 resizes floating-point pixels, transformers
-    8-bit ones, which rounds them.
+    of the predicted scores. The image has the model's input size, because resizing differs: sam2 resizes
+    floating-point pixels, transformers 8-bit ones.
     """
     side = predictor.model.image_size
     processor, model = make_processor(side), open_folder(Sam2Model, folder)
@@ -354,7 +357,7 @@ def probe_image(side):
 
 
 def to_official(args):
-    """Convert a folder of Hugging Face into an official checkpoint; it appears when it has been checked."""
+    """Convert a Hugging Face folder to an official checkpoint, which gets its name only after the check."""
     if args.target.is_dir():
         fail(f"{args.target}: 파일이어야 하는데 폴더가 있습니다")
     image_size = read_image_size(args.source)
@@ -368,7 +371,7 @@ def to_official(args):
     if "maskmem_tpos_enc" not in weights:
         weights = {**memory_part(args), **weights}
     check_shapes(weights, official_shapes(args.model_cfg), f"{args.source}: 설정 {args.model_cfg}와 맞지 않습니다")
-    content = io.BytesIO()  # torch.save to a path ends in a RuntimeError where a file cannot be written
+    content = io.BytesIO()  # torch.save to a path raises RuntimeError, not OSError, if it cannot write
     torch.save({"model": weights, "image_size": image_size}, content)
     args.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{args.target.name}.", dir=args.target.parent) as name:
@@ -382,13 +385,13 @@ def to_official(args):
 
 
 def official_shapes(model_cfg):
-    """Names and shapes of the tensors that sam2 has for a config."""
+    """{name: shape} of the tensors of the sam2 model with this config."""
     model = instantiate(read_config(model_cfg), _recursive_=True)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def read_image_size(folder):
-    """The input size in pixels that a folder's config names; fails if the folder holds no SAM 2."""
+    """The input size in pixels in the config of a folder; fails if the folder does not hold a SAM 2."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
@@ -399,13 +402,13 @@ def read_image_size(folder):
         fail(f"{folder}: SAM 2가 아니라 {kind}의 폴더입니다 (sam2, sam2_video만 변환합니다)")
     try:
         config = (Sam2Config if kind == "sam2" else Sam2VideoConfig).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever the classes of the config's parts raise
+    except Exception as error:  # each class of the config's parts raises its own kinds
         fail(f"{folder / 'config.json'}: 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
     return config.prompt_encoder_config.image_size
 
 
 def memory_part(args):
-    """The tensors of args.checkpoint that serve video only, for a folder that holds an image model."""
+    """The tensors of args.checkpoint that only video uses, {name: tensor}, for a folder with an image model."""
     if not args.checkpoint:
         fail(f"{args.source}: Sam2Model로 저장되어 메모리(비디오) 부분이 없습니다. "
              "--checkpoint에 파인튜닝 전의 공식 체크포인트를 주면 그 부분을 가져옵니다")
@@ -414,6 +417,6 @@ def memory_part(args):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()  # weights that Sam2Model leaves out on purpose are no news
+    logging.set_verbosity_error()  # Sam2Model warns about the memory weights, which it ignores on purpose
     logging.disable_progress_bar()
     run(main, "더 작은 모델로 해 보거나 다른 프로그램을 닫으세요")

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import textwrap
 import unicodedata
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
@@ -33,11 +33,13 @@ import supervision as sv
 import torch
 import torch.distributed
 from common import (
+    FORMATS,
     ImageError,
     add_model_flags,
     choose_checkpoint,
     detect_device,
     fail,
+    list_images,
     load_predictor,
     read_image,
     run,
@@ -59,14 +61,13 @@ from transformers import (
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 REPOSITORIES = {"florence2": "florence-community/Florence-2-base",
                 "grounding-dino": "IDEA-Research/grounding-dino-tiny"}
-OPTIONS = {"florence2": ["detector_dir", "task"],  # each detector's own flags
+OPTIONS = {"florence2": ["detector_dir", "task"],  # flags that only this detector has
            "grounding-dino": ["detector_dir", "box_threshold", "text_threshold"]}
 TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}
-NMS_IOU = 0.7       # of two detected boxes of one category that overlap more, the one with the lower score is dropped
-MAX_TOKENS = 1024   # of Florence-2's answer: all positions that its decoder has, some 200 boxes
+NMS_IOU = 0.7       # of two boxes of one category with a higher IoU, the one with the lower score is dropped
+MAX_TOKENS = 1024   # of Florence-2's answer: the length of its decoder's context, enough for some 200 boxes
 DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
 
 
@@ -114,7 +115,7 @@ def parse_args():
 
 
 def parse_categories(text):
-    """"polyp. instrument." as ["polyp", "instrument"]."""
+    """Split "polyp. instrument." into ["polyp", "instrument"]; a name that occurs twice is taken once."""
     names = list(dict.fromkeys(name.strip() for name in text.split(".") if name.strip()))
     if not names:
         raise argparse.ArgumentTypeError("찾을 것이 없습니다")
@@ -122,6 +123,7 @@ def parse_categories(text):
 
 
 def parse_score(text):
+    """Parse a number from 0 to 1."""
     score = float(text)
     if not 0 <= score <= 1:
         raise argparse.ArgumentTypeError(f"0에서 1 사이여야 합니다: {text}")
@@ -129,21 +131,24 @@ def parse_score(text):
 
 
 def join_processes(requested):
-    """(rank, number of processes, device), as torchrun says: 0, 1 without it. Only rank 0 prints."""
+    """Join the processes of torchrun; returns (rank, number of processes, device), with 0 and 1 without torchrun.
+
+    Each process gets a GPU of its own with CUDA, and only rank 0 prints.
+    """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
     if processes > 1:
         if device not in ("cuda", "cpu"):
             fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
         device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # rank 0 may wait long for the last one
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # for the slowest process
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open to the end)
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open until the process ends)
     return rank, processes, device
 
 
 def make_detector(args, device):
-    """What finds the boxes, as the flags say."""
+    """The detector that the flags choose: an object with the method find()."""
     if args.boxes:
         return CocoBoxes(args.boxes)
     if not all(name.isascii() for name in args.category):
@@ -157,7 +162,7 @@ def make_detector(args, device):
 def find_weights(detector, folder=None):
     """The folder with a detector's weights: the given one, else models/NAME, else the one in Hugging Face's cache.
 
-    Nothing is downloaded; where no weights are, the message names the command that does it.
+    Nothing is downloaded. Without weights it fails with the command that downloads them.
     """
     if folder or Path("models", detector).is_dir():
         return folder or Path("models", detector)
@@ -168,15 +173,16 @@ def find_weights(detector, folder=None):
 
 
 def how_to_fetch(detector):
+    """The sentence of an error message that says how to download a detector's weights."""
     return f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (받은 폴더는 --detector-dir로)"
 
 
 def load_detector(model_class, processor_class, kinds, folder, device):
-    """A detector's model and processor from a folder that save_pretrained wrote.
+    """Load a detector's model and processor from a folder that save_pretrained wrote.
 
-    kinds: the model types in config.json that are right, a key of REPOSITORIES first. No code from the folder is run
-    (trust_remote_code=False) and only safetensors are read. Another kind of folder, and one that lacks weights or was
-    not fetched to the end, is an error, which names the command that fetches a right one.
+    kinds: model types that config.json may name, the first one a key of REPOSITORIES. No code from the folder is run
+    (trust_remote_code=False) and only safetensors are read. A folder of another model or without all weights is an
+    error, which names the command that downloads the right one.
     """
     fetch = how_to_fetch(kinds[0])
     try:
@@ -193,20 +199,20 @@ def load_detector(model_class, processor_class, kinds, folder, device):
                                                   output_loading_info=True, **local)
         processor = processor_class.from_pretrained(folder, **local)
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
-        # microsoft/Florence-2-base ends here: the model types in its config are known to its own code only
+        # e.g. microsoft/Florence-2-base, whose config only its own code can read
         reason = ("자기 코드로 여는 저장소의 폴더인데, 그 코드는 실행하지 않습니다" if "auto_map" in config
                   else textwrap.shorten(str(error), 200))
         fail(f"{folder}: {kind}를 열 수 없습니다 ({reason}). {fetch}")
-    if info["missing_keys"]:  # transformers would fill them with random numbers
+    if info["missing_keys"]:  # transformers initializes them with random numbers
         fail(f"{folder}: transformers의 {kind} 가중치가 아닙니다. 없는 항목 {len(info['missing_keys'])}개: "
              f"{', '.join(sorted(info['missing_keys'])[:2])}. {fetch}")
     return model.to(device).eval(), processor
 
 
 class Florence2:
-    """Boxes by Florence-2, one question for each category. Its boxes have no score: the confidence is 1.
+    """Boxes from Florence-2, one prompt for each category. Its boxes have no score: the confidence is 1.
 
-    folder: of Florence2ForConditionalGeneration; categories: names in English; task: a key of TASKS.
+    folder: weights of a Florence2ForConditionalGeneration; categories: list of names in English; task: key of TASKS.
     """
 
     def __init__(self, folder, categories, device, task="detection"):
@@ -217,7 +223,10 @@ class Florence2:
 
     @torch.inference_mode()
     def find(self, image, name=""):
-        """sv.Detections of boxes in an image, uint8 H x W x 3 RGB; class_id is a key of self.categories."""
+        """Find boxes in an image, uint8 H x W x 3, RGB: sv.Detections in pixels, class_id a key of self.categories.
+
+        name: file name of the image, used only by CocoBoxes.
+        """
         boxes, class_ids = [], []
         for class_id, category in self.categories.items():
             inputs = self.processor(text=self.task + category, images=image, return_tensors="pt").to(self.model.device)
@@ -230,9 +239,9 @@ class Florence2:
                              confidence=np.ones(len(boxes), np.float32))
 
     def read_answer(self, text, shape):
-        """Boxes [x1, y1, x2, y2] in pixels from Florence-2's answer: its <loc_…> are thousandths of the image.
+        """Parse Florence-2's answer into boxes [x1, y1, x2, y2] in pixels: its <loc_…> are thousandths of the image.
 
-        An answer in polygons, which open-vocabulary detection may give, becomes the boxes around them.
+        Open-vocabulary detection may answer with polygons, whose bounding boxes are returned. shape: (H, W, ...).
         """
         height, width = shape[:2]
         answer = self.processor.post_process_generation(text, task=self.task, image_size=(width, height))[self.task]
@@ -241,11 +250,10 @@ class Florence2:
 
 
 class GroundingDino:
-    """Boxes by Grounding DINO, one pass for all categories.
+    """Boxes from Grounding DINO, one forward pass for all categories.
 
-    folder: of AutoModelForZeroShotObjectDetection, of type grounding-dino or mm-grounding-dino; categories: names in
-    English; box_threshold, text_threshold: a box needs a score above the first and its category's best word one above
-    the second, 0 to 1.
+    folder: weights of model type grounding-dino or mm-grounding-dino; categories: list of names in English;
+    box_threshold: a box needs a higher score, 0 to 1; text_threshold: so does the best token of its category.
     """
 
     def __init__(self, folder, categories, device, box_threshold=0.3, text_threshold=0.25):
@@ -253,7 +261,7 @@ class GroundingDino:
                                                    ["grounding-dino", "mm-grounding-dino"], folder, device)
         self.categories = dict(enumerate(categories, 1))
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
-        # lower case, a full stop after each category: as in its training
+        # lower case and a full stop after each category, as it was trained
         self.text = "".join(f"{category.lower()}. " for category in categories).strip()
         tokens = len(self.processor.tokenizer(self.text)["input_ids"])
         if tokens > self.model.config.max_text_len:
@@ -266,10 +274,10 @@ class GroundingDino:
         return self.read_outputs(self.model(**inputs), inputs["input_ids"], image.shape)
 
     def read_outputs(self, outputs, input_ids, shape):
-        """sv.Detections from the model's logits (1 x queries x tokens) and boxes.
+        """sv.Detections from the model's logits (1 x queries x tokens) and boxes. shape: (H, W, ...) of the image.
 
-        The category of a box is the one with the best token. The phrase that transformers decodes does not serve for
-        this: it may be a part of a word, or words of two categories.
+        The category of a box is the one whose tokens have the highest score. The phrase that transformers decodes is
+        not used, because it may be part of a word or contain words of two categories.
         """
         result = self.processor.post_process_grounded_object_detection(
             outputs, input_ids, threshold=self.box_threshold, text_threshold=self.text_threshold,
@@ -284,7 +292,7 @@ class GroundingDino:
         return detections[(best > self.text_threshold).cpu().numpy()]
 
     def tokens_of_categories(self):
-        """For each category the places of its words among the tokens of self.text."""
+        """For each category a list of the indices of its tokens in self.text."""
         offsets = self.processor.tokenizer(self.text, return_offsets_mapping=True)["offset_mapping"]
         tokens, start = [], 0
         for category in self.categories.values():
@@ -295,9 +303,9 @@ class GroundingDino:
 
 
 class CocoBoxes:
-    """Boxes from a COCO file, made by any detector or by hand; what is marked iscrowd is left out.
+    """Boxes from a COCO file, made by any detector or by hand, without those marked iscrowd.
 
-    With a score for every box they count as detected, and overlapping ones go through NMS; without, all of them stay. A
+    If every box has a score, the boxes count as detected and NMS is applied to them; if not, all of them are kept. A
     box with a number that is not finite becomes one without area, so that it is dropped and counted.
     """
 
@@ -332,7 +340,7 @@ class CocoBoxes:
             print(f"주의: {path}의 iscrowd 상자 {crowds}개는 뺍니다")
 
     def report_absent(self, names):
-        """Print which images of the file are not among the file names of a folder."""
+        """Print which images of the file are not among `names`, the file names in a folder."""
         present = {base_name(name) for name in names}
         absent = sorted(name for name in self.images if name not in present)
         if absent:
@@ -355,7 +363,7 @@ class CocoBoxes:
 
 
 def base_name(file_name):
-    """A file name without the folders that CVAT writes in front of it, its accents in one form (macOS splits them)."""
+    """A file name without folders, which CVAT adds, and in Unicode's NFC form (macOS decomposes accents and Hangul)."""
     return unicodedata.normalize("NFC", PurePosixPath(str(file_name).replace("\\", "/")).name)
 
 
@@ -364,7 +372,7 @@ class GroundedSAM2:
 
     predictor: a SAM2ImagePredictor. detector: Florence2, GroundingDino, CocoBoxes, or an object of your own with
     `categories` ({class_id: name}) and `find(image, name)`, which returns sv.Detections with xyxy, class_id and, if
-    overlapping boxes are to be thinned out, confidence.
+    NMS is wanted, confidence.
     """
 
     def __init__(self, predictor, detector):
@@ -373,7 +381,7 @@ class GroundedSAM2:
     def predict(self, image, name=""):
         """Find and segment the objects of an image.
 
-        image: uint8 H x W x 3, RGB; name: its file name, which only CocoBoxes asks for.
+        image: uint8 H x W x 3, RGB; name: file name of the image, used only by CocoBoxes.
         Returns sv.Detections with xyxy (inside the image), mask (bool N x H x W), confidence (1 where the detector
         gives none), class_id, data["class_name"] and data["predicted_iou"] (SAM 2's score of the mask).
         """
@@ -381,8 +389,11 @@ class GroundedSAM2:
 
     @torch.inference_mode()
     def segment(self, image, detections):
-        """Add masks to boxes: one encoding of the image, one decoder call for all boxes (up to DECODER_BATCH), and of
-        the three masks for a box the one with the highest score."""
+        """Add masks to the boxes of sv.Detections; returns what predict() does.
+
+        The image is encoded once and up to DECODER_BATCH boxes are decoded in one call. Of the three masks of a box
+        the one with the highest score is taken.
+        """
         predictor, height, width = self.predictor, *image.shape[:2]
         masks, scores = np.zeros((len(detections), height, width), bool), np.zeros(len(detections), np.float32)
         if len(detections):
@@ -391,7 +402,7 @@ class GroundedSAM2:
             low_res, predicted = self.decode(detections.xyxy[start:start + DECODER_BATCH])
             best = predicted.argmax(1)
             for number, (candidates, place) in enumerate(zip(low_res, best), start):
-                # brought to the image's size one by one: predict() would do all three of every box at once
+                # only the best mask is resized, one at a time: predict() resizes all three of every box at once
                 logits = predictor._transforms.postprocess_masks(candidates[None, place, None], (height, width))
                 masks[number] = (logits[0, 0] > predictor.mask_threshold).cpu().numpy()
             scores[start:start + len(best)] = predicted.amax(1).float().cpu().numpy()
@@ -400,9 +411,9 @@ class GroundedSAM2:
                              class_id=detections.class_id, data={"class_name": names, "predicted_iou": scores})
 
     def decode(self, boxes):
-        """Decode boxes, N x 4 in pixels, in the image that is set: logits N x 3 x h x w and scores N x 3.
+        """Decode boxes, N x 4 in pixels of the current image: logits N x 3 x h x w and scores N x 3.
 
-        What predictor.predict() does, up to its resizing of the masks.
+        The steps of SAM2ImagePredictor.predict() before it resizes the masks.
         """
         predictor, model = self.predictor, self.predictor.model
         _, _, _, corners = predictor._prep_prompts(None, None, boxes, None, True)
@@ -423,13 +434,13 @@ class GroundedSAM2:
     def label(self, folder, output, plot=False, rank=0, processes=1):
         """Label the images of a folder; writes output/annotations.json (COCO) and, with plot, output/plots/NAME.png.
 
-        Under torchrun each process takes a share of the images, and the first one, rank 0, writes the JSON. An image
-        that cannot be used is named, and the rest goes on; fails if there is not one label at the end.
-        Returns the path of the JSON.
+        With torchrun each process labels a share of the images, and rank 0 writes the JSON. Images that cannot be
+        used are skipped and listed at the end; it is an error if there is no label at all. Returns the path of the
+        JSON.
         """
         paths, problems = find_images(folder)
         if rank == 0:
-            Path(output).mkdir(parents=True, exist_ok=True)  # if it cannot be made, this shows now and not at the end
+            Path(output).mkdir(parents=True, exist_ok=True)  # fails before any work is done, not at the end
             if isinstance(self.detector, CocoBoxes):
                 self.detector.report_absent([*problems, *(path.name for path in paths)])
         entries = {}
@@ -443,17 +454,16 @@ class GroundedSAM2:
         if processes > 1:
             shares = [None] * processes
             torch.distributed.all_gather_object(shares, (entries, problems))
-            entries, problems = ({name: value for share in part for name, value in share.items()}
-                                 for part in zip(*shares))
+            entries, problems = (dict(ChainMap(*parts)) for parts in zip(*shares))
         target = Path(output, "annotations.json")
         if rank == 0:
             self.write_coco(target, entries, problems)
         return target
 
     def label_image(self, path, plots):
-        """Label one image: ({"size": (H, W), "annotations": as in COCO}, what was left out or "").
+        """Label one image: ({"size": (H, W), "annotations": list as in COCO}, note about dropped boxes or "").
 
-        plots: the folder to draw the labels into, or None.
+        plots: folder for the picture with the labels drawn, or None. Raises ImageError.
         """
         image = read_image(path)
         found = self.detector.find(image, path.name)
@@ -470,7 +480,10 @@ class GroundedSAM2:
                 ", ".join(notes) if len(found) else "상자 없음")
 
     def write_coco(self, path, entries, problems):
-        """Write the COCO JSON of label() and print what was done. Fails if there is no label at all."""
+        """Write the COCO JSON of label() and print a summary. Fails if there is no label at all.
+
+        entries: {file name: what label_image() returns first}; problems: {file name: note}.
+        """
         for name, problem in sorted(problems.items()):
             print(f"  {name} - {problem}")
         images, annotations = [], []
@@ -491,14 +504,14 @@ class GroundedSAM2:
 
 
 def clip_to_image(detections, shape):
-    """Clip boxes to an image of shape (H, W, ...), and drop those of which less than a pixel is left."""
+    """Clip boxes to an image of shape (H, W, ...) and drop those that are then narrower or lower than a pixel."""
     boxes = sv.clip_boxes(detections.xyxy, (shape[1], shape[0]))
     large = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
     return sv.Detections(xyxy=boxes, confidence=detections.confidence, class_id=detections.class_id)[large]
 
 
 def suppress(detections):
-    """Class-wise NMS of boxes with scores; boxes without are all wanted, and get the confidence 1."""
+    """Apply class-wise NMS to boxes with scores. Boxes without scores are all kept, with confidence 1."""
     if detections.confidence is not None:
         return detections.with_nms(NMS_IOU)
     detections.confidence = np.ones(len(detections), np.float32)
@@ -506,12 +519,11 @@ def suppress(detections):
 
 
 def find_images(folder):
-    """The images of a folder, sorted, and {name: problem} of those that share their stem with another one: both would
-    have the same mask file in data/."""
+    """List the images of a folder: (sorted paths, {name: problem} of images that share their stem with another one,
+    because both would have the same mask file in data/). Fails without images."""
     if not Path(folder).is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    paths = sorted(path for path in Path(folder).iterdir()
-                   if path.is_file() and path.suffix.lower() in FORMATS and not path.name.startswith("."))
+    paths = list_images(folder)
     if not paths:
         fail(f"{folder}에 이미지가 없습니다 ({', '.join(FORMATS)})")
     stems = {path: unicodedata.normalize("NFC", path.stem) for path in paths}
@@ -521,7 +533,7 @@ def find_images(folder):
 
 
 def to_coco(detection):
-    """A COCO annotation, without ids, of one detection (as iterating over sv.Detections gives it)."""
+    """Convert one detection, a tuple from iterating over sv.Detections, to a COCO annotation without ids."""
     (x1, y1, x2, y2), mask, confidence, class_id, _, data = detection
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"category_id": int(class_id), "bbox": [round(float(value), 2) for value in (x1, y1, x2 - x1, y2 - y1)],
@@ -531,15 +543,15 @@ def to_coco(detection):
 
 
 def draw(image, detections):
-    """A PNG of the image with masks, boxes and names."""
+    """Draw masks, boxes, names and scores on an image, uint8 H x W x 3, RGB; returns the bytes of a PNG."""
     height, width = image.shape[:2]
-    lookup = {"color_lookup": sv.ColorLookup.INDEX}  # neighbours of one category in different colours
+    lookup = {"color_lookup": sv.ColorLookup.INDEX}  # a colour for each object, not for each category
     picture = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     picture = sv.MaskAnnotator(opacity=0.45, **lookup).annotate(picture, detections)
     picture = sv.BoxAnnotator(thickness=sv.calculate_optimal_line_thickness((width, height)),
                               **lookup).annotate(picture, detections)
     labels = [f"{name} {confidence:.2f}" for name, confidence in zip(detections["class_name"], detections.confidence)]
-    font = font_manager.findfont(plt.rcParams["font.family"][-1])  # the one with Hangul, if there is one: see common.py
+    font = font_manager.findfont(plt.rcParams["font.family"][-1])  # with Hangul, if installed: see common.py
     picture = sv.RichLabelAnnotator(font_path=font, font_size=max(10, min(height, width) // 40), text_padding=2,
                                     smart_position=True, **lookup).annotate(picture, detections, labels)
     return cv2.imencode(".png", picture)[1].tobytes()

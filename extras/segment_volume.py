@@ -3,15 +3,13 @@
     python extras/segment_volume.py --volume ct.nii.gz --point "24,310,205"      slice, x, y
     python extras/segment_volume.py --volume ct.nii.gz                           a window with a slice slider
 
-The slices are taken for the frames of a video. Indices are those of the volume in nibabel's closest canonical
-orientation (RAS): x grows towards the patient's right, y towards the front, z towards the head. The model and the
-window get the picture that radiologists look at: front or head at the top, the patient's right on the left.
+The slices are treated as the frames of a video. Indices are those of the volume in nibabel's closest canonical
+orientation (RAS): x increases towards the patient's right, y towards the front, z towards the head. The model and the
+window see slices in radiological view: front or head at the top, the patient's right on the left.
 """
 
 import argparse
-import csv
 import gzip
-import io
 import math
 import re
 import sys
@@ -31,6 +29,7 @@ from common import (
     load_video_predictor,
     run,
     save_figure,
+    write_csv,
     write_file,
     write_json,
 )
@@ -45,16 +44,17 @@ from tracking import (
     overlay,
     parse_numbers,
     require_display,
+    sorted_box,
     start_state,
     track,
 )
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
-           "abdomen": (50, 400)}  # level, width in Hounsfield units, as radiopaedia.org/articles/windowing-ct has them
-MILLIMETRES = {"meter": 1000, "micron": 0.001}  # of a NIfTI header's unit, if it is not the millimetre
+           "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
+MILLIMETRES = {"meter": 1000, "micron": 0.001}  # in one unit of a NIfTI header; else the unit is the millimetre
 MONTAGE_SLICES = 20
-MARK = "segment_volume.py"  # the description in the mask's header: a mask without it is somebody else's
+MARK = "segment_volume.py"  # in the header field "descrip" of every mask written here, so that no other is overwritten
 
 
 def main():
@@ -127,29 +127,30 @@ def parse_args():
 
 
 def result_paths(args):
-    """The mask, the tables and the montage that save() writes."""
+    """Paths of the four files that save() writes: mask, slices.csv, summary.json, montage."""
     names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
     return [args.output / name for name in names]
 
 
 def check_output(args):
-    """Say which results of an earlier run will be overwritten; fail if anything else would be.
+    """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
-    An earlier run is known by its mask, whose header bears MARK: one that was corrected by hand in a viewer does not.
+    The results of an earlier run are recognized by MARK in the header of the mask. Viewers replace it when they save a
+    mask that was corrected by hand.
     """
-    mask, *others = result_paths(args)
+    results = result_paths(args)
     for path in filter(None, (args.volume, args.truth)):
-        if Path(path).resolve() in [result.resolve() for result in (mask, *others)]:
+        if Path(path).resolve() in [result.resolve() for result in results]:
             fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
-    found = [path for path in (mask, *others) if path.exists()]
-    if found and not is_marked(mask):
+    found = [path for path in results if path.exists()]
+    if found and not is_marked(results[0]):
         fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if found:
         print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
 
 
 def is_marked(path):
-    """Whether a mask is one of this script's."""
+    """Whether a mask was written by this script."""
     try:
         return bytes(nib.load(path).header["descrip"]).rstrip(b"\0") == MARK.encode()
     except Exception:  # nibabel, gzip and zlib each raise their own kinds
@@ -168,18 +169,19 @@ def parse_boxes(text):
     for place, x1, y1, x2, y2 in parse_numbers(text, (5,), '"슬라이스,x1,y1,x2,y2"'):
         if slice_number(place) in boxes:
             raise argparse.ArgumentTypeError(f"슬라이스 {place:g}에 상자가 둘입니다")
-        boxes[slice_number(place)] = [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+        boxes[slice_number(place)] = sorted_box(x1, y1, x2, y2)
     return boxes
 
 
 def slice_number(place):
+    """A slice's index as int. Raises argparse.ArgumentTypeError unless it is a whole number."""
     if place != int(place):
         raise argparse.ArgumentTypeError(f"슬라이스 번호는 정수여야 합니다: {place:g}")
     return int(place)
 
 
 def parse_window(text):
-    """Parse a window's name or "level,width": (lowest, highest) value to show, or None for "none"."""
+    """Parse a key of WINDOWS or "level,width": (lowest, highest) value to show in Hounsfield units; None for "none"."""
     if text == "none":
         return None
     (level, width), *others = [WINDOWS[text]] if text in WINDOWS else \
@@ -194,10 +196,10 @@ def parse_window(text):
 # ----------------------------------------------------------------------------- reading
 
 class Volume:
-    """A NIfTI file, three-dimensional, in canonical orientation.
+    """A three-dimensional NIfTI file in canonical (RAS) orientation.
 
     data: float32 X x Y x Z; affine: 4 x 4, from canonical voxel indices to millimetres. Raises ImageError, naming
-    the file, if it cannot be read, is no NIfTI image, or does not say how its voxels lie in space.
+    the file, if it cannot be read, is not a 3D NIfTI image of numbers, or has no valid affine.
     """
 
     def __init__(self, path):
@@ -228,27 +230,27 @@ class Volume:
             raise ImageError(f"{path}: 유한한 값이 없습니다")
 
     def restore(self, mask):
-        """A bool X x Y x Z mask as a NIfTI image in the file's own grid, with its affine and header codes.
+        """Convert a bool X x Y x Z mask to a NIfTI image on the file's own grid, with its affine and header codes.
 
-        What describes the file's values is left out: scaling, intent, header extensions.
+        Fields that describe the values of the file are not copied: scaling, intent, header extensions.
         """
         back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), self.orientation)
         kind = nib.Nifti2Image if isinstance(self.image, nib.Nifti2Pair) else nib.Nifti1Image
         source = self.image.header
-        header = kind.header_class(source.binaryblock, source.endianness, check=False)  # a pair's too
+        header = kind.header_class(source.binaryblock, source.endianness, check=False)  # also for a .hdr/.img pair
         header.set_data_dtype(np.uint8)
         header.set_slope_inter(1, 0)
         header.set_intent("none")
         header["descrip"] = MARK
-        header["cal_min"] = header["cal_max"] = 0  # the brightness that a viewer should show; it was the CT's
+        header["cal_min"] = header["cal_max"] = 0  # display range of the CT
         return kind(nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape), self.image.affine,
                     header)
 
 
 class Slices:
-    """A volume's slices along an axis as pictures: uint8 H x W x 3, 0 to 255 over the window's range of values.
+    """The slices of a volume along an axis as images, uint8 H x W x 3: the window's range of values becomes 0 to 255.
 
-    window: (lowest, highest), or None: from the 1st to the 99th percentile.
+    axis: a key of AXES; window: (lowest, highest) value, or None for the 1st to the 99th percentile.
     size: (H, W); aspect: height of a pixel / its width; pixel_area in mm².
     """
 
@@ -265,7 +267,7 @@ class Slices:
         self.pixel_area = np.linalg.norm(np.cross(across, down))
 
     def to_pictures(self, data):
-        """X x Y x Z as slices x rows x columns, seen as radiologists do; a view."""
+        """X x Y x Z to slices x H x W in radiological view, without copying."""
         return np.moveaxis(data, self.axis, 0).transpose(0, 2, 1)[:, ::-1, ::-1]
 
     def from_pictures(self, pictures):
@@ -273,7 +275,8 @@ class Slices:
         return np.moveaxis(pictures[:, ::-1, ::-1].transpose(0, 2, 1), 0, self.axis)
 
     def of_file(self, path, volume):
-        """The mask in a NIfTI file on the same grid as `volume` (values other than 0): bool slices x H x W."""
+        """Read a mask from a NIfTI file: bool slices x H x W, True where the value is not 0. Raises ImageError if its
+        grid is not that of `volume`."""
         other = Volume(path)
         if other.data.shape != volume.data.shape or not np.allclose(other.affine, volume.affine, atol=1e-3):
             raise ImageError(f"{path}: {volume.path}와 크기나 공간에서의 위치(affine)가 다릅니다")
@@ -288,7 +291,10 @@ class Slices:
 
 
 def mirror(prompts, size):
-    """Prompts in a volume's indices as prompts in the picture, or the other way round: both axes are reversed."""
+    """Convert prompts from indices of the volume to pixels of the slice, or back: both axes are reversed.
+
+    size: (H, W). The edge of a box at x = W becomes 0, because -1 would lie outside.
+    """
     height, width = size
     return {key: ([(width - 1 - x, height - 1 - y, label) for x, y, label in points],
                   [max(0, edge) for edge in (width - 1 - box[2], height - 1 - box[3], width - 1 - box[0],
@@ -297,7 +303,7 @@ def mirror(prompts, size):
 
 
 def as_flags(prompts):
-    """Prompts in a volume's indices as they would be written on the command line."""
+    """The flags --point and --box that give these prompts, which are in indices of the volume."""
     points, boxes = [], []
     for (number, _), (own_points, box) in sorted(prompts.items()):
         points += [f"{number},{x:g},{y:g},{label}" for x, y, label in own_points]
@@ -308,9 +314,10 @@ def as_flags(prompts):
 # ----------------------------------------------------------------------------- segmenting
 
 def segment(predictor, slices, prompts, each_slice, mask, scores):
-    """Segment; `mask` (bool slices x H x W) and `scores` (slices; NaN where nothing was asked) are filled.
+    """Segment the volume; yields (slice, label map) and fills `mask` and `scores` in place.
 
-    each_slice: every prompted slice on its own, the others stay empty. Yields (slice, label map) as they are known.
+    mask: bool slices x H x W; scores: float, one per slice, NaN where none was predicted.
+    each_slice: segment only the prompted slices, each without memory of the others.
     """
     mask[:], scores[:] = False, np.nan
     found = segment_each(predictor, slices, prompts) if each_slice else track(predictor, slices, prompts)
@@ -322,7 +329,7 @@ def segment(predictor, slices, prompts, each_slice, mask, scores):
 
 
 def segment_each(predictor, slices, prompts):
-    """Segment every prompted slice without memory of the others. Yields what track() yields."""
+    """Segment every prompted slice without memory of the others; yields as track() does."""
     state = start_state(predictor, slices)
     for key, prompt in sorted(prompts.items()):
         predictor.reset_state(state)
@@ -334,7 +341,7 @@ def segment_each(predictor, slices, prompts):
 # ----------------------------------------------------------------------------- writing
 
 def save(args, volume, slices, prompts, mask, scores, truth):
-    """Write the mask, the tables and the montage, and print what a person wants to know first."""
+    """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU."""
     mask_path, slices_path, summary_path, montage_path = paths = result_paths(args)
     restored = volume.restore(slices.from_pictures(mask))
     write_file(mask_path, gzip.compress(restored.to_bytes(), mtime=0))
@@ -351,16 +358,14 @@ def save(args, volume, slices, prompts, mask, scores, truth):
               f"정답 부피 {summary['truth_ml']:.3f} ml")
     write_json(summary_path, summary)
 
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["slice", "area_mm2", "score", *(["dice"] if args.truth else [])])
+    rows = [["slice", "area_mm2", "score", *(["dice"] if args.truth else [])]]
     for number in np.flatnonzero(~np.isnan(scores)):
         row = [number, f"{mask[number].sum() * slices.pixel_area:.3f}", f"{scores[number]:.4f}"]
         if truth is not None:
             is_empty = not (truth[number].any() or mask[number].any())
             row.append("" if is_empty else f"{calculate_dice(mask[number], truth[number]):.4f}")
-        writer.writerow(row)
-    write_file(slices_path, text.getvalue().encode())
+        rows.append(row)
+    write_csv(slices_path, rows)
     save_figure(draw_montage(slices, mask, truth), montage_path)
     print(f"저장: {args.output} ({', '.join(path.name for path in paths)})")
 
@@ -371,7 +376,7 @@ def calculate_dice(pred_mask, gt_mask):
 
 
 def draw_montage(slices, mask, truth):
-    """A figure of up to MONTAGE_SLICES slices, evenly over those with the object: mask tinted, truth in green."""
+    """A figure of up to MONTAGE_SLICES slices, evenly spaced among those with the object: mask tinted, truth green."""
     shown = mask.any(axis=(1, 2)) | (truth.any(axis=(1, 2)) if truth is not None else False)
     numbers = np.flatnonzero(shown) if shown.any() else np.arange(len(slices))
     places = np.linspace(0, len(numbers) - 1, min(MONTAGE_SLICES, len(numbers))).round().astype(int)

@@ -9,7 +9,6 @@ a short one.
 """
 
 import argparse
-import csv
 import io
 import json
 import math
@@ -24,14 +23,17 @@ import av
 import cv2
 import numpy as np
 from common import (
+    FORMATS,
     ImageError,
     add_model_flags,
     choose_checkpoint,
     detect_device,
     fail,
+    list_images,
     load_video_predictor,
     read_image,
     run,
+    write_csv,
     write_file,
     write_json,
 )
@@ -47,16 +49,16 @@ from tracking import (
     parse_numbers,
     reduce_to,
     require_display,
+    sorted_box,
     track,
 )
 
-FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
-FOLDER_RATE = 25             # frames a second of the overlay of a folder
+FOLDER_RATE = 25             # frames per second of the overlay, for a folder of images
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
-KEPT_BYTES = 64 * 2**20      # of decoded frames, for going backwards
+KEPT_BYTES = 64 * 2**20      # of decoded frames that are kept for going backwards
 RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
-MARK = "track_video.py"      # the text "Software" in each mask's PNG: masks without it are somebody else's
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for other files
+MARK = "track_video.py"      # in the text chunk "Software" of every mask written here, so that no other is overwritten
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad image file
 
 
 def main():
@@ -129,9 +131,9 @@ def parse_args():
 
 
 def check_output(args):
-    """Say which results of an earlier run will be overwritten; fail if anything else would be.
+    """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
-    An earlier run is known by its masks: each bears MARK.
+    Results of an earlier run are recognized by MARK, which each of its masks has.
     """
     folder = args.output
     if Path(args.video).resolve() in [(folder / name).resolve() for name in ("masks", "to_data/images", "overlay.mp4")]:
@@ -149,7 +151,7 @@ def check_output(args):
 
 
 def earlier_results(folder, name, to_data):
-    """The files below `folder` that have names of this script's: its masks, and the others."""
+    """Existing files in `folder` whose names this script uses: (paths of masks, paths of other results)."""
     masks = [path for path in sorted(folder.glob("masks/*.png")) if re.fullmatch("[0-9]{5,}", path.stem)]
     pairs = [path for path in sorted(folder.glob("to_data/*/*.png"))
              if to_data and re.fullmatch(f"{re.escape(name)}_[0-9]{{5,}}", path.stem)]
@@ -157,7 +159,7 @@ def earlier_results(folder, name, to_data):
 
 
 def is_marked(path):
-    """Whether a mask is one of this script's."""
+    """Whether a mask was written by this script."""
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == MARK
@@ -175,25 +177,25 @@ def parse_box(text):
     (x1, y1, x2, y2), *others = parse_numbers(text, (4,), '"x1,y1,x2,y2"')
     if others:
         raise argparse.ArgumentTypeError("상자는 하나여야 합니다. 대상이 여럿이면 --prompts를 쓰세요")
-    return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+    return sorted_box(x1, y1, x2, y2)
 
 
 # ----------------------------------------------------------------------------- reading
 
 def open_video(path):
-    """The frames of a video file or of a folder of images, as tracking.py takes them. Raises ImageError."""
+    """The frames of a video file or of a folder of images, as track() takes them. Raises ImageError."""
     return ImageFolder(Path(path)) if Path(path).is_dir() else VideoFile(Path(path))
 
 
 class ImageFolder:
-    """The images of a folder in natural order (2.jpg before 10.jpg), read when they are asked for.
+    """The images of a folder in natural order (2.jpg before 10.jpg), read when they are indexed.
 
-    Only the headers are read at first: an image that is none, or of another size, is an error before anything is
-    tracked. Also holds time_base and times, as a video does.
+    The headers of all images are read first, so that a file that is not an image or has another size is an error
+    before anything is tracked. Raises ImageError. time_base, times: as in VideoFile.
     """
 
     def __init__(self, path):
-        self.paths = sorted((file for file in path.iterdir() if file.suffix.lower() in FORMATS), key=natural_order)
+        self.paths = sorted(list_images(path), key=natural_order)
         if not self.paths:
             raise ImageError(f"{path}: 폴더에 이미지가 없습니다 ({', '.join(FORMATS)})")
         self.size = image_size(self.paths[0])
@@ -202,6 +204,7 @@ class ImageFolder:
         self.time_base, self.times = Fraction(1, FOLDER_RATE), range(len(self.paths))
 
     def check_size(self, file, size):
+        """Raise ImageError unless `size`, (H, W), is that of the first frame."""
         if size != self.size:
             raise ImageError(f"{file}: 크기가 가로 {size[1]}, 세로 {size[0]}픽셀로 첫 프레임"
                              f"(가로 {self.size[1]}, 세로 {self.size[0]})과 다릅니다")
@@ -216,27 +219,29 @@ class ImageFolder:
 
 
 def natural_order(path):
-    """A key that sorts numbers in names by their value."""
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", path.name.lower())], path.name
+    """A sort key that compares numbers in file names by their value."""
+    parts = re.split("([0-9]+)", path.name.lower())  # every second part is a number
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
 
 
 def image_size(path):
-    """(H, W) of an image file when upright, from its header. Raises ImageError."""
+    """(H, W) of an image file from its header, after the rotation in its EXIF data. Raises ImageError."""
     try:
         with Image.open(path) as image:
-            size = image.size if image.getexif().get(0x0112, 1) >= 5 else image.size[::-1]  # EXIF: lies on its side
+            is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange width and height
+            return image.size if is_rotated else image.size[::-1]
     except UNREADABLE:
         raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다") from None
-    return size
 
 
 class VideoFile:
-    """The frames of a video file, upright, decoded when they are asked for.
+    """The frames of a video file, upright, decoded when they are indexed.
 
-    A first pass decodes the whole file and keeps nothing but the frames' times: their exact number is known and
-    what is damaged is found before anything is tracked. Raises ImageError if there are no frames, or if they change
-    their size. A file that ends too early or is damaged is used up to there, which is said.
-    times: of each frame, in units of time_base seconds, as in the file.
+    A first pass decodes the whole file and keeps only the time of each frame, so that the number of frames is exact
+    and damage is found before anything is tracked. Raises ImageError if there are no frames or if their size changes.
+    If the file is truncated or damaged, the frames before the damage are used and a warning is printed.
+
+    times: presentation time of each frame, in units of time_base seconds.
     """
 
     def __init__(self, path):
@@ -254,10 +259,11 @@ class VideoFile:
         self.numbers = {time: number for number, time in enumerate(self.times)}
         height, width = self.size
         self.kept_frames = max(2, min(64, KEPT_BYTES // (height * width * 3 // 2)))
-        self.kept, self.decoding, self.next = {}, iter(()), math.inf  # {number: frame}, frames to come, their first
+        # {number: decoded frame}; iterator over the frames that follow them; number of the first of these
+        self.kept, self.decoding, self.next = {}, iter(()), math.inf
 
     def open(self):
-        """The opened container and its first video stream. Raises ImageError."""
+        """Open the file; returns the container and its first video stream. Raises ImageError."""
         try:
             container = av.open(str(self.path), metadata_errors="replace")
         except av.FFmpegError as error:
@@ -269,7 +275,7 @@ class VideoFile:
         return container, stream
 
     def read_through(self):
-        """Decode every frame once for times, key frames and size. Returns whether the file is whole."""
+        """Decode every frame once to find times, key frames and size. Returns whether the file is complete."""
         container, stream = self.open()
         packets = end = 0
         with container, tqdm(desc="영상 확인", unit="프레임", leave=False, disable=None) as bar:
@@ -290,10 +296,10 @@ class VideoFile:
                         bar.update()
             except av.FFmpegError:
                 return False
-            # an MP4 or MOV trimmed by its edit list holds more frames than it shows, but lasts as long as it says
+            # an MP4 or MOV trimmed by its edit list has more packets than frames to show, but its full duration
             is_trimmed = "mp4" in container.format.name and \
                 end >= (stream.start_time or 0) + (stream.duration or math.inf)
-            return packets >= stream.frames or is_trimmed  # 0 where the container does not say
+            return packets >= stream.frames or is_trimmed  # stream.frames is 0 if the container does not tell
 
     def __len__(self):
         return len(self.times)
@@ -305,7 +311,7 @@ class VideoFile:
             if index < self.next or key > self.next:
                 self.kept, self.decoding = {}, self.decode_from(key)
             self.decode_until(index)
-            if index not in self.kept and key > 0:  # a container that does not seek to where it should
+            if index not in self.kept and key > 0:  # in some containers seeking goes to a later frame
                 self.kept, self.decoding = {}, self.decode_from(0)
                 self.decode_until(index)
             if index not in self.kept:
@@ -314,7 +320,7 @@ class VideoFile:
         return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
 
     def decode_until(self, index):
-        """Decode on to frame `index`; keep it and the ones just before it, for whoever goes backwards."""
+        """Decode up to frame `index`; keep it and the frames just before it, which a backward pass reads next."""
         for number, frame in self.decoding:
             if len(self.kept) == self.kept_frames:
                 del self.kept[min(self.kept)]
@@ -324,7 +330,7 @@ class VideoFile:
                 break
 
     def decode_from(self, start):
-        """Yield (number, frame) from a key frame on, or from the beginning (0)."""
+        """Yield (number, frame) from the key frame `start`, or from the beginning (0)."""
         container, stream = self.open()
         with container:
             if start > 0:
@@ -334,12 +340,12 @@ class VideoFile:
                 frames = enumerate(container.decode(stream))
             try:
                 yield from ((number, frame) for number, frame in frames if number is not None)
-            except av.FFmpegError:  # where the first pass ended too
+            except av.FFmpegError:  # the damage at which the first pass ended, too
                 return
 
 
 def upright_size(frame):
-    """(H, W) of a decoded frame when it is turned as its metadata says."""
+    """(H, W) of a decoded frame after the rotation in its metadata."""
     return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
 
 
@@ -374,12 +380,12 @@ def read_prompts(path):
 # ----------------------------------------------------------------------------- writing
 
 def track_and_save(predictor, video, prompts, folder, name, to_data):
-    """Track, and write each mask as soon as it is known, the rest at the end. Yields (frame, label map)."""
+    """Track, write each mask as soon as it is predicted and the other results at the end; yields (frame, label map)."""
     rows = {}
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
-            if not rows:  # earlier results stay until there are new ones
+            if not rows:  # earlier results are kept until there are new ones
                 clear(folder, name, to_data)
                 write_prompts(folder / "prompts.json", prompts)
             write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels))
@@ -387,11 +393,8 @@ def track_and_save(predictor, video, prompts, folder, name, to_data):
             rows[frame] = [track_row(frame, number, labels == number, score)
                            for number, score in sorted(zip(objects, scores))]
             yield frame, labels
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["frame", "object", "area", "x1", "y1", "x2", "y2", "score"])
-    writer.writerows(row for frame in sorted(rows) for row in rows[frame])
-    write_file(folder / "tracks.csv", text.getvalue().encode())
+    header = ["frame", "object", "area", "x1", "y1", "x2", "y2", "score"]
+    write_csv(folder / "tracks.csv", [header, *(row for frame in sorted(rows) for row in rows[frame])])
     save_pictures(video, folder, name, to_data, is_numbered=len({number for _, number in prompts}) > 1)
 
 
@@ -402,7 +405,7 @@ def write_prompts(path, prompts):
 
 
 def clear(folder, name, to_data):
-    """Take away what earlier runs have left, half-written files too; pairs for training only with --to-data."""
+    """Delete the results of earlier runs, partly written files too; pairs for training only with --to-data."""
     masks, others = earlier_results(folder, name, to_data)
     halves = [path for path in (*folder.glob("*.tmp"), *folder.glob("masks/*.tmp"))
               if re.fullmatch(rf"([0-9]{{5,}}\.png|{'|'.join(RESULTS)})\.[0-9]+\.tmp", path.name)]
@@ -412,9 +415,9 @@ def clear(folder, name, to_data):
 
 
 def palette_png(labels):
-    """A label map as the bytes of a palette PNG with MARK: objects' numbers as pixel values, in the colours of DAVIS.
+    """Encode a label map as a palette PNG with MARK: the pixel values are object numbers, the colours those of DAVIS.
 
-    The palette is PASCAL VOC's: bit k of a number's three lowest bits goes to bit 7 - k of red, green and blue.
+    The palette is that of PASCAL VOC: bits 3k, 3k + 1 and 3k + 2 of the number become bit 7 - k of red, green and blue.
     """
     numbers = np.arange(256)[:, None]
     palette = sum(((numbers >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8))
@@ -427,16 +430,16 @@ def palette_png(labels):
 
 
 def track_row(frame, number, mask, score):
-    """A line of tracks.csv: area in pixels, the mask's tight box (both ends inside) or nothing, score 0 to 1."""
+    """A row of tracks.csv: area in pixels, bounding box of the mask (x2 and y2 inside; empty without one), score."""
     rows, columns = np.nonzero(mask)
     box = [columns.min(), rows.min(), columns.max(), rows.max()] if len(rows) else [""] * 4
     return [frame, number, len(rows), *box, f"{score:.4f}"]
 
 
 def save_pictures(video, folder, name, to_data, is_numbered):
-    """Go through the frames and their masks once more, in order: write overlay.mp4, and pairs for training.
+    """Read all frames and their masks again in order, and write overlay.mp4 and the pairs for training.
 
-    is_numbered: whether there are several objects, so that the pairs' masks must tell them apart.
+    is_numbered: whether the masks of the pairs hold object numbers, because there are several objects.
     """
     temporary = folder / f"overlay.mp4.{os.getpid()}.tmp"
     pairs = skipped = 0
@@ -452,10 +455,11 @@ def save_pictures(video, folder, name, to_data, is_numbered):
                 frame.pts, frame.time_base = video.times[index] - video.times[0], video.time_base
                 container.mux(stream.encode(frame))
                 if to_data and index % to_data == 0:
-                    skipped += not labels.any()
                     if labels.any():
-                        pairs += 1
                         save_pair(folder / "to_data", f"{name}_{index:05}.png", image, labels, is_numbered)
+                        pairs += 1
+                    else:
+                        skipped += 1
             container.mux(stream.encode())
         temporary.replace(folder / "overlay.mp4")
     finally:
@@ -467,14 +471,14 @@ def save_pictures(video, folder, name, to_data, is_numbered):
 
 
 def overlay_frame(image, labels):
-    """A frame of overlay.mp4: reduced, the masks over it, sides even as H.264 asks for: uint8 H x W x 3."""
+    """A frame of overlay.mp4, uint8 H x W x 3: reduced, masks drawn, padded to the even sides that H.264 requires."""
     drawn = overlay(reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduce_to(labels, OVERLAY_SIDE, cv2.INTER_NEAREST))
     height, width = drawn.shape[:2]
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def save_pair(folder, name, image, labels, is_numbered):
-    """Write a frame and its mask as prepare_data.py takes them: 0 and 255, or 16-bit numbers for several objects."""
+    """Write a frame and its mask as prepare_data.py reads them: 0 and 255, or 16-bit numbers for several objects."""
     mask = labels.astype(np.uint16) if is_numbered else np.where(labels > 0, 255, 0).astype(np.uint8)
     for kind, array in (("images", image[..., ::-1]), ("masks", mask)):
         write_file(folder / kind / name, cv2.imencode(".png", array)[1].tobytes())

@@ -1,7 +1,7 @@
-"""Following prompted objects with SAM 2's memory: what track_video.py and segment_volume.py share.
+"""Track prompted objects with SAM 2's memory: what track_video.py and segment_volume.py share.
 
-A video is a sequence of frames, a volume a sequence of slices. Both are given here as an object with len(),
-indexing (uint8 H x W x 3, RGB) and `size` (H, W), whose items are made when they are asked for.
+A video is a sequence of frames, a volume a sequence of slices. Both are passed in as an object with len(),
+indexing (uint8 H x W x 3, RGB) and `size` (H, W), which reads an item when it is indexed.
 
 Prompts are {(frame, object): (points, box)}: points a list of (x, y, label) in pixels, label 1 (foreground) or
 0 (background); box [x1, y1, x2, y2] or None; objects are numbered from 1.
@@ -27,7 +27,7 @@ from PIL import Image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
-REDRAW_SECONDS = 0.3  # between two frames that the window shows while it tracks
+REDRAW_SECONDS = 0.3  # at least, between two redraws of the window while it tracks
 WINDOW_HELP = ("left click: object    right click: background    drag: box    {digits}u: undo    r: clear this {unit}\n"
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
 
@@ -35,12 +35,12 @@ WINDOW_HELP = ("left click: object    right click: background    drag: box    {d
 # ----------------------------------------------------------------------------- tracking
 
 def track(predictor, frames, prompts):
-    """Follow the prompted objects through all frames, with the memory that the next frames need and no more.
+    """Track the prompted objects through all frames, keeping only the outputs that later frames can attend to.
 
     Yields (frame, objects, logits, scores) from the first prompted frame to the last one, then, if there are
     frames before the first prompt, backwards from it to frame 0 (the first prompted frame a second time).
-        objects: their numbers, N; logits: float32 N x H x W tensor, above 0 inside the object;
-        scores: N, the predicted probability that the object is in sight.
+        objects: list of N object numbers; logits: float32 N x H x W tensor, above 0 inside the object;
+        scores: list of N predicted probabilities, 0 to 1, that the object is visible.
     The masks are those of SAM2VideoPredictor.propagate_in_video after all prompts have been added, forwards and
     then with reverse=True. Source of what a frame attends to: SAM2Base._prepare_memory_conditioned_features.
     """
@@ -54,7 +54,7 @@ def track(predictor, frames, prompts):
             for outputs in state["output_dict_per_obj"].values():
                 kept = outputs["non_cond_frame_outputs"]
                 for old in list(kept):
-                    # the backward pass begins with what the forward pass has found after the first prompt
+                    # the backward pass begins by attending to what the forward pass found after the first prompt
                     needed = old < frame + reach if reverse else old > frame - reach or 0 < first >= old - reach
                     if not needed:
                         del kept[old]
@@ -63,7 +63,7 @@ def track(predictor, frames, prompts):
 def start_state(predictor, frames):
     """The state that SAM2VideoPredictor.init_state returns, with frames that are read when they are needed.
 
-    init_state can only decode a whole video into memory, so it is given one black image, which is then replaced.
+    init_state can only decode a whole video into memory. It gets a single black image, which is then replaced.
     """
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as sink:
         Image.new("RGB", (8, 8)).save(Path(folder) / "0.jpg")
@@ -76,7 +76,7 @@ def start_state(predictor, frames):
 
 
 class ModelInput:
-    """Frames as the model takes them: item i is float32 3 x side x side, normalised, the same bits as in sam2's own."""
+    """Frames as input of the model: float32 3 x side x side, normalized, bit for bit as sam2's own loader does it."""
 
     def __init__(self, frames, side):
         levels = (np.arange(256) / 255).astype(np.float32)[None, :, None]
@@ -92,9 +92,9 @@ class ModelInput:
 
 
 def add_prompts(predictor, state, prompts):
-    """Give the prompts to the model; every prompted frame becomes a conditioning frame.
+    """Add prompts to the state; every prompted frame becomes a conditioning frame.
 
-    Returns the objects' numbers, N, and their logits on the last frame given, float32 N x H x W.
+    Returns a list of the N object numbers and their logits on the last prompted frame, float32 N x H x W.
     """
     for (frame, number), (points, box) in sorted(prompts.items()):
         _, objects, logits = predictor.add_new_points_or_box(
@@ -104,7 +104,7 @@ def add_prompts(predictor, state, prompts):
 
 
 def without_bar(propagation):
-    """The items of a generator of sam2, without the English progress bar that it opens with its first item."""
+    """The items of a generator of sam2, without the progress bar that it opens with its first item."""
     with Path(os.devnull).open("w") as sink, contextlib.closing(propagation):
         with contextlib.redirect_stderr(sink):
             first = next(propagation)
@@ -113,14 +113,15 @@ def without_bar(propagation):
 
 
 def object_scores(state, frame):
-    """The predicted probability that each object is in sight on a frame that has just been tracked."""
-    found = [{**outputs["non_cond_frame_outputs"], **outputs["cond_frame_outputs"]}[frame]["object_score_logits"]
+    """The predicted probability, 0 to 1, that each object is visible on a frame that has just been tracked."""
+    found = [outputs["cond_frame_outputs"].get(frame) or outputs["non_cond_frame_outputs"][frame]
              for outputs in state["output_dict_per_obj"].values()]
-    return [float(torch.sigmoid(logits)) for logits in found]
+    return [float(torch.sigmoid(output["object_score_logits"])) for output in found]
 
 
 def label_map(objects, logits):
-    """uint8 H x W: the number of the object at each pixel, 0 for none; where objects overlap, the surest one's."""
+    """uint8 H x W: the object's number at each pixel, 0 for none; of overlapping objects the one with the highest
+    logit. objects: list of N numbers; logits: N x H x W tensor."""
     best, index = logits.max(dim=0)
     numbers = torch.tensor(objects, dtype=torch.uint8, device=logits.device)
     return torch.where(best > 0, numbers[index], 0).cpu().numpy()
@@ -145,6 +146,11 @@ def parse_numbers(text, lengths, form):
     return found
 
 
+def sorted_box(x1, y1, x2, y2):
+    """[x1, y1, x2, y2] of two opposite corners, with x1 <= x2 and y1 <= y2."""
+    return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)]
+
+
 def as_label(label):
     """A point's label as int. Raises argparse.ArgumentTypeError unless it is 1 or 0."""
     if label not in (0, 1):
@@ -155,8 +161,8 @@ def as_label(label):
 def check_prompts(prompts, frames, source, unit):
     """Raise ImageError, naming the prompt, if one does not fit the frames.
 
-    A box may end at a frame's very edge (x2 = width), a point may not: there is no pixel.
-    unit: what a frame is called, in Korean.
+    A box may end at the edge of a frame (x2 = width); a point may not, because there is no pixel.
+    source: the file to name; unit: the Korean word for a frame.
     """
     height, width = frames.size
     for (frame, number), (points, box) in prompts.items():
@@ -164,9 +170,11 @@ def check_prompts(prompts, frames, source, unit):
             raise ImageError(f"{source}: {unit} {frame}: 없는 번호입니다. 0부터 {len(frames) - 1}까지 있습니다")
         if not 1 <= number <= MAX_OBJECTS:
             raise ImageError(f"{source}: 대상 번호 {number}는 쓸 수 없습니다. 1부터 {MAX_OBJECTS}까지입니다")
-        outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
-        outside += [(x, y) for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)] if box else []
-        for x, y in outside:
+        corners = [box[:2], box[2:]] if box else []
+        outside = [*((x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)),
+                   *((x, y) for x, y in corners if not (0 <= x <= width and 0 <= y <= height))]
+        if outside:
+            x, y = outside[0]
             raise ImageError(f"{source}: {unit} {frame}의 좌표 ({x:g}, {y:g})가 그림 밖에 있습니다. "
                              f"크기는 가로 {width}, 세로 {height}픽셀입니다")
         if any(label not in (0, 1) for _, _, label in points):
@@ -178,12 +186,12 @@ def check_prompts(prompts, frames, source, unit):
 # ----------------------------------------------------------------------------- drawing
 
 def object_colour(number):
-    """A bright colour (RGB, 0 to 255) for an object; neighbours in number are far apart in hue (golden ratio)."""
+    """A bright colour (RGB, 0 to 255) for an object; consecutive numbers differ widely in hue (golden ratio)."""
     return tuple(int(255 * part) for part in hsv_to_rgb(((0.6 + 0.618 * (number - 1)) % 1, 0.9, 1)))
 
 
 def overlay(image, labels):
-    """`image` with every object of a label map tinted and outlined: uint8 H x W x 3."""
+    """A copy of `image`, uint8 H x W x 3, with every object of a label map, uint8 H x W, tinted and outlined."""
     drawn = image.copy()
     for number in np.unique(labels[labels > 0]):
         inside, colour = (labels == number).astype(np.uint8), object_colour(int(number))
@@ -202,7 +210,7 @@ def reduce_to(array, max_side, interpolation):
 
 
 def require_display(flags):
-    """Fail if matplotlib cannot open a window here; flags: what to use instead."""
+    """Fail if matplotlib cannot open a window. flags: what the message advises to use instead."""
     try:
         figure = plt.figure()
         is_interactive = figure.canvas.required_interactive_framework is not None
@@ -219,13 +227,16 @@ def require_display(flags):
 class Window:
     """A matplotlib window: prompt objects on any frame, track them, correct any frame, track again.
 
-    follow: function of prompts that tracks and yields (frame, label map); it is called when Enter is pressed.
-    max_object: the highest object number that the digits choose (9, or 1 for a single object).
-    unit: what a frame is called, in English; aspect: height of a pixel / its width.
-    After show(): prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking, whether the
-    window was closed while it tracked.
-    A first click on a tracked frame also takes the box around the object's mask there as a prompt, so that the
-    correction keeps the object and says only what is wrong. What is shown after a click is what tracking will give.
+    follow: function of prompts that tracks and yields (frame, label map); called when Enter is pressed.
+    max_object: the highest object number that a digit key can choose, 1 to 9.
+    unit: the English word for a frame; aspect: height of a pixel / its width.
+
+    After show() there are prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking,
+    whether the window was closed while it tracked.
+
+    The first click on a tracked frame also adds the box around the object's tracked mask as a prompt, so that the
+    click corrects the object instead of choosing a new one. The mask shown after a click is the one that tracking
+    will give for this frame.
     """
 
     def __init__(self, frames, predictor, follow, title, max_object=9, unit="frame", aspect=1):
@@ -258,7 +269,8 @@ class Window:
         self.update()
 
     def guarded(self, handler):
-        """A handler whose failure closes the window and is raised by show(): a toolkit would print it and go on."""
+        """Wrap an event handler: an exception closes the window and is raised by show() (a GUI toolkit would print it
+        and go on)."""
         def handle(event):
             try:
                 handler(event)
@@ -282,7 +294,7 @@ class Window:
         self.is_closed = self.is_stopped = True
 
     def position(self, event):
-        """Where in the frame an event lies, to one decimal, moved inside if it lies beside it: (x, y)."""
+        """(x, y) of an event in pixels of the frame, clipped to the frame and rounded to one decimal."""
         height, width = self.frames.size
         x, y = self.axes.transData.inverted().transform((event.x, event.y)).tolist()
         return round(min(max(x, 0), width - 1), 1), round(min(max(y, 0), height - 1), 1)
@@ -297,8 +309,8 @@ class Window:
         start = self.pressed
         if start.button != 1 or max(abs(event.x - start.x), abs(event.y - start.y)) < 6:
             return None
-        (x1, y1), (x2, y2) = self.position(start), self.position(event)
-        return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
+        x1, y1, x2, y2 = box = sorted_box(*self.position(start), *self.position(event))
+        return box if x1 < x2 and y1 < y2 else None
 
     def on_motion(self, event):
         if self.pressed and not self.is_tracking and (box := self.dragged_box(event)):
@@ -322,7 +334,7 @@ class Window:
         self.set_prompts({**self.prompts, key: prompt})
 
     def tracked_box(self, click):
-        """The box around the object's tracked mask on this frame, or None; a foreground click widens it."""
+        """The box around the object's tracked mask on this frame, widened to include a foreground click; or None."""
         if self.frame not in self.tracked:
             return None
         rows, columns = np.nonzero(decode_labels(self.tracked[self.frame]) == self.object)
@@ -334,7 +346,7 @@ class Window:
         return [float(x1), float(y1), float(x2), float(y2)] if x1 < x2 and y1 < y2 else None
 
     def set_prompts(self, prompts):
-        """Take over new prompts, remember the old ones for `u`, segment this frame with them and show it."""
+        """Replace the prompts, remember the old ones for undo, and show this frame segmented with the new ones."""
         self.history.append(self.prompts)
         self.prompts = prompts
         self.previews.pop(self.frame, None)
@@ -361,7 +373,7 @@ class Window:
             self.run_tracking()
 
     def run_tracking(self):
-        """Track with the prompts as they are, showing some of the frames; Esc or closing the window stops it."""
+        """Track with the current prompts and show some of the frames; Esc or closing the window stops it."""
         shown, prompts, redrawn = self.frame, self.prompts, 0
         self.is_tracking, self.is_stopped, self.tracked, self.tracked_prompts = True, False, {}, None
         with contextlib.closing(self.follow(prompts)) as following:
@@ -384,7 +396,7 @@ class Window:
         self.update()
 
     def labels(self):
-        """The label map to show: what was tracked, with what the prompts on this frame give over it."""
+        """The label map to show, uint8 H x W: the tracked one, overlaid with what the prompts on this frame give."""
         found = decode_labels(self.tracked[self.frame]) if self.frame in self.tracked else \
             np.zeros(self.frames.size, np.uint8)
         here = {key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame}
@@ -397,7 +409,7 @@ class Window:
         return found
 
     def draw_prompts(self, prompts):
-        """Mark the points with stars, green or red, and the boxes in their object's colour."""
+        """Draw points as stars (foreground green, background red) and boxes in the colour of their object."""
         for artist in self.drawn:
             artist.remove()
         self.drawn = []
@@ -426,5 +438,5 @@ class Window:
 
 
 def decode_labels(content):
-    """A label map from the bytes of its PNG: uint8 H x W."""
+    """Decode a label map, uint8 H x W, from its PNG."""
     return cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)

@@ -447,6 +447,14 @@ def test_workers_change_no_sample(volumes):
             assert torch.equal(image, here[7, int(number)]["image"])
 
 
+def test_a_file_that_a_worker_cannot_read_is_named_in_one_line(volumes):
+    args = settings("--num_workers", 1)
+    volumes.rows[0].path.write_bytes(b"damaged since it was checked")
+    with pytest.raises(DataError) as caught:
+        list(dataloader.training_loader(volumes, args, pin_memory=False))
+    assert utils.reason(caught.value).startswith(f"{volumes.rows[0].place}: {volumes.rows[0].path}: ")
+
+
 def test_wandb_gets_the_log(data):
     train(data, "--epochs", 1, "--use_wandb", "--log_images", "--log_freq", 1, env={"WANDB_MODE": "offline"})
     assert list((data / "outputs/wandb").glob("offline-run-*/*.wandb"))

@@ -394,6 +394,8 @@ def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tm
     frames = numbered_frames(12)
     save_folder(tmp_path, frames, "frame {}.png")
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._frame 1.png").write_text("no image")  # as macOS writes on other file systems
+    (tmp_path / "folder.png").mkdir()
     video = track_video.open_video(tmp_path)
     assert [round((video[number].mean() - 5) / 6) for number in range(12)] == list(range(12))
     write_image(tmp_path / "frame 12.png", frames[0][:, :50])
@@ -405,6 +407,11 @@ def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(common.ImageError, match="empty: 폴더에 이미지가 없습니다"):
         track_video.open_video(tmp_path / "empty")
+
+
+def test_names_with_digits_of_other_scripts_are_sorted():
+    names = ["b10.png", "b2.png", "１2.png", "２_1.png"]  # full-width 1 and 2: letters here, but decimal to Python
+    assert sorted(map(Path, names), key=track_video.natural_order) == [Path(names[place]) for place in (1, 0, 2, 3)]
 
 
 def test_an_image_that_lies_on_its_side_is_upright(tmp_path):

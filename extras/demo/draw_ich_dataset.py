@@ -1,13 +1,13 @@
-"""Draw the data set of `make demo-ich`: cartoons of head CTs, some with a haemorrhage, as train.py takes them.
+"""Draw the data set of `make demo-ich`: simplified head CTs, some with a haemorrhage, in the form that train.py reads.
 
     python extras/demo/draw_ich_dataset.py
 
 A head is an ellipsoid of brain below a thin skull and a scalp, with ventricles, a falx, and calcified spots as bright
-as blood, in Hounsfield units, at the size of an adult's and with thick slices. (A skull of an adult's thickness fills
-the 32 mm patches of the demo's model, and takes longer than a demo's minutes to tell from blood.) A haemorrhage is
-a bumpy ball with a dark rim. Three patients of four have one; some have several scans. Volumes are written as .pkl,
-.npy and .nii.gz, with their axes in the order and direction that scanners write (LPS) or in nibabel's own (RAS). Each
-patient has a seed of its own: the same files every time.
+as blood, in Hounsfield units, of adult size and with thick slices. (A skull of realistic thickness would fill the
+32 mm patches of the demo's model, which would need more training than a demo allows to distinguish it from blood.) A
+haemorrhage is an irregular ball with a dark rim. Three of four patients have one; some have several scans. Volumes are
+written as .pkl, .npy and .nii.gz, with axes as scanners write them (LPS) or as nibabel does (RAS). The random numbers
+depend on --seed and the patient's number, so that the files are the same every time.
 """
 
 import argparse
@@ -26,25 +26,25 @@ SHAPE = (92, 112, 38)              # voxels
 VOXEL = np.array([2.2, 2.2, 5.0])  # mm
 AIR, SCALP, SKULL, FLUID, BRAIN, FALX, CALCIFIED = -1000, 30, 1100, 8, 33, 50, 130  # Hounsfield units
 FORMATS = (".pkl", ".npy", ".nii.gz")
-OWN = re.compile(r"(train|val)\.csv|(volumes|masks)(/patient_\d+_\d+\.(pkl|npy|nii\.gz))?")  # what this script writes
+OWN = re.compile(r"(train|val)\.csv|(volumes|masks)(/patient_\d+_\d+\.(pkl|npy|nii\.gz))?")  # files of this script
 
 for _stream in (sys.stdout, sys.stderr):
     _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 
 
 def smooth_noise(rng, cells):
-    """Smooth noise, float32 SHAPE in about [-1, 1], with `cells` bumps along each axis."""
+    """Smooth noise, float32 SHAPE in [-1, 1], with `cells` random values along each axis."""
     grid = torch.from_numpy(rng.uniform(-1, 1, (1, 1, cells, cells, cells)).astype(np.float32))
     return torch.nn.functional.interpolate(grid, SHAPE, mode="trilinear", align_corners=True)[0, 0].numpy()
 
 
 def reach_of(points, centre, radii):
-    """How far each point is from a centre, float32 SHAPE: 1 on the ellipsoid with these radii (mm)."""
+    """Distance of each point from a centre, float32 SHAPE: 1 on the ellipsoid with these radii (mm)."""
     return np.sqrt(sum(((axis - middle) / radius) ** 2 for axis, middle, radius in zip(points, centre, radii)))
 
 
 def draw_head(rng, points):
-    """A head without a haemorrhage: (float32 SHAPE in Hounsfield units, how far out each voxel is: 1 at the skull)."""
+    """A head without a haemorrhage: (float32 SHAPE in Hounsfield units, reach_of each voxel: 1 at the skull)."""
     radii = np.array([68, 86, 72]) * rng.uniform(0.93, 1.07, 3)
     reach = reach_of(points, rng.uniform(-7, 7, 3), radii) * (1 + 0.02 * smooth_noise(rng, 4))
     head = np.full(SHAPE, AIR, np.float32)
@@ -66,7 +66,7 @@ def draw_head(rng, points):
 
 
 def draw_haemorrhage(rng, head, reach, points, centre, radius):
-    """Put a haemorrhage into the brain of `head` (changed in place); returns its mask, bool SHAPE."""
+    """Draw a haemorrhage into the brain of `head` in place; returns its mask, bool SHAPE. centre and radius in mm."""
     bumps = 1 + 0.3 * smooth_noise(rng, 6) + 0.15 * smooth_noise(rng, 12)
     ball = reach_of(points, centre, radius * rng.uniform(0.8, 1.2, 3)) * bumps
     brain = reach < 0.97
@@ -77,9 +77,9 @@ def draw_haemorrhage(rng, head, reach, points, centre, radius):
 
 
 def draw_scan(rng, haemorrhage):
-    """One scan: (int16 SHAPE in Hounsfield units, bool SHAPE).
+    """Draw one scan: (volume, int16 SHAPE in Hounsfield units; mask, bool SHAPE).
 
-    haemorrhage: (centre as a share of the brain's radius, radius in mm), or None.
+    haemorrhage: (centre along x, y, z as a fraction of the brain's radii, radius in mm), or None.
     """
     points = [(np.arange(count) - (count - 1) / 2) * size for count, size in zip(SHAPE, VOXEL)]
     x, y, z = (axis.astype(np.float32) for axis in np.meshgrid(*points, indexing="ij"))
@@ -95,7 +95,7 @@ def draw_scan(rng, haemorrhage):
 
 
 def write_scan(folder, name, kind, volume, mask, axes):
-    """Write a scan, drawn with its axes in RAS order, as files whose axes point as `axes` says; returns its path."""
+    """Write the files of a scan, whose arrays are in RAS order, with other axes ("LPS"); returns the volume's path."""
     sign = np.array([1 if letter in "RAS" else -1 for letter in axes])
     affine = np.diag([*(sign * VOXEL), 1.0])
     affine[:3, 3] = -affine[:3, :3] @ (np.array(SHAPE) - 1) / 2
@@ -107,7 +107,7 @@ def write_scan(folder, name, kind, volume, mask, axes):
         np.save(path, volume)
     else:
         path.write_bytes(pickle.dumps({"image": np.ascontiguousarray(volume), "affine": affine}))
-    if mask.any() or kind == ".npy":  # a .npy always needs a mask: it says nothing about millimetres itself
+    if mask.any() or kind == ".npy":  # a .npy always needs a mask, because it has no affine
         nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), folder / "masks" / f"{name}.nii.gz")
     return path
 

@@ -2,9 +2,9 @@
 
     python extras/demo/make_demo_clip.py
 
-The scene is one of demo/make_demo_data.py's; the camera pans, turns, comes nearer and goes back over it, while the
-wall moves a little as if breathing. Writes clip.mp4 (320 x 288, 60 frames, 25 a second) and clip_masks/00000.png ...
-(0 and 255), and prints the box around the polyp on the first frame.
+The scene is drawn as in demo/make_demo_data.py. The camera pans, rotates and zooms over it, while the wall moves a
+little as if breathing. Writes clip.mp4 (320 x 288, 60 frames, 25 per second) and clip_masks/00000.png ... (0 and 255),
+and prints the box around the polyp on the first frame.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 import make_demo_data as scene  # noqa: E402
 
 WIDTH, HEIGHT = 320, 288
-SCENE = 1.6        # the scene's side in units of the picture's
+SCENE = 1.6        # side of the scene / side of the picture
 FRAMES, RATE = 60, 25
 
 
@@ -39,7 +39,7 @@ def main():
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for number in range(FRAMES):
-            picture, mask = look(rng, image, polyp, number / FRAMES)
+            picture, mask = draw_frame(rng, image, polyp, number / FRAMES)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             (masks / f"{number:05}.png").write_bytes(cv2.imencode(".png", mask)[1].tobytes())
             if number == 0:
@@ -50,7 +50,7 @@ def main():
 
 
 def draw_scene(rng):
-    """The wall with one polyp: float32 H x W x 3 (RGB) and its mask, uint8 H x W, 0 or 255."""
+    """The wall with one polyp: (float32 H x W x 3, RGB, 0 to 255; mask of the polyp, uint8 H x W, 0 or 255)."""
     scene.WIDTH, scene.HEIGHT = round(WIDTH * SCENE), round(HEIGHT * SCENE)
     y, x = np.mgrid[0:scene.HEIGHT, 0:scene.WIDTH].astype(np.float32)
     image, colour = scene.draw_wall(rng, x, y)
@@ -59,11 +59,11 @@ def draw_scene(rng):
     return image.astype(np.float32), mask.astype(np.uint8) * 255
 
 
-def look(rng, image, polyp, time):
-    """What the camera sees at `time` (0 to 1): uint8 HEIGHT x WIDTH x 3, RGB, and the mask, 0 or 255."""
+def draw_frame(rng, image, polyp, time):
+    """The frame at `time` (0 to 1): (uint8 HEIGHT x WIDTH x 3, RGB; mask, uint8 HEIGHT x WIDTH, 0 or 255)."""
     rows, columns = np.nonzero(polyp)
     swing = 2 * np.pi * time
-    centre_x = columns.mean() + 70 * np.sin(swing)      # the polyp wanders over a third of the picture
+    centre_x = columns.mean() + 70 * np.sin(swing)      # the polyp moves over a third of the picture
     centre_y = rows.mean() + 45 * np.sin(2 * swing + 0.5)
     zoom, turn = 1 + 0.3 * np.sin(1.5 * swing), 0.35 * np.sin(swing + 1)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)

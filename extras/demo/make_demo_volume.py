@@ -1,10 +1,10 @@
-"""Draw the demo's volume: CT of a head with a bleeding, in Hounsfield units, and the bleeding's true mask.
+"""Draw the demo's volume: a CT of a head with a haemorrhage, in Hounsfield units, and the true mask of it.
 
     python extras/demo/make_demo_volume.py
 
-Writes ct.nii.gz (int16) and ct_truth.nii.gz on a grid as scanners give it: voxels of 0.8 x 0.8 x 3 mm, the gantry
+Writes ct.nii.gz (int16) and ct_truth.nii.gz on a grid like that of a scanner: voxels of 0.8 x 0.8 x 3 mm, the gantry
 tilted by 12 degrees, stored from right to left and from front to back (LPS). Prints the voxel in the middle of the
-bleeding, the box around it there, and a voxel inside it on each slice, in the indices that segment_volume.py takes.
+haemorrhage, the box around it in this slice, and a voxel inside it in each slice, in indices for segment_volume.py.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def main():
     print(f'그 슬라이스의 출혈: --box "{z},{across.min()},{along.min()},{across.max()},{along.max()}"')
     points = []
     for z in np.flatnonzero(blood.any(axis=(0, 1))):
-        depth = cv2.distanceTransform(blood[..., z].copy(), cv2.DIST_L2, 5)  # the voxel that lies deepest in the blood
+        depth = cv2.distanceTransform(blood[..., z].copy(), cv2.DIST_L2, 5)  # largest farthest from the edge
         points.append("{},{},{}".format(z, *np.unravel_index(depth.argmax(), depth.shape)))
     print(f'출혈이 있는 모든 슬라이스: --each-slice --point "{";".join(points)}"')
 
 
 def make_affine():
-    """4 x 4, from stored voxel indices to millimetres (RAS+): tilted, the head's middle at the origin."""
+    """4 x 4, from stored voxel indices to millimetres (RAS+): tilted, the middle of the head at the origin."""
     tilt = np.array([[1, 0, 0], [0, np.cos(TILT), -np.sin(TILT)], [0, np.sin(TILT), np.cos(TILT)]])
     affine = np.eye(4)
     affine[:3, :3] = tilt @ np.diag([-SPACING[0], -SPACING[1], SPACING[2]])
@@ -56,11 +56,11 @@ def make_affine():
 
 
 def draw_head(rng):
-    """int16 X x Y x Z in Hounsfield units and the bleeding's mask, uint8, both in order of growing x, y, z (RAS)."""
+    """Draw (volume, int16 X x Y x Z in Hounsfield units; mask of the haemorrhage, uint8, 0 or 1), both in RAS order."""
     x, y, z = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * step for n, step in zip(SHAPE, SPACING)), indexing="ij")
 
     def ellipsoid(centre, radii, bumps=0.0):
-        """1 on the surface, less inside: X x Y x Z."""
+        """Distance from the centre, float X x Y x Z: 1 on the ellipsoid's surface. centre and radii in mm."""
         reach = np.sqrt(sum(((axis - middle) / radius) ** 2 for axis, middle, radius in zip((x, y, z), centre, radii)))
         return reach * (1 + bumps * smooth_noise(rng, 9)) if bumps else reach
 
@@ -73,8 +73,8 @@ def draw_head(rng):
     folds = smooth_noise(rng, 14) + 0.6 * smooth_noise(rng, 26)
     depth = np.clip((1 - brain) * 6, 0, 1)  # white matter lies deeper than grey
     volume[inside] = np.where(folds + 1.6 * depth > 1.1, WHITE, GREY)[inside]
-    volume[inside & (brain > 0.93) & (folds > 0.5)] = FLUID  # furrows
-    volume[inside & (np.abs(x) < 1)] = GREY + 12             # the falx, between the halves
+    volume[inside & (brain > 0.93) & (folds > 0.5)] = FLUID  # sulci
+    volume[inside & (np.abs(x) < 1)] = GREY + 12             # the falx, between the hemispheres
     for side in (-1, 1):
         volume[ellipsoid((side * 13, 5, 4), (7, 30, 14), 0.15) < 1] = FLUID
         volume[ellipsoid((side * 15, -22, 0), (3, 4, 4)) < 1] = 140  # calcified choroid plexus
@@ -85,13 +85,13 @@ def draw_head(rng):
     volume[(reach < 1.25) & inside & ~blood] = OEDEMA
     volume[blood] = BLOOD + 5 * smooth_noise(rng, 12)[blood]
     for number in range(SHAPE[2]):
-        volume[..., number] = cv2.GaussianBlur(volume[..., number], (0, 0), 0.7)  # the scanner's own
+        volume[..., number] = cv2.GaussianBlur(volume[..., number], (0, 0), 0.7)  # the scanner's point spread
     volume += rng.normal(0, 4, SHAPE)
     return np.clip(volume, -1024, 3071).round().astype(np.int16), blood.astype(np.uint8)
 
 
 def smooth_noise(rng, cells):
-    """Smooth noise, float32 X x Y x Z, about -1 to 1, with `cells` bumps along each axis."""
+    """Smooth noise, float32 X x Y x Z, about -1 to 1, with `cells` random values along each axis."""
     grid = rng.uniform(-1, 1, (cells, cells, cells)).astype(np.float32)
     planes = np.stack([cv2.resize(plane, SHAPE[1::-1], interpolation=cv2.INTER_CUBIC) for plane in grid])
     flat = planes.reshape(cells, -1)

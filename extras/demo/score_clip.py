@@ -2,7 +2,7 @@
 
     python extras/demo/score_clip.py extras/demo/output/clip [another result ...]
 
-Each result is a folder that track_video.py has written. The first frame, which holds the prompt, does not count.
+Each result is a folder that track_video.py has written. The first frame, which has the prompt, is not scored.
 """
 
 import argparse

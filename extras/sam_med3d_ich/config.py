@@ -1,27 +1,27 @@
-"""The settings of train.py: flags, their defaults, the checks on them, and the warnings."""
+"""The settings of train.py: flags with their defaults, checks, and warnings."""
 
 import argparse
 from pathlib import Path
 
 MODELS = {
-    # SAM-Med3D as published: 100.5 M parameters, 128 voxels a side
+    # SAM-Med3D as published: 100.5 M parameters, 128³ voxels
     "full": {"image_size": 128},
-    # 3.3 M parameters, for the demo and the tests. Every block attends globally: windows of 14 tokens would be padded
-    # from 6 to 14 a side, and take 17 times as long. prompt_embed_dim must be a multiple of 3 (the encoding of
-    # positions) and of 8 (the decoder's heads).
+    # 3.3 M parameters, for the demo and the tests. All blocks use global attention, because windows of 14 tokens would
+    # pad the side of 6 tokens to 14 and take 17 times as long. prompt_embed_dim must be a multiple of 3 (positional
+    # encoding) and of 8 (heads of the decoder).
     "small": {"image_size": 48, "vit_patch_size": 8, "encoder_embed_dim": 192, "encoder_depth": 4,
               "encoder_num_heads": 6, "encoder_global_attn_indexes": [0, 1, 2, 3], "prompt_embed_dim": 96},
 }
 BRAIN_WINDOW = (40.0, 80.0)  # level and width in Hounsfield units
-# GB that a training step with batch 1 takes at most; with a frozen or a recomputed encoder half of it
+# GB that a training step with batch 1 takes at most; half of it with --freeze_encoder or gradient checkpointing
 MEMORY = {"full": 9, "small": 1}
 FREE_ON_RESUME = {"epochs", "patience", "output_dir", "device", "num_workers", "keep_in_memory", "use_wandb",
                   "wandb_project", "wandb_entity", "log_images", "log_freq", "resume", "test", "sam_checkpoint",
-                  "image_size"}  # the last one follows from model_size
+                  "image_size"}  # determined by model_size, which is compared
 
 
 def window_type(text):
-    """"brain" -> (40.0, 80.0); "none" -> None; "level,width" in Hounsfield units -> the two numbers."""
+    """Parse --window: "brain" -> (40.0, 80.0); "none" -> None; "level,width" in Hounsfield units -> two floats."""
     if text in ("brain", "none"):
         return BRAIN_WINDOW if text == "brain" else None
     try:
@@ -34,7 +34,7 @@ def window_type(text):
 
 
 def at_least(least, kind):
-    """An argparse type: a number of this kind that is not smaller than `least`, and finite."""
+    """An argparse type for finite numbers that are `least` or larger. kind: int or float."""
     def convert(text):
         value = kind(text)
         if not least <= value < float("inf"):
@@ -103,7 +103,7 @@ def parse_args(arguments=None):
 
 
 def warnings_about(args, device):
-    """What may not be meant as it is set: a list of Korean sentences."""
+    """Warnings about settings that are probably a mistake, a list of Korean sentences."""
     warnings = []
     if not args.sam_checkpoint and not args.resume:
         warnings.append("--sam_checkpoint가 없어 무작위 가중치에서 시작합니다")
@@ -127,7 +127,7 @@ def settings_of(args):
 
 
 def differing_settings(args, before):
-    """The settings that must not change on --resume and differ now, as flags that give what the run before had."""
+    """The settings that --resume must not change but that differ from `before`: a list of the flags to give instead."""
     now = settings_of(args)
 
     def same(name):
@@ -139,7 +139,7 @@ def differing_settings(args, before):
 
 
 def as_flag(name, value):
-    """A setting as the command line has it, from what settings_of gives: "--window=40,80", "--freeze_encoder 없이"."""
+    """The flag for a setting as in settings_of(): "--window=40,80", "--freeze_encoder 없이" (without it)."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--{name} 없이"
     if name == "window":

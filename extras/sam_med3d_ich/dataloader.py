@@ -1,11 +1,11 @@
-"""From a CSV to what the model sees: reading, checking, transforming and augmenting volumes and their masks.
+"""From a CSV to the input of the model: reading, checking, transforming and augmenting volumes and their masks.
 
     read_rows -> check_patients -> Volumes -> TrainingSet, ValidationSet -> training_loader, validation_loader
 
 A case is a dict of MetaTensors [1, X, Y, Z] in nibabel's canonical axes (x to the right, y to the front, z up):
-"image" and "mask" with cubic voxels, "truth" the mask with the voxels of its file. What SAM-Med3D's weights expect of
-them is what its own training did with torchio: 1.5 mm voxels, a crop around the target, padded with 0, and a z-score
-over the voxels above 0.
+"image" and "mask" with cubic voxels, "truth" the mask with the voxels of its file. The published weights expect the
+preprocessing of SAM-Med3D's training, which used torchio: 1.5 mm voxels, a crop around the target, padded with 0, and
+a z-score over the voxels above 0.
 """
 
 import csv
@@ -39,17 +39,17 @@ from utils import DataError, reason
 
 COLUMNS = ("path", "ich", "patient_id")
 SUFFIXES = (".nii", ".nii.gz", ".npy", ".pkl")
-NO_LABEL = -100    # what cross_entropy leaves out
-ROTATION = 0.17    # radians, about each axis: 10 degrees
-NOISE = 0.1        # standard deviation, where that of the image is 1
-MOST_LABELS = 10   # a mask with more different values is no mask
+NO_LABEL = -100    # the default ignore_index of torch's cross_entropy
+ROTATION = 0.17    # radians around each axis: 10 degrees
+NOISE = 0.1        # standard deviation; that of the image is 1
+MOST_LABELS = 10   # a file with more different values is not taken for a mask
 
 
 # ---- the CSV ----
 
 @dataclass(frozen=True)
 class Row:
-    """One volume: where its row stands ("train.csv 3행"), its file, label, patient, and its mask's file or None."""
+    """One volume: place of its row ("train.csv 3행"), file, label (0 or 1), patient, and file of the mask or None."""
     place: str
     path: Path
     ich: int
@@ -58,12 +58,13 @@ class Row:
 
 
 def suffix_of(path):
-    """".nii.gz" or the last suffix, in lower case."""
+    """The suffix of a path in lower case, with ".nii.gz" as one suffix."""
     name = Path(path).name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
 
 
 def stem_of(path):
+    """The file name without suffix_of(path)."""
     return Path(path).name[:-len(suffix_of(path)) or None]
 
 
@@ -90,15 +91,15 @@ def read_csv(path):
 
 
 def find_masks(mask_dir, path):
-    """The files that may be the mask of a volume: those of {stem}.nii and {stem}.nii.gz that are there."""
+    """The files {stem}.nii and {stem}.nii.gz in mask_dir that exist, which may be the mask of a volume."""
     candidates = (mask_dir / f"{stem_of(path)}{suffix}" for suffix in (".nii", ".nii.gz"))
     return [candidate for candidate in candidates if candidate.is_file()]
 
 
 def read_rows(csv_path, mask_dir):
-    """The rows of a CSV, and what is wrong with them: (list of Row, list of messages). Raises DataError, OSError.
+    """The rows of a CSV and the problems found in them: (list of Row, list of messages). Raises DataError, OSError.
 
-    Paths in the CSV are relative to the CSV's own folder.
+    Paths in the CSV are relative to the folder of the CSV.
     """
     rows, problems = [], []
     for number, values in read_csv(csv_path):
@@ -126,7 +127,7 @@ def read_rows(csv_path, mask_dir):
 
 
 def check_patients(train, val):
-    """What is wrong between rows: a patient on both sides, a volume twice, two volumes with one mask."""
+    """Messages about rows that conflict: a patient in both sets, a volume twice, two volumes with one mask."""
     problems = []
     patients = {row.patient_id: row.place for row in reversed(train)}
     for patient_id in dict.fromkeys(row.patient_id for row in val if row.patient_id in patients):
@@ -145,13 +146,13 @@ def check_patients(train, val):
 # ---- the files ----
 
 class RefusedPickle(pickle.UnpicklingError):
-    """A pickle that holds what is no part of a volume; the message names it."""
+    """A pickle with an object that cannot be part of a volume; the message names the object."""
 
 
 class StandIn:
-    """What a pickle may name, in place of the original, so that it never gets hold of a function of numpy's.
+    """Base of the classes that replace what a pickle may name, so that it cannot reach the functions of numpy.
 
-    Each has a __setstate__, because pickle would set the attributes of the class itself where there is none.
+    All have a __setstate__. Without one a pickle could set attributes of the class itself.
     """
     array = None
 
@@ -160,7 +161,7 @@ class StandIn:
 
 
 class PickledDtype(StandIn):
-    """numpy.dtype, for numbers and truth values only: numpy.dtype("f4", False, True), then "<" as its state."""
+    """numpy.dtype of numbers and booleans: numpy.dtype("f4", False, True), and then a state with the byte order."""
 
     def __init__(self, code, align=False, copy=False):
         if not re.fullmatch("[biuf][1248]", code):
@@ -172,7 +173,7 @@ class PickledDtype(StandIn):
 
 
 class PickledArray(StandIn):
-    """An array that numpy's _reconstruct(ndarray, (0,), b"b") begins, and that its state fills."""
+    """An array: numpy's _reconstruct(ndarray, (0,), b"b"), and then a state with shape, dtype and data."""
 
     def __init__(self, *arguments):
         pass
@@ -183,28 +184,28 @@ class PickledArray(StandIn):
 
 
 class PickledBuffer(StandIn):
-    """An array as pickle protocol 5 has it: numpy's _frombuffer(content, dtype, shape, order)."""
+    """A contiguous array in pickle protocol 5: numpy's _frombuffer(content, dtype, shape, order)."""
 
     def __init__(self, content, dtype, shape, order):
         self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
 
 
 class PickledScalar(StandIn):
-    """A number of numpy's: scalar(dtype, content)."""
+    """A numpy scalar: scalar(dtype, content)."""
 
     def __new__(cls, dtype, content):
         return np.frombuffer(content, dtype.dtype)[0]
 
 
 class PickledBytes(StandIn):
-    """Bytes as pickle protocols 0 to 2 have them: _codecs.encode(text, "latin1")."""
+    """Bytes in pickle protocols 0 to 2: _codecs.encode(text, "latin1")."""
 
     def __new__(cls, text, encoding):
         return text.encode("latin1")
 
 
 class VolumeUnpickler(pickle.Unpickler):
-    """Knows numbers, texts, containers and numeric numpy arrays; refuses anything else by its name."""
+    """Loads numbers, strings, containers and numeric numpy arrays; raises RefusedPickle for anything else."""
 
     KNOWN = {"numpy.ndarray": PickledArray, "numpy.dtype": PickledDtype, "_codecs.encode": PickledBytes,
              **{f"numpy.{core}.{name}": stand_in for core in ("core", "_core") for name, stand_in in (
@@ -219,7 +220,7 @@ class VolumeUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """The volume of a .pkl and its affine or None: an array, or a dict of "image" and, if wanted, "affine"."""
+    """The volume of a .pkl and its affine or None. The file holds an array, or a dict of "image" and maybe "affine"."""
     with path.open("rb") as file:
         try:
             content = VolumeUnpickler(file).load()
@@ -233,19 +234,19 @@ def read_pickle(path):
 
 
 def read_nifti(path):
-    """The voxels of a NIfTI as float32, scaled as its header says, and its affine."""
+    """The voxels of a NIfTI file as float32, scaled as in its header, and its affine."""
     image = nib.load(path)
     return image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine
 
 
 def read_npy(path):
-    """The array of a .npy, and None for its affine. Raises ValueError for an array of Python objects."""
+    """The array of a .npy and None, because it has no affine. Raises ValueError for an array of Python objects."""
     with path.open("rb") as file:
         return np.lib.format.read_array(file, allow_pickle=False), None
 
 
 def read_volume(path):
-    """(float32 X x Y x Z, float64 4 x 4 affine or None) of a volume or mask. Raises DataError, naming the file."""
+    """Read a volume or mask: (float32 X x Y x Z, affine, float64 4 x 4 or None). Raises DataError, naming the file."""
     read = {".npy": read_npy, ".pkl": read_pickle}.get(suffix_of(path), read_nifti)
     try:
         array, affine = read(path)
@@ -253,7 +254,7 @@ def read_volume(path):
         affine = None if affine is None else np.require(affine, np.float64, "W")
     except DataError:
         raise
-    except Exception as error:  # damaged files raise a dozen kinds in nibabel, numpy, zlib and pickle
+    except Exception as error:  # nibabel, numpy, zlib and pickle raise a dozen kinds for damaged files
         raise DataError(f"{path}: 읽을 수 없습니다 ({reason(error).removeprefix(f'{path}: ')})") from None
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -268,7 +269,10 @@ def read_volume(path):
 
 
 def read_pair(row):
-    """(image, mask, affine) of a row: float32 and uint8 X x Y x Z. Raises DataError, naming the file."""
+    """Read the files of a Row: (image, float32 X x Y x Z; mask, uint8 X x Y x Z, 0 or 1; affine, 4 x 4).
+
+    The affine is that of the mask, if there is one. Raises DataError, naming the file.
+    """
     image, affine = read_volume(row.path)
     if row.mask is None:
         if affine is None:
@@ -296,7 +300,7 @@ def read_pair(row):
 
 
 def apply_window(image, window):
-    """Clip Hounsfield units to a window and count from its lower end, so that "above 0" means "in the window"."""
+    """Clip Hounsfield units to (level, width) and subtract the lower end: what is above 0 is inside the window."""
     if window is None:
         return image
     level, width = window
@@ -304,10 +308,10 @@ def apply_window(image, window):
 
 
 def load_case(row, window, spacing):
-    """Read a row's files and bring them into the form described above. Raises DataError, naming row and file."""
+    """Read the files of a Row as a case (see the top of this file). Raises DataError, naming row and file."""
     try:
         image, mask, affine = read_pair(row)
-        case = Compose([  # the window first: resampling must not mix bone or metal into the brain
+        case = Compose([  # the window comes first, so that resampling does not mix bone or metal into the brain
             Lambdad("image", partial(apply_window, window=window)),
             Orientationd(("image", "mask"), axcodes="RAS", labels=None),
             CopyItemsd("mask", names="truth"),
@@ -323,7 +327,7 @@ def load_case(row, window, spacing):
 
 
 class Volumes:
-    """The cases of a CSV by number: read each time, or kept in memory."""
+    """The cases of a CSV by number, read each time or, after check() with keep, from memory."""
 
     def __init__(self, rows, args):
         self.rows, self.window, self.spacing, self.kept = rows, args.window, args.spacing, {}
@@ -335,18 +339,20 @@ class Volumes:
         return self.kept.get(number) or load_case(self.rows[number], self.window, self.spacing)
 
     def check(self, title, threads, keep):
-        """Read every volume once; returns what is wrong with them, and their haemorrhages in ml. keep: in memory."""
+        """Read every volume once; returns a list of problems and a list of the haemorrhages' volumes in ml.
+
+        title: of the progress bar; keep: keep the cases in memory.
+        """
         def check(number):
             try:
-                case = self[number]
+                return self[number], None
             except DataError as error:
-                return number, None, str(error)
-            return number, case, None
+                return None, str(error)
 
         problems, sizes, pool = [], [], ThreadPoolExecutor(max(1, threads))
         try:
             results = pool.map(check, range(len(self)))
-            for number, case, problem in tqdm(results, title, len(self), disable=None, leave=False):
+            for number, (case, problem) in enumerate(tqdm(results, title, len(self), disable=None, leave=False)):
                 if problem:
                     problems.append(problem)
                     continue
@@ -355,7 +361,7 @@ class Volumes:
                 if keep:
                     self.kept[number] = case
         finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for all the others
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the volumes that are still queued
         return problems, sizes
 
 
@@ -364,23 +370,24 @@ def millilitres(mask):
     return float(mask.sum() * torch.linalg.det(mask.affine[:3, :3]).abs() / 1000)
 
 
-# ---- what the model sees ----
+# ---- input of the model ----
 
 def target_centre(mask):
-    """The middle of the box around a mask [1, X, Y, Z], in voxels: where torchio's CropOrPad puts the middle."""
+    """The middle of the box around a mask [1, X, Y, Z], in voxels, as in torchio's CropOrPad."""
     inside = torch.argwhere(mask[0])
     return ((inside.amin(0) + inside.amax(0) + 1) / 2).tolist()
 
 
 def head_centre(image):
-    """The centre of mass of the voxels above 0, which a table or a thin cable hardly moves. It knows no truth."""
+    """The centre of mass of the voxels above 0 of an image [1, X, Y, Z], in voxels. It does not depend on the mask, and
+    the CT table or a cable hardly moves it."""
     return (torch.argwhere(image[0] > 0).float().mean(0) + 0.5).tolist()
 
 
 def crop_around(tensor, centre, size):
-    """size x size x size voxels of a MetaTensor [1, X, Y, Z] around a place, given in voxels; outside stands 0.
+    """Crop size x size x size voxels of a MetaTensor [1, X, Y, Z] around `centre`, in voxels, padded with 0.
 
-    A place between two voxels is rounded down, as torchio's CropOrPad does with a mask of an odd length.
+    A centre between two voxels is rounded down, as torchio's CropOrPad does for a mask of an odd length.
     """
     start = [math.ceil(place - size / 2 - 0.5) for place in centre]
     before = [max(0, -place) for place in start]
@@ -391,7 +398,7 @@ def crop_around(tensor, centre, size):
 
 
 def z_score(image):
-    """Shift and scale an image so that its voxels above 0 have mean 0 and standard deviation 1."""
+    """Normalize an image so that its voxels above 0 have mean 0 and standard deviation 1."""
     above = image[image > 0]
     if above.numel() < 2 or above.std() == 0:
         return image
@@ -399,10 +406,10 @@ def z_score(image):
 
 
 def augmentation(probability):
-    """MONAI's random transforms of an image and its mask, each with this probability; z-score between them."""
+    """MONAI's random transforms of an image and its mask, each with this probability, and z_score before the noise."""
     both = ("image", "mask")
     return Compose([
-        RandFlipd(both, probability, spatial_axis=0),  # left and right; heads do not stand on their heads
+        RandFlipd(both, probability, spatial_axis=0),  # only left and right
         RandRotated(both, ROTATION, ROTATION, ROTATION, probability, mode=("bilinear", "nearest"),
                     padding_mode="zeros"),
         Lambdad("image", z_score),
@@ -413,10 +420,10 @@ def augmentation(probability):
 class TrainingSet(Dataset):
     """Augmented crops: image and mask (float32 [1, S, S, S]), label (0, 1, or NO_LABEL), number.
 
-    Indexed by (epoch, number), and every draw follows from these and the seed: neither workers nor a resumed run
-    change it. The label is learnt only from crops around the head's centre, which is found without the truth. A crop
-    around the target would give the label away, because only a haemorrhage has one. Nor is it learnt where the crop
-    or the rotation has cut the whole haemorrhage off.
+    Indexed by (epoch, number). All random numbers depend only on these and the seed, not on workers or on resuming. The
+    label is learnt only from crops around the head's centre, which does not depend on the mask: a crop around the
+    target would reveal the label, because only volumes with a haemorrhage have a target. The label is not learnt either
+    if the crop or the rotation has cut off the whole haemorrhage.
     """
 
     def __init__(self, volumes, args):
@@ -441,9 +448,12 @@ class TrainingSet(Dataset):
 
 
 class ValidationSet(Dataset):
-    """One volume at a time, without augmentation: number, head (the crop that knows no truth, float32
-    [1, 1, S, S, S]), and with a haemorrhage: image and mask (around the target), affine (of the crop), and truth and
-    truth_affine (the mask with the voxels of its file)."""
+    """One volume at a time, without augmentation.
+
+    An item has number and head (crop around the head's centre, float32 [1, 1, S, S, S]). With a haemorrhage it also
+    has image and mask (crop around the target, float32 and bool [1, 1, S, S, S]), affine (of this crop), and truth and
+    truth_affine (the mask with the voxels of its file, [1, X, Y, Z]).
+    """
 
     def __init__(self, volumes, args):
         self.volumes, self.size = volumes, args.image_size
@@ -464,7 +474,7 @@ class ValidationSet(Dataset):
 
 
 class EpochOrder(Sampler):
-    """The (epoch, number) pairs of an epoch in an order that follows from seed and epoch; set .epoch before each."""
+    """The (epoch, number) pairs of an epoch in a random order from seed and epoch. Set .epoch before each epoch."""
 
     def __init__(self, length, seed):
         self.length, self.seed, self.epoch = length, seed, 1
@@ -478,10 +488,12 @@ class EpochOrder(Sampler):
 
 
 def training_loader(volumes, args, pin_memory):
+    """Batches of TrainingSet items, as args says. Set .sampler.epoch before each epoch."""
     return DataLoader(TrainingSet(volumes, args), args.batch_size, sampler=EpochOrder(len(volumes), args.seed),
                       num_workers=args.num_workers, persistent_workers=args.num_workers > 0, pin_memory=pin_memory)
 
 
 def validation_loader(volumes, args):
+    """Items of ValidationSet, one at a time."""
     return DataLoader(ValidationSet(volumes, args), batch_size=None, num_workers=args.num_workers,
                       persistent_workers=args.num_workers > 0)

@@ -1,4 +1,4 @@
-"""SAM-Med3D with a representation head: masks from clicks, tokens for a language model, the haemorrhage's label."""
+"""SAM-Med3D with a representation head: masks from clicks, tokens for a language model, the ICH label."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from utils import fail, load_checkpoint
 
 
 class RepresentationHead(nn.Module):
-    """Tokens of the encoder's features, and what each of them says about a haemorrhage."""
+    """Tokens from the encoder's features, and a haemorrhage logit for each token."""
 
     def __init__(self, channels, visual_tokens):
         super().__init__()
@@ -21,10 +21,9 @@ class RepresentationHead(nn.Module):
         self.classify = nn.Sequential(nn.GELU(), nn.Linear(visual_tokens, 1))
 
     def forward(self, features):
-        """features [B, channels, X, Y, Z] -> tokens [B, N, visual_tokens], with N = X * Y * Z, and logits [B, N] of a
-        haemorrhage in each.
+        """features [B, channels, X, Y, Z] -> tokens [B, N, visual_tokens] with N = X * Y * Z, and logits [B, N].
 
-        The logit of the volume is the largest of them: a small haemorrhage shows in few tokens.
+        The logit of the volume is the largest of its N, because a small haemorrhage lies in few tokens.
         """
         tokens = self.norm(self.project(features.flatten(2).transpose(1, 2)))
         return tokens, self.classify(tokens)[..., 0]
@@ -43,7 +42,7 @@ class SamMed3dIch(nn.Module):
 
     @property
     def low_res(self):
-        """Side of the decoder's masks, which is also that of the masks that it takes as a prompt."""
+        """Side of the decoder's masks, and of the mask that it takes as a prompt."""
         return 4 * self.sam.prompt_encoder.image_embedding_size[0]
 
     def encode(self, image):
@@ -56,15 +55,17 @@ class SamMed3dIch(nn.Module):
             features = checkpoint(block, features, use_reentrant=False)
         return encoder.neck(features.permute(0, 4, 1, 2, 3))
 
-    def decode(self, features, points, labels, low_res_mask):
+    def decode(self, features, points, labels, low_res_mask=None):
         """Logits of one mask for each volume, [B, 1, L, L, L] with L = self.low_res.
 
-        points: [B, N, 3], voxels in the order of torch.argwhere on the volume, as SAM-Med3D's training gives them.
-            (medim encodes the positions of the features with the first two axes exchanged; the published weights
-            have learnt it that way.)
+        points: [B, N, 3], voxels in the order of torch.argwhere on the volume, as in SAM-Med3D's training.
+            (medim encodes the positions of the features with the first two axes exchanged, and the published weights
+            were trained with that.)
         labels: [B, N], 1 inside the target, 0 outside.
-        low_res_mask: [B, 1, L, L, L], the logits that the step before returned; zeros at first.
+        low_res_mask: [B, 1, L, L, L], the logits from the previous click; None for the first, which means zeros.
         """
+        if low_res_mask is None:
+            low_res_mask = features.new_zeros(len(features), 1, *[self.low_res] * 3)
         sparse, dense = self.sam.prompt_encoder(points=(points, labels), boxes=None, masks=low_res_mask)
         logits, _ = self.sam.mask_decoder(
             image_embeddings=features, image_pe=self.sam.prompt_encoder.get_dense_pe(),
@@ -91,7 +92,7 @@ def load_sam_checkpoint(sam, path):
 
 
 def build_model(args):
-    """The model as the settings say, with the weights of --sam_checkpoint or, without one, random ones from --seed."""
+    """The model for these settings, with the weights of --sam_checkpoint or, without it, random ones from --seed."""
     torch.manual_seed(args.seed)
     model = SamMed3dIch(args.model_size, args.visual_tokens, args.freeze_encoder, args.use_gradient_checkpointing)
     if args.sam_checkpoint and not args.resume:

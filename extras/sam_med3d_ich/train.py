@@ -1,9 +1,9 @@
-"""Fine-tune SAM-Med3D to segment brain haemorrhages in CT, and to tell whether there is one.
+"""Fine-tune SAM-Med3D to segment brain haemorrhages in CT and to predict whether there is one.
 
     python train.py --train_csv train.csv --val_csv val.csv --mask_dir masks --sam_checkpoint sam_med3d_turbo.pth
-    python train.py --test                           is everything there that a training needs?
+    python train.py --test                           check that everything for a training is there
 
-config.py has the settings, dataloader.py brings volumes to the model, model.py is SAM-Med3D with a representation
+config.py has the settings, dataloader.py reads and transforms volumes, model.py is SAM-Med3D with a representation
 head, trainer.py trains and validates, utils.py has what they share.
 """
 
@@ -76,7 +76,7 @@ def main():
 
 
 def open_data(args):
-    """The training's and the validation's Volumes, all of them read once; DataError, after a line for each problem."""
+    """[training Volumes, validation Volumes], all read once. Prints each problem and then raises DataError."""
     train, problems = read_rows(args.train_csv, args.mask_dir)
     val, more = read_rows(args.val_csv, args.mask_dir)
     problems += more + check_patients(train, val)
@@ -101,7 +101,7 @@ def open_data(args):
 
 
 def print_setup(trainer):
-    """Print what is about to be trained, on what."""
+    """Print device, number of parameters and the main settings."""
     args, precision = trainer.args, str(trainer.precision or torch.float32).removeprefix("torch.")
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -123,7 +123,7 @@ def save_summary(trainer, early):
 
 
 def open_wandb(trainer):
-    """Start a run of Weights & Biases, or go on with it; returns the function that logs an epoch."""
+    """Start or resume a run of Weights & Biases; returns the function for Trainer.on_epoch, which logs an epoch."""
     try:
         import wandb
     except ImportError:
@@ -145,7 +145,7 @@ def open_wandb(trainer):
 
 
 def system_check(args):
-    """--test: try all that a training needs, one line each. Returns whether all of it is there."""
+    """--test: check everything that a training needs and print a line for each. Returns whether all checks passed."""
     def memory():
         return f"{free_memory(detect_device(args.device)):.1f} GB 남음"
 

@@ -1,7 +1,7 @@
 """Training and validation: simulated clicks, losses, metrics by patient, checkpoints.
 
-Every draw follows from the seed, the epoch and the number of the volume, not from the batch or from what was drawn
-before: a resumed run repeats an uninterrupted one, and 4 accumulated batches of 1 give what 1 batch of 4 gives.
+All random numbers depend only on the seed, the epoch and the number of the volume. A resumed run therefore gives the
+same weights as an uninterrupted one, and 4 accumulated batches of 1 the same gradients as 1 batch of 4.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from utils import (
     write_file,
 )
 
-LABEL_WEIGHT = 1.0        # of the label's loss beside the mask's
-TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy beside the volume's, within the label's loss
+LABEL_WEIGHT = 1.0        # of the label loss; the mask loss has 1
+TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy in the label loss; the volume's has 1
 PLATEAU = {"mode": "max", "factor": 0.5, "patience": 5}  # reduce_on_plateau: half after 6 epochs without a better Dice
-VALIDATION_SEED = 1       # of the clicks in the validation: the same ones every time
+VALIDATION_SEED = 1       # of the validation clicks, which are the same in every epoch
 PATIENT_COLUMNS = ("patient_id", "volumes", "ich", "predicted_ich", "ich_probability", "dice", "iou", "true_ml",
                    "predicted_ml", "volume_error_ml")
 
@@ -41,9 +41,9 @@ PATIENT_COLUMNS = ("patient_id", "volumes", "ich", "predicted_ich", "ich_probabi
 # ---- clicks and losses ----
 
 def next_clicks(predicted, truth, generators):
-    """A click for each volume, at a random voxel where the prediction is wrong; in the target if it is right.
+    """A click for each volume, at a random voxel where the prediction is wrong, or in the target if none is wrong.
 
-    predicted, truth: bool [B, 1, S, S, S]; generators: B of numpy's.
+    predicted, truth: bool [B, 1, S, S, S]; generators: list of B numpy.random.Generator.
     Returns points, float32 [B, 1, 3], in the order of torch.argwhere, and labels, int64 [B, 1]: 1 in the target.
     """
     points, labels = [], []
@@ -59,8 +59,8 @@ def next_clicks(predicted, truth, generators):
 def mask_losses(logits, truth):
     """Dice loss + binary cross-entropy of each volume, [B], from logits and a float mask [B, 1, S, S, S].
 
-    Dice with squared predictions in the denominator, as SAM-Med3D's training has it (MONAI's DiceCELoss with
-    sigmoid=True, squared_pred=True), for each volume on its own.
+    Dice has squared predictions in the denominator, as in SAM-Med3D's training (MONAI's DiceCELoss with sigmoid=True,
+    squared_pred=True), and is computed for each volume separately.
     """
     probability, axes = logits.sigmoid(), (1, 2, 3, 4)
     overlap = (probability * truth).sum(axes)
@@ -70,9 +70,9 @@ def mask_losses(logits, truth):
 
 
 def label_losses(logits, mask, label):
-    """Cross-entropy of each volume's label, [B], and of its tokens', which learn where they see a haemorrhage.
+    """Cross-entropy of each volume's label plus that of its tokens' labels (mask in the patch or not), [B].
 
-    logits: of the tokens, [B, N]; mask: float [B, 1, S, S, S]; label: 0, 1, or NO_LABEL, whose loss is 0.
+    logits: of the tokens, [B, N]; mask: float [B, 1, S, S, S]; label: [B], 0, 1, or NO_LABEL, for which the loss is 0.
     """
     patch = mask.shape[-1] // round(logits.shape[1] ** (1 / 3))
     truth = F.max_pool3d(mask, patch).flatten(1)
@@ -89,16 +89,16 @@ def upscale(low_res, size):
 # ---- metrics ----
 
 def dice_and_iou(overlap, predicted, true):
-    """Dice and IoU from volumes; the true one is not 0."""
+    """(Dice, IoU) from the volumes of overlap, prediction and truth in one unit; `true` must not be 0."""
     return 2 * overlap / (predicted + true), overlap / (predicted + true - overlap)
 
 
 def by_patient(rows, results):
     """One dict of PATIENT_COLUMNS for each patient.
 
-    rows: the volumes' Rows; results: dicts of a volume's "probability" of a haemorrhage and, where it has one,
-    "overlap", "predicted", "true" in ml. Dice and IoU are those of all scans of a patient taken together; ml are means
-    over the scans with a haemorrhage; a patient has one if one of the scans does.
+    rows: Row of each volume; results: dicts with the "probability" of a haemorrhage and, for a volume that has one,
+    "overlap", "predicted" and "true" in ml. Dice and IoU are computed from the sums over a patient's scans, ml are
+    means over the scans with a haemorrhage. The label of a patient is 1 if that of any scan is.
     """
     patients = {}
     for row, result in zip(rows, results):
@@ -120,8 +120,8 @@ def by_patient(rows, results):
 
 
 def summarize(table):
-    """Means over the patients: Dice, IoU and absolute volume error of those with a haemorrhage, and the label's
-    accuracy, sensitivity and specificity (None where there is no such patient)."""
+    """Means over patients: Dice, IoU and absolute volume error of those with a haemorrhage, and accuracy, sensitivity
+    and specificity of the label. A mean over no patients is None."""
     def mean(values):
         values = list(values)
         return sum(values) / len(values) if values else None
@@ -137,7 +137,7 @@ def summarize(table):
 
 
 def write_patients(path, table):
-    """patients.csv: a row a patient; empty where there is no haemorrhage to measure."""
+    """Write patients.csv, a row per patient; the measures of a patient without a haemorrhage are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, PATIENT_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -150,11 +150,12 @@ def write_patients(path, table):
 # ---- training ----
 
 def make_scheduler(optimizer, args):
-    """The learning rate by epoch. Those that are formulas need nothing but the epoch, so --epochs may change."""
+    """The learning rate scheduler, stepped once per epoch. "cosine" and "step" depend on nothing but the epoch, so that
+    --resume may change --epochs."""
     if args.scheduler_type == "reduce_on_plateau":
         return ReduceLROnPlateau(optimizer, **PLATEAU)
     factor = {"cosine": lambda epoch: (1 + math.cos(math.pi * min(epoch / args.epochs, 1))) / 2,
-              "step": lambda epoch: 0.1 ** (3 * epoch // args.epochs)}[args.scheduler_type]  # twice, at the thirds
+              "step": lambda epoch: 0.1 ** (3 * epoch // args.epochs)}[args.scheduler_type]  # at 1/3 and 2/3
     return LambdaLR(optimizer, factor)
 
 
@@ -163,7 +164,7 @@ class Trainer:
 
     def __init__(self, model, train, val, args, device):
         self.model, self.train, self.val, self.args, self.device = model.to(device), train, val, args, device
-        self.on_epoch = lambda history, draw: None  # called after each epoch; draw() gives the figure of the patients
+        self.on_epoch = lambda history, draw: None  # called after each epoch; draw() returns draw_patients' figure
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = make_scheduler(self.optimizer, args)
@@ -176,16 +177,15 @@ class Trainer:
         self.epoch, self.history, self.best, self.best_epoch, self.run_id = 0, [], {"dice": -1.0}, 0, None
 
     def encode(self, image):
-        """The encoder's features in float32; only the encoder, which takes nearly all the time, runs in less."""
+        """The encoder's features in float32. Only the encoder, which takes most of the time, uses mixed precision."""
         mixed = torch.autocast("cuda", self.precision) if self.precision else contextlib.nullcontext()
         with mixed:
             features = self.model.encode(image.to(self.device, non_blocking=True))
         return features.float()
 
     def click_losses(self, features, mask, generators):
-        """The mask's loss of each volume, [B], mean over the clicks: one in the target, then on what is wrong."""
-        low_res = features.new_zeros(len(mask), 1, *[self.model.low_res] * 3)
-        predicted, losses = torch.zeros_like(mask, dtype=torch.bool), []
+        """Mask loss of each volume, [B], mean over the clicks: the first in the target, the rest where it is wrong."""
+        predicted, low_res, losses = torch.zeros_like(mask, dtype=torch.bool), None, []
         for _ in range(self.args.num_clicks):
             points, labels = next_clicks(predicted, mask > 0, generators)
             low_res = self.model.decode(features, points, labels, low_res)
@@ -195,7 +195,7 @@ class Trainer:
         return torch.stack(losses).mean(0)
 
     def losses(self, batch, epoch):
-        """(mask's loss, label's loss) of each volume in a batch, [B] each; 0 where there is none to learn from."""
+        """(mask loss, label loss) of each volume in a batch, [B] each; 0 where a volume has no mask or no label."""
         features = self.encode(batch["image"])
         mask = batch["mask"].to(self.device, non_blocking=True)
         _, logits = self.model.head(features)
@@ -209,7 +209,7 @@ class Trainer:
         return mask_loss, label_loss
 
     def train_epoch(self, epoch):
-        """One pass over the training volumes; returns the mean losses, each over the volumes that have it."""
+        """Train for one epoch; returns the mean losses, each over the volumes that have it."""
         self.model.train()
         self.train_loader.sampler.epoch = epoch
         sums, steps = np.zeros(4), self.args.gradient_accumulation_steps
@@ -218,7 +218,7 @@ class Trainer:
         for number, batch in enumerate(bar, 1):
             mask_loss, label_loss = self.losses(batch, epoch)
             done = (number - 1) // steps * per_step
-            share = min(per_step, len(self.train) - done)  # volumes in this step of the optimizer; fewer in the last
+            share = min(per_step, len(self.train) - done)  # volumes in this optimizer step; the last one has fewer
             loss = (mask_loss + LABEL_WEIGHT * label_loss).sum() / share
             check_finite("손실", loss)
             self.scaler.scale(loss).backward()
@@ -231,9 +231,9 @@ class Trainer:
         return {"mask_loss": mask_sum / max(masks, 1), "label_loss": label_sum / max(labels, 1)}
 
     def step(self):
-        """One step of the optimizer with the accumulated gradients; fail() if they are not finite.
+        """One optimizer step with the accumulated gradients; fail() if they are not finite.
 
-        In float16 they may be: the scaler leaves the step out, and multiplies the next losses by less.
+        In float16 they may overflow: the scaler then skips the step and reduces its scale.
         """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm or math.inf)
@@ -245,10 +245,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """(table of by_patient, pictures for draw_patients: of each patient's first haemorrhage) of the validation.
+        """Validate; returns (table of by_patient, pictures for draw_patients, of each patient's first haemorrhage).
 
-        The label comes from a crop around the head's centre, the mask from one click in a crop around the target.
-        Dice and ml are measured with the voxels of the mask's file, after the prediction is brought back to them.
+        The label is predicted from a crop around the head's centre, the mask from one click in a crop around the
+        target. Dice and ml are measured on the grid of the mask's file, to which the prediction is resampled.
         """
         self.model.eval()
         results, pictures = [], {}
@@ -260,9 +260,8 @@ class Trainer:
             if row.ich:
                 generator = np.random.default_rng([VALIDATION_SEED, item["number"]])
                 points, labels = next_clicks(torch.zeros_like(item["mask"]), item["mask"], [generator])
-                features = self.encode(item["image"])
-                low_res = features.new_zeros(1, 1, *[self.model.low_res] * 3)
-                low_res = self.model.decode(features, points.to(self.device), labels.to(self.device), low_res)
+                low_res = self.model.decode(self.encode(item["image"]), points.to(self.device),
+                                            labels.to(self.device))
                 probability = upscale(low_res, item["image"].shape[-1]).sigmoid()[0].cpu()
                 results[-1] |= measure(probability, item)
                 pictures.setdefault(row.patient_id, picture_of(item, probability, points))
@@ -270,7 +269,8 @@ class Trainer:
         return table, [{**entry, **pictures[entry["patient_id"]]} for entry in table if entry["ich"]]
 
     def fit(self):
-        """Train to the last epoch, or until --patience epochs in a row were not better; returns whether early."""
+        """Train until the last epoch or until --patience epochs have not improved Dice; returns whether it stopped
+        early."""
         args, started = self.args, time.time()
         first = self.epoch
         while self.epoch < args.epochs and not self.is_out_of_patience():
@@ -292,10 +292,11 @@ class Trainer:
         return self.epoch < args.epochs
 
     def is_out_of_patience(self):
+        """Whether --patience epochs have passed since the best one."""
         return 0 < self.args.patience <= self.epoch - self.best_epoch
 
     def save_best(self, table, pictures):
-        """best_model.pth, sam_encoder.pth, patients.csv and patients.png of the best epoch so far."""
+        """Write best_model.pth, sam_encoder.pth, patients.csv and patients.png."""
         output, sam = self.args.output_dir, self.model.sam
         shared = {"head_state_dict": self.model.head.state_dict(), "epoch": self.epoch, "scores": self.best,
                   "settings": settings_of(self.args)}
@@ -306,7 +307,7 @@ class Trainer:
         save_figure(draw_patients(pictures), output / "patients.png")
 
     def state(self):
-        """All that --resume needs."""
+        """The content of latest_model.pth: everything that --resume needs."""
         return {"model_state_dict": self.model.sam.state_dict(), "head_state_dict": self.model.head.state_dict(),
                 "optimizer_state_dict": self.optimizer.state_dict(),
                 "scheduler_state_dict": self.scheduler.state_dict(), "scaler_state_dict": self.scaler.state_dict(),
@@ -314,7 +315,7 @@ class Trainer:
                 "run_id": self.run_id, "settings": settings_of(self.args)}
 
     def load(self):
-        """Go on from latest_model.pth; fail() if it is not one, or of a run with other settings."""
+        """Restore latest_model.pth; fail() if it was not written by this script or with other settings."""
         path = self.args.output_dir / "latest_model.pth"
         state = load_checkpoint(path)
         if not isinstance(state, dict) or self.state().keys() - state.keys():
@@ -329,18 +330,21 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler_state_dict"])
         self.epoch, self.history, self.run_id = state["epoch"], state["history"], state["run_id"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
-        if isinstance(self.scheduler, LambdaLR):  # its formula may have another --epochs than the rate in the file
+        if isinstance(self.scheduler, LambdaLR):  # the rate in the file is for the earlier run's --epochs
             self.optimizer.param_groups[0]["lr"] = self.args.lr * self.scheduler.lr_lambdas[0](self.epoch)
 
 
 def check_finite(name, *tensors):
-    """fail() if one of the tensors has a NaN or an infinity: a model that gives such values is not saved."""
+    """fail() if one of the tensors has a NaN or an infinity, before anything is saved."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         fail(f"{name}에 NaN이나 무한대가 있어 멈춥니다. --lr을 줄이세요. 저장된 파일은 그대로입니다")
 
 
 def measure(probability, item):
-    """"overlap", "predicted" and "true" in ml, with the voxels of the truth's file. probability: [1, S, S, S]."""
+    """{"overlap", "predicted", "true"} in ml, measured on the grid of the truth's file.
+
+    probability: float [1, S, S, S] on the grid of item["affine"]; item: of ValidationSet.
+    """
     truth = MetaTensor(item["truth"], affine=item["truth_affine"])
     back = ResampleToMatch(mode="bilinear", padding_mode="zeros", dtype=torch.float32)(
         MetaTensor(probability, affine=item["affine"]), truth)
@@ -351,7 +355,7 @@ def measure(probability, item):
 
 
 def picture_of(item, probability, points):
-    """What draw_patients shows of a volume: the axial slice with the click."""
+    """What draw_patients shows of a volume: the axial slice with the click, as numpy X x Y arrays."""
     x, y, axial = points[0, 0].long().tolist()
     return {"image": item["image"][0, 0, :, :, axial].numpy().copy(),
             "truth": item["mask"][0, 0, :, :, axial].numpy().copy(),
@@ -359,7 +363,7 @@ def picture_of(item, probability, points):
 
 
 def report(row, epochs, better, left, memory):
-    """The line that is printed after an epoch."""
+    """The line to print after an epoch."""
     return (f"에포크 {row['epoch']}/{epochs}: 손실 {row['mask_loss']:.3f} (라벨 {row['label_loss']:.3f}), "
             f"검증 Dice {row['dice']:.3f}, 라벨 {row['label_accuracy']:.0%}, lr {row['lr']:.1e}, "
             f"{duration(row['seconds'])}, 남은 시간 {duration(left)}, 메모리 {memory:.1f} GB{' ★' if better else ''}")

@@ -1,6 +1,6 @@
-"""What the other modules share: failing in one line, writing files, checkpoints, the system, figures.
+"""What the other modules share: one-line failures, writing files, checkpoints, the system, figures.
 
-extras/common.py has the first few as well, but Python does not find it from this folder.
+Some functions are copied from extras/common.py, because importing that file would make this folder depend on sam2.
 """
 
 import argparse
@@ -37,23 +37,24 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 
 
 class DataError(Exception):
-    """A CSV, volume or mask that cannot be used; the message names the file and, where there is one, the row."""
+    """A CSV, volume or mask that cannot be used; the message names the file and, if known, the row of the CSV."""
 
 
 def fail(message):
-    """End with status 1 and one line on stderr, for failures that the user can correct."""
+    """End with exit code 1 and one line on stderr."""
     sys.exit(f"오류: {message}")
 
 
 def reason(error):
-    """What an exception says, in one line; an OSError names its file."""
+    """The message of an exception in one line; that of an OSError names its file."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return last_line.removeprefix("utils.DataError: ")  # from a DataLoader worker, which sends the whole traceback
 
 
 def run(main):
-    """Run main(); expected failures end in one line on stderr with status 1."""
+    """Call main(). An expected failure ends in one line on stderr and exit code 1, without a traceback."""
     try:
         main()
     except (DataError, OSError) as error:
@@ -71,10 +72,10 @@ def run(main):
 # ---- files ----
 
 def lock(path):
-    """Hold the lock file `path` until the process ends, however it ends; fail() if another process holds it."""
+    """Hold the lock file `path` until the process ends, also if it is killed; fail() if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
-    file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
+    path.touch()  # OSError if the folder is read-only; an OSError below means that files cannot be locked here
+    file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would remain after a run that is killed
     try:
         file_lock.acquire(blocking=False)
     except Timeout:
@@ -82,24 +83,25 @@ def lock(path):
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
+    atexit.register(file_lock.release)  # also keeps a reference: without one the lock would be released at once
 
 
 def beside(path):
-    """The name under which a file is written before it is renamed to `path`: readers never see half a file."""
+    """Path of a temporary file to rename to `path` when it is complete, so that `path` is never half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def write_file(path, content):
-    """Write bytes beside `path`, then rename."""
+    """Write bytes to a temporary file beside `path` and rename it."""
     temporary = beside(path)
     temporary.write_bytes(content)
     temporary.replace(path)
 
 
 def write_json(path, value):
+    """Write a JSON file in UTF-8, with escapes for the bytes of a file name that are not valid UTF-8."""
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
@@ -112,9 +114,9 @@ def save_figure(figure, path):
 
 
 def save_checkpoint(path, value):
-    """torch.save beside `path`, then rename; straight to disk, because latest_model.pth takes more than 1 GB.
+    """torch.save to a temporary file beside `path`, not through memory as in write_file: it may have more than 1 GB.
 
-    Raises OSError, naming the file, where torch.save raises RuntimeError: the disk is full, or a quota is used up.
+    Raises OSError, naming the file, if the disk is full or a quota is used up (torch.save raises RuntimeError).
     """
     temporary = beside(path)
     try:
@@ -127,16 +129,16 @@ def save_checkpoint(path, value):
 
 
 def load_checkpoint(path):
-    """torch.load with weights_only=True: nothing in the file is run. fail() if it cannot be read.
+    """torch.load with weights_only=True, which runs no code from the file; fail() if it cannot be read.
 
-    Of Python's classes only argparse.Namespace is let in: SAM-Med3D's own checkpoints hold their settings in one.
+    argparse.Namespace is allowed as well, because SAM-Med3D's official checkpoints hold their settings in one.
     """
     if not Path(path).is_file():
         fail(f"체크포인트가 없습니다: {path}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its text advises to load the file all the same
+    except pickle.UnpicklingError as error:  # its message, which advises weights_only=False, is not shown
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"가중치가 아닌 것이 들어 있습니다: {refused[1]}" if refused else "체크포인트가 아닙니다"
         fail(f"체크포인트를 열지 않았습니다: {path} ({what})")
@@ -147,48 +149,46 @@ def load_checkpoint(path):
 
 # ---- the system ----
 
-@functools.cache  # --test asks three times: one warning is enough
+@functools.cache  # --test calls it three times: the warning is printed once
 def detect_device(requested="auto"):
-    """Name of the device to run on: "mps" if available, else "cuda", else "cpu"; fail() for one that is not there.
+    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
 
-    MPS has the decoder's ConvTranspose3d from torch 2.8 on (github.com/pytorch/pytorch/pull/154696), and before that
-    the fallback to the CPU does not catch it: the whole model runs on the CPU then.
+    A device requested by name that is not available is an error. MPS has the decoder's ConvTranspose3d since torch 2.8
+    (github.com/pytorch/pytorch/pull/154696). Older versions run the whole model on the CPU, because their fallback
+    does not cover this operation.
     """
     if requested in ("auto", "mps") and torch.backends.mps.is_available() and torch.__version__ < "2.8":
         print(f"주의: torch {torch.__version__}의 MPS에는 ConvTranspose3d가 없어 CPU에서 실행합니다. "
               "torch 2.8 이상을 설치하면 MPS를 씁니다")
         return "cpu"
-    available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    if requested == "auto":
-        return next(name for name, there in available.items() if there)
-    if not available.get(requested.split(":")[0]):
-        usable = ", ".join(name for name, there in available.items() if there)
-        fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {usable}")
-    return requested
+    is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    usable = [name for name in is_available if is_available[name]]
+    if requested != "auto" and requested.split(":")[0] not in usable:
+        fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
+    return usable[0] if requested == "auto" else requested
 
 
 def versions():
-    """The versions of Python and of the packages that a result depends on."""
+    """{name: version} of Python and of the packages that a result depends on."""
     packages = ("torch", "medim", "monai", "nibabel", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def free_memory(device):
-    """GB of memory that are free: of the GPU on CUDA, else of the machine, or of the container (cgroup 2) if that has
-    a lower limit."""
+    """Free memory in GB: on CUDA of the GPU, else of the machine, or of the container (cgroup 2) if that has less."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] / 1e9
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
         limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        used -= int(statistics["inactive_file"])  # files that were read; their memory is given back when needed
+        used -= int(statistics["inactive_file"])  # page cache, which the kernel frees when memory is needed
         free = max(0, min(free, limit - used))
     return free / 1e9
 
 
 def peak_memory(device):
-    """The most memory used so far, in GB: by tensors on CUDA, else by the whole process."""
+    """Peak memory in GB: on CUDA of all tensors, else of the whole process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if os.name == "nt":
@@ -198,7 +198,7 @@ def peak_memory(device):
 
 
 def duration(seconds):
-    """Seconds as people say them: "1시간 2분", "3분 20초"."""
+    """Seconds as text: "1시간 2분", "3분 20초"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}시간 {minutes}분" if hours else f"{minutes}분 {seconds}초" if minutes else f"{seconds}초"
@@ -207,7 +207,7 @@ def duration(seconds):
 # ---- figures ----
 
 def draw_curve(history):
-    """Loss, and the validation's Dice and label accuracy, over the epochs; returns a figure."""
+    """A figure of the training losses and of the validation's Dice and label accuracy by epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     figure.subplots_adjust(left=0.07, right=0.99, bottom=0.13, top=0.9, wspace=0.17)
     epochs = [row["epoch"] for row in history]
@@ -224,10 +224,10 @@ def draw_curve(history):
 
 
 def draw_patients(pictures):
-    """The patients with the lowest, the median and the highest Dice: scan with click, truth, prediction; a figure.
+    """A figure of the patients with the lowest, the median and the highest Dice: scan with click, truth, prediction.
 
-    pictures: dicts with patient_id, dice (the patient's), image, truth, prediction (X x Y, of one axial slice; x to
-    the patient's right, y to the front), click (x, y).
+    pictures: dicts with patient_id, dice (of the patient), click (x, y) and image, truth, prediction (X x Y, one axial
+    slice; x increases to the patient's right, y to the front).
     """
     ranked = sorted(pictures, key=lambda picture: picture["dice"])
     chosen = list(dict.fromkeys([0, len(ranked) // 2, len(ranked) - 1]))
@@ -242,7 +242,7 @@ def draw_patients(pictures):
                                      linewidths=1.2)
             axes[column].set_title(f"{picture['patient_id']}: {name}" if column == 0 else name, fontsize=10)
             axes[column].axis("off")
-            for side, place in (("L", 0.02), ("R", 0.94)):  # not as radiologists hang films: no side is exchanged
+            for side, place in (("L", 0.02), ("R", 0.94)):  # left is left, unlike in radiological view
                 axes[column].text(place, 0.49, side, color="yellow", transform=axes[column].transAxes)
         axes[0].plot(*picture["click"], "*", color="cyan", markersize=11)
     return figure
