@@ -54,7 +54,7 @@ demo-volume: $(VENV)/.installed-extras
 	  --box "25,123,117,169,179" \
 	  --truth extras/demo/data/ct_truth.nii.gz --output extras/demo/output/ct
 
-# extras/sam_med3d_ich on drawn head CTs with a model of 3.3 M parameters: no download, no GPU, a few minutes.
+# extras/sam_med3d_ich on drawn head CTs with a model of 3.4 M parameters: no download, no GPU, a few minutes.
 ICH_DATA := extras/demo/data/ich
 ICH_OUTPUT := extras/demo/output/ich
 demo-ich: $(VENV)/.installed-extras

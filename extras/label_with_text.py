@@ -439,8 +439,11 @@ class GroundedSAM2:
         JSON.
         """
         paths, problems = find_images(folder)
+        target = Path(output, "annotations.json")
         if rank == 0:
             Path(output).mkdir(parents=True, exist_ok=True)  # fails before any work is done, not at the end
+            if target.exists():
+                print(f"이전 결과를 덮어씁니다: {target}", flush=True)
             if isinstance(self.detector, CocoBoxes):
                 self.detector.report_absent([*problems, *(path.name for path in paths)])
         entries = {}
@@ -455,7 +458,6 @@ class GroundedSAM2:
             shares = [None] * processes
             torch.distributed.all_gather_object(shares, (entries, problems))
             entries, problems = (dict(ChainMap(*parts)) for parts in zip(*shares))
-        target = Path(output, "annotations.json")
         if rank == 0:
             self.write_coco(target, entries, problems)
         return target

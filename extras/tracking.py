@@ -28,6 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.mis
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
 REDRAW_SECONDS = 0.3  # at least, between two redraws of the window while it tracks
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r"}  # the letters on the same keys
 WINDOW_HELP = ("left click: object    right click: background    drag: box    {digits}u: undo    r: clear this {unit}\n"
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
 
@@ -247,9 +248,6 @@ class Window:
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
         self.pressed, self.drawn, self.error = None, [], None
         self.is_tracking, self.is_stopped, self.is_closed = False, False, False
-        for action, own in (("home", ("r",)), ("back", ("backspace", "left")), ("forward", ("right",))):
-            keys = plt.rcParams[f"keymap.{action}"]  # matplotlib's own meaning of these keys
-            plt.rcParams[f"keymap.{action}"] = [key for key in keys if key not in own]
         # fits a laptop of 1280 x 720
         self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.5) + 1.6))
         self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
@@ -262,6 +260,7 @@ class Window:
         digits = "1 ... 9: object number    " if max_object > 1 else ""
         self.figure.text(0.5, 0.02, WINDOW_HELP.format(digits=digits, unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
+        self.figure.canvas.mpl_disconnect(self.figure.canvas.manager.key_press_handler_id)  # matplotlib's own keys
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key),
                               ("close_event", self.on_close)):
@@ -307,7 +306,8 @@ class Window:
     def dragged_box(self, event):
         """The box from where the left button was pressed to `event`; None for a click that barely moved."""
         start = self.pressed
-        if start.button != 1 or max(abs(event.x - start.x), abs(event.y - start.y)) < 6:
+        moved = max(abs(event.x - start.x), abs(event.y - start.y)) / self.figure.canvas.device_pixel_ratio
+        if start.button != 1 or moved < 6:
             return None
         x1, y1, x2, y2 = box = sorted_box(*self.position(start), *self.position(event))
         return box if x1 < x2 and y1 < y2 else None
@@ -320,14 +320,14 @@ class Window:
     def on_release(self, event):
         if self.is_tracking:  # a click that began before it
             self.pressed = None
-        if not self.pressed or event.button != self.pressed.button:
+        if not self.pressed:
             return
         key = (self.frame, self.object)
         if box := self.dragged_box(event):
             points, _ = self.prompts.get(key, ([], None))
             prompt = (points, box)
-        else:
-            click = (*self.position(self.pressed), int(event.button == 1))
+        else:  # the button is that of the press: on macOS a Ctrl-click presses button 3 and releases button 1
+            click = (*self.position(self.pressed), int(self.pressed.button == 1))
             points, box = self.prompts.get(key) or ([], self.tracked_box(click))
             prompt = ([*points, click], box)
         self.pressed = None
@@ -354,22 +354,26 @@ class Window:
 
     def on_key(self, event):
         steps = {"left": -1, "right": 1, "pageup": -10, "pagedown": 10}
-        if event.key == "escape":
+        key = (event.key or "").lower()  # None for a key without a name
+        key = KOREAN_KEYBOARD.get(key, key)
+        if key in plt.rcParams["keymap.quit"]:
+            plt.close(self.figure)
+        elif key == "escape":
             self.is_stopped = True
         elif self.is_tracking:
             return
-        elif event.key in steps:
-            self.slider.set_val(min(max(self.frame + steps[event.key], 0), len(self.frames) - 1))
-        elif event.key and event.key in "123456789"[:self.max_object]:
-            self.object = int(event.key)
+        elif key in steps:
+            self.slider.set_val(min(max(self.frame + steps[key], 0), len(self.frames) - 1))
+        elif key and key in "123456789"[:self.max_object]:
+            self.object = int(key)
             self.update()
-        elif event.key in ("u", "backspace") and self.history:
+        elif key in ("u", "backspace") and self.history:
             self.prompts = self.history.pop()
             self.previews.clear()
             self.update()
-        elif event.key == "r":
+        elif key == "r":
             self.set_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] != self.frame})
-        elif event.key == "enter" and self.prompts:
+        elif key == "enter" and self.prompts:
             self.run_tracking()
 
     def run_tracking(self):

@@ -230,9 +230,13 @@ def test_florence2_asks_and_its_answer_becomes_a_label(tmp_path, florence):
     done = run(SCRIPT, "--images", "my photos", "--detector", "florence2", "--category", "polyp", "--output", "out",
                *MODEL, cwd=tmp_path)
     assert "다음: python prepare_data.py --images 'my photos' --coco out/annotations.json\n" in done.stdout
+    assert "덮어씁니다" not in done.stdout
     annotation, = read_labels(tmp_path / "out")["annotations"]
     # thousandths of 80 x 60, at the middle of their bin, whole pixels: 20, 6, 59, 53
     assert annotation["bbox"] == [20, 6, 39, 47] and annotation["category_id"] == 1
+    again = run(SCRIPT, "--images", "my photos", "--detector", "florence2", "--category", "polyp", "--output", "out",
+                *MODEL, cwd=tmp_path)
+    assert "이전 결과를 덮어씁니다: out/annotations.json\n" in again.stdout
 
 
 def test_answers_of_florence2_become_boxes_worked_out_by_hand(florence):

@@ -556,6 +556,34 @@ def test_the_window_undoes_clears_and_stops(window):
     assert seen == [0, 1, 2] and window.tracked_prompts is None and not window.is_tracking and window.object == 1
 
 
+def test_a_ctrl_click_on_macos_is_a_background_point(window):
+    hand = Hand(window)
+    hand.mouse("button_press_event", (20, 20), 3)  # its backend presses button 3 and releases button 1
+    hand.mouse("button_release_event", (20, 20), 1)
+    assert window.prompts == {(0, 1): ([pytest.approx((20, 20, 0), abs=0.3)], None)}
+
+
+@pytest.mark.parametrize("ratio, is_box", [(1, True), (2, False)])
+def test_a_click_may_move_six_pixels_of_the_screen_not_of_the_device(window, monkeypatch, ratio, is_box):
+    monkeypatch.setattr(type(window.figure.canvas), "device_pixel_ratio", ratio)
+    hand = Hand(window)
+    (x, y), (right, down) = window.axes.transData.transform([(20, 20), (21, 21)])
+    hand.drag((20, 20), (20 + 9 / (right - x), 20 - 9 / (y - down)))  # 9 pixels of the device
+    points, box = window.prompts[0, 1]
+    assert bool(box) == is_box and bool(points) != is_box
+
+
+def test_keys_of_a_korean_keyboard_and_none_of_matplotlibs(window):
+    hand = Hand(window)
+    hand.click((20, 20))
+    hand.press("ㄱ")
+    assert window.prompts == {}
+    hand.press("ㅕ", "l", "k", "U")  # to matplotlib l and k are logarithmic axes
+    assert window.prompts == {} and window.axes.get_yscale() == window.axes.get_xscale() == "linear"
+    hand.press("q")
+    assert not matplotlib.pyplot.fignum_exists(window.figure.number)
+
+
 def test_a_failure_in_the_window_closes_it_and_is_reported(window, clip, monkeypatch):
     (clip / "frames/00001.jpg").write_bytes(b"no image any more")
     monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)

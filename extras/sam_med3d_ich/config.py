@@ -6,7 +6,7 @@ from pathlib import Path
 MODELS = {
     # SAM-Med3D as published: 100.5 M parameters, 128³ voxels
     "full": {"image_size": 128},
-    # 3.3 M parameters, for the demo and the tests. All blocks use global attention, because windows of 14 tokens would
+    # 3.4 M parameters, for the demo and the tests. All blocks use global attention, because windows of 14 tokens would
     # pad the side of 6 tokens to 14 and take 17 times as long. prompt_embed_dim must be a multiple of 3 (positional
     # encoding) and of 8 (heads of the decoder).
     "small": {"image_size": 48, "vit_patch_size": 8, "encoder_embed_dim": 192, "encoder_depth": 4,
@@ -77,7 +77,7 @@ def parse_args(arguments=None):
     add("--num_clicks", at_least(1, int), 3, "학습할 때 볼륨마다 찍는 점의 수: 첫 점은 출혈 안에, 다음 점은 틀린 곳에")
 
     parser.add_argument("--sam_checkpoint", type=Path, help="시작할 SAM-Med3D 가중치, 예: sam_med3d_turbo.pth")
-    add("--model_size", str, "full", "full은 공개된 SAM-Med3D(1억 개), small은 데모용(330만 개)", choices=list(MODELS))
+    add("--model_size", str, "full", "full은 공개된 SAM-Med3D(1억 개), small은 데모용(340만 개)", choices=list(MODELS))
     add("--visual_tokens", at_least(1, int), 256, "visual token의 차원")
     parser.add_argument("--freeze_encoder", action="store_true", help="SAM encoder를 고정")
     parser.add_argument("--use_gradient_checkpointing", action="store_true",
