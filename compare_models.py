@@ -53,7 +53,7 @@ def main():
     if not pairs:
         fail(f"비교할 쌍이 없습니다. 이미지는 {args.image_dir}, 이름이 같은 마스크는 {args.mask_dir} 폴더에 넣으세요")
     count = len(pairs)
-    pairs = [(image_path, mask_path) for image_path, mask_path in pairs if read_mask(mask_path).any()]
+    pairs = [pair for pair in tqdm(pairs, "정답 확인", leave=False, disable=None) if read_mask(pair[1]).any()]
     if not pairs:
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
     original = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
@@ -456,7 +456,7 @@ def decode_file(path, flags):
     try:
         decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from None
+        raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         decoded = None
     if decoded is None:
@@ -519,6 +519,8 @@ def load_weights(model, checkpoint, model_cfg):
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(saved.get("model", saved)))
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")

@@ -173,7 +173,8 @@ def image_files(folder):
     """The image files of a folder, sorted by name."""
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in folder.iterdir()  # glob() would pass over a folder that cannot be read
+                  if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file())
 
 
 def composed(name):
@@ -304,14 +305,14 @@ def draw_objects(segmentations, height, width, merge, name):
         raise BadPair("객체가 65,535개보다 많음")
     try:
         rles = [to_rle(segmentation, height, width) for segmentation in segmentations]
-    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        if merge or len(rles) == 1:
+            return coco_mask.decode(coco_mask.merge(rles)) > 0
+        labels = np.zeros((height, width), np.uint16)
+        areas = [coco_mask.area(rle) for rle in rles]  # of more than 255 at once it fails (pycocotools 2.0.11)
+        for index in np.argsort(areas, kind="stable")[::-1]:
+            labels[coco_mask.decode(rles[index]) > 0] = index + 1
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
         raise BadPair(f"segmentation을 해석할 수 없음 ({type(error).__name__})") from None
-    if merge or len(rles) == 1:
-        return coco_mask.decode(coco_mask.merge(rles)) > 0
-    labels = np.zeros((height, width), np.uint16)
-    areas = [coco_mask.area(rle) for rle in rles]  # of more than 255 at once it fails (pycocotools 2.0.11)
-    for index in np.argsort(areas, kind="stable")[::-1]:
-        labels[coco_mask.decode(rles[index]) > 0] = index + 1
     if hidden := len(segmentations) - np.count_nonzero(np.bincount(labels.ravel())[1:]):
         tqdm.write(f"  제외: {name}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
     return labels
@@ -328,7 +329,8 @@ def to_rle(segmentation, height, width):
         if segmentation["size"] != [height, width] or counts.ndim != 1 or (counts < 0).any() or \
                 counts.sum() != height * width:
             raise ValueError("RLE does not cover the image")
-        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        return coco_mask.encode(coco_mask.decode(rle))  # without runs of no length, at which merge() goes wrong
     polygons = [np.array(polygon, float) for polygon in segmentation]
     for points in polygons:
         if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) < 1e5).all():

@@ -183,7 +183,8 @@ def find_images(names):
     paths = []
     for path in map(Path, names):
         if path.is_dir():  # macOS writes ._a.jpg beside a.jpg
-            paths += sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            paths += sorted(file for file in path.iterdir()
+                            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
         else:
             paths.append(path)
     if not paths:
@@ -511,7 +512,9 @@ class Window:
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # it zooms or pans
         if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode:
-            self.pressed = event
+            height, width = self.image.shape[:2]  # beside it there is room after the toolbar's pan
+            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
+                self.pressed = event
 
     def dragged_box(self, event):
         """The box from where the left button was pressed to `event`; None for a click that barely moved."""
@@ -789,7 +792,7 @@ def decode_file(path, flags):
     try:
         decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from None
+        raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         decoded = None
     if decoded is None:
@@ -852,6 +855,8 @@ def load_weights(model, checkpoint, model_cfg):
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(saved.get("model", saved)))
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")

@@ -1,7 +1,7 @@
 """Fine-tune SAM 2.1's mask decoder and prompt encoder, and if asked its image encoder, on your own images.
 
     python train_sam2_proper.py                      the reference guide's loss and settings
-    python train_sam2_proper.py --recipe improved    more IoU from as many decoder passes
+    python train_sam2_proper.py --recipe improved    more IoU from as many training examples
     python train_sam2_proper.py --recipe strongest   most IoU: the image encoder learns too, which takes longer
     python train_sam2_proper.py --encoder lora       the guide's loss, and low-rank updates of the image encoder
     python train_sam2_proper.py --test               is everything there that a training needs?
@@ -78,7 +78,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("max_objects", 20, (int, 1), "이미지마다 번호가 작은 객체부터 몇 개까지 검증할지"),
     # training
     ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실 그대로, "
-     "improved 같은 계산량으로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더도 학습(따로 준 옵션이 우선)"),
+     "improved 같은 수의 예제로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더도 학습(따로 준 옵션이 우선)"),
     ("iterations", 3000, (int, 1), "총 학습 반복 횟수"),
     ("save_every", 500, (int, 1), "몇 번 반복할 때마다 검증하고 저장할지"),
     ("patience", 0, (int, 0), "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지"),
@@ -122,7 +122,7 @@ CONFIG = {name: default for name, default, *_ in SETTINGS}
 IMPROVED = {"dice_weight": 1.0, "supervise": "all", "prompt": "mixed", "batch_size": 4, "iterations": 750,
             "save_every": 125, "lr": 3e-4, "scheduler": "cosine", "warmup": 50}
 RECIPES = {  # what --recipe sets, where a flag does not say otherwise
-    # the same 3000 decoder passes in all three; chosen by benchmarks/study_recipes.py, see the guide
+    # the same 3000 training examples in all three; chosen by benchmarks/study_recipes.py, see the guide
     "reference": {},
     "improved": IMPROVED,
     "strongest": {**IMPROVED, "encoder": "full"},
@@ -291,23 +291,26 @@ def lock(path):
 def open_trackers(args):
     """Functions that take (iteration, values by name), for --tensorboard and --wandb; fail if not installed."""
     trackers = []
-    try:
-        if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(args.output_dir / "tensorboard")
+    if args.tensorboard:
+        writer = import_or_fail("torch.utils.tensorboard", "tensorboard").SummaryWriter(args.output_dir / "tensorboard")
 
-            def track(iteration, values):
-                for name, value in values.items():
-                    writer.add_scalar(name, value, iteration)
-                writer.flush()
-            trackers.append(track)
-        if args.wandb:
-            import wandb
-            tracked = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
-            trackers.append(lambda iteration, values: tracked.log(values, step=iteration))
-    except ImportError as error:
-        fail(f"--tensorboard나 --wandb에 필요한 패키지가 없습니다: pip install {error.name or 'tensorboard'}")
+        def track(iteration, values):
+            for name, value in values.items():
+                writer.add_scalar(name, value, iteration)
+            writer.flush()
+        trackers.append(track)
+    if args.wandb:
+        tracked = import_or_fail("wandb", "wandb").init(project=args.wandb, dir=args.output_dir, config=vars(args))
+        trackers.append(lambda iteration, values: tracked.log(values, step=iteration))
     return trackers
+
+
+def import_or_fail(module, package):
+    """Import a module that one flag alone needs, --tensorboard or --wandb; package: what to install for it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fail(f"--{package}를 쓰려면 {package} 패키지가 필요합니다 ({error}): pip install {package}")
 
 
 class Training:
@@ -464,6 +467,8 @@ class Training:
             before, progress = dict(last["settings"]), {name: last[name] for name in PROGRESS}
         except FileNotFoundError:
             fail(f"이어서 할 학습이 없습니다: {path}")
+        except (KeyError, ValueError, TypeError):
+            fail(f"{path}는 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
             fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
         fixed = {"iterations"} if self.args.scheduler in ("cosine", "step") else set()  # their length is the run's
@@ -637,7 +642,7 @@ class FeatureCache:
         key = hashlib.sha256(self.identity + repr(size).encode() + path.read_bytes()).hexdigest()
         entry = self.folder / f"{key}.npz"
         with contextlib.suppress(Exception):  # not there, or damaged: that raises half a dozen kinds
-            with np.load(entry) as stored:
+            with np.load(io.BytesIO(entry.read_bytes())) as stored:
                 if stored.zip.testzip() is None:  # no checksum is wrong
                     return [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
         levels = self.encode(path, size)
@@ -1000,6 +1005,10 @@ def train(training, trackers):
     bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
                total=args.iterations, disable=True if rank else None)
     for iteration in bar:
+        if 0 < args.patience <= training.validations_since_best:
+            bar.close()
+            print(f"{training.iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
+            break
         stopping, better = training.step(iteration, interrupted), False
         bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
         validating = iteration % args.save_every == 0 or iteration == args.iterations
@@ -1019,10 +1028,6 @@ def train(training, trackers):
             bar.close()
             print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(processes)}")
             sys.exit(130)
-        if 0 < args.patience <= training.validations_since_best:
-            bar.close()
-            print(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
-            break
 
 
 def ignore_interrupts(_worker):
@@ -1268,7 +1273,7 @@ def decode_file(path, flags):
     try:
         decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from None
+        raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         decoded = None
     if decoded is None:
@@ -1331,6 +1336,8 @@ def load_weights(model, checkpoint, model_cfg):
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(saved.get("model", saved)))
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")

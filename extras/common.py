@@ -110,7 +110,7 @@ def decode_file(path, flags):
     try:
         decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from None
+        raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         decoded = None
     if decoded is None:
@@ -173,6 +173,8 @@ def load_weights(model, checkpoint, model_cfg):
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(saved.get("model", saved)))
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")

@@ -280,6 +280,12 @@ def test_hundreds_of_coco_objects_are_numbered():
     assert len(squares) == 400 and (labels == wanted).all()
 
 
+def test_runs_of_no_length_are_merged_rightly():
+    run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
+    mask = prepare_data.draw_objects([run, run], 20, 30, True, "a.png")
+    assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
+
+
 LABELS = np.where(SMALL, 7, np.where(LARGE, 1, np.where(OTHER, 300, 0)))
 
 

@@ -490,6 +490,13 @@ def test_other_buttons_and_clicks_outside_the_image_place_nothing(window):
     assert not window.asked and not window.current.points
 
 
+def test_a_click_beside_the_image_after_panning_places_nothing(window):
+    window.panels[0].set(xlim=(-40, 60), ylim=(90, -40))
+    click(window.figure, -20, -20)
+    click(window.figure, 20, -10)
+    assert not window.asked and not window.current.points
+
+
 def test_a_click_on_the_outer_half_of_an_edge_pixel_is_in_it(window):
     click(window.figure, -0.4, 30)
     click(window.figure, 79.4, 30)
