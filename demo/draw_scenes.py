@@ -45,12 +45,15 @@ def draw_clip(rng, size, times):
     """
     times = np.arange(times) if np.isscalar(times) else times
     count, pace = len(times), rng.uniform(0.2, 1.6)  # pace: of everything that moves
+    calm = rng.uniform(0.15, 1)  # 1: surfaces as restless as texture() makes them
     ground, backdrop = rng.uniform(20, 235, 3), int(1.6 * size) if count > 1 else size  # room for the camera
-    wall = texture(rng, backdrop, ground)
+    wall = texture(rng, backdrop, ground, calm)
+    if rng.random() < 0.25:
+        draw_lines(rng, wall)
     things, groups = [], []
     while len(groups) < rng.integers(1, MAX_THINGS + 1):
         model = things[-1] if things and rng.random() < 0.2 else None
-        thing = new_thing(rng, size, ground, pace, model)
+        thing = new_thing(rng, size, ground, calm, pace, model)
         things.append(thing)
         number = len(groups) + 1
         parts = list(range(number + 1, number + 1 + len(thing.parts)))
@@ -66,6 +69,7 @@ def draw_clip(rng, size, times):
         for thing in things:
             number = paste(image, labels[row], thing, view, t, number + 1)
         frames[row] = finish(image)
+        labels[row][finish.beyond] = 0
     return frames, labels, groups
 
 
@@ -83,11 +87,12 @@ class Thing:
     glow: float                 # brightness that it adds around itself: a rim of light, or a shadow if negative
     glow_shift: np.ndarray      # where the shadow falls
     dome: float                 # how much brighter it is in the middle than at the edge
+    rim: float                  # how much brighter a line along its edge is
     waves: np.ndarray           # deformation: (amplitude, waves around the outline, speed) of each wave
     parts: list = field(default_factory=list)
 
 
-def new_thing(rng, size, ground, pace, model=None, whole=None):
+def new_thing(rng, size, ground, calm, pace, model=None, whole=None):
     """A thing anywhere; of the surface and outline of `model`, or a part on `whole`, if one is given."""
     if whole is None:
         radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.4)))
@@ -101,7 +106,9 @@ def new_thing(rng, size, ground, pace, model=None, whole=None):
     if model is None:
         points = outline(rng, radius)
         side = int(2 * np.abs(points).max() * 1.3) + 8
-        surface = texture(rng, side, contrasting(rng, ground))
+        surface = texture(rng, side, contrasting(rng, ground, calm), calm)
+        if rng.random() < 0.25:
+            add_highlights(rng, surface, cells=rng.integers(3, 12), share=rng.uniform(0.01, 0.12))
     else:
         points, surface = model.outline, model.surface
     waves = np.stack([rng.uniform(0, 0.12, 2) * (rng.random() < 0.5), rng.integers(2, 5, 2), rng.uniform(0, 0.6, 2)], 1)
@@ -111,18 +118,19 @@ def new_thing(rng, size, ground, pace, model=None, whole=None):
         glow=rng.uniform(-45, 25) if rng.random() < 0.4 else 0,
         glow_shift=rng.normal(0, 0.015, 2) * size,
         dome=rng.uniform(0, 60) if rng.random() < 0.5 else 0,
+        rim=rng.uniform(-60, 60) if rng.random() < 0.2 else 0,
         waves=waves,
     )
     if whole is None and radius > 0.12 * size and rng.random() < 0.3:
         colour = surface.mean((0, 1))
-        thing.parts = [new_thing(rng, size, colour, pace, whole=thing) for _ in range(rng.integers(1, 3))]
+        thing.parts = [new_thing(rng, size, colour, calm, pace, whole=thing) for _ in range(rng.integers(1, 3))]
     return thing
 
 
-def contrasting(rng, ground):
-    """A colour at a distance of 30 to 160 from `ground`."""
+def contrasting(rng, ground, calm):
+    """A colour that can be told from `ground`: at a distance of 16 to 180, the farther the more restless both are."""
     shift = rng.normal(0, 1, 3) if rng.random() < 0.75 else np.full(3, rng.choice([-1, 1]))  # or brightness alone
-    contrast = np.exp(rng.uniform(np.log(30), np.log(160)))
+    contrast = np.exp(rng.uniform(np.log(12), np.log(160))) + 25 * calm
     return np.clip(ground + contrast * shift / np.linalg.norm(shift), 5, 250)
 
 
@@ -160,26 +168,45 @@ def rotation(angle):
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-def texture(rng, side, colour):
-    """A textured field around `colour`: float32 side x side x 3, 0 to 255."""
+def texture(rng, side, colour, calm):
+    """A textured field around `colour`: float32 side x side x 3, 0 to 255; the smaller `calm`, the plainer."""
     surface = np.broadcast_to(colour.astype(np.float32), (side, side, 3)).copy()
-    angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, 50)
+    angle, slope = rng.uniform(0, 2 * np.pi), calm * rng.uniform(0, 50)
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side - 0.5
     across = (x * np.cos(angle) + y * np.sin(angle)).astype(np.float32)
     surface += (slope * across)[..., None]
-    surface += (rng.uniform(0, 30) * value_noise(rng, side, int(rng.integers(3, 20))))[..., None]
+    surface += (calm * rng.uniform(0, 30) * value_noise(rng, side, int(rng.integers(3, 20))))[..., None]
     kind = rng.random()
     if kind < 0.2:  # stripes
         wave = np.sin(across * rng.uniform(20, 90))
-        surface += (rng.uniform(5, 35) * wave)[..., None] * rng.uniform(0.3, 1, 3).astype(np.float32)
+        surface += (calm * rng.uniform(5, 35) * wave)[..., None] * rng.uniform(0.3, 1, 3).astype(np.float32)
     elif kind < 0.4:  # blotches of a second tint
         spots = (value_noise(rng, side, int(rng.integers(5, 12))) > 0.2).astype(np.float32)
-        surface += spots[..., None] * rng.uniform(-40, 40, 3).astype(np.float32)
+        surface += spots[..., None] * (calm * rng.uniform(-40, 40, 3)).astype(np.float32)
     elif kind < 0.7:  # all scales at once, as in photographs
-        strength = rng.uniform(5, 35)
+        strength = calm * rng.uniform(5, 35)
         for octave in range(1, 6):
             surface += (strength / octave * value_noise(rng, side, 2 ** (octave + 1)))[..., None]
     return surface
+
+
+def draw_lines(rng, surface):
+    """A few thin bent lines, like vessels or cracks, of one colour (surface changed in place)."""
+    side, shade = len(surface), rng.uniform(-50, 50)
+    lines = np.zeros((side, side), np.uint8)
+    for _ in range(rng.integers(2, 12)):
+        steps = np.cumsum(rng.normal(0, 0.5, 40)) + rng.uniform(0, 2 * np.pi)
+        path = rng.uniform(0, side, 2) + np.cumsum(np.stack([np.cos(steps), np.sin(steps)], 1), 0) * side / 50
+        cv2.polylines(lines, [np.round(path * 16).astype(np.int32)], False, 255, int(rng.integers(1, 4)),
+                      cv2.LINE_AA, shift=4)
+    surface += (shade / 255 * cv2.GaussianBlur(lines, (0, 0), 0.7).astype(np.float32))[..., None]
+
+
+def add_highlights(rng, image, cells, share):
+    """Nearly white spots over `share` of the image (changed in place), about as large as a cell is wide."""
+    wish = value_noise(rng, len(image), int(cells))
+    spots = (wish > np.quantile(wish[::4, ::4], 1 - share)).astype(np.float32)
+    image += cv2.GaussianBlur(spots, (0, 0), 1)[..., None] * (rng.uniform(225, 255) - image)
 
 
 def value_noise(rng, side, cells):
@@ -191,7 +218,7 @@ def value_noise(rng, side, cells):
 class Motion:
     """Where something is at time t (frames): a drift, a swing, a turn and a change of size.
 
-    leaves: the chance of a swing so wide that the thing leaves the picture and comes back; half as often it shrinks
+    leaves: the chance of a swing so wide that the thing leaves the picture and comes back; as often it shrinks
         to nothing, as the slices of a round body do.
     """
 
@@ -204,7 +231,7 @@ class Motion:
             self.swing = direction / np.linalg.norm(direction) * size * rng.uniform(0.7, 1.4)
             self.period, self.phase = rng.uniform(24, 60), np.zeros(2)
             self.drift *= 0
-        self.end = rng.uniform(5, 40) if rng.random() < leaves / 2 else np.inf
+        self.end = rng.uniform(3, 30) if rng.random() < leaves else np.inf
         self.turn = rng.normal(0, 0.04) * pace
         self.growth = rng.uniform(0, 0.25) * min(pace, 1)
         self.start = np.sin(self.phase)
@@ -257,6 +284,9 @@ def paste(image, labels, thing, view, t, number, within=None):
     surface = cv2.warpAffine(thing.surface, place[:2], solid.shape[::-1], borderMode=cv2.BORDER_REFLECT)
     if thing.dome:
         surface += (thing.dome * (cv2.GaussianBlur(solid, (0, 0), size * 0.05) - 0.6))[..., None]
+    if thing.rim:
+        near_edge = (1 - cv2.GaussianBlur(solid, (0, 0), size * 0.012)).clip(0, 0.25) * 4
+        surface += (thing.rim * solid * near_edge)[..., None]
     patch += alpha[..., None] * (surface - patch)
     labels[y1:y2, x1:x2][inside > 127] = number
 
@@ -269,7 +299,8 @@ def paste(image, labels, thing, view, t, number, within=None):
 
 
 class Finish:
-    """The camera's part, the same in all frames of a clip: light, highlights, blur, noise, compression."""
+    """The camera's part, the same in all frames of a clip: light, highlights, field of view, blur, noise,
+    compression."""
 
     def __init__(self, rng, size):
         self.rng = rng
@@ -279,12 +310,18 @@ class Finish:
             edge = rng.uniform(-0.4, 0.4) + value_noise(rng, size, 3) * rng.uniform(0, 0.3)
             angle, width = rng.uniform(0, 2 * np.pi), rng.uniform(0.01, 0.15)
             light *= 1 - rng.uniform(0.1, 0.5) / (1 + np.exp((edge - x * np.cos(angle) - y * np.sin(angle)) / width))
+        self.beyond, self.surround = np.zeros((size, size), bool), 0
+        if rng.random() < 0.2:  # one shade, mostly dark, beyond a field of view: round, square or with cut corners
+            power, turn = rng.choice([2, 4, 12]), rotation(rng.choice([0, np.pi / 4]))
+            across, down = np.abs(np.tensordot(turn, np.stack([x, y]), 1))
+            self.beyond = across**power + down**power > rng.uniform(0.38, 0.62) ** power
+            self.surround = rng.uniform(0, 40) if rng.random() < 0.8 else rng.uniform(0, 255)
         self.light = light[..., None].astype(np.float32)
         self.shine = None
         if rng.random() < 0.2:
-            wish = value_noise(rng, size, int(rng.integers(10, 40)))
-            spots = (wish > np.quantile(wish, 1 - rng.uniform(0.002, 0.012))).astype(np.float32)
-            self.shine = cv2.GaussianBlur(spots, (0, 0), size / 200)[..., None]
+            self.shine = np.zeros((size, size, 1), np.float32)
+            add_highlights(rng, self.shine, rng.integers(8, 40), rng.uniform(0.002, 0.02))
+            self.shine /= 255
         self.sigma = size / 128 * rng.uniform(0.4, 1.2) if rng.random() < 0.3 else 0
         self.is_grey = rng.random() < 0.2
         self.noise = rng.uniform(0, 8)
@@ -294,7 +331,8 @@ class Finish:
         """float32 S x S x 3 -> uint8 S x S x 3."""
         image = image * self.light
         if self.shine is not None:
-            image += self.shine * (250 - image)
+            image = image + self.shine * (250 - image)
+        image[self.beyond] = self.surround
         if self.sigma:
             image = cv2.GaussianBlur(image, (0, 0), self.sigma)
         if self.is_grey:

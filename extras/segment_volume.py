@@ -77,7 +77,7 @@ def main():
     mask, scores = np.zeros((len(slices), height, width), bool), np.full(len(slices), np.nan)
 
     def follow(prompts):
-        return segment(predictor, slices, prompts, args.each_slice, mask, scores)
+        return segment(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
 
     is_done = False
     if args.interactive:
@@ -109,6 +109,8 @@ def parse_args():
                         help="슬라이스의 방향 (기본: axial)")
     parser.add_argument("--window", type=parse_window, default="brain", metavar="이름",
                         help=f'밝기 범위: {", ".join(WINDOWS)}, "중심,폭" (HU), 또는 MR에는 none (기본: brain)')
+    parser.add_argument("--max-gap", type=int, default=3, metavar="N",
+                        help="대상이 잇달아 N장에서 보이지 않으면 그 방향은 거기서 끝, 0이면 볼륨 끝까지 (기본: 3)")
     parser.add_argument("--each-slice", action="store_true",
                         help="기억으로 따라가지 않고 프롬프트가 있는 슬라이스만 하나씩 분할")
     parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산")
@@ -118,6 +120,8 @@ def parse_args():
     args.prompts = {(number, 1): ([point for own, point in args.point if own == number], args.box.get(number))
                     for number in {number for number, _ in args.point} | set(args.box)}
     args.interactive = not args.prompts
+    if args.max_gap < 0:
+        parser.error("--max-gap은 0 이상이어야 합니다")
     args.name = Path(args.volume).name
     for suffix in (".gz", ".nii", ".img", ".hdr"):
         args.name = args.name.removesuffix(suffix)
@@ -313,14 +317,15 @@ def as_flags(prompts):
 
 # ----------------------------------------------------------------------------- segmenting
 
-def segment(predictor, slices, prompts, each_slice, mask, scores):
+def segment(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
     """Segment the volume; yields (slice, label map) and fills `mask` and `scores` in place.
 
     mask: bool slices x H x W; scores: float, one per slice, NaN where none was predicted.
-    each_slice: segment only the prompted slices, each without memory of the others.
+    each_slice: segment only the prompted slices, each without memory of the others. max_gap: see track(); unlike what
+    a video shows, what a volume holds rarely ends and begins again.
     """
     mask[:], scores[:] = False, np.nan
-    found = segment_each(predictor, slices, prompts) if each_slice else track(predictor, slices, prompts)
+    found = segment_each(predictor, slices, prompts) if each_slice else track(predictor, slices, prompts, max_gap)
     with tqdm(total=len(prompts) if each_slice else len(slices), desc="분할", unit="장", disable=None) as bar:
         for number, _, logits, (score,) in found:
             bar.update(np.isnan(scores[number]))

@@ -35,21 +35,24 @@ WINDOW_HELP = ("left click: object    right click: background    drag: box    {d
 
 # ----------------------------------------------------------------------------- tracking
 
-def track(predictor, frames, prompts):
+def track(predictor, frames, prompts, max_gap=0):
     """Track the prompted objects through all frames, keeping only the outputs that later frames can attend to.
 
     Yields (frame, objects, logits, scores) from the first prompted frame to the last one, then, if there are
     frames before the first prompt, backwards from it to frame 0 (the first prompted frame a second time).
         objects: list of N object numbers; logits: float32 N x H x W tensor, above 0 inside the object;
         scores: list of N predicted probabilities, 0 to 1, that the object is visible.
+    max_gap: beyond the last prompt, and before the first, end after this many frames in a row without a pixel of any
+        object; 0: never.
     The masks are those of SAM2VideoPredictor.propagate_in_video after all prompts have been added, forwards and
     then with reverse=True. Source of what a frame attends to: SAM2Base._prepare_memory_conditioned_features.
     """
     state = start_state(predictor, frames)
     add_prompts(predictor, state, prompts)
-    first = min(frame for frame, _ in prompts)
+    first, last = min(prompts)[0], max(prompts)[0]
     reach = max(predictor.num_maskmem * predictor.memory_temporal_stride_for_eval, predictor.max_obj_ptrs_in_encoder)
     for reverse in (False, True) if first > 0 else (False,):
+        gap = 0
         for frame, objects, logits in without_bar(predictor.propagate_in_video(state, reverse=reverse)):
             yield frame, list(objects), logits[:, 0], object_scores(state, frame)
             for outputs in state["output_dict_per_obj"].values():
@@ -59,6 +62,9 @@ def track(predictor, frames, prompts):
                     needed = old < frame + reach if reverse else old > frame - reach or 0 < first >= old - reach
                     if not needed:
                         del kept[old]
+            gap = 0 if first <= frame <= last or (logits > 0).any() else gap + 1
+            if max_gap and gap == max_gap:
+                break
 
 
 def start_state(predictor, frames):

@@ -109,6 +109,17 @@ def test_the_best_of_three_masks_counts_in_full_and_all_a_little():
     assert loss.item() == pytest.approx(0.2 * 2 / 3 * (4 * 10 + 64 / 65) + 0.1, abs=0.01)
 
 
+def test_grouping_loss_of_features_that_are_all_alike():
+    """At distance 0 two cells are of one thing with probability sigmoid(4): -log of it is 0.018, of the rest 4.018."""
+    grouping = make_demo_model.Grouping(make_demo_model.build(256))
+    for parameter in grouping.parameters():
+        torch.nn.init.zeros_(parameter)
+    levels = [torch.ones(1, 16, 64, 64), torch.ones(1, 32, 32, 32), torch.ones(1, 128, 16, 16)]
+    one_thing, a_thing_each = torch.zeros(1, 256, 256), torch.arange(256**2).view(1, 256, 256)
+    assert grouping(levels, one_thing).item() == pytest.approx(0.01815, abs=1e-5)
+    assert grouping(levels, a_thing_each).item() == pytest.approx(0.01815 / 256 + 4.01815 * 255 / 256, abs=1e-4)
+
+
 def test_box_prompts_stay_within_a_tenth_of_the_side_of_the_mask():
     masks = torch.zeros(50, 64, 64, dtype=torch.bool)
     masks[:, 20:41, 10:51] = True

@@ -460,6 +460,24 @@ def test_failures_are_one_line_before_the_model_is_loaded(clip):
         assert "usage" in track(clip, "missing.pt", *wrong, code=2).stderr
 
 
+@pytest.mark.parametrize("max_gap, frames", [(0, [*range(5, 12), *range(5, -1, -1)]),
+                                             (2, [5, 6, 7, 8, 9, 10, 5, 4, 3, 2])])
+def test_tracking_ends_after_a_gap_beyond_the_prompts(monkeypatch, max_gap, frames):
+    """The object is in sight on frames 4, 5, 6 and 8 of 12; frames 5 and 7 have prompts."""
+    class Predictor:
+        num_maskmem, memory_temporal_stride_for_eval, max_obj_ptrs_in_encoder = 7, 1, 16
+
+        def propagate_in_video(self, state, reverse):
+            for frame in range(5, -1, -1) if reverse else range(5, 12):
+                yield frame, [1], torch.full((1, 1, 2, 2), 1.0 if frame in (4, 5, 6, 8) else -1.0)
+
+    monkeypatch.setattr(tracking, "start_state", lambda predictor, frames: {"output_dict_per_obj": {}})
+    monkeypatch.setattr(tracking, "add_prompts", lambda predictor, state, prompts: None)
+    prompts = {(7, 1): ([(0, 0, 1)], None), (5, 1): ([(0, 0, 1)], None)}
+    found = [frame for frame, *_ in tracking.track(Predictor(), None, prompts, max_gap)]
+    assert found == frames
+
+
 # ----------------------------------------------------------------------------- window
 
 class Hand:
