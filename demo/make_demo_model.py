@@ -22,7 +22,9 @@ processes of one thread each for two hours of a busy machine: 5,100 and 5,050 st
 of both models' weights taken every 50 steps. The learning rates fell to 0. All of this is short: --resume goes on.
 
 On 200 held-out scenes at 256 px it reaches IoU 0.547 with a click and 0.685 with a box, and its score misses the IoU
-by 0.144; the file before it, on the same scenes, 0.505, 0.634 and 0.161. FIGURES
+by 0.144; the file before it, on the same scenes, 0.505, 0.634 and 0.161. The mask generator finds 6 of 64 objects: few
+scores pass 0.88. On 200 held-out clips of 32 frames, with a box on the first: J 0.566, mask empty on 82 % of the frames
+without the object, not empty on 85 % of those with it (--evaluate, 13 minutes on one thread).
 """
 
 import argparse
