@@ -519,7 +519,7 @@ def load_weights(model, checkpoint, model_cfg):
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(dict(saved.get("model", saved)))
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "

@@ -161,16 +161,16 @@ def test_resume_continues_bit_for_bit(data, weights, more):
 
 
 def test_patience_ends_a_training_that_no_longer_improves(data, weights):
-    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 1e-9)
+    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 0)
     assert "8회에 일찍 끝냅니다: 2회 이후로" in done.stdout
     assert read_log(data)[-1]["iteration"] == "8" and read_summary(data / "output")["best_iteration"] == 2
     final = (data / "output/sam2_final.pt").read_bytes()
-    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 1e-9, "--resume")
+    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 0, "--resume")
     assert "8회에 일찍 끝냅니다: 2회 이후로" in done.stdout  # at once, without another iteration
     assert (data / "output/sam2_final.pt").read_bytes() == final
     last = torch.load(data / "output/sam2_last.pt", weights_only=True)
     torch.save({name: value for name, value in last.items() if name != "halvings"}, data / "output/sam2_last.pt")
-    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--lr", 1e-9, "--resume", code=1)
+    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--lr", 0, "--resume", code=1)
     assert_fails_in_one_line(done, "sam2_last.pt", "다른 버전")
 
 
