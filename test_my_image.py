@@ -599,13 +599,13 @@ def save_result(path, image, name, objects, rough):
 
     Of one object and one model these are the candidates, the best in a green frame; else a panel for each model.
     """
-    panels = []
+    panels, heading = [], name
     if len(objects) == 1 and len(objects[0].candidates) == 1:
-        (name, candidates), = objects[0].candidates.items()
-        chosen, _, _ = objects[0].best(name)
+        (heading, candidates), = objects[0].candidates.items()  # the panels are named after their masks
+        chosen, _, _ = objects[0].best(heading)
         for number, (mask, score) in enumerate(zip(*candidates)):
             text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
-            panels.append((text, [(mask, COLOURS[name])], number == chosen))
+            panels.append((text, [(mask, COLOURS[heading])], number == chosen))
     else:
         for title in objects[0].candidates:
             text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
@@ -619,7 +619,7 @@ def save_result(path, image, name, objects, rough):
     height = min(max(width / flatness, 1), 9) + 0.4
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
                                 layout="constrained")
-    for axis, (title, masks, framed) in zip(axes.flat, [(printable(name), [], False), *panels]):
+    for axis, (title, masks, framed) in zip(axes.flat, [(printable(heading), [], False), *panels]):
         show(axis, image, masks)
         axis.set_title(title)
         axis.spines[:].set(visible=framed, color="lime", linewidth=4)

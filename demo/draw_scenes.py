@@ -3,7 +3,8 @@
 A scene holds one to eight overlapping things of any colour, texture, outline and softness of edge: blobs, polygons,
 crescents, bent strips; some carry parts of another colour, some are of the same make as their neighbour. In a clip
 they move, turn, deform, shrink to nothing, pass behind each other, leave and come back, and the camera moves too. A
-still scene is a clip of one frame. Nothing here imitates the fine-tuning domain (make_demo_data.py).
+still scene is a clip of one frame. Highlights, thin lines and a dark surround occur here as in the images of
+make_demo_data.py; its colours and its polyps do not.
 
     python demo/draw_scenes.py        # a sheet of scenes and clips to look at: demo/output/scenes.png
 """
@@ -45,15 +46,15 @@ def draw_clip(rng, size, times):
     """
     times = np.arange(times) if np.isscalar(times) else times
     count, pace = len(times), rng.uniform(0.2, 1.6)  # pace: of everything that moves
-    calm = rng.uniform(0.15, 1)  # 1: surfaces as restless as texture() makes them
+    roughness = rng.uniform(0.15, 1)  # of all surfaces: how strong their texture is
     ground, backdrop = rng.uniform(20, 235, 3), int(1.6 * size) if count > 1 else size  # room for the camera
-    wall = texture(rng, backdrop, ground, calm)
+    wall = texture(rng, backdrop, ground, roughness)
     if rng.random() < 0.25:
         draw_lines(rng, wall)
     things, groups = [], []
     while len(groups) < rng.integers(1, MAX_THINGS + 1):
         model = things[-1] if things and rng.random() < 0.2 else None
-        thing = new_thing(rng, size, ground, calm, pace, model)
+        thing = new_thing(rng, size, ground, roughness, pace, model)
         things.append(thing)
         number = len(groups) + 1
         parts = list(range(number + 1, number + 1 + len(thing.parts)))
@@ -92,7 +93,7 @@ class Thing:
     parts: list = field(default_factory=list)
 
 
-def new_thing(rng, size, ground, calm, pace, model=None, whole=None):
+def new_thing(rng, size, ground, roughness, pace, model=None, whole=None):
     """A thing anywhere; of the surface and outline of `model`, or a part on `whole`, if one is given."""
     if whole is None:
         radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.4)))
@@ -106,7 +107,7 @@ def new_thing(rng, size, ground, calm, pace, model=None, whole=None):
     if model is None:
         points = outline(rng, radius)
         side = int(2 * np.abs(points).max() * 1.3) + 8
-        surface = texture(rng, side, contrasting(rng, ground, calm), calm)
+        surface = texture(rng, side, contrasting(rng, ground, roughness), roughness)
         if rng.random() < 0.25:
             add_highlights(rng, surface, cells=rng.integers(3, 12), share=rng.uniform(0.01, 0.12))
     else:
@@ -123,14 +124,14 @@ def new_thing(rng, size, ground, calm, pace, model=None, whole=None):
     )
     if whole is None and radius > 0.12 * size and rng.random() < 0.3:
         colour = surface.mean((0, 1))
-        thing.parts = [new_thing(rng, size, colour, calm, pace, whole=thing) for _ in range(rng.integers(1, 3))]
+        thing.parts = [new_thing(rng, size, colour, roughness, pace, whole=thing) for _ in range(rng.integers(1, 3))]
     return thing
 
 
-def contrasting(rng, ground, calm):
-    """A colour that can be told from `ground`: at a distance of 16 to 180, the farther the more restless both are."""
+def contrasting(rng, ground, roughness):
+    """A colour that can be told from `ground`: at a distance of 16 to 185, farther between rough surfaces."""
     shift = rng.normal(0, 1, 3) if rng.random() < 0.75 else np.full(3, rng.choice([-1, 1]))  # or brightness alone
-    contrast = np.exp(rng.uniform(np.log(12), np.log(160))) + 25 * calm
+    contrast = np.exp(rng.uniform(np.log(12), np.log(160))) + 25 * roughness
     return np.clip(ground + contrast * shift / np.linalg.norm(shift), 5, 250)
 
 
@@ -168,23 +169,26 @@ def rotation(angle):
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-def texture(rng, side, colour, calm):
-    """A textured field around `colour`: float32 side x side x 3, 0 to 255; the smaller `calm`, the plainer."""
+def texture(rng, side, colour, roughness):
+    """A textured field around `colour`: float32 side x side x 3, 0 to 255.
+
+    roughness: 0 (no texture) to 1.
+    """
     surface = np.broadcast_to(colour.astype(np.float32), (side, side, 3)).copy()
-    angle, slope = rng.uniform(0, 2 * np.pi), calm * rng.uniform(0, 50)
+    angle, slope = rng.uniform(0, 2 * np.pi), roughness * rng.uniform(0, 50)
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side - 0.5
     across = (x * np.cos(angle) + y * np.sin(angle)).astype(np.float32)
     surface += (slope * across)[..., None]
-    surface += (calm * rng.uniform(0, 30) * value_noise(rng, side, int(rng.integers(3, 20))))[..., None]
+    surface += (roughness * rng.uniform(0, 30) * value_noise(rng, side, int(rng.integers(3, 20))))[..., None]
     kind = rng.random()
     if kind < 0.2:  # stripes
         wave = np.sin(across * rng.uniform(20, 90))
-        surface += (calm * rng.uniform(5, 35) * wave)[..., None] * rng.uniform(0.3, 1, 3).astype(np.float32)
+        surface += (roughness * rng.uniform(5, 35) * wave)[..., None] * rng.uniform(0.3, 1, 3).astype(np.float32)
     elif kind < 0.4:  # blotches of a second tint
         spots = (value_noise(rng, side, int(rng.integers(5, 12))) > 0.2).astype(np.float32)
-        surface += spots[..., None] * (calm * rng.uniform(-40, 40, 3)).astype(np.float32)
+        surface += spots[..., None] * (roughness * rng.uniform(-40, 40, 3)).astype(np.float32)
     elif kind < 0.7:  # all scales at once, as in photographs
-        strength = calm * rng.uniform(5, 35)
+        strength = roughness * rng.uniform(5, 35)
         for octave in range(1, 6):
             surface += (strength / octave * value_noise(rng, side, 2 ** (octave + 1)))[..., None]
     return surface

@@ -62,9 +62,10 @@ def track(predictor, frames, prompts, max_gap=0):
                     needed = old < frame + reach if reverse else old > frame - reach or 0 < first >= old - reach
                     if not needed:
                         del kept[old]
-            gap = 0 if first <= frame <= last or (logits > 0).any() else gap + 1
-            if max_gap and gap == max_gap:
-                break
+            if max_gap:
+                gap = 0 if first <= frame <= last or (logits > 0).any() else gap + 1
+                if gap == max_gap:
+                    break
 
 
 def start_state(predictor, frames):
