@@ -6,6 +6,7 @@ Both start from the same weights and visit the same images in the same order, tu
 that a busy machine slows both. The plain loop encodes the image at every iteration, enlarges all three
 masks and hands all weights to AdamW; this project's keeps the features. The model is sam2.1_hiera_s at
 1024 px with random weights: right for speed, meaningless for quality. Images are drawn if none are named.
+With --batch-size the project's loop takes so many images at once; the plain loop knows only one at a time.
 """
 
 import argparse
@@ -41,6 +42,8 @@ def main():
     parser.add_argument("--image-dir", type=Path, help="images to use instead of drawn ones")
     parser.add_argument("--mask-dir", type=Path)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--no-amp", dest="amp", action="store_false", help="full precision in both loops, also on CUDA")
     parser.add_argument("--memory", action="store_true", help="measure peak memory of several settings instead")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -83,36 +86,44 @@ def time_iterations(args, checkpoint, pairs):
     plain.model.sam_mask_decoder.train()
     plain.model.sam_prompt_encoder.train()
     plain_optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-5, weight_decay=4e-5)
-    settings = argparse.Namespace(**project.CONFIG)
+    settings = argparse.Namespace(**{**project.CONFIG, "amp": args.amp})
     project.freeze_all_but(ours.model, project.TRAINED["frozen"])
     our_optimizer = project.make_optimizer(ours.model, settings)
     ours.model.sam_mask_decoder.train()
     ours.model.sam_prompt_encoder.train()
-    half = torch.device(device).type == "cuda" and project.autocast_dtype() == torch.float16
+    on_cuda = torch.device(device).type == "cuda"
+    half = on_cuda and args.amp and project.autocast_dtype() == torch.float16
     scaler = torch.amp.GradScaler("cuda", enabled=half)
     masks = project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
-    cache = project.FeatureCache(ours, 10**12)
+    cache = project.FeatureCache(ours, 10**12, amp=args.amp)
     batch_loss = project.BatchLoss(ours, masks, cache, settings)
     rng = np.random.default_rng(0)
 
     # each image is visited 3.75 times on average, as in 3,000 iterations over 800 images, in random order
     visits = rng.permutation(np.resize(rng.permutation(len(pairs)), round(3.75 * len(pairs))))
-    plain_iteration(plain, plain_optimizer, scaler, *pairs[0], rng)  # warm up: neither counts
-    project_iteration(batch_loss, our_optimizer, scaler, 0, rng)
+    batches = np.split(visits, range(args.batch_size, len(visits), args.batch_size))
+    plain_iterations(plain, plain_optimizer, scaler, pairs[:1], rng, args.amp)  # warm up: neither counts
+    project_iteration(batch_loss, our_optimizer, scaler, batches[0], rng)
     cache.kept.clear()
     rows = []
-    for index in visits:
-        first = masks.paths[index] not in cache.kept
-        rows.append((first,
-                     timed(device, plain_iteration, plain, plain_optimizer, scaler, *pairs[index], rng),
-                     timed(device, project_iteration, batch_loss, our_optimizer, scaler, index, rng)))
-    first, plain_time, our_time = (np.array(column) for column in zip(*rows))
-    print(f"{args.model_cfg}, {ours.model.image_size} px, {device}, {torch.get_num_threads()} CPU threads, "
-          f"{len(pairs)} images, {len(visits)} iterations")
-    print(f"{'seconds an iteration':28} {'plain loop':>10} {'project':>10} {'ratio':>7}")
-    for name, which in (("all, first visits included", slice(None)), ("first visits", first), ("later visits", ~first)):
-        a, b = plain_time[which].mean(), our_time[which].mean()
-        print(f"{name:28} {a:10.3f} {b:10.3f} {a / b:6.2f}x")
+    for batch in batches:
+        seen = np.isin([str(masks.paths[index]) for index in batch], [str(path) for path in cache.kept])
+        rows.append((seen.mean(), len(batch),
+                     timed(device, plain_iterations, plain, plain_optimizer, scaler, [pairs[i] for i in batch], rng,
+                           args.amp),
+                     timed(device, project_iteration, batch_loss, our_optimizer, scaler, batch, rng)))
+    seen, images, plain_time, our_time = np.array(rows).T
+    precision = f", {project.autocast_dtype()}".replace("torch.", "") if on_cuda and args.amp else ""
+    print(f"{args.model_cfg}, {ours.model.image_size} px, {device}{precision}, {torch.get_num_threads()} CPU threads, "
+          f"{len(pairs)} images, {len(visits)} visits, batch size {args.batch_size}")
+    print(f"{'seconds an image':28} {'plain loop':>10} {'project':>10} {'ratio':>7}")
+    for name, which in (("all, first visits included", seen >= 0), ("first visits", seen == 0),
+                        ("later visits", seen == 1)):
+        if which.any():
+            a, b = plain_time[which].sum() / images[which].sum(), our_time[which].sum() / images[which].sum()
+            print(f"{name:28} {a:10.4f} {b:10.4f} {a / b:6.2f}x")
+    if on_cuda:
+        print(f"peak GPU memory of both together: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
 
 
 def timed(device, function, *arguments):
@@ -122,12 +133,17 @@ def timed(device, function, *arguments):
     return time.perf_counter() - started
 
 
-def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
+def plain_iterations(predictor, optimizer, scaler, pairs, rng, amp):
+    for pair in pairs:
+        plain_iteration(predictor, optimizer, scaler, *pair, rng, amp)
+
+
+def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng, amp):
     """One iteration as the reference guide writes it."""
     device = predictor.device
     image, gt = project.read_image(image_path), project.read_mask(mask_path) > 0
     point = np.array([[rng.choice(np.argwhere(gt))[::-1]]], np.float32)
-    with project.mixed_precision(device):
+    with project.mixed_precision(device, amp):
         predictor.set_image(image)
         _, coords, labels, _ = predictor._prep_prompts(point, np.ones((1, 1)), None, None, True)
         sparse, dense = predictor.model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
@@ -147,10 +163,10 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng):
     return loss.item(), iou.item()
 
 
-def project_iteration(batch_loss, optimizer, scaler, index, rng):
-    """One iteration of train_sam2_proper.py."""
-    example = project.Examples(batch_loss.masks, clicks=1)[project.Example(index, rng, "point", 0)]
-    loss, _ = batch_loss([example])
+def project_iteration(batch_loss, optimizer, scaler, indices, rng):
+    """One iteration of train_sam2_proper.py on a batch of images."""
+    examples = project.Examples(batch_loss.masks, clicks=1)
+    loss, _ = batch_loss([examples[project.Example(index, rng, "point", 0)] for index in indices])
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)

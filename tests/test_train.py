@@ -249,7 +249,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder)
         "    torch.save({'model': weights}, f\"rank{os.environ['RANK']}.pt\")\n", encoding="utf-8")
     arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--iterations", "12",
                  "--save-every", "6", "--lr", "1e-4", "--encoder", encoder, "--workers", "0"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "keep_weights.py",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "keep_weights.py",
                            *arguments, "--output-dir", "two"], cwd=data, capture_output=True, encoding="utf-8",
                           env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=1200)
     assert done.returncode == 0, done.stderr

@@ -641,7 +641,7 @@ class RealWindow:
             [sys.executable, "-c", driver, "--model-cfg", str(SMALL_CFG), "--finetuned", ROOT / "demo/sam2_demo.pt",
              "--device", "cpu", *map(str, arguments)],
             cwd=folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-        self.watchdog = threading.Timer(300, self.script.kill)  # only if it hangs
+        self.watchdog = threading.Timer(1200, self.script.kill)  # only if it hangs
         self.watchdog.start()
         self.output = ""
 
