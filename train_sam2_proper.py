@@ -241,9 +241,10 @@ def system_check(args):
 
 def versions():
     """The versions of Python and of the packages that a result depends on."""
-    packages = ("torchvision", "sam2", "numpy", "opencv-python")
+    packages = ("torchvision", "sam2", "numpy")
     return {"python": platform.python_version(), "torch": torch.__version__,
-            **{name: importlib.metadata.version(name) for name in packages}}
+            **{name: importlib.metadata.version(name) for name in packages},
+            "opencv-python": cv2.__version__}  # also where opencv-python-headless is installed instead
 
 
 def free_memory():
@@ -265,7 +266,7 @@ def join_processes(requested):
         if device not in ("cuda", "cpu"):
             fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank:
@@ -1253,7 +1254,8 @@ def detect_device(requested="auto"):
     """The device to run on: as requested ("cuda", "cuda:1", "mps", "cpu"; fails if it is not available) or the best."""
     is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     usable = [name for name in is_available if is_available[name]]
-    if requested != "auto" and requested.split(":")[0] not in usable:
+    usable += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if requested not in ("auto", *usable):
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
     return usable[0] if requested == "auto" else requested
 

@@ -140,7 +140,7 @@ def join_processes(requested):
     if processes > 1:
         if device not in ("cuda", "cpu"):
             fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}") if device == "cuda" else device
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # for the slowest process
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open until the process ends)

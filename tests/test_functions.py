@@ -1,6 +1,7 @@
 """Pure functions, on values worked out by hand."""
 
 import argparse
+import importlib.metadata
 import math
 import re
 from pathlib import Path
@@ -282,6 +283,28 @@ def test_a_device_that_is_not_available_is_an_error():
     with pytest.raises(SystemExit) as stop:
         train_sam2_proper.detect_device("tpu")
     assert stop.value.code.startswith("오류: ") and "tpu" in stop.value.code
+
+
+def test_a_gpu_of_a_number_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [train_sam2_proper.detect_device(name) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    with pytest.raises(SystemExit, match="cuda:2.*cuda, cpu, cuda:0, cuda:1"):
+        train_sam2_proper.detect_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")  # torchrun with more processes than GPUs
+    with pytest.raises(SystemExit, match="cuda:2"):
+        train_sam2_proper.join_processes("cuda")
+
+
+def test_versions_need_no_package_of_opencvs_own_name(monkeypatch):
+    def version(name, installed=importlib.metadata.version):
+        if name.startswith("opencv"):  # as with opencv-python-headless
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert train_sam2_proper.versions()["opencv-python"] == cv2.__version__
 
 
 def test_compressed_runs_are_read_as_pycocotools_writes_them():

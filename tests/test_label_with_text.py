@@ -427,9 +427,9 @@ def test_two_processes_write_the_json_that_one_writes(tmp_path):
                        [f"image_{number}.png" for number in range(5)])
     flags = ("--images", "photos", "--boxes", coco, "--plot", *MODEL)
     run(SCRIPT, *flags, "--output", "one", cwd=tmp_path)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / SCRIPT),
-                           *map(str, flags), "--output", "two"], cwd=tmp_path, env=ENV, capture_output=True,
-                          encoding="utf-8", timeout=1200)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(ROOT / SCRIPT), *map(str, flags), "--output", "two"], cwd=tmp_path, env=ENV,
+                          capture_output=True, encoding="utf-8", timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("image_4.png - ") == done.stdout.count("저장: ") == 1  # only one of them speaks
     assert (tmp_path / "one" / "annotations.json").read_bytes() == (tmp_path / "two" / "annotations.json").read_bytes()

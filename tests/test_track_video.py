@@ -738,7 +738,7 @@ def numbers_in(text, flag):
     return [float(number) for number in re.search(rf'{flag} "([\d.,]+)"', text)[1].split(",")]
 
 
-def test_the_drawn_clip_has_a_polyp_on_every_frame_and_the_makefile_its_box(tmp_path):
+def test_the_drawn_clip_has_a_polyp_on_every_frame_and_the_makefiles_box_follows_it(tmp_path):
     done = run("extras/demo/make_demo_clip.py", "--output", "data", cwd=tmp_path)
     masks = np.array([cv2.imread(str(path), 0) for path in sorted((tmp_path / "data/clip_masks").iterdir())])
     assert masks.shape == (60, 288, 320) and set(np.unique(masks)) == {0, 255}
@@ -751,6 +751,12 @@ def test_the_drawn_clip_has_a_polyp_on_every_frame_and_the_makefile_its_box(tmp_
         shown = (ROOT / name).read_text("utf-8").split("extras/demo/data/clip.mp4 ")[1]
         assert numbers_in(shown, "--box") == pytest.approx(box, abs=2)
     assert len(track_video.VideoFile(tmp_path / "data/clip.mp4")) == 60
+    command = (ROOT / "Makefile").read_text("utf-8").split("extras/demo/data/clip.mp4 ")[1].split("\n")[0]
+    run("extras/track_video.py", "--model-cfg", SMALL_CFG, "--checkpoint", ROOT / "demo/sam2_demo.pt", "--original",
+        "--video", "data/clip.mp4", *shlex.split(command.rstrip("\\")), "--output", "tracked", "--device", "cpu",
+        cwd=tmp_path, timeout=1200)
+    score = run("extras/demo/score_clip.py", "tracked", "--truth", "data/clip_masks", cwd=tmp_path).stdout
+    assert float(re.search(r"평균 J ([\d.]+)", score)[1]) >= 0.6  # one box on the first frame
 
 
 def test_the_score_of_a_clip_is_the_mean_iou_without_the_first_frame(tmp_path):

@@ -249,9 +249,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder)
         "    torch.save({'model': weights}, f\"rank{os.environ['RANK']}.pt\")\n", encoding="utf-8")
     arguments = ["--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), "--device", "cpu", "--iterations", "12",
                  "--save-every", "6", "--lr", "1e-4", "--encoder", encoder, "--workers", "0"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "keep_weights.py",
-                           *arguments, "--output-dir", "two"], cwd=data, capture_output=True, encoding="utf-8",
-                          env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=1200)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "keep_weights.py", *arguments, "--output-dir", "two"], cwd=data,
+                          capture_output=True, encoding="utf-8", env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert "프로세스 2개" in done.stdout and done.stdout.count("[12/12]") == 1  # only one of them speaks
     first, second, saved = load(data / "rank0.pt"), load(data / "rank1.pt"), load(data / "two/sam2_final.pt")
@@ -692,7 +692,8 @@ def test_encoded_batches_are_what_set_image_gives(data, weights):
 
 
 def test_torchrun_refuses_a_device_that_processes_cannot_share(data, weights):
-    cuda = "import torch\ntorch.cuda.is_available = lambda: True\nsys.argv[sys.argv.index('cpu')] = 'cuda:1'"
+    cuda = ("import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda.device_count = lambda: 2\n"
+            "sys.argv[sys.argv.index('cpu')] = 'cuda:1'")
     done = train(data, weights, env={"RANK": "0", "WORLD_SIZE": "2"}, code=1, before=cuda)
     assert_fails_in_one_line(done, "torchrun", "cuda:1")
     mps = "import torch\ntorch.backends.mps.is_available = lambda: True\nsys.argv[sys.argv.index('cpu')] = 'auto'"
