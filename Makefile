@@ -22,14 +22,14 @@ $(VENV)/.installed-extras: $(VENV)/.installed-dev extras/requirements.txt
 	touch $@
 
 # The whole pipeline on drawn images with a model of 3.7 M parameters: no download, no GPU, a few minutes.
-# Only --lr and --iterations differ from the training's defaults. Everything is written below demo/.
+# Everything is written below demo/.
 DEMO_MODEL := --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
 DEMO_VAL := demo/data/images/val
 demo: $(VENV)/.installed
 	$(PY) demo/make_demo_data.py
 	$(PY) train_sam2_proper.py $(DEMO_MODEL) --image-dir demo/data/images/train --mask-dir demo/data/masks/train \
 	  --val-image-dir $(DEMO_VAL) --val-mask-dir demo/data/masks/val --output-dir demo/output \
-	  --lr 1e-4 --iterations 2000
+	  --recipe improved
 	$(PY) compare_models.py $(DEMO_MODEL) --finetuned demo/output/sam2_best.pt \
 	  --image-dir $(DEMO_VAL) --mask-dir demo/data/masks/val --output-dir demo/output/comparison
 	$(PY) test_my_image.py $(DEMO_MODEL) --finetuned demo/output/sam2_best.pt \

@@ -531,12 +531,13 @@ class Window:
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
-        if not self.pressed:
+        # on macOS a Ctrl-click presses button 3 and releases button 1; the press says which it is
+        if not self.pressed or event.button not in (self.pressed.button, 1):
             return
         points, box = self.current.points, self.current.box
         if dragged := self.dragged_box(event):
             box = dragged
-        else:  # the button is that of the press: on macOS a Ctrl-click presses button 3 and releases button 1
+        else:
             points = [*points, (*self.position(self.pressed), int(self.pressed.button == 1))]
         self.pressed = None
         self.remember()

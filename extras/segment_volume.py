@@ -10,10 +10,12 @@ window see slices in radiological view: front or head at the top, the patient's 
 
 import argparse
 import gzip
+import json
 import math
 import re
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import cv2
@@ -54,7 +56,8 @@ WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (6
            "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
 MILLIMETRES = {"meter": 1000, "micron": 0.001}  # in one unit of a NIfTI header; else the unit is the millimetre
 MONTAGE_SLICES = 20
-MARK = "segment_volume.py"  # in the header field "descrip" of every mask written here, so that no other is overwritten
+MARK = "segment_volume.py"  # in the header field "descrip" of every mask written here, so that no other is overwritten;
+# with a checksum of the voxels, because not every program that saves a corrected mask replaces this field
 
 
 def main():
@@ -88,7 +91,7 @@ def main():
         prompts, is_done = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
             fail("프롬프트가 없습니다. 창에서 대상을 클릭하거나 --point \"슬라이스,x,y\"를 쓰세요")
-        print(f"같은 결과를 얻는 옵션: {as_flags(mirror(prompts, slices.size))}")
+        print(f"같은 결과를 얻는 옵션: {settings_as_flags(args)}{as_flags(mirror(prompts, slices.size))}")
         if window.is_tracking:
             fail("분할하는 중에 창을 닫아 멈췄습니다. 저장하지 않았습니다")
     if not is_done:
@@ -137,28 +140,38 @@ def result_paths(args):
 
 
 def check_output(args):
-    """Print which results of an earlier run will be overwritten; fail if any other file would be.
-
-    The results of an earlier run are recognized by MARK in the header of the mask. Viewers replace it when they save a
-    mask that was corrected by hand.
-    """
+    """Print which results of an earlier run on this volume will be overwritten; fail if any other file would be."""
     results = result_paths(args)
     for path in filter(None, (args.volume, args.truth)):
         if Path(path).resolve() in [result.resolve() for result in results]:
             fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     found = [path for path in results if path.exists()]
-    if found and not is_marked(results[0]):
+    if found and not (is_marked(results[0]) and is_of_volume(results[2], args.volume)):
         fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if found:
         print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
 
 
 def is_marked(path):
-    """Whether a mask was written by this script."""
+    """Whether a mask is as this script wrote it."""
     try:
-        return bytes(nib.load(path).header["descrip"]).rstrip(b"\0") == MARK.encode()
+        image = nib.load(path)
+        return bytes(image.header["descrip"]).rstrip(b"\0") == mark(np.asarray(image.dataobj))
     except Exception:  # nibabel, gzip and zlib each raise their own kinds
         return False
+
+
+def mark(voxels):
+    """MARK and a checksum of a mask's voxels, as bytes."""
+    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}".encode()
+
+
+def is_of_volume(summary_path, volume):
+    """Whether an earlier summary is of this volume; True if there is none to tell."""
+    try:
+        return Path(json.loads(summary_path.read_text("utf-8"))["volume"]).resolve() == Path(volume).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def parse_points(text):
@@ -245,10 +258,10 @@ class Volume:
         header.set_data_dtype(np.uint8)
         header.set_slope_inter(1, 0)
         header.set_intent("none")
-        header["descrip"] = MARK
+        voxels = nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape)
+        header["descrip"] = mark(voxels)
         header["cal_min"] = header["cal_max"] = 0  # display range of the CT
-        return kind(nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape), self.image.affine,
-                    header)
+        return kind(voxels, self.image.affine, header)
 
 
 class Slices:
@@ -297,13 +310,22 @@ class Slices:
 def mirror(prompts, size):
     """Convert prompts from indices of the volume to pixels of the slice, or back: both axes are reversed.
 
-    size: (H, W). The edge of a box at x = W becomes 0, because -1 would lie outside.
+    size: (H, W). What would lie outside is moved to the border: a box that ends at x = W would begin at -1.
     """
     height, width = size
-    return {key: ([(width - 1 - x, height - 1 - y, label) for x, y, label in points],
-                  [max(0, edge) for edge in (width - 1 - box[2], height - 1 - box[3], width - 1 - box[0],
-                                             height - 1 - box[1])] if box else None)
+    return {key: ([(max(0, width - 1 - x), max(0, height - 1 - y), label) for x, y, label in points],
+                  [max(0, width - 1 - box[2]), max(0, height - 1 - box[3]), max(1, width - 1 - box[0]),
+                   max(1, height - 1 - box[1])] if box else None)
             for key, (points, box) in prompts.items()}
+
+
+def settings_as_flags(args):
+    """The flags that set axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
+    window = "none" if args.window is None else f"{sum(args.window) / 2:g},{args.window[1] - args.window[0]:g}"
+    return "".join([f"--axis {args.axis} " if args.axis != "axial" else "",
+                    f'--window "{window}" ' if window != "40,80" else "",
+                    f"--max-gap {args.max_gap} " if args.max_gap != 3 else "",
+                    "--each-slice " if args.each_slice else ""])
 
 
 def as_flags(prompts):
@@ -354,7 +376,12 @@ def save(args, volume, slices, prompts, mask, scores, truth):
     voxel = abs(np.linalg.det(volume.affine[:3, :3]))  # mm³; oblique and sheared grids too
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
                "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
-               "each_slice": args.each_slice, "prompts": as_flags(mirror(prompts, slices.size))}
+               "each_slice": args.each_slice, "max_gap": args.max_gap,
+               "prompts": as_flags(mirror(prompts, slices.size))}
+    reached = np.flatnonzero(~np.isnan(scores))
+    if not args.each_slice and len(reached) < len(slices):
+        print(f"슬라이스 {reached[0]}~{reached[-1]}만 따라갔습니다. 그 밖에는 대상이 없다고 보았습니다 "
+              f"(--max-gap {args.max_gap})")
     print(f"부피: {summary['volume_ml']:.3f} ml ({summary['voxels']}복셀, 복셀 하나 {voxel:.4g} mm³)")
     if truth is not None:
         summary.update(dice=calculate_dice(mask, truth), iou=calculate_iou(mask, truth),
@@ -364,8 +391,10 @@ def save(args, volume, slices, prompts, mask, scores, truth):
     write_json(summary_path, summary)
 
     rows = [["slice", "area_mm2", "score", *(["dice"] if args.truth else [])]]
-    for number in np.flatnonzero(~np.isnan(scores)):
-        row = [number, f"{mask[number].sum() * slices.pixel_area:.3f}", f"{scores[number]:.4f}"]
+    shown = ~np.isnan(scores) | (truth.any(axis=(1, 2)) if truth is not None else False)
+    for number in np.flatnonzero(shown):
+        score = "" if np.isnan(scores[number]) else f"{scores[number]:.4f}"
+        row = [number, f"{mask[number].sum() * slices.pixel_area:.3f}", score]
         if truth is not None:
             is_empty = not (truth[number].any() or mask[number].any())
             row.append("" if is_empty else f"{calculate_dice(mask[number], truth[number]):.4f}")

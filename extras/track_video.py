@@ -133,14 +133,16 @@ def parse_args():
 def check_output(args):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
-    Results of an earlier run are recognized by MARK, which each of its masks has.
+    Results of an earlier run are recognized by MARK, which each of its masks has, also those for training.
     """
     folder = args.output
     if Path(args.video).resolve() in [(folder / name).resolve() for name in ("masks", "to_data/images", "overlay.mp4")]:
         fail(f"{args.video}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     masks, others = earlier_results(folder, args.name, args.to_data)
-    foreign = [path for path in masks if not is_marked(path)] if masks else \
-        [path for path in others if not (args.prompts and path.resolve() == Path(args.prompts).resolve())]
+    pairs = [path for path in others if path.parent == folder / "to_data" / "masks"]
+    foreign = [path for path in (*masks, *pairs) if not is_marked(path)]
+    if not masks:
+        foreign += [path for path in others if not (args.prompts and path.resolve() == Path(args.prompts).resolve())]
     if foreign:
         fail(f"{foreign[0]}: 이 스크립트가 쓴 것이 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if masks:
@@ -229,7 +231,9 @@ def image_size(path):
     try:
         with Image.open(path) as image:
             is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange width and height
-            return image.size if is_rotated else image.size[::-1]
+            # of a TIFF, new versions of Pillow have exchanged them already: its tags 256 and 257 say width and height
+            width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+            return (width, height) if is_rotated else (height, width)
     except UNREADABLE:
         raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다") from None
 
@@ -423,6 +427,11 @@ def palette_png(labels):
     palette = sum(((numbers >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8))
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).ravel().tolist())
+    return marked_png(image)
+
+
+def marked_png(image):
+    """Encode a PIL image as PNG with MARK."""
     mark, content = PngImagePlugin.PngInfo(), io.BytesIO()
     mark.add_text("Software", MARK)
     image.save(content, "png", pnginfo=mark)
@@ -480,8 +489,8 @@ def overlay_frame(image, labels):
 def save_pair(folder, name, image, labels, is_numbered):
     """Write a frame and its mask as prepare_data.py reads them: 0 and 255, or 16-bit numbers for several objects."""
     mask = labels.astype(np.uint16) if is_numbered else np.where(labels > 0, 255, 0).astype(np.uint8)
-    for kind, array in (("images", image[..., ::-1]), ("masks", mask)):
-        write_file(folder / kind / name, cv2.imencode(".png", array)[1].tobytes())
+    for kind, array in (("images", image), ("masks", mask)):
+        write_file(folder / kind / name, marked_png(Image.fromarray(array)))
 
 
 if __name__ == "__main__":

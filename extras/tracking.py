@@ -44,8 +44,9 @@ def track(predictor, frames, prompts, max_gap=0):
         scores: list of N predicted probabilities, 0 to 1, that the object is visible.
     max_gap: beyond the last prompt, and before the first, end after this many frames in a row without a pixel of any
         object; 0: never.
-    The masks are those of SAM2VideoPredictor.propagate_in_video after all prompts have been added, forwards and
-    then with reverse=True. Source of what a frame attends to: SAM2Base._prepare_memory_conditioned_features.
+    With max_gap 0 the masks are those of SAM2VideoPredictor.propagate_in_video after all prompts have been added,
+    forwards and then with reverse=True; else the backward pass does not know the frames that the forward pass left
+    out. Source of what a frame attends to: SAM2Base._prepare_memory_conditioned_features.
     """
     state = start_state(predictor, frames)
     add_prompts(predictor, state, prompts)
@@ -253,6 +254,7 @@ class Window:
         self.state = start_state(predictor, frames)
         self.prompts, self.history, self.frame, self.object = {}, [], 0, 1
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
+        self.followed = {}  # the prompts that self.tracked comes from, also if it is not complete
         self.pressed, self.drawn, self.error = None, [], None
         self.is_tracking, self.is_stopped, self.is_closed = False, False, False
         # fits a laptop of 1280 x 720
@@ -293,7 +295,7 @@ class Window:
     def on_slider(self, value):
         frame = min(int(value), len(self.frames) - 1)
         if frame != self.frame and not self.is_tracking:
-            self.frame = frame
+            self.frame, self.pressed = frame, None
             self.update()
 
     def on_close(self, _):
@@ -308,7 +310,9 @@ class Window:
     def on_press(self, event):
         is_toolbar_busy = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
         if event.inaxes is self.axes and event.button in (1, 3) and not is_toolbar_busy and not self.is_tracking:
-            self.pressed = event
+            height, width = self.frames.size  # beside the frame there is room after the toolbar's pan
+            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
+                self.pressed = event
 
     def dragged_box(self, event):
         """The box from where the left button was pressed to `event`; None for a click that barely moved."""
@@ -327,22 +331,29 @@ class Window:
     def on_release(self, event):
         if self.is_tracking:  # a click that began before it
             self.pressed = None
-        if not self.pressed:
+        # on macOS a Ctrl-click presses button 3 and releases button 1; the press says which it is
+        if not self.pressed or event.button not in (self.pressed.button, 1):
             return
         key = (self.frame, self.object)
         if box := self.dragged_box(event):
             points, _ = self.prompts.get(key, ([], None))
             prompt = (points, box)
-        else:  # the button is that of the press: on macOS a Ctrl-click presses button 3 and releases button 1
+        else:
             click = (*self.position(self.pressed), int(self.pressed.button == 1))
             points, box = self.prompts.get(key) or ([], self.tracked_box(click))
             prompt = ([*points, click], box)
         self.pressed = None
         self.set_prompts({**self.prompts, key: prompt})
 
+    def is_outdated(self, number):
+        """Whether what was tracked of an object on this frame came from prompts that have been taken away since."""
+        key = (self.frame, number)
+        return (key in self.followed and key not in self.prompts
+                or all(number != prompted for _, prompted in self.prompts))
+
     def tracked_box(self, click):
         """The box around the object's tracked mask on this frame, widened to include a foreground click; or None."""
-        if self.frame not in self.tracked:
+        if self.frame not in self.tracked or self.is_outdated(self.object):
             return None
         rows, columns = np.nonzero(decode_labels(self.tracked[self.frame]) == self.object)
         if not len(rows):
@@ -372,7 +383,7 @@ class Window:
         elif key in steps:
             self.slider.set_val(min(max(self.frame + steps[key], 0), len(self.frames) - 1))
         elif key and key in "123456789"[:self.max_object]:
-            self.object = int(key)
+            self.object, self.pressed = int(key), None
             self.update()
         elif key in ("u", "backspace") and self.history:
             self.prompts = self.history.pop()
@@ -387,6 +398,7 @@ class Window:
         """Track with the current prompts and show some of the frames; Esc or closing the window stops it."""
         shown, prompts, redrawn = self.frame, self.prompts, 0
         self.is_tracking, self.is_stopped, self.tracked, self.tracked_prompts = True, False, {}, None
+        self.followed = prompts
         with contextlib.closing(self.follow(prompts)) as following:
             for self.frame, labels in following:
                 self.tracked[self.frame] = cv2.imencode(".png", labels)[1]
@@ -410,6 +422,7 @@ class Window:
         """The label map to show, uint8 H x W: the tracked one, overlaid with what the prompts on this frame give."""
         found = decode_labels(self.tracked[self.frame]) if self.frame in self.tracked else \
             np.zeros(self.frames.size, np.uint8)
+        found[np.isin(found, [number for number in np.unique(found) if self.is_outdated(number)])] = 0
         here = {key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame}
         if here and not self.is_tracking:
             if self.frame not in self.previews:

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import segment_volume
+import torch
 import tracking
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, run
 from test_track_video import Hand, TrackingWindow, numbers_in
@@ -104,6 +105,8 @@ def test_prompts_in_voxels_are_mirrored_into_the_picture_and_back():
     mirrored = segment_volume.mirror(prompts, (20, 10))
     assert mirrored == {(3, 1): ([(8, 17, 1), (9, 19, 0)], [5.0, 14.0, 8.0, 17.0])}
     assert segment_volume.mirror(mirrored, (20, 10)) == prompts
+    at_the_border = {(3, 1): ([(9.5, 19.5, 1)], [9, 19, 10, 20])}  # outside once mirrored, so that it is moved
+    assert segment_volume.mirror(at_the_border, (20, 10)) == {(3, 1): ([(0, 0, 1)], [0, 0, 1, 1])}
     assert segment_volume.as_flags(prompts) == '--point "3,1,2,1;3,0,0,0" --box "3,1,2,4,5"'
 
 
@@ -125,8 +128,8 @@ def test_the_written_mask_has_shape_affine_and_codes_of_the_input(tmp_path, visi
     assert (int(mask.header["sform_code"]), int(mask.header["qform_code"])) == (4, 1)
     assert mask.header.get_xyzt_units() == ("mm", "sec") and mask.header["cal_max"] == 0
     assert mask.header.get_intent()[0] == "none" and not mask.header.extensions
-    assert mask.header["descrip"].item() == b"segment_volume.py"
     values = np.asarray(mask.dataobj)
+    assert re.fullmatch(b"segment_volume.py [0-9a-f]{8}", mask.header["descrip"].item())
     assert set(np.unique(values)) <= {0, 1} and values.any()
     summary = json.loads((tmp_path / "output/my_volumes/ct/summary.json").read_text())
     assert summary["voxels"] == values.sum() and summary["volume_ml"] == pytest.approx(values.sum() * 6 / 1000)
@@ -143,8 +146,8 @@ class FakeArgs:
     """What save() needs of the flags."""
 
     def __init__(self, output):
-        self.name, self.output, self.volume, self.axis, self.each_slice, self.truth = (
-            "ct", output, "ct.nii", "axial", False, "truth.nii")
+        self.name, self.output, self.volume, self.axis, self.each_slice, self.max_gap, self.truth = (
+            "ct", output, "ct.nii", "axial", False, 3, "truth.nii")
 
 
 @pytest.mark.parametrize("axis, area", [("axial", 1.5), ("coronal", 4.0), ("sagittal", 6.0)])
@@ -302,7 +305,9 @@ def test_each_slice_segments_the_prompted_slices_alone(tmp_path, visible):
     done = segment(tmp_path, visible, "--point", "3,16,7;5,16,7", "--box", "4,12,3,20,10", "--each-slice",
                    "--truth", "truth.nii.gz", "-o", "out")
     rows = list(csv.DictReader((tmp_path / "out/slices.csv").open()))
-    assert [int(row["slice"]) for row in rows] == [3, 4, 5] and all(row["dice"] for row in rows)
+    assert [int(row["slice"]) for row in rows if row["score"]] == [3, 4, 5]
+    shown = {3, 4, 5, *np.flatnonzero(truth.any(axis=(0, 1)))}  # with all slices that the truth has
+    assert [int(row["slice"]) for row in rows] == sorted(shown) and all(row["dice"] for row in rows)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["prompts"] == '--point "3,16,7,1;5,16,7,1" --box "4,12,3,20,10"' and 0 <= summary["dice"] <= 1
     assert re.search(r"정답과 비교: Dice [\d.]+, IoU [\d.]+", done.stdout)
@@ -312,6 +317,39 @@ def test_each_slice_segments_the_prompted_slices_alone(tmp_path, visible):
     back = segment_volume.Volume(tmp_path / "alone/ct_mask.nii.gz").data[..., 5]
     assert alone.any() and (segment_volume.Volume(tmp_path / "out/ct_mask.nii.gz").data[..., 5] == back).all()
     assert both.sum() > alone.sum()
+
+
+def test_the_gap_ends_both_directions_and_what_it_left_out_is_said(tmp_path, visible):
+    """A model that sees nothing: with --max-gap 1 it looks at one slice beyond the prompt on each side."""
+    hidden = torch.load(visible, weights_only=True)
+    hidden["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] -= 40
+    torch.save(hidden, tmp_path / "hidden.pt")
+    data, truth = draw_volume()
+    save(tmp_path / "ct.nii.gz", data, oblique_affine())
+    save(tmp_path / "truth.nii.gz", truth.astype(np.uint8), oblique_affine())
+    flags = "--point", "4,16,6", "--truth", "truth.nii.gz"
+    done = segment(tmp_path, "hidden.pt", *flags, "--max-gap", 1, "-o", "out")
+    assert "슬라이스 3~5만 따라갔습니다" in done.stdout and "--max-gap 1" in done.stdout
+    rows = list(csv.DictReader((tmp_path / "out/slices.csv").open()))
+    assert [int(row["slice"]) for row in rows if row["score"]] == [3, 4, 5]
+    unseen = [row for row in rows if not row["score"]]
+    assert {int(row["slice"]) for row in unseen} == {*np.flatnonzero(truth.any(axis=(0, 1)))} - {3, 4, 5} != set()
+    assert all(row["dice"] == "0.0000" for row in unseen)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["max_gap"] == 1
+    done = segment(tmp_path, "hidden.pt", *flags, "--max-gap", 0, "-o", "all")
+    assert "따라갔습니다" not in done.stdout
+    assert all(row["score"] for row in csv.DictReader((tmp_path / "all/slices.csv").open()))
+    assert "--max-gap" in segment(tmp_path, "hidden.pt", *flags, "--max-gap", -1, code=2).stderr
+
+
+def test_settings_become_flags_unless_they_are_the_defaults(monkeypatch):
+    def flags(*arguments):
+        monkeypatch.setattr(segment_volume.sys, "argv", ["segment_volume.py", "--volume", "ct.nii", *arguments])
+        return segment_volume.settings_as_flags(segment_volume.parse_args())
+
+    assert flags() == ""
+    assert flags("--window", "lung", "--axis", "coronal") == '--axis coronal --window "-600,1500" '
+    assert flags("--window", "none", "--max-gap", "0", "--each-slice") == '--window "none" --max-gap 0 --each-slice '
 
 
 def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):
@@ -358,9 +396,22 @@ def test_its_own_results_are_overwritten_with_a_word_until_they_were_corrected_b
     done = segment(tmp_path, visible, *arguments)
     assert "이전 결과를 덮어씁니다: out (ct_mask.nii.gz, slices.csv, summary.json, ct_montage.png)" in done.stdout
     mask = np.asarray(nib.load(tmp_path / "out/ct_mask.nii.gz").dataobj)
-    save(tmp_path / "out/ct_mask.nii.gz", mask, oblique_affine())
-    failed = segment(tmp_path, visible, *arguments, code=1)
-    assert_fails_in_one_line(failed, "out/ct_mask.nii.gz: 이 볼륨의 이전 결과가 아니어서")
+    ours = nib.load(tmp_path / "out/ct_mask.nii.gz")
+    for corrected in (nib.Nifti1Image(mask, oblique_affine()),
+                      nib.Nifti1Image(1 - mask, ours.affine, ours.header)):  # keeps the field "descrip"
+        nib.save(corrected, tmp_path / "new.nii.gz")
+        (tmp_path / "new.nii.gz").replace(tmp_path / "out/ct_mask.nii.gz")
+        failed = segment(tmp_path, visible, *arguments, code=1)
+        assert_fails_in_one_line(failed, "out/ct_mask.nii.gz: 이 볼륨의 이전 결과가 아니어서")
+
+
+def test_results_of_another_volume_of_that_name_are_not_overwritten(tmp_path, visible):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    segment(tmp_path, visible, "--point", "4,16,6", "--each-slice", volume="a/ct.nii.gz")
+    failed = segment(tmp_path, visible, "--point", "4,16,6", "--each-slice", volume="b/ct.nii.gz", code=1)
+    assert_fails_in_one_line(failed, "my_volumes/ct/ct_mask.nii.gz: 이 볼륨의 이전 결과가 아니어서")
 
 
 def test_the_window_for_a_volume_has_one_object(tmp_path, visible):

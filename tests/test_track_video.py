@@ -103,14 +103,16 @@ def masks_of_sam2(predictor, folder, prompts=PROMPTS):
 
 # ----------------------------------------------------------------------------- the same masks as sam2
 
-def test_masks_are_those_of_sam2_on_a_clip_longer_than_the_memory(tmp_path, visible):
+@pytest.mark.parametrize("kind", ["random weights", "the demo's model"])
+def test_masks_are_those_of_sam2_on_a_clip_longer_than_the_memory(tmp_path, visible, kind):
     """Longer, both ways, than num_maskmem and the object pointers reach: old outputs have been dropped."""
+    checkpoint = visible if kind == "random weights" else ROOT / "demo/sam2_demo.pt"
     frames = save_folder(tmp_path / "frames", draw_clip(44)[0])
     prompts = [{**entry, "frame": entry["frame"] + 18} for entry in PROMPTS]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    track(tmp_path, visible, "--prompts", "prompts.json")
+    track(tmp_path, checkpoint, "--prompts", "prompts.json")
     masks = read_masks(tmp_path / "output/my_tracks/frames")
-    wanted = masks_of_sam2(common.load_video_predictor(SMALL_CFG, visible, "cpu"), frames, prompts)
+    wanted = masks_of_sam2(common.load_video_predictor(SMALL_CFG, checkpoint, "cpu"), frames, prompts)
     assert (masks == wanted).all()
     assert len(masks) == 44 and {1, 2} <= set(np.unique(wanted)) and len(np.unique(wanted.sum(axis=(1, 2)))) > 10
 
@@ -195,7 +197,10 @@ def test_a_mask_corrected_by_hand_stops_and_other_files_beside_the_results_stay(
     done = track(clip, visible, "--prompts", "out/prompts.json", "-o", "out")
     assert "주의: out/to_data는 이전에 남긴 것입니다" in done.stdout
     assert all(path.read_bytes() == b"by hand" for path in kept)
-    done = track(clip, visible, "--point", "20,20", "--to-data", 3, "-o", "out")
+    again = "--point", "20,20", "--to-data", 3, "-o", "out"
+    assert_fails_in_one_line(track(clip, visible, *again, code=1), "out/to_data/masks/frames_00000.png")
+    kept[2].unlink()
+    done = track(clip, visible, *again)
     assert "(masks, overlay.mp4, prompts.json, to_data, tracks.csv)" in done.stdout
     assert not list(clip.glob("out/to_data/*/frames_00004.png")) and kept[0].exists()
     write_image(clip / "out/masks/00003.png", np.zeros((60, 80), np.uint8))
@@ -417,6 +422,9 @@ def test_names_with_digits_of_other_scripts_are_sorted():
 def test_an_image_that_lies_on_its_side_is_upright(tmp_path):
     image, exif = Image.fromarray(numbered_frames(1)[0]), Image.Exif()
     exif[0x0112] = 6
+    image.save(tmp_path / "1.tif", exif=exif)
+    assert track_video.image_size(tmp_path / "1.tif") == common.read_image(tmp_path / "1.tif").shape[:2] == (64, 48)
+    (tmp_path / "1.tif").unlink()
     image.save(tmp_path / "1.jpg", exif=exif)
     video = track_video.open_video(tmp_path)
     assert video.size == video[0].shape[:2] == (64, 48)
@@ -543,6 +551,51 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     assert (again[6] == preview)[(preview != 2) & (again[6] != 2)].all() and (again != first).any()
     track(clip, visible, "--prompts", "windowed/prompts.json", "-o", "repeated")
     assert (read_masks(clip / "repeated") == again).all()
+
+
+def test_a_frame_that_is_cleared_after_tracking_starts_afresh(window):
+    hand = Hand(window)
+    hand.click((20, 20))
+    hand.press("2")
+    hand.click((50, 30))
+    hand.press("enter")
+    assert 1 in window.labels()
+    hand.press("r")
+    assert not window.labels().any()
+    hand.press("right")
+    assert not window.labels().any()  # no prompt is left that this could come from
+    hand.press("u")
+    assert window.labels().any()
+    hand.press("left", "r", "1")
+    hand.click((60, 40))
+    (points, box), = window.prompts.values()
+    assert len(points) == 1 and box is None
+
+
+def test_another_button_another_frame_or_another_object_does_not_end_a_drag(window):
+    hand = Hand(window)
+    hand.mouse("button_press_event", (20, 20), 1)
+    hand.mouse("button_release_event", (30, 30), 2)
+    assert not window.prompts
+    hand.mouse("button_release_event", (50, 50), 1)
+    assert window.prompts[0, 1][1] == pytest.approx([20, 20, 50, 50], abs=0.3)
+    hand.press("u")
+    for key in ("right", "2"):
+        hand.mouse("button_press_event", (20, 20), 1)
+        hand.press(key)
+        hand.mouse("button_release_event", (50, 50), 1)
+        assert not window.prompts
+    hand.mouse("button_press_event", (20, 20), 3)  # a Ctrl-click on macOS
+    hand.mouse("button_release_event", (20, 20), 1)
+    assert window.prompts[1, 2][0][0][2] == 0
+
+
+def test_a_click_beside_the_panned_frame_is_no_prompt(window):
+    window.axes.set(xlim=(-40, 60), ylim=(90, -40))
+    hand = Hand(window)
+    hand.click((-20, -20))
+    hand.click((20, -10))
+    assert not window.prompts
 
 
 def test_the_window_undoes_clears_and_stops(window):

@@ -497,6 +497,14 @@ def test_a_click_beside_the_image_after_panning_places_nothing(window):
     assert not window.asked and not window.current.points
 
 
+def test_another_button_does_not_end_a_drag(window):
+    mouse(window.figure, "button_press", 10, 10, 1)
+    mouse(window.figure, "button_release", 20, 20, 2)
+    assert not window.asked and not window.current.box
+    mouse(window.figure, "button_release", 50, 50, 1)
+    assert window.current.box == pytest.approx((10, 10, 50, 50), abs=1)
+
+
 def test_a_click_on_the_outer_half_of_an_edge_pixel_is_in_it(window):
     click(window.figure, -0.4, 30)
     click(window.figure, 79.4, 30)
