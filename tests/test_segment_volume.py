@@ -444,7 +444,7 @@ def test_real_window_goes_to_a_slice_with_the_slider_clicks_segments_and_saves(t
         window.wait_for("ct", 4, 1, 1, "tracked")
         window.xdotool("key", "Left")
         window.wait_for("ct", 3, 1, 1, "tracked")
-        window.xdotool("key", "alt+F4")
+        window.close()
         flags = shlex.split(re.search("같은 결과를 얻는 옵션: (.*)", window.end())[1])
     (number, (x, y, label)), = segment_volume.parse_points(flags[1])
     assert flags[0] == "--point" and (number, label) == (4, 1) and (x, y) == pytest.approx((16, 6), abs=1)

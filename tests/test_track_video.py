@@ -766,7 +766,7 @@ def test_real_window_prompts_two_objects_tracks_steps_corrects_and_tracks_again(
         window.wait_for("frames", 5, 1, 3)
         window.xdotool("key", "Return")
         window.wait_for("frames", 5, 1, 3, "tracked")
-        window.xdotool("key", "alt+F4")
+        window.close()
         assert "같은 결과를 얻는 옵션: --prompts clicked/prompts.json" in window.end()
     entries = json.loads((clip / "clicked/prompts.json").read_text())
     assert [(entry["frame"], entry["object"]) for entry in entries] == [(0, 1), (0, 2), (5, 1)]
