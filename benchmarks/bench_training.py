@@ -56,7 +56,7 @@ def main():
             return
         for iterations, flags in MEMORY:
             peak = peak_memory(args, checkpoint, folder, [*flags.split(), "--iterations", str(iterations)])
-            print(f"{flags}: peak {peak:.2f} GB", flush=True)
+            print(f"{flags}: peak memory of the process {peak:.2f} GB", flush=True)
 
 
 def save_random_weights(model_cfg, path):
@@ -103,7 +103,8 @@ def time_iterations(args, checkpoint, pairs):
     visits = rng.permutation(np.resize(rng.permutation(len(pairs)), round(3.75 * len(pairs))))
     batches = np.split(visits, range(args.batch_size, len(visits), args.batch_size))
     plain_iterations(plain, plain_optimizer, scaler, pairs[:1], rng, args.amp)  # warm up: neither counts
-    project_iteration(batch_loss, our_optimizer, scaler, batches[0], rng)
+    for batch in (batches[0], batches[-1]):  # the last one may be smaller
+        project_iteration(batch_loss, our_optimizer, scaler, batch, rng)
     cache.kept.clear()
     rows = []
     for batch in batches:
@@ -121,15 +122,18 @@ def time_iterations(args, checkpoint, pairs):
                         ("later visits", seen == 1)):
         if which.any():
             a, b = plain_time[which].sum() / images[which].sum(), our_time[which].sum() / images[which].sum()
-            print(f"{name:28} {a:10.4f} {b:10.4f} {a / b:6.2f}x")
+            print(f"{name:28} {a:10.4f} {b:10.4f} {a / b:6.2f}x  ({images[which].sum():.0f} visits)")
     if on_cuda:
-        print(f"peak GPU memory of both together: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+        print(f"peak GPU memory of both together: {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
 
 
 def timed(device, function, *arguments):
     started = time.perf_counter()
     function(*arguments)
-    getattr(torch, torch.device(device).type).synchronize()  # torch.cuda, torch.mps; torch.cpu has nothing to wait for
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - started
 
 
@@ -178,7 +182,8 @@ def peak_memory(args, checkpoint, folder, flags):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", args.model_cfg, "--checkpoint", checkpoint,
          "--image-dir", folder / "images", "--mask-dir", folder / "masks", "--val-image-dir", folder / "none",
-         "--output-dir", folder / "output", "--workers", "0", "--device", args.device, *flags],
+         "--output-dir", folder / "output", "--workers", "0", "--device", args.device,
+         "--batch-size", str(args.batch_size), "--amp" if args.amp else "--no-amp", *flags],
         stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0

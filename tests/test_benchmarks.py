@@ -22,6 +22,7 @@ def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
 def test_the_training_benchmark_prints_ratios(tmp_path):
     done = run("benchmarks/bench_training.py", "--model-cfg", SMALL_CFG, "--images", 3, "--device", "cpu", cwd=tmp_path)
     assert "3 images, 11 visits, batch size 1" in done.stdout and len(re.findall(r"\d+\.\d\dx", done.stdout)) == 3
+    assert [int(count) for count in re.findall(r"\((\d+) visits\)", done.stdout)] == [11, 3, 8]
 
 
 def test_the_comparison_benchmark_prints_a_ratio(tmp_path):

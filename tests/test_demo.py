@@ -45,9 +45,9 @@ def test_demo_model_is_small_and_in_the_official_form():
 
 
 def test_shortened_demo_gains_iou(tmp_path):
-    """The steps of `make demo`, on half of the data and a seventh of the iterations."""
+    """The steps of `make demo`, on half of the data and a seventh of the iterations, with its recipe."""
     draw(tmp_path / "data", "--train", 80, "--val", 30)
-    run("train_sam2_proper.py", *DEMO_MODEL, "--lr", "1e-4", "--iterations", 300, "--save-every", 300,
+    run("train_sam2_proper.py", *DEMO_MODEL, "--recipe", "improved", "--iterations", 107, "--save-every", 107,
         "--device", "cpu", cwd=tmp_path)
     run("compare_models.py", *DEMO_MODEL, "--device", "cpu", cwd=tmp_path)
     summary = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
@@ -131,7 +131,9 @@ def test_box_prompts_stay_within_a_tenth_of_the_side_of_the_mask():
 
 def test_training_goes_on_from_the_tracked_weights(tmp_path):
     """One step on each size; the parts that stills do not reach change as well."""
-    run("demo/make_demo_model.py", "--resume", "--scale", "0.0001", "--output", "new.pt", cwd=tmp_path)
+    resume = ("demo/make_demo_model.py", "--resume", "--scale", "0.0001", "--larger", 2, "--workers", 2)
+    run(*resume, "--output", "new.pt", cwd=tmp_path)
+    assert "held-out scenes" in run(*resume, "--seed", 13, code=1, cwd=tmp_path).stderr
     new, old = (torch.load(path, weights_only=True)["model"]
                 for path in (tmp_path / "new.pt", ROOT / "demo/sam2_demo.pt"))
     assert new.keys() == old.keys() and not list(tmp_path.glob("*.part"))

@@ -163,7 +163,7 @@ def detect_device(requested="auto"):
         return "cpu"
     is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     usable = [name for name in is_available if is_available[name]]
-    usable += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    usable += [f"cuda:{number}" for number in range(torch.cuda.device_count() if is_available["cuda"] else 0)]
     if requested not in ("auto", *usable):
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
     return usable[0] if requested == "auto" else requested
