@@ -108,8 +108,8 @@ def time_iterations(args, checkpoint, pairs):
     cache.kept.clear()
     rows = []
     for batch in batches:
-        seen = np.isin([str(masks.paths[index]) for index in batch], [str(path) for path in cache.kept])
-        rows.append((seen.mean(), len(batch),
+        seen = np.mean([masks.paths[index] in cache.kept for index in batch])
+        rows.append((seen, len(batch),
                      timed(device, plain_iterations, plain, plain_optimizer, scaler, [pairs[i] for i in batch], rng,
                            args.amp),
                      timed(device, project_iteration, batch_loss, our_optimizer, scaler, batch, rng)))

@@ -489,8 +489,8 @@ def overlay_frame(image, labels):
 def save_pair(folder, name, image, labels, is_numbered):
     """Write a frame and its mask as prepare_data.py reads them: 0 and 255, or 16-bit numbers for several objects."""
     mask = labels.astype(np.uint16) if is_numbered else np.where(labels > 0, 255, 0).astype(np.uint8)
-    for kind, array in (("images", image), ("masks", mask)):
-        write_file(folder / kind / name, marked_png(Image.fromarray(array)))
+    write_file(folder / "images" / name, cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask)))
 
 
 if __name__ == "__main__":
