@@ -481,6 +481,8 @@ class Training:
             fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습 이미지나 마스크가 바뀌었습니다")
         weights = {**last["model"], **last["low_rank"]}
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
+        for group in last["optimizer"]["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]  # a matter of the device
         self.optimizer.load_state_dict(last["optimizer"])
         if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
             self.scaler.load_state_dict(last["scaler"])
@@ -952,8 +954,9 @@ def make_optimizer(model, args):
         if parameter.requires_grad:
             groups["encoder" if name.startswith("image_encoder.") else "decoder"].append(parameter)
     rates = {"decoder": args.lr, "encoder": args.encoder_lr}
+    on_mps = next(model.parameters()).device.type == "mps"  # where the fused step has not been tried
     return torch.optim.AdamW([{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]}
-                              for name in groups if groups[name]], weight_decay=args.weight_decay)
+                              for name in groups if groups[name]], weight_decay=args.weight_decay, fused=not on_mps)
 
 
 def learning_rate_factor(args, iteration, halvings=0):

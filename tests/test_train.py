@@ -152,6 +152,10 @@ def test_resume_continues_bit_for_bit(data, weights, more):
     train(data, weights, *arguments, "--output-dir", "whole")
     train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
           before=signal_at("[8/", signal.SIGKILL))
+    last = torch.load(data / "parts/sam2_last.pt", weights_only=True)
+    for group in last["optimizer"]["param_groups"]:
+        group["fused"] = not group["fused"]  # as a device writes it whose optimizer takes its steps differently
+    torch.save(last, data / "parts/sam2_last.pt")
     done = train(data, weights, *arguments, "--output-dir", "parts", "--resume")
     assert "4회까지 진행한 학습을 이어서" in done.stdout  # the second validation was printed, and not saved yet
     for name in ("sam2_final.pt", "sam2_best.pt"):
