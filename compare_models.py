@@ -33,7 +33,8 @@ try:
     from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
-    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
+    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
+             "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
@@ -130,8 +131,7 @@ def find_pairs(image_dir, mask_dir):
     for image in images:
         if (other := by_stem.setdefault(image.stem, image)) != image:
             fail(f"이름이 같은 이미지가 둘입니다: {other}, {image.name}. 하나만 남기세요")
-    pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
-    return [(image, mask) for image, mask in pairs if mask.is_file()]
+    return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
 def same_frozen_weights(original, finetuned):
@@ -375,7 +375,8 @@ def result_box(original_iou, finetuned_iou):
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")

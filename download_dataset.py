@@ -35,7 +35,8 @@ CHUNK = 8192            # the most bytes that are read at once
 BOMB_RATIO, BOMB_BYTES = 20, 10**9  # refused: what unpacks to more than so many times its size and so many bytes
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 
 
 class BadDownload(Exception):
@@ -140,9 +141,11 @@ def download(url, part):
             time.sleep(WAIT * 2 ** (attempt - 1))
         try:
             return download_once(url, part)
-        except requests.exceptions.SSLError:
-            fail(f"{url} 의 인증서를 믿을 수 없어 받지 않았습니다. "
-                 "컴퓨터의 시계와 네트워크(회사 프록시 등)를 확인하세요")
+        except requests.exceptions.SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                fail(f"{url} 의 인증서를 믿을 수 없어 받지 않았습니다. "
+                     "컴퓨터의 시계와 네트워크(회사 프록시 등)를 확인하세요")
+            problem = "보안 연결(TLS)을 맺지 못했거나 끊겼습니다"
         except requests.HTTPError as error:
             status = error.response.status_code
             if 400 <= status < 500 and status not in (408, 429):

@@ -44,7 +44,8 @@ MIN_FOREGROUND = 100   # ... and then leaves out objects with fewer pixels
 TILE = 256             # pixels: the side of a picture in the preview
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 
 
@@ -115,8 +116,9 @@ def prepare(args):
     if earlier_record == {**record, "files": files}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
-    if files and not earlier_record:
-        fail(f"{target}에 직접 넣은 파일이 있어 덮어쓰지 않습니다. 옮기거나 다른 --data-dir을 쓰세요")
+    own = earlier_record.get("files", files if earlier_record else [])  # of an unfinished run: all that is there
+    if by_hand := sorted(set(files) - set(own)):
+        fail(f"{target}에 직접 넣은 파일이 있어 덮어쓰지 않습니다 ({by_hand[0]}). 옮기거나 다른 --data-dir을 쓰세요")
 
     staging = target / ".part"
     names = write_pairs(readers, problems, staging)
@@ -370,9 +372,9 @@ def read_record(target):
 
 
 def data_files(data_dir):
-    """All files below data_dir/images and data_dir/masks, relative to data_dir, sorted."""
+    """All files below data_dir/images and data_dir/masks but hidden ones, relative to data_dir, sorted."""
     return sorted(path.relative_to(data_dir).as_posix() for part in ("images", "masks")
-                  for path in (data_dir / part).rglob("*") if path.is_file())
+                  for path in (data_dir / part).rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
 def write_pairs(readers, problems, folder):
@@ -441,6 +443,9 @@ def check(data_dir):
     """Print what there is in data/, and every problem, by file; returns the number of problems."""
     problems, count = [], 0
     for split in SPLITS:
+        if split == "val" and not (data_dir / "images" / split).is_dir():
+            print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
+            continue
         pairs, bad = pair_by_stem(data_dir / "images" / split, data_dir / "masks" / split)
         good = {}
         for image_path, mask_path in tqdm(pairs, f"{split} 검사", disable=None, leave=False):

@@ -24,6 +24,9 @@ from typing import NamedTuple
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import cv2
+
+os.environ.pop("QT_QPA_PLATFORM_PLUGIN_PATH", None)  # cv2 sets it to its own Qt, in which matplotlib's cannot start
+
 import numpy as np
 import torch
 from matplotlib import font_manager
@@ -40,7 +43,8 @@ try:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.utils.amg import remove_small_regions
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
-    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
+    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
+             "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
@@ -61,7 +65,7 @@ def main():
         require_display("화면이 있는 컴퓨터에서 실행하세요" if args.annotate else "좌표를 직접 주세요: --point \"x,y\"")
     else:
         plt.switch_backend("Agg")
-    args.mask = read_mask(args.mask) > 0 if args.mask else None
+    args.mask = read_rough_mask(args.mask) if args.mask else None
     if len(paths) == 1:  # what is wrong with a single image is reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
@@ -219,6 +223,14 @@ def require_display(alternative):
     if not interactive:
         advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
         fail(f"창을 띄울 수 없습니다. {alternative}{advice}")
+
+
+def read_rough_mask(path):
+    """The foreground of a mask file: bool H x W. Raises ImageError if there is none."""
+    mask = read_mask(path) > 0
+    if not mask.any():
+        raise ImageError(f"{path}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
+    return mask
 
 
 def check_prompts(path, image, points, boxes, rough):
@@ -712,7 +724,8 @@ def mark_prompts(axes, points, box):
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")

@@ -26,6 +26,7 @@ import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -42,6 +43,7 @@ import psutil
 import torch
 import torch.distributed
 import torch.utils.checkpoint
+import torchvision
 from filelock import FileLock, Timeout
 from pycocotools import mask as coco_mask
 from torch.nn.parallel import DistributedDataParallel
@@ -57,7 +59,8 @@ try:
     from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
-    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). 설치: pip install -r requirements.txt. "
+    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
+             "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
@@ -157,6 +160,8 @@ def main():
         lock(args.output_dir / ".lock")
         for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink()
+        if not args.resume and (args.output_dir / "sam2_last.pt").exists():
+            print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
     trackers = [] if rank else open_trackers(args)
     training = Training(args, device, rank, processes)
     print_setup(training, device)
@@ -186,7 +191,7 @@ def parse_args():
             options.update(type=kind[0] if isinstance(kind, tuple) else kind)
         parser.add_argument("--" + name.replace("_", "-"), **options)
     parser.add_argument("--resume", action="store_true", help="중단된 학습을 결과 폴더의 sam2_last.pt에서 이어서 하기")
-    parser.add_argument("--test", action="store_true", help="학습하지 않고, 필요한 것이 다 있는지 1분 안에 검사하기")
+    parser.add_argument("--test", action="store_true", help="학습하지 않고, 필요한 것이 다 있는지 검사하기")
     parser.add_argument("--tensorboard", action="store_true", help="결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기")
     parser.add_argument("--wandb", metavar="PROJECT", help="Weights & Biases의 이 프로젝트에도 기록")
     parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
@@ -197,6 +202,8 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} {value}: {kind[1]} 이상이어야 합니다")
     if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
         parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
+    if args.encoder != "frozen" and (args.cache_gb is not None or args.cache_dir):
+        parser.error("--cache-gb와 --cache-dir은 --encoder frozen과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and args.encoder_lr is None:
         args.encoder_lr = args.lr * ENCODER_LR[args.encoder]
     return args
@@ -208,7 +215,8 @@ def system_check(args):
         free = free_memory() / 1e9
         if free < 2:
             fail(f"{free:.1f} GB 남음. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
-        on_gpu = f", GPU {torch.cuda.mem_get_info()[0] / 1e9:.1f} GB 남음" if torch.cuda.is_available() else ""
+        device = detect_device(args.device)
+        on_gpu = f", GPU {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB 남음" if device.startswith("cuda") else ""
         return f"{free:.1f} GB 남음{on_gpu}"
 
     def checkpoint():
@@ -221,7 +229,7 @@ def system_check(args):
         return str(args.output_dir)
 
     def iteration():
-        training, started = Training(args, detect_device(args.device)), time.time()
+        training, started = Training(args, join_processes(args.device)[2]), time.time()
         with contextlib.closing(training):
             training.step(1)
         return f"loss {training.mean[0]:.4f}, {time.time() - started:.1f}초 (이미지를 처음 인코딩하는 시간 포함)"
@@ -241,10 +249,12 @@ def system_check(args):
 
 def versions():
     """The versions of Python and of the packages that a result depends on."""
-    packages = ("torchvision", "sam2", "numpy")
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            **{name: importlib.metadata.version(name) for name in packages},
-            "opencv-python": cv2.__version__}  # also where opencv-python-headless is installed instead
+    try:
+        sam2 = importlib.metadata.version("sam2")
+    except importlib.metadata.PackageNotFoundError:  # installed from a checkout of Meta's, under another name
+        sam2 = "?"
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "sam2": sam2, "numpy": np.__version__, "opencv-python": cv2.__version__}
 
 
 def free_memory():
@@ -262,12 +272,13 @@ def join_processes(requested):
     """(rank, number of processes, device): 0, 1 and the device, or as torchrun says. Only rank 0 prints."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
+    if processes > 1 and device not in ("cuda", "cpu"):
+        fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
+    if processes > 1 and device == "cuda":
+        device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # torch.cuda.is_bf16_supported() is about the GPU that is set
     if processes > 1:
-        if device not in ("cuda", "cpu"):
-            fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
-        if device == "cuda":
-            device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: PTH123, SIM115  (stays open to the end)
@@ -339,9 +350,14 @@ class Training:
         self.optimizer = make_optimizer(self.model, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
+        self.encoded = 0  # images, by this process since it began
+        self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
         self.iteration, self.rows, self.mean = 0, [], None
         self.best, self.best_iteration, self.validations_since_best, self.halvings = -1.0, 0, 0, 0
+
+    def count_encoded(self, _encoder, inputs, _outputs):
+        self.encoded += len(inputs[0])
 
     @property
     def parameters(self):
@@ -458,8 +474,12 @@ class Training:
         save_model(self.model, folder / "sam2_last.pt", optimizer=self.optimizer.state_dict(),
                    low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
                    scaler=self.scaler.state_dict(), **{name: getattr(self, name) for name in PROGRESS},
-                   seconds=time.time() - self.started, settings=self.settings, data=data_fingerprint(self.masks))
-        save_log(self.rows, folder)
+                   seconds=time.time() - self.started, settings=self.settings,
+                   data=data_fingerprint(self.masks, self.val_masks))
+        try:
+            save_log(self.rows, folder)
+        except PermissionError as error:  # on Windows, of a file that Excel has open; the next save writes all rows
+            tqdm.write(f"주의: {error.filename}을 쓰지 못했습니다 ({error.strerror})", file=sys.stderr)
 
     def load(self, path):
         """Load what save() wrote; fail, with the reason, if it belongs to another training."""
@@ -477,8 +497,8 @@ class Training:
                    if name not in FREE_ON_RESUME - fixed and before.get(name) != value]
         if changed:
             fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
-        if last["data"] != data_fingerprint(self.masks):
-            fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습 이미지나 마스크가 바뀌었습니다")
+        if last["data"] != data_fingerprint(self.masks, self.val_masks):
+            fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습이나 검증의 마스크가 바뀌었습니다")
         weights = {**last["model"], **last["low_rank"]}
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         for group in last["optimizer"]["param_groups"]:
@@ -548,8 +568,7 @@ def find_pairs(image_dir, mask_dir):
     for image in images:
         if (other := by_stem.setdefault(image.stem, image)) != image:
             fail(f"이름이 같은 이미지가 둘입니다: {other}, {image.name}. 하나만 남기세요")
-    pairs = [(image, Path(mask_dir) / f"{image.stem}.png") for image in images]
-    return [(image, mask) for image, mask in pairs if mask.is_file()]
+    return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
 def reduce_to(array, max_side, interpolation):
@@ -594,14 +613,14 @@ class FeatureCache:
 
     def __init__(self, predictor, limit, dtype=torch.float16, amp=True, folder=None, model_cfg=None):
         self.predictor, self.limit, self.dtype, self.amp, self.folder = predictor, limit, dtype, amp, folder
-        self.kept, self.encoded = {}, 0
+        self.kept = {}
         model = predictor.model  # has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
         self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         if folder:
             self.identity = self.hash_of_the_encoder(model_cfg)
 
     def hash_of_the_encoder(self, model_cfg):
-        """A hash of all but the image that features depend on: config, frozen weights, precision, versions."""
+        """A hash of everything that features depend on but the image: config, frozen weights, precision, versions."""
         autocast = autocast_dtype() if self.amp and self.predictor.device.type == "cuda" else None
         settings = [self.predictor.model.image_size, self.dtype, self.predictor.device.type, autocast,
                     OmegaConf.to_yaml(read_config(model_cfg)), versions()]
@@ -611,9 +630,9 @@ class FeatureCache:
                 digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return digest.digest()
 
-    def images_that_fit(self, count):
-        """How many of `count` images can be kept in memory."""
-        return min(count, self.limit // self.bytes_per_image)
+    def images_that_fit(self, count, processes=1):
+        """How many of `count` images can be kept in memory; processes: that share the images, each with a cache."""
+        return min(count, processes * (self.limit // self.bytes_per_image))
 
     def __call__(self, images):
         """Features of a batch on the model's device: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}.
@@ -637,7 +656,6 @@ class FeatureCache:
     def encode(self, path, size):
         with mixed_precision(self.predictor.device, self.amp):
             self.predictor.set_image(read_reduced(path, size))
-        self.encoded += 1
         levels = [self.predictor._features["image_embed"], *self.predictor._features["high_res_feats"]]
         return [level.to(self.dtype).cpu() for level in levels]
 
@@ -973,18 +991,18 @@ def learning_rate_factor(args, iteration, halvings=0):
 def print_setup(training, device):
     """Print what is about to be trained, on what."""
     args, masks, val_masks = training.args, training.masks, training.val_masks
-    cache, val_cache = training.cache, training.val_cache
+    cache, val_cache, processes = training.cache, training.val_cache, training.processes
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
                "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
-    print(f"장치: {device}" + (f", 프로세스 {training.processes}개" if training.processes > 1 else ""))
+    print(f"장치: {device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
     print(describe_data(masks, val_masks))
     trained, total = count_weights(training.parameters), count_weights(training.model.parameters())
     print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
     if cache is None:
-        print("특징을 캐시하지 않고 이미지를 쓸 때마다 인코딩합니다.")
+        print("학습 이미지의 특징은 캐시하지 않고 쓸 때마다 인코딩합니다.")
     else:
         print(f"특징 캐시: 학습 {len(masks)}장 중 {cache.images_that_fit(len(masks))}장, "
-              f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks))}장이 들어갑니다 "
+              f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks), processes)}장이 들어갑니다 "
               f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {(cache.limit + val_cache.limit) / 1e9:.3g} GB)"
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if not val_masks:
@@ -1047,7 +1065,7 @@ def on_interrupt(interrupted, processes):
     """
     interrupted.append(True)
     signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
-    print("이번 반복을 마치고 저장합니다. 바로 끝내려면 Ctrl-C를 한 번 더 누르세요.")
+    print("이번 반복을 마치고 저장합니다." + (" 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." if processes == 1 else ""))
 
 
 def in_parts(gt_masks):
@@ -1131,11 +1149,13 @@ def official_weights(model):
     return {name: tensor.cpu() for name, tensor in weights.items()}
 
 
-def data_fingerprint(masks):
-    """A hash of the training images' names and their masks."""
+def data_fingerprint(*sets):
+    """A hash of the names of some sets' images and of their masks."""
     digest = hashlib.sha256()
-    for path, objects, size in zip(masks.paths, masks.objects, masks.sizes):
-        digest.update(os.fsencode(f"{path.name} {size}") + b" ".join(rle["counts"] for rle in objects))
+    for masks in sets:
+        digest.update(f"{len(masks)} images".encode())
+        for path, objects, size in zip(masks.paths, masks.objects, masks.sizes):
+            digest.update(os.fsencode(f"{path.name} {size}") + b" ".join(rle["counts"] for rle in objects))
     return digest.hexdigest()
 
 
@@ -1169,21 +1189,20 @@ def resume_command(processes):
     """The command line that goes on with this training."""
     per_node = os.environ.get("LOCAL_WORLD_SIZE", processes)
     start = ["torchrun", f"--nproc-per-node={per_node}"] if processes > 1 else [Path(sys.executable).name]
-    return shlex.join([*start, *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join([*start, *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
 
 
 def finish(training, device):
     """Write sam2_final.pt and training_summary.json; print how long the training took and what it reached."""
-    args, rows, folder = training.args, training.rows, training.args.output_dir
+    rows, folder = training.rows, training.args.output_dir
     save_model(training.model, folder / "sam2_final.pt")
-    visits = training.iteration * args.batch_size * args.accumulate * training.processes
-    encoded = training.cache.encoded if training.cache else visits
     seconds = time.time() - training.started
     write_json(folder / "training_summary.json", {
         "settings": training.settings, "device": device, "versions": versions(),
         "train_images": len(training.masks), "train_objects": training.masks.count,
         "val_images": len(training.val_masks), "val_objects": training.val_masks.count,
-        "trained_weights": count_weights(training.parameters), "encodings": encoded + training.val_cache.encoded,
+        "trained_weights": count_weights(training.parameters), "encodings": training.encoded,
         "iterations": training.iteration, "best_iou": training.best, "best_iteration": training.best_iteration,
         "best_chosen_by": "validation IoU" if training.val_masks else "training IoU", "seconds": round(seconds, 1)})
     chosen_by = "검증" if training.val_masks else "학습"
@@ -1196,7 +1215,8 @@ def finish(training, device):
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")

@@ -4,9 +4,10 @@
 
 Both start from the same weights and visit the same images in the same order, turn by turn in one run, so
 that a busy machine slows both. The plain loop encodes the image at every iteration, enlarges all three
-masks and hands all weights to AdamW; this project's keeps the features. The model is sam2.1_hiera_s at
-1024 px with random weights: right for speed, meaningless for quality. Images are drawn if none are named.
-With --batch-size the project's loop takes so many images at once; the plain loop knows only one at a time.
+masks and hands all weights to a plain AdamW; this project's keeps the features, and its AdamW is fused. The
+model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Images are
+drawn if none are named. With --batch-size the project's loop takes so many images at once; the plain loop
+knows only one at a time.
 """
 
 import argparse
@@ -20,9 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from hydra import compose
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
@@ -46,6 +45,8 @@ def main():
     parser.add_argument("--no-amp", dest="amp", action="store_false", help="full precision in both loops, also on CUDA")
     parser.add_argument("--memory", action="store_true", help="measure peak memory of several settings instead")
     args = parser.parse_args()
+    if bool(args.image_dir) != bool(args.mask_dir):
+        parser.error("--image-dir and --mask-dir go together")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = save_random_weights(args.model_cfg, folder / "random.pt")
@@ -55,15 +56,14 @@ def main():
             time_iterations(args, checkpoint, pairs)
             return
         for iterations, flags in MEMORY:
-            peak = peak_memory(args, checkpoint, folder, [*flags.split(), "--iterations", str(iterations)])
+            peak = peak_memory(args, checkpoint, pairs, folder, [*flags.split(), "--iterations", str(iterations)])
             print(f"{flags}: peak memory of the process {peak:.2f} GB", flush=True)
 
 
 def save_random_weights(model_cfg, path):
     """A checkpoint in the official form for a config of the sam2 package or a YAML of one's own."""
     torch.manual_seed(0)
-    config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=model_cfg)
-    torch.save({"model": instantiate(config.model, _recursive_=True).state_dict()}, path)
+    torch.save({"model": instantiate(project.read_config(model_cfg), _recursive_=True).state_dict()}, path)
     return path
 
 
@@ -177,11 +177,12 @@ def project_iteration(batch_loss, optimizer, scaler, indices, rng):
     scaler.update()
 
 
-def peak_memory(args, checkpoint, folder, flags):
-    """Peak resident memory, in GB, of a process that trains with these flags."""
+def peak_memory(args, checkpoint, pairs, folder, flags):
+    """Peak resident memory, in GB, of a process that trains with these flags on the folders of `pairs`."""
+    image_dir, mask_dir = (path.parent for path in pairs[0])
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_sam2_proper.py"), "--model-cfg", args.model_cfg, "--checkpoint", checkpoint,
-         "--image-dir", folder / "images", "--mask-dir", folder / "masks", "--val-image-dir", folder / "none",
+         "--image-dir", image_dir, "--mask-dir", mask_dir, "--val-image-dir", folder / "none",
          "--output-dir", folder / "output", "--workers", "0", "--device", args.device,
          "--batch-size", str(args.batch_size), "--amp" if args.amp else "--no-amp", *flags],
         stdout=subprocess.DEVNULL)

@@ -18,6 +18,9 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import cv2
+
+os.environ.pop("QT_QPA_PLATFORM_PLUGIN_PATH", None)  # cv2 sets it to its own Qt, in which matplotlib's cannot start
+
 import numpy as np
 import torch
 from hydra import compose

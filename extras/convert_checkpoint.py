@@ -110,7 +110,12 @@ def parse_args():
                         help="공식 체크포인트일 때, 모델 입력 한 변 (기본: 체크포인트에 적힌 대로, 없으면 설정대로)")
     parser.add_argument("--checkpoint", type=Path,
                         help="Sam2Model로 저장해 메모리(비디오) 부분이 없는 폴더일 때, 그것을 가져올 공식 체크포인트")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.source.is_dir() and args.image_size:
+        parser.error("--image-size는 공식 체크포인트를 바꿀 때만 씁니다")
+    if not args.source.is_dir() and args.checkpoint:
+        parser.error("--checkpoint는 Hugging Face 폴더를 바꿀 때만 씁니다")
+    return args
 
 
 def to_huggingface(args):

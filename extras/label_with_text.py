@@ -74,8 +74,9 @@ DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
 def main():
     args = parse_args()
     rank, processes, device = join_processes(args.device)
-    detector = make_detector(args, device)
-    predictor = load_predictor(args.model_cfg, choose_checkpoint(args), device, args.image_size)
+    detector, checkpoint = make_detector(args, device), choose_checkpoint(args)
+    predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
+    print(f"모델: {checkpoint}, 장치: {device}")
     annotations = GroundedSAM2(predictor, detector).label(args.images, args.output, args.plot, rank, processes)
     if rank == 0:
         command = ["prepare_data.py", "--images", str(args.images), "--coco", str(annotations)]
@@ -95,11 +96,11 @@ def parse_args():
                         help="검출기 가중치 폴더 (기본: models/검출기이름, 없으면 Hugging Face 캐시)")
     parser.add_argument("--boxes", type=Path, metavar="FILE", help="검출기 대신 상자가 든 COCO JSON")
     parser.add_argument("--task", choices=TASKS,
-                        help="florence2의 과제: 어휘를 정한 검출 또는 문구 찾기 (기본: detection)")
+                        help="florence2의 과제: detection 개방 어휘 검출, grounding 구절의 위치 찾기 (기본: detection)")
     parser.add_argument("--box-threshold", type=parse_score, metavar="SCORE",
                         help="grounding-dino: 상자의 점수가 이보다 높아야 함, 0-1 (기본: 0.3)")
     parser.add_argument("--text-threshold", type=parse_score, metavar="SCORE",
-                        help="grounding-dino: 범주의 단어와 맞는 점수가 이보다 높아야 함, 0-1 (기본: 0.25)")
+                        help="grounding-dino: 상자와 범주 단어의 일치 점수가 이보다 높아야 함, 0-1 (기본: 0.25)")
     parser.add_argument("--plot", action="store_true", help="마스크와 상자를 그린 그림을 결과 폴더의 plots/에 저장")
     parser.add_argument("--preprocess", action="store_true", help="끝나면 prepare_data.py로 data/를 만듦")
     add_model_flags(parser, "output/my_labels")
@@ -110,7 +111,9 @@ def parse_args():
         parser.error("--detector와 --category는 함께 씁니다")
     for option in sum(OPTIONS.values(), []):
         if getattr(args, option) is not None and option not in OPTIONS.get(args.detector, []):
-            parser.error(f"{args.detector or '--boxes'}에는 --{option.replace('_', '-')}가 쓰이지 않습니다")
+            parser.error(f"{args.detector or '--boxes'}에는 --{option.replace('_', '-')} 옵션을 쓸 수 없습니다")
+    if args.boxes and args.boxes.resolve() == (args.output / "annotations.json").resolve():
+        parser.error(f"--boxes {args.boxes}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     return args
 
 
@@ -265,7 +268,7 @@ class GroundingDino:
         self.text = "".join(f"{category.lower()}. " for category in categories).strip()
         tokens = len(self.processor.tokenizer(self.text)["input_ids"])
         if tokens > self.model.config.max_text_len:
-            fail(f"--category가 깁니다: 토큰 {tokens}개, 한 번에 {self.model.config.max_text_len}개까지")
+            fail(f"--category가 너무 깁니다: 토큰 {tokens}개 ({self.model.config.max_text_len}개까지)")
 
     @torch.inference_mode()
     def find(self, image, name=""):

@@ -51,7 +51,7 @@ from tracking import (
     track,
 )
 
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
 WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
            "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
 MILLIMETRES = {"meter": 1000, "micron": 0.001}  # in one unit of a NIfTI header; else the unit is the millimetre
@@ -97,7 +97,8 @@ def main():
     if not is_done:
         for _ in follow(prompts):
             pass
-    save(args, volume, slices, prompts, mask, scores, truth)
+    model = {"checkpoint": str(checkpoint), "model_cfg": args.model_cfg, "image_size": predictor.image_size}
+    save(args, volume, slices, prompts, mask, scores, truth, model)
 
 
 def parse_args():
@@ -108,10 +109,10 @@ def parse_args():
                         help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_boxes, default={},
                         help='상자: "슬라이스,x1,y1,x2,y2", 여러 슬라이스면 ";"로 이어서')
-    parser.add_argument("--axis", choices=["axial", "coronal", "sagittal"], default="axial",
+    parser.add_argument("--axis", choices=AXES, default="axial",
                         help="슬라이스의 방향 (기본: axial)")
     parser.add_argument("--window", type=parse_window, default="brain", metavar="이름",
-                        help=f'밝기 범위: {", ".join(WINDOWS)}, "중심,폭" (HU), 또는 MR에는 none (기본: brain)')
+                        help=f'밝기 범위: {", ".join(WINDOWS)}, "레벨,폭" (HU), 또는 MR에는 none (기본: brain)')
     parser.add_argument("--max-gap", type=int, default=3, metavar="N",
                         help="대상이 잇달아 N장에서 보이지 않으면 그 방향은 거기서 끝, 0이면 볼륨 끝까지 (기본: 3)")
     parser.add_argument("--each-slice", action="store_true",
@@ -125,6 +126,8 @@ def parse_args():
     args.interactive = not args.prompts
     if args.max_gap < 0:
         parser.error("--max-gap은 0 이상이어야 합니다")
+    if args.each_slice and args.max_gap != parser.get_default("max_gap"):
+        parser.error("--max-gap과 --each-slice는 함께 쓸 수 없습니다")
     args.name = Path(args.volume).name
     for suffix in (".gz", ".nii", ".img", ".hdr"):
         args.name = args.name.removesuffix(suffix)
@@ -202,7 +205,7 @@ def parse_window(text):
     if text == "none":
         return None
     (level, width), *others = [WINDOWS[text]] if text in WINDOWS else \
-        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "중심,폭"')
+        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "레벨,폭"')
     if others:
         raise argparse.ArgumentTypeError(f"밝기 범위는 하나여야 합니다: {text}")
     if width <= 0:
@@ -367,8 +370,11 @@ def segment_each(predictor, slices, prompts):
 
 # ----------------------------------------------------------------------------- writing
 
-def save(args, volume, slices, prompts, mask, scores, truth):
-    """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU."""
+def save(args, volume, slices, prompts, mask, scores, truth, model):
+    """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU.
+
+    model: {name: value} of what is to be said of the model in summary.json.
+    """
     mask_path, slices_path, summary_path, montage_path = paths = result_paths(args)
     restored = volume.restore(slices.from_pictures(mask))
     write_file(mask_path, gzip.compress(restored.to_bytes(), mtime=0))
@@ -377,7 +383,7 @@ def save(args, volume, slices, prompts, mask, scores, truth):
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
                "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
                "each_slice": args.each_slice, "max_gap": args.max_gap,
-               "prompts": as_flags(mirror(prompts, slices.size))}
+               "prompts": as_flags(mirror(prompts, slices.size)), **model}
     reached = np.flatnonzero(~np.isnan(scores))
     if not args.each_slice and len(reached) < len(slices):
         print(f"슬라이스 {reached[0]}~{reached[-1]}만 따라갔습니다. 그 밖에는 대상이 없다고 보았습니다 "
@@ -390,7 +396,7 @@ def save(args, volume, slices, prompts, mask, scores, truth):
               f"정답 부피 {summary['truth_ml']:.3f} ml")
     write_json(summary_path, summary)
 
-    rows = [["slice", "area_mm2", "score", *(["dice"] if args.truth else [])]]
+    rows = [["slice", "area_mm2", "score", *(["dice"] if truth is not None else [])]]
     shown = ~np.isnan(scores) | (truth.any(axis=(1, 2)) if truth is not None else False)
     for number in np.flatnonzero(shown):
         score = "" if np.isnan(scores[number]) else f"{scores[number]:.4f}"

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import zlib
 from bisect import bisect
 from fractions import Fraction
 from pathlib import Path
@@ -57,7 +58,7 @@ FOLDER_RATE = 25             # frames per second of the overlay, for a folder of
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
 KEPT_BYTES = 64 * 2**20      # of decoded frames that are kept for going backwards
 RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
-MARK = "track_video.py"      # in the text chunk "Software" of every mask written here, so that no other is overwritten
+MARK = "track_video.py"      # see mark()
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad image file
 
 
@@ -79,7 +80,7 @@ def main():
     print(f"모델: {checkpoint}, 장치: {device}, 영상: {len(video)}프레임, 가로 {width}, 세로 {height}픽셀")
 
     def follow(prompts):
-        return track_and_save(predictor, video, prompts, args.output, args.name, args.to_data)
+        return track_and_save(predictor, video, prompts, args)
 
     is_tracked = False
     if args.interactive:
@@ -133,18 +134,18 @@ def parse_args():
 def check_output(args):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
-    Results of an earlier run are recognized by MARK, which each of its masks has, also those for training.
+    Results of an earlier run on this video are recognized by the mark() of its masks, also of those for training.
     """
     folder = args.output
     if Path(args.video).resolve() in [(folder / name).resolve() for name in ("masks", "to_data/images", "overlay.mp4")]:
         fail(f"{args.video}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     masks, others = earlier_results(folder, args.name, args.to_data)
     pairs = [path for path in others if path.parent == folder / "to_data" / "masks"]
-    foreign = [path for path in (*masks, *pairs) if not is_marked(path)]
+    foreign = [path for path in (*masks, *pairs) if not is_marked(path, args.video)]
     if not masks:
         foreign += [path for path in others if not (args.prompts and path.resolve() == Path(args.prompts).resolve())]
     if foreign:
-        fail(f"{foreign[0]}: 이 스크립트가 쓴 것이 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+        fail(f"{foreign[0]}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if masks:
         names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
         print(f"이전 결과를 덮어씁니다: {folder} ({', '.join(names)})")
@@ -160,13 +161,20 @@ def earlier_results(folder, name, to_data):
     return masks, [*(path for result in RESULTS if (path := folder / result).exists()), *pairs]
 
 
-def is_marked(path):
-    """Whether a mask was written by this script."""
+def is_marked(path, video):
+    """Whether a mask is as this script wrote it for the video at the path `video`."""
     try:
         with Image.open(path) as image:
-            return image.info.get("Software") == MARK
+            return image.info.get("Software") == mark(np.asarray(image), video)
     except UNREADABLE:
         return False
+
+
+def mark(pixels, video):
+    """The text chunk "Software" of every mask written here, so that no other is overwritten: MARK, a checksum of the
+    pixels, because editors may keep the chunk, and the path of the video, because many are called "frames"."""
+    name = str(Path(video).resolve()).encode(errors="replace").decode()
+    return f"{MARK} {zlib.crc32(pixels.astype(np.uint16).tobytes()):08x} {name}"
 
 
 def parse_points(text):
@@ -383,23 +391,23 @@ def read_prompts(path):
 
 # ----------------------------------------------------------------------------- writing
 
-def track_and_save(predictor, video, prompts, folder, name, to_data):
+def track_and_save(predictor, video, prompts, args):
     """Track, write each mask as soon as it is predicted and the other results at the end; yields (frame, label map)."""
-    rows = {}
+    folder, rows = args.output, {}
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
             if not rows:  # earlier results are kept until there are new ones
-                clear(folder, name, to_data)
+                clear(folder, args.name, args.to_data)
                 write_prompts(folder / "prompts.json", prompts)
-            write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels))
+            write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, args.video))
             bar.update(frame not in rows)
             rows[frame] = [track_row(frame, number, labels == number, score)
                            for number, score in sorted(zip(objects, scores))]
             yield frame, labels
     header = ["frame", "object", "area", "x1", "y1", "x2", "y2", "score"]
     write_csv(folder / "tracks.csv", [header, *(row for frame in sorted(rows) for row in rows[frame])])
-    save_pictures(video, folder, name, to_data, is_numbered=len({number for _, number in prompts}) > 1)
+    save_pictures(video, args, is_numbered=len({number for _, number in prompts}) > 1)
 
 
 def write_prompts(path, prompts):
@@ -418,8 +426,8 @@ def clear(folder, name, to_data):
             path.unlink()
 
 
-def palette_png(labels):
-    """Encode a label map as a palette PNG with MARK: the pixel values are object numbers, the colours those of DAVIS.
+def palette_png(labels, video):
+    """Encode a label map as a marked palette PNG: the pixel values are object numbers, the colours those of DAVIS.
 
     The palette is that of PASCAL VOC: bits 3k, 3k + 1 and 3k + 2 of the number become bit 7 - k of red, green and blue.
     """
@@ -427,14 +435,14 @@ def palette_png(labels):
     palette = sum(((numbers >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8))
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).ravel().tolist())
-    return marked_png(image)
+    return marked_png(image, video)
 
 
-def marked_png(image):
-    """Encode a PIL image as PNG with MARK."""
-    mark, content = PngImagePlugin.PngInfo(), io.BytesIO()
-    mark.add_text("Software", MARK)
-    image.save(content, "png", pnginfo=mark)
+def marked_png(image, video):
+    """Encode a PIL image as PNG with its mark()."""
+    chunks, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    chunks.add_text("Software", mark(np.asarray(image), video))
+    image.save(content, "png", pnginfo=chunks)
     return content.getvalue()
 
 
@@ -445,11 +453,12 @@ def track_row(frame, number, mask, score):
     return [frame, number, len(rows), *box, f"{score:.4f}"]
 
 
-def save_pictures(video, folder, name, to_data, is_numbered):
+def save_pictures(video, args, is_numbered):
     """Read all frames and their masks again in order, and write overlay.mp4 and the pairs for training.
 
     is_numbered: whether the masks of the pairs hold object numbers, because there are several objects.
     """
+    folder, to_data = args.output, args.to_data
     temporary = folder / f"overlay.mp4.{os.getpid()}.tmp"
     pairs = skipped = 0
     try:
@@ -465,7 +474,7 @@ def save_pictures(video, folder, name, to_data, is_numbered):
                 container.mux(stream.encode(frame))
                 if to_data and index % to_data == 0:
                     if labels.any():
-                        save_pair(folder / "to_data", f"{name}_{index:05}.png", image, labels, is_numbered)
+                        save_pair(args, index, image, labels, is_numbered)
                         pairs += 1
                     else:
                         skipped += 1
@@ -486,11 +495,12 @@ def overlay_frame(image, labels):
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def save_pair(folder, name, image, labels, is_numbered):
+def save_pair(args, index, image, labels, is_numbered):
     """Write a frame and its mask as prepare_data.py reads them: 0 and 255, or 16-bit numbers for several objects."""
+    folder, name = args.output / "to_data", f"{args.name}_{index:05}.png"
     mask = labels.astype(np.uint16) if is_numbered else np.where(labels > 0, 255, 0).astype(np.uint8)
     write_file(folder / "images" / name, cv2.imencode(".png", image[..., ::-1])[1].tobytes())
-    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask)))
+    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask), args.video))
 
 
 if __name__ == "__main__":

@@ -214,6 +214,11 @@ def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # nothing half made
 
 
+def test_flags_of_the_other_direction_are_refused(demo):
+    assert "--image-size" in run(SCRIPT, "hf", "back.pt", "--image-size", 512, cwd=demo, code=2).stderr
+    assert "--checkpoint" in run(SCRIPT, DEMO, "there", "--checkpoint", DEMO, cwd=demo, code=2).stderr
+
+
 def test_a_target_that_cannot_be_written_ends_in_one_line(tmp_path, demo, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(SystemExit, match="folder: 파일이어야 하는데 폴더가"):

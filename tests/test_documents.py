@@ -56,7 +56,8 @@ WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/o
                      r"data/(images|masks)/(train|val))/|checkpoints/sam2\.1_hiera_(small|base_plus)\.pt|"
                      r"(output/comparison/)?compare_1\.png|masks/00000\.png|training_summary_(\*|날짜_시각)\.json|"
                      r"processor_config\.json")
-BROUGHT = ("annotations.json", "_annotations.coco.json", "2.jpg", "10.jpg", "sam_med3d_turbo.pth")  # by users
+BROUGHT = ("annotations.json", "_annotations.coco.json", "2.jpg", "10.jpg", "test_images/dog.jpg", "이름.png",
+           "sam_med3d_turbo.pth")  # by users
 
 
 def text(document):

@@ -359,6 +359,13 @@ def test_an_untrusted_certificate_is_refused(tmp_path, archive, server):
     assert not list(tmp_path.glob("*.zip*"))
 
 
+def test_a_secure_connection_that_fails_otherwise_is_tried_again(tmp_path, server):
+    url = server.url.replace("http:", "https:")  # the server speaks plain HTTP
+    done = run("download_dataset.py", "--url", url, cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "네트워크")
+    assert done.stdout.count("보안 연결") == 3
+
+
 def test_no_network_at_all(tmp_path):
     done = run("download_dataset.py", "--url", "http://127.0.0.1:9/x.zip", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "네트워크")

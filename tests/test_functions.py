@@ -2,15 +2,19 @@
 
 import argparse
 import importlib.metadata
+import io
 import math
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import display_width, draw_pair, write_image
+from conftest import ROOT, display_width, draw_pair, write_image
 from pycocotools import mask as coco_mask
 
 import compare_models
@@ -305,6 +309,30 @@ def test_versions_need_no_package_of_opencvs_own_name(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert train_sam2_proper.versions()["opencv-python"] == cv2.__version__
+
+
+def test_versions_need_no_package_named_sam2(monkeypatch):
+    """Meta's own checkout installs under another name."""
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert train_sam2_proper.versions()["sam2"] == "?"
+
+
+@pytest.mark.parametrize("script", ["train_sam2_proper", "prepare_data", "download_dataset", "common", "utils"])
+def test_scripts_open_where_the_output_is_no_terminal_and_no_file(script, monkeypatch):
+    path = next(path for folder in ("", "extras", "extras/sam_med3d_ich")
+                if (path := ROOT / folder / f"{script}.py").is_file())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook: it has no reconfigure()
+    assert "fail" in runpy.run_path(str(path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cv2 does it on Linux only")
+def test_windows_are_not_drawn_with_the_qt_that_opencv_brings():
+    code = "import os, {}\nassert 'QT_QPA_PLATFORM_PLUGIN_PATH' not in os.environ"
+    for name, folder in (("test_my_image", ROOT), ("common", ROOT / "extras")):
+        subprocess.run([sys.executable, "-c", code.format(name)], cwd=folder, check=True)
 
 
 def test_compressed_runs_are_read_as_pycocotools_writes_them():

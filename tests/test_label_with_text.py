@@ -1,9 +1,7 @@
 """extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: what is tested is the way through."""
 
-import io
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -335,11 +333,11 @@ def test_a_repository_with_code_of_its_own_is_told_from_the_right_one(tmp_path, 
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--boxes a.json --task grounding", "--boxes에는 --task가"),
-    ("--boxes a.json --detector-dir models", "--boxes에는 --detector-dir가"),
-    ("--boxes a.json --text-threshold 0.2", "--boxes에는 --text-threshold가"),
-    ("--detector grounding-dino --category polyp --task detection", "grounding-dino에는 --task가"),
-    ("--detector florence2 --category polyp --box-threshold 0", "florence2에는 --box-threshold가"),
+    ("--boxes a.json --task grounding", "--boxes에는 --task 옵션을 쓸"),
+    ("--boxes a.json --detector-dir models", "--boxes에는 --detector-dir 옵션을 쓸"),
+    ("--boxes a.json --text-threshold 0.2", "--boxes에는 --text-threshold 옵션을 쓸"),
+    ("--detector grounding-dino --category polyp --task detection", "grounding-dino에는 --task 옵션을 쓸"),
+    ("--detector florence2 --category polyp --box-threshold 0", "florence2에는 --box-threshold 옵션을 쓸"),
     ("--detector grounding-dino --category polyp --box-threshold 30", "0에서 1 사이"),
     ("--detector grounding-dino --category polyp --box-threshold nan", "0에서 1 사이"),
     ("--detector florence2", "함께 씁니다")])
@@ -415,9 +413,13 @@ def test_names_are_drawn_with_the_last_font_and_whole_at_the_top(monkeypatch):
     assert letters[0] == letters[1] > 20
 
 
-def test_common_opens_where_the_output_is_no_terminal_and_no_file(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook: it has no reconfigure()
-    assert "run" in runpy.run_path(str(ROOT / "extras" / "common.py"))
+def test_the_file_of_boxes_is_not_overwritten(tmp_path):
+    draw_images(tmp_path)
+    before = write_boxes(tmp_path / "photos/annotations.json", [], []).read_bytes()
+    done = run(SCRIPT, "--images", "photos", "--boxes", "photos/annotations.json", *MODEL, "-o", "photos", cwd=tmp_path,
+               code=2)
+    assert "결과를 쓸 자리에 있습니다" in done.stderr
+    assert (tmp_path / "photos/annotations.json").read_bytes() == before
 
 
 def test_two_processes_write_the_json_that_one_writes(tmp_path):

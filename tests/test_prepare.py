@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import unicodedata
 
@@ -116,6 +117,18 @@ def test_files_put_there_by_hand_are_never_overwritten(tmp_path):
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "덮어쓰지 않습니다")
     assert len(names(tmp_path / "data/images/train")) == 6
+
+
+def test_a_file_put_beside_the_split_by_hand_stops_the_next_one_and_a_hidden_file_does_not(tmp_path):
+    make_source(tmp_path)
+    arguments = ("prepare_data.py", "--images", "images", "--masks", "masks")
+    run(*arguments, cwd=tmp_path)
+    (tmp_path / "data/images/train/.DS_Store").write_bytes(b"of the Finder")
+    assert "이미 준비되어" in run(*arguments, cwd=tmp_path).stdout
+    assert "완료" in run(*arguments, "--val-ratio", 0.5, cwd=tmp_path).stdout
+    write_image(tmp_path / "data/masks/train/by_hand.png", draw_pair(50)[1])
+    assert_fails_in_one_line(run(*arguments, cwd=tmp_path, code=1), "masks/train/by_hand.png", "덮어쓰지 않습니다")
+    assert (tmp_path / "data/masks/train/by_hand.png").exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
@@ -426,6 +439,11 @@ def test_check_counts_and_names_every_problem(data):
         line, = (line for line in done.stdout.splitlines() if name in line)
         assert problem in line
     assert "문제 5개" in done.stdout and "train: 3쌍" in done.stdout
+
+
+def test_check_takes_data_without_validation_images(data):
+    shutil.rmtree(data / "data/images/val")
+    assert "val: 폴더가 없습니다" in run("prepare_data.py", "--check", cwd=data).stdout
 
 
 def test_preview_is_a_sheet_of_n_tiles(data):

@@ -380,7 +380,7 @@ def test_a_folder_named_sam2_is_found_out(tmp_path):
     done = subprocess.run([sys.executable, "compare_models.py"], cwd=tmp_path, env=ENV, capture_output=True,
                           encoding="utf-8")
     assert done.returncode == 1
-    assert_fails_in_one_line(done, "sam2", "이름", "pip install -r requirements.txt")
+    assert_fails_in_one_line(done, "sam2", "이름", "-r requirements.txt")
 
 
 def test_a_project_folder_named_sam2_is_warned_about(tmp_path):

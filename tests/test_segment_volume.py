@@ -162,9 +162,10 @@ def test_volume_area_dice_and_iou_are_right_on_a_mask_worked_out_by_hand(tmp_pat
     args = FakeArgs(tmp_path)
     args.axis = axis
     segment_volume.save(args, volume, slices, {}, slices.to_pictures(mask), np.ones(len(slices)),
-                        slices.to_pictures(truth))
+                        slices.to_pictures(truth), {"checkpoint": "a.pt"})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["volume_ml"] == pytest.approx(0.9) and summary["truth_ml"] == pytest.approx(1.26)
+    assert summary["checkpoint"] == "a.pt"
     assert summary["dice"] == pytest.approx(300 / 360) and summary["iou"] == pytest.approx(150 / 210)
     assert "부피: 0.900 ml (150복셀" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "slices.csv").open()))
@@ -335,11 +336,13 @@ def test_the_gap_ends_both_directions_and_what_it_left_out_is_said(tmp_path, vis
     unseen = [row for row in rows if not row["score"]]
     assert {int(row["slice"]) for row in unseen} == {*np.flatnonzero(truth.any(axis=(0, 1)))} - {3, 4, 5} != set()
     assert all(row["dice"] == "0.0000" for row in unseen)
-    assert json.loads((tmp_path / "out/summary.json").read_text())["max_gap"] == 1
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["max_gap"], summary["checkpoint"], summary["image_size"]) == (1, "hidden.pt", 256)
     done = segment(tmp_path, "hidden.pt", *flags, "--max-gap", 0, "-o", "all")
     assert "따라갔습니다" not in done.stdout
     assert all(row["score"] for row in csv.DictReader((tmp_path / "all/slices.csv").open()))
     assert "--max-gap" in segment(tmp_path, "hidden.pt", *flags, "--max-gap", -1, code=2).stderr
+    assert "함께" in segment(tmp_path, "hidden.pt", *flags, "--max-gap", 1, "--each-slice", code=2).stderr
 
 
 def test_settings_become_flags_unless_they_are_the_defaults(monkeypatch):
@@ -349,7 +352,8 @@ def test_settings_become_flags_unless_they_are_the_defaults(monkeypatch):
 
     assert flags() == ""
     assert flags("--window", "lung", "--axis", "coronal") == '--axis coronal --window "-600,1500" '
-    assert flags("--window", "none", "--max-gap", "0", "--each-slice") == '--window "none" --max-gap 0 --each-slice '
+    assert flags("--window", "none", "--max-gap", "0") == '--window "none" --max-gap 0 '
+    assert flags("--each-slice") == "--each-slice "
 
 
 def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):

@@ -1,5 +1,6 @@
 """track_video.py: the same masks as sam2's own predictor, from files of every kind, and a window."""
 
+import argparse
 import csv
 import json
 import re
@@ -20,7 +21,7 @@ import track_video
 import tracking
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, make_visible, run, write_image
 from matplotlib.backend_bases import KeyEvent, MouseEvent
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sam2.build_sam import build_sam2_video_predictor
 from test_window import RealWindow
 
@@ -185,8 +186,25 @@ def test_files_of_somebody_else_are_neither_taken_away_nor_overwritten(clip, nam
     (clip / "mine/own").rename(clip / "mine" / name)
     before = (clip / "mine" / name).read_bytes()
     failed = track(clip, "missing.pt", "--point", "20,20", "-o", "mine", code=1)  # before the model is loaded
-    assert_fails_in_one_line(failed, f"mine/{name}: 이 스크립트가 쓴 것이 아니어서")
+    assert_fails_in_one_line(failed, f"mine/{name}: 이 영상의 이전 결과 그대로가 아니어서")
     assert (clip / "mine" / name).read_bytes() == before
+
+
+def test_results_of_another_video_of_that_name_and_masks_that_were_corrected_are_not_overwritten(clip, visible):
+    for folder in ("a", "b"):
+        save_folder(clip / folder / "frames", draw_clip()[0])
+    track(clip, visible, "--point", "20,20", video="a/frames")
+    done = track(clip, visible, "--point", "20,20", video=clip / "a/frames")  # the same, named in another way
+    assert "이전 결과를 덮어씁니다" in done.stdout
+    mask = clip / "output/my_tracks/frames/masks/00000.png"
+    failed = track(clip, visible, "--point", "20,20", video="b/frames", code=1)
+    assert_fails_in_one_line(failed, "masks/00000.png: 이 영상의 이전 결과 그대로가 아니어서")
+    with Image.open(mask) as image:  # an editor that keeps the text chunks
+        chunks, corrected = PngImagePlugin.PngInfo(), Image.fromarray(255 - np.array(image))
+        chunks.add_text("Software", image.info["Software"])
+    corrected.save(mask, pnginfo=chunks)
+    failed = track(clip, visible, "--point", "20,20", video="a/frames", code=1)
+    assert_fails_in_one_line(failed, "masks/00000.png: 이 영상의 이전 결과 그대로가 아니어서")
 
 
 def test_a_mask_corrected_by_hand_stops_and_other_files_beside_the_results_stay(clip, visible):
@@ -519,8 +537,9 @@ def window(clip, visible):
     matplotlib.use("Agg")
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     video = track_video.ImageFolder(clip / "frames")
+    args = argparse.Namespace(video=clip / "frames", output=clip / "windowed", name="frames", to_data=None)
     made = tracking.Window(video, predictor, lambda prompts: track_video.track_and_save(
-        predictor, video, prompts, clip / "windowed", "frames", None), "clip")
+        predictor, video, prompts, args), "clip")
     yield made
     matplotlib.pyplot.close(made.figure)
 

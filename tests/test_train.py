@@ -285,6 +285,29 @@ def test_resume_refuses_another_training(data, weights):
     assert_fails_in_one_line(done, "lr 1e-05 → 0.001")
     write_image(data / "data/masks/train/pair_001.png", draw_pair(50)[1])
     assert_fails_in_one_line(train(data, weights, "--iterations", 4, "--resume", code=1), "다른 데이터")
+    write_image(data / "data/masks/train/pair_001.png", draw_pair(1)[1])
+    write_image(data / "data/masks/val/pair_100.png", draw_pair(50)[1])
+    assert_fails_in_one_line(train(data, weights, "--iterations", 4, "--resume", code=1), "다른 데이터")
+    write_image(data / "data/masks/val/pair_100.png", draw_pair(100)[1])
+    assert "이전 학습" not in train(data, weights, "--iterations", 4, "--resume").stdout
+    assert "output의 이전 학습을 덮어씁니다" in train(data, weights, "--iterations", 1).stdout
+
+
+def test_a_log_that_another_program_has_open_does_not_end_the_training(data, weights):
+    """On Windows a file that Excel has open cannot be replaced."""
+    opened = """
+import pathlib
+
+def replace(self, target, original=pathlib.Path.replace):
+    if target.name == "train_log.csv" and not pathlib.Path("closed").exists():
+        pathlib.Path("closed").touch()
+        raise PermissionError(13, "Permission denied", str(target))
+    return original(self, target)
+
+pathlib.Path.replace = replace"""
+    done = train(data, weights, "--iterations", 4, "--save-every", 2, before=opened)
+    assert done.stderr.count("주의: output/train_log.csv을 쓰지 못했습니다") == 1
+    assert [row["iteration"] for row in read_log(data)] == ["1", "2", "4"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data, weights):
@@ -717,8 +740,10 @@ def test_memory_of_a_container_is_its_limit(monkeypatch):
 
 def test_the_whole_encoder_is_trained_when_asked_and_never_cached(data, weights):
     done = train(data, weights, "--encoder", "full", "--encoder-lr", "1e-3", "--iterations", 4, "--lr", "1e-3",
-                 "--cache-dir", "features", "--workers", 0)
-    assert "특징을 캐시하지 않고" in done.stdout and not (data / "features").exists()
+                 "--workers", 0)
+    assert "특징은 캐시하지 않고" in done.stdout
+    refused = train(data, weights, "--encoder", "full", "--cache-dir", "features", code=2)
+    assert "--cache-dir" in refused.stderr
     before, after = load(weights), load(data / "output/sam2_final.pt")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {"image_encoder.trunk.patch_embed.proj.weight", "sam_mask_decoder.conv_s0.weight",

@@ -147,6 +147,8 @@ def test_a_rough_mask_is_the_prompt(photo, weights):
     small = cv2.resize((rough > 0).astype(np.float32), (64, 64), interpolation=cv2.INTER_AREA)
     wanted = predict_with_sam2(photo, weights, mask_input=20 * small[None] - 10)
     assert (read_mask(photo.parent / "output/my_results") > 0).tolist() == wanted.tolist()
+    write_image(photo.parent / "rough.png", rough // 255)  # 0 and 1
+    assert_fails_in_one_line(segment(photo, weights, "--mask", "rough.png", code=1), "rough.png", "비어")
     write_image(photo.parent / "rough.png", rough[:50])
     assert_fails_in_one_line(segment(photo, weights, "--mask", "rough.png", code=1), "세로 50", "세로 60")
 

@@ -51,13 +51,12 @@ def parse_args(arguments=None):
     def add(name, kind, default, text, **options):
         parser.add_argument(name, type=kind, default=default, help=f"{text} (기본: {default})", **options)
 
-    data = parser.add_argument_group("데이터")
-    data.add_argument("--train_csv", type=Path, help="학습 CSV: 열 path, ich, patient_id")
-    data.add_argument("--val_csv", type=Path, help="검증 CSV: 학습 CSV에 없는 환자만")
-    data.add_argument("--mask_dir", type=Path, help="마스크 폴더: 볼륨과 이름이 같은 .nii 또는 .nii.gz")
+    parser.add_argument("--train_csv", type=Path, help="학습 CSV: 열 path, ich, patient_id")
+    parser.add_argument("--val_csv", type=Path, help="검증 CSV: 학습 CSV에 없는 환자만")
+    parser.add_argument("--mask_dir", type=Path, help="마스크 폴더: 볼륨과 이름이 같은 .nii 또는 .nii.gz")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="결과를 쓸 폴더 (기본: ./outputs)")
-    data.add_argument("--window", type=window_type, default="brain", help="Hounsfield 창: brain(레벨 40, 폭 80), "
-                      "'레벨,폭', 또는 none(값 그대로). 레벨이 음수면 --window=-600,1500처럼 = 로 (기본: brain)")
+    parser.add_argument("--window", type=window_type, default="brain", help="Hounsfield 창: brain(레벨 40, 폭 80), "
+                        "'레벨,폭', 또는 none(값 그대로). 레벨이 음수면 --window=-600,1500처럼 = 로 (기본: brain)")
     add("--spacing", at_least(0.1, float), 1.5, "모델이 보는 복셀 한 변(mm)")
     add("--augmentation_prob", at_least(0, float), 0.5, "좌우 뒤집기, 회전, 잡음 각각의 확률")
     add("--num_workers", at_least(0, int), 2, "데이터를 읽는 프로세스 수")

@@ -13,7 +13,10 @@ import time
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
+import matplotlib
 import torch
+
+matplotlib.use("Agg")
 from config import MEMORY, parse_args, settings_of, warnings_about
 from dataloader import Volumes, check_patients, read_rows
 from matplotlib import pyplot as plt
@@ -46,6 +49,8 @@ def main():
     device = detect_device(args.device)
     for warning in warnings_about(args, device):
         print(f"주의: {warning}")
+    if not args.resume and (args.output_dir / "latest_model.pth").exists():
+        print(f"주의: 첫 에포크가 끝나면 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
     train, val = open_data(args)
     model = build_model(args)
     trainer = Trainer(model, train, val, args, device)

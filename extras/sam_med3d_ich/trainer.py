@@ -297,12 +297,14 @@ class Trainer:
 
     def save_best(self, table, pictures):
         """Write best_model.pth, sam_encoder.pth, patients.csv and patients.png."""
+        def weights(module):  # on the CPU, so that they open everywhere
+            return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+
         output, sam = self.args.output_dir, self.model.sam
-        shared = {"head_state_dict": self.model.head.state_dict(), "epoch": self.epoch, "scores": self.best,
+        shared = {"head_state_dict": weights(self.model.head), "epoch": self.epoch, "scores": self.best,
                   "settings": settings_of(self.args)}
-        save_checkpoint(output / "best_model.pth", {"model_state_dict": sam.state_dict(), **shared})
-        save_checkpoint(output / "sam_encoder.pth",
-                        {"image_encoder_state_dict": sam.image_encoder.state_dict(), **shared})
+        save_checkpoint(output / "best_model.pth", {"model_state_dict": weights(sam), **shared})
+        save_checkpoint(output / "sam_encoder.pth", {"image_encoder_state_dict": weights(sam.image_encoder), **shared})
         write_patients(output / "patients.csv", table)
         save_figure(draw_patients(pictures), output / "patients.png")
 
@@ -364,6 +366,6 @@ def picture_of(item, probability, points):
 
 def report(row, epochs, better, left, memory):
     """The line to print after an epoch."""
-    return (f"에포크 {row['epoch']}/{epochs}: 손실 {row['mask_loss']:.3f} (라벨 {row['label_loss']:.3f}), "
-            f"검증 Dice {row['dice']:.3f}, 라벨 {row['label_accuracy']:.0%}, lr {row['lr']:.1e}, "
+    return (f"에포크 {row['epoch']}/{epochs}: 손실 마스크 {row['mask_loss']:.3f}, 라벨 {row['label_loss']:.3f}, "
+            f"검증 Dice {row['dice']:.3f}, 라벨 정확도 {row['label_accuracy']:.0%}, lr {row['lr']:.1e}, "
             f"{duration(row['seconds'])}, 남은 시간 {duration(left)}, 메모리 {memory:.1f} GB{' ★' if better else ''}")

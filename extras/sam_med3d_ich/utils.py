@@ -20,16 +20,15 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import matplotlib
 import psutil
 import torch
 from filelock import FileLock, Timeout
-
-matplotlib.use("Agg")
-from matplotlib import font_manager, pyplot as plt  # noqa: E402, I001  (the backend is chosen first)
+from matplotlib import font_manager
+from matplotlib import pyplot as plt
 
 for _stream in (sys.stdout, sys.stderr):
-    _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
+    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
 plt.rcParams["text.parse_math"] = False  # names of files and patients may contain "$"
@@ -66,7 +65,7 @@ def run(main):
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail("메모리가 부족합니다. --batch_size를 줄이고 --gradient_accumulation_steps를 늘리거나 "
-             "--use_gradient_checkpointing, --use_mixed_precision, --freeze_encoder, --num_workers 0을 쓰세요")
+             "--use_gradient_checkpointing, --freeze_encoder, --num_workers 0을 쓰세요")
 
 
 # ---- files ----
