@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ KEPT_AS_IS = (".jpg", ".jpeg", ".png")
 IMAGE_SUFFIXES = (*KEPT_AS_IS, ".bmp", ".tif", ".tiff", ".webp")
 LOSSLESS_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 SPLITS = ("train", "val")
+SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden, of a NAS, of Windows
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then leaves out objects with fewer pixels
 TILE = 256             # pixels: the side of a picture in the preview
@@ -112,13 +114,14 @@ def prepare(args):
     settings = {name: getattr(args, name) for name in (
         "val_ratio", "shuffle_seed", "numbered", "colours", "category", "merge")}
     record = {"fingerprint": fingerprint(sources, settings), "complete": True, **settings}
-    earlier_record, files = read_record(target), data_files(target)
-    if earlier_record == {**record, "files": files}:
+    earlier_record, files = read_record(target), checksums(target)
+    if earlier_record == {**record, "checksums": files}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
-    own = earlier_record.get("files", files if earlier_record else [])  # of an unfinished run: all that is there
-    if by_hand := sorted(set(files) - set(own)):
-        fail(f"{target}에 직접 넣은 파일이 있어 덮어쓰지 않습니다 ({by_hand[0]}). 옮기거나 다른 --data-dir을 쓰세요")
+    own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all that is there
+    if by_hand := sorted(files.items() - own.items()):
+        fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
+             "옮기거나 다른 --data-dir을 쓰세요")
 
     staging = target / ".part"
     names = write_pairs(readers, problems, staging)
@@ -371,10 +374,11 @@ def read_record(target):
         return {}
 
 
-def data_files(data_dir):
-    """All files below data_dir/images and data_dir/masks but hidden ones, relative to data_dir, sorted."""
-    return sorted(path.relative_to(data_dir).as_posix() for part in ("images", "masks")
-                  for path in (data_dir / part).rglob("*") if path.is_file() and not path.name.startswith("."))
+def checksums(data_dir):
+    """{path relative to data_dir: CRC-32} of the files of images/ and masks/, without SYSTEM_FILES."""
+    paths = [path for part in ("images", "masks") for path in (data_dir / part).rglob("*") if path.is_file()]
+    names = {path.relative_to(data_dir).as_posix(): path for path in paths}
+    return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
 
 
 def write_pairs(readers, problems, folder):
@@ -436,14 +440,14 @@ def put_in_place(staging, target, splits, record):
             for name in names if part == "images" else (f"{Path(name).stem}.png" for name in names):
                 (staging / part / name).rename(target / part / split / name)
     shutil.rmtree(staging)
-    write_json(split_file, {**record, "files": data_files(target)})
+    write_json(split_file, {**record, "checksums": checksums(target)})
 
 
 def check(data_dir):
     """Print what there is in data/, and every problem, by file; returns the number of problems."""
     problems, count = [], 0
     for split in SPLITS:
-        if split == "val" and not (data_dir / "images" / split).is_dir():
+        if split == "val" and not any((data_dir / part / split).is_dir() for part in ("images", "masks")):
             print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
             continue
         pairs, bad = pair_by_stem(data_dir / "images" / split, data_dir / "masks" / split)

@@ -25,7 +25,8 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imp
 
 import cv2
 
-os.environ.pop("QT_QPA_PLATFORM_PLUGIN_PATH", None)  # cv2 sets it to its own Qt, in which matplotlib's cannot start
+if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # OpenCV's own Qt, in which matplotlib's cannot start
+    del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
 
 import numpy as np
 import torch

@@ -117,8 +117,9 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     # output and system
     ("output_dir", "output", Path, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
-    ("cache_gb", None, (float, 0), "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)"),
-    ("cache_dir", None, Path, "이미지 특징을 파일로도 남겨 다음 실행에 다시 쓸 폴더 (기본: 쓰지 않음)"),
+    ("cache_gb", None, (float, 0), "--encoder frozen: 이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 "
+     "(기본: 남은 메모리의 절반)"),
+    ("cache_dir", None, Path, "--encoder frozen: 이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
     ("cache_dtype", "float16", ["float16", "float32"], "남겨 둘 특징의 정밀도"),
 ]
 CONFIG = {name: default for name, default, *_ in SETTINGS}
@@ -133,8 +134,8 @@ RECIPES = {  # what --recipe sets, where a flag does not say otherwise
 ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, if --encoder-lr does not say otherwise
 FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
                   "workers", "grad_checkpointing", "tensorboard", "wandb"}  # may differ from the run before
-PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best",
-            "halvings")  # of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
+PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "halvings",
+            "encoded")  # of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
 MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; objects with fewer are left out
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
@@ -202,7 +203,7 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} {value}: {kind[1]} 이상이어야 합니다")
     if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
         parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
-    if args.encoder != "frozen" and (args.cache_gb is not None or args.cache_dir):
+    if args.encoder != "frozen" and (args.cache_gb or args.cache_dir):
         parser.error("--cache-gb와 --cache-dir은 --encoder frozen과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and args.encoder_lr is None:
         args.encoder_lr = args.lr * ENCODER_LR[args.encoder]
@@ -350,7 +351,7 @@ class Training:
         self.optimizer = make_optimizer(self.model, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
-        self.encoded = 0  # images, by this process since it began
+        self.encoded = 0  # images, by this process
         self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
         self.iteration, self.rows, self.mean = 0, [], None
@@ -475,17 +476,20 @@ class Training:
                    low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
                    scaler=self.scaler.state_dict(), **{name: getattr(self, name) for name in PROGRESS},
                    seconds=time.time() - self.started, settings=self.settings,
-                   data=data_fingerprint(self.masks, self.val_masks))
-        try:
-            save_log(self.rows, folder)
-        except PermissionError as error:  # on Windows, of a file that Excel has open; the next save writes all rows
-            tqdm.write(f"주의: {error.filename}을 쓰지 못했습니다 ({error.strerror})", file=sys.stderr)
+                   masks=hash_of_masks(self.masks, self.val_masks))
+        for write in (save_log, save_curve):
+            try:
+                write(self.rows, folder)
+            except PermissionError as error:  # on Windows, of a file that Excel has open; sam2_last.pt has the rows
+                tqdm.write(f"주의: {error.filename2 or error.filename}을 쓰지 못했습니다 ({error.strerror}). "
+                           "다른 프로그램에서 닫으세요", file=sys.stderr)
 
     def load(self, path):
         """Load what save() wrote; fail, with the reason, if it belongs to another training."""
         try:
             last = torch.load(path, map_location="cpu", weights_only=True)
-            before, progress = dict(last["settings"]), {name: last[name] for name in PROGRESS}
+            before, masks = dict(last["settings"]), last["masks"]
+            progress = {name: last[name] for name in PROGRESS}
         except FileNotFoundError:
             fail(f"이어서 할 학습이 없습니다: {path}")
         except (KeyError, ValueError, TypeError):
@@ -497,7 +501,7 @@ class Training:
                    if name not in FREE_ON_RESUME - fixed and before.get(name) != value]
         if changed:
             fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
-        if last["data"] != data_fingerprint(self.masks, self.val_masks):
+        if masks != hash_of_masks(self.masks, self.val_masks):
             fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습이나 검증의 마스크가 바뀌었습니다")
         weights = {**last["model"], **last["low_rank"]}
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
@@ -1149,7 +1153,7 @@ def official_weights(model):
     return {name: tensor.cpu() for name, tensor in weights.items()}
 
 
-def data_fingerprint(*sets):
+def hash_of_masks(*sets):
     """A hash of the names of some sets' images and of their masks."""
     digest = hashlib.sha256()
     for masks in sets:
@@ -1160,7 +1164,7 @@ def data_fingerprint(*sets):
 
 
 def save_log(rows, output_dir):
-    """Write train_log.csv and training_curve.png from the rows logged so far."""
+    """Write train_log.csv: the rows logged so far."""
     text = io.StringIO(newline="")
     rates = ["lr", "encoder_lr"] if "encoder_lr" in rows[0] else ["lr"]
     writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", *rates, "val_loss", "val_iou", "val_dice",
@@ -1169,6 +1173,9 @@ def save_log(rows, output_dir):
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
 
+
+def save_curve(rows, output_dir):
+    """Write training_curve.png: loss and IoU of the rows logged so far."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     figure.subplots_adjust(left=0.075, right=0.99, bottom=0.13, top=0.91, wspace=0.17)
     validated = [row for row in rows if "val_iou" in row]
@@ -1202,7 +1209,7 @@ def finish(training, device):
         "settings": training.settings, "device": device, "versions": versions(),
         "train_images": len(training.masks), "train_objects": training.masks.count,
         "val_images": len(training.val_masks), "val_objects": training.val_masks.count,
-        "trained_weights": count_weights(training.parameters), "encodings": training.encoded,
+        "trained_weights": count_weights(training.parameters), "encodings_per_process": training.encoded,
         "iterations": training.iteration, "best_iou": training.best, "best_iteration": training.best_iteration,
         "best_chosen_by": "validation IoU" if training.val_masks else "training IoU", "seconds": round(seconds, 1)})
     chosen_by = "검증" if training.val_masks else "학습"

@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--frames", type=int, nargs="+", default=[200, 2000])
     parser.add_argument("--width", type=int, default=960)
     parser.add_argument("--height", type=int, default=540)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of the shortest clip; speed is the best of them")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of the shortest clip; each is printed")
     parser.add_argument("--skip-sam2-above", type=int, default=2000, help="frames that sam2's own does not survive")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -129,7 +129,8 @@ def run(job):
     flags = ["--model-cfg", args.model_cfg, "--checkpoint", args.checkpoint, "--device", args.device,
              "--workers", "0", "--seed", str(seed), *options["flags"].split()]
     if not any(word in options["flags"] for word in ("strongest", "--encoder")):
-        flags += ["--cache-dir", str(args.cache_dir), "--cache-gb", "2"]
+        # in --final each run encodes for itself, because its time is told
+        flags += ["--cache-gb", "2", *([] if args.final else ["--cache-dir", str(args.cache_dir)])]
     patches = [mock.patch.object(sys, "argv", ["study", *flags])]
     if "focal" in options:
         patches.append(mock.patch.object(project, "training_loss", partial(focal_loss, options["focal"])))

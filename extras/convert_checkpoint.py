@@ -113,7 +113,7 @@ def parse_args():
     args = parser.parse_args()
     if args.source.is_dir() and args.image_size:
         parser.error("--image-size는 공식 체크포인트를 바꿀 때만 씁니다")
-    if not args.source.is_dir() and args.checkpoint:
+    if args.source.is_file() and args.checkpoint:
         parser.error("--checkpoint는 Hugging Face 폴더를 바꿀 때만 씁니다")
     return args
 

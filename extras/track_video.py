@@ -68,8 +68,8 @@ def main():
         require_display('--point "x,y"나 --prompts')
     else:
         plt.switch_backend("Agg")
-    check_output(args)
     video = open_video(args.video)
+    check_output(args, video)
     prompts = read_prompts(args.prompts) if args.prompts else \
         {(args.frame or 0, 1): (args.point, args.box)} if args.point or args.box else {}
     check_prompts(prompts, video, args.prompts or args.video, "프레임")
@@ -131,7 +131,7 @@ def parse_args():
     return args
 
 
-def check_output(args):
+def check_output(args, video):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
     Results of an earlier run on this video are recognized by the mark() of its masks, also of those for training.
@@ -141,11 +141,13 @@ def check_output(args):
         fail(f"{args.video}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     masks, others = earlier_results(folder, args.name, args.to_data)
     pairs = [path for path in others if path.parent == folder / "to_data" / "masks"]
-    foreign = [path for path in (*masks, *pairs) if not is_marked(path, args.video)]
+    own, checked = hash_of(video), tqdm([*masks, *pairs], "이전 결과 확인", leave=False, disable=None)
+    foreign = next((path for path in checked if not is_marked(path, own)), None)
     if not masks:
-        foreign += [path for path in others if not (args.prompts and path.resolve() == Path(args.prompts).resolve())]
+        foreign = foreign or next((path for path in others if not (
+            args.prompts and path.resolve() == Path(args.prompts).resolve())), None)
     if foreign:
-        fail(f"{foreign[0]}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+        fail(f"{foreign}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if masks:
         names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
         print(f"이전 결과를 덮어씁니다: {folder} ({', '.join(names)})")
@@ -161,20 +163,25 @@ def earlier_results(folder, name, to_data):
     return masks, [*(path for result in RESULTS if (path := folder / result).exists()), *pairs]
 
 
-def is_marked(path, video):
-    """Whether a mask is as this script wrote it for the video at the path `video`."""
+def is_marked(path, video_hash):
+    """Whether a mask is as this script wrote it for a video with this hash_of()."""
     try:
         with Image.open(path) as image:
-            return image.info.get("Software") == mark(np.asarray(image), video)
+            return image.info.get("Software") == mark(np.asarray(image), video_hash)
     except UNREADABLE:
         return False
 
 
-def mark(pixels, video):
+def mark(pixels, video_hash):
     """The text chunk "Software" of every mask written here, so that no other is overwritten: MARK, a checksum of the
-    pixels, because editors may keep the chunk, and the path of the video, because many are called "frames"."""
-    name = str(Path(video).resolve()).encode(errors="replace").decode()
-    return f"{MARK} {zlib.crc32(pixels.astype(np.uint16).tobytes()):08x} {name}"
+    pixels, because editors may keep the chunk, and the video's hash_of(), because many videos are called "frames"."""
+    return f"{MARK} {zlib.crc32(pixels.astype(np.uint16).tobytes()):08x} {video_hash:08x}"
+
+
+def hash_of(video):
+    """A number that tells videos apart, wherever they lie: of length, first and middle frame."""
+    frames = video[0].tobytes() + video[len(video) // 2].tobytes()
+    return zlib.crc32(f"{len(video)} {video.size}".encode() + frames)
 
 
 def parse_points(text):
@@ -393,21 +400,21 @@ def read_prompts(path):
 
 def track_and_save(predictor, video, prompts, args):
     """Track, write each mask as soon as it is predicted and the other results at the end; yields (frame, label map)."""
-    folder, rows = args.output, {}
+    folder, video_hash, rows = args.output, hash_of(video), {}
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
             if not rows:  # earlier results are kept until there are new ones
                 clear(folder, args.name, args.to_data)
                 write_prompts(folder / "prompts.json", prompts)
-            write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, args.video))
+            write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, video_hash))
             bar.update(frame not in rows)
             rows[frame] = [track_row(frame, number, labels == number, score)
                            for number, score in sorted(zip(objects, scores))]
             yield frame, labels
     header = ["frame", "object", "area", "x1", "y1", "x2", "y2", "score"]
     write_csv(folder / "tracks.csv", [header, *(row for frame in sorted(rows) for row in rows[frame])])
-    save_pictures(video, args, is_numbered=len({number for _, number in prompts}) > 1)
+    save_pictures(video, video_hash, args, is_numbered=len({number for _, number in prompts}) > 1)
 
 
 def write_prompts(path, prompts):
@@ -426,7 +433,7 @@ def clear(folder, name, to_data):
             path.unlink()
 
 
-def palette_png(labels, video):
+def palette_png(labels, video_hash):
     """Encode a label map as a marked palette PNG: the pixel values are object numbers, the colours those of DAVIS.
 
     The palette is that of PASCAL VOC: bits 3k, 3k + 1 and 3k + 2 of the number become bit 7 - k of red, green and blue.
@@ -435,13 +442,13 @@ def palette_png(labels, video):
     palette = sum(((numbers >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8))
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).ravel().tolist())
-    return marked_png(image, video)
+    return marked_png(image, video_hash)
 
 
-def marked_png(image, video):
+def marked_png(image, video_hash):
     """Encode a PIL image as PNG with its mark()."""
     chunks, content = PngImagePlugin.PngInfo(), io.BytesIO()
-    chunks.add_text("Software", mark(np.asarray(image), video))
+    chunks.add_text("Software", mark(np.asarray(image), video_hash))
     image.save(content, "png", pnginfo=chunks)
     return content.getvalue()
 
@@ -453,7 +460,7 @@ def track_row(frame, number, mask, score):
     return [frame, number, len(rows), *box, f"{score:.4f}"]
 
 
-def save_pictures(video, args, is_numbered):
+def save_pictures(video, video_hash, args, is_numbered):
     """Read all frames and their masks again in order, and write overlay.mp4 and the pairs for training.
 
     is_numbered: whether the masks of the pairs hold object numbers, because there are several objects.
@@ -474,7 +481,7 @@ def save_pictures(video, args, is_numbered):
                 container.mux(stream.encode(frame))
                 if to_data and index % to_data == 0:
                     if labels.any():
-                        save_pair(args, index, image, labels, is_numbered)
+                        save_pair(args, index, image, labels, is_numbered, video_hash)
                         pairs += 1
                     else:
                         skipped += 1
@@ -495,12 +502,12 @@ def overlay_frame(image, labels):
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def save_pair(args, index, image, labels, is_numbered):
+def save_pair(args, index, image, labels, is_numbered, video_hash):
     """Write a frame and its mask as prepare_data.py reads them: 0 and 255, or 16-bit numbers for several objects."""
     folder, name = args.output / "to_data", f"{args.name}_{index:05}.png"
     mask = labels.astype(np.uint16) if is_numbered else np.where(labels > 0, 255, 0).astype(np.uint8)
     write_file(folder / "images" / name, cv2.imencode(".png", image[..., ::-1])[1].tobytes())
-    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask), args.video))
+    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask), video_hash))
 
 
 if __name__ == "__main__":

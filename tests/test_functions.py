@@ -328,11 +328,12 @@ def test_scripts_open_where_the_output_is_no_terminal_and_no_file(script, monkey
     assert "fail" in runpy.run_path(str(path))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="cv2 does it on Linux only")
 def test_windows_are_not_drawn_with_the_qt_that_opencv_brings():
-    code = "import os, {}\nassert 'QT_QPA_PLATFORM_PLUGIN_PATH' not in os.environ"
+    code = "import cv2, os\nos.environ['{0}'] = {1}\nimport {2}\nassert os.environ.get('{0}') == {3}"
     for name, folder in (("test_my_image", ROOT), ("common", ROOT / "extras")):
-        subprocess.run([sys.executable, "-c", code.format(name)], cwd=folder, check=True)
+        for before, after in (("cv2.__path__[0] + '/qt/plugins'", "None"), ("'/opt/qt'", "'/opt/qt'")):
+            subprocess.run([sys.executable, "-c", code.format("QT_QPA_PLATFORM_PLUGIN_PATH", before, name, after)],
+                           cwd=folder, check=True)
 
 
 def test_compressed_runs_are_read_as_pycocotools_writes_them():

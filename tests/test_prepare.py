@@ -123,12 +123,21 @@ def test_a_file_put_beside_the_split_by_hand_stops_the_next_one_and_a_hidden_fil
     make_source(tmp_path)
     arguments = ("prepare_data.py", "--images", "images", "--masks", "masks")
     run(*arguments, cwd=tmp_path)
-    (tmp_path / "data/images/train/.DS_Store").write_bytes(b"of the Finder")
+    for name in (".DS_Store", "Thumbs.db", "@eaDir/thumbnail.jpg"):
+        (tmp_path / "data/images/train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data/images/train" / name).write_bytes(b"of a system")
     assert "이미 준비되어" in run(*arguments, cwd=tmp_path).stdout
     assert "완료" in run(*arguments, "--val-ratio", 0.5, cwd=tmp_path).stdout
     write_image(tmp_path / "data/masks/train/by_hand.png", draw_pair(50)[1])
     assert_fails_in_one_line(run(*arguments, cwd=tmp_path, code=1), "masks/train/by_hand.png", "덮어쓰지 않습니다")
-    assert (tmp_path / "data/masks/train/by_hand.png").exists()
+    (tmp_path / "data/masks/train/by_hand.png").unlink()
+    mask = tmp_path / "data/masks/train/polyp_00.png"
+    corrected = draw_pair(50)[1]
+    write_image(mask, corrected)
+    assert_fails_in_one_line(run(*arguments, cwd=tmp_path, code=1), "masks/train/polyp_00.png", "고친")
+    assert (cv2.imread(str(mask), cv2.IMREAD_UNCHANGED) == corrected).all()
+    mask.unlink()
+    assert "완료" in run(*arguments, cwd=tmp_path).stdout and mask.exists()
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
@@ -443,6 +452,8 @@ def test_check_counts_and_names_every_problem(data):
 
 def test_check_takes_data_without_validation_images(data):
     shutil.rmtree(data / "data/images/val")
+    assert_fails_in_one_line(run("prepare_data.py", "--check", cwd=data, code=1), "data/images/val")
+    shutil.rmtree(data / "data/masks/val")
     assert "val: 폴더가 없습니다" in run("prepare_data.py", "--check", cwd=data).stdout
 
 

@@ -191,10 +191,11 @@ def test_files_of_somebody_else_are_neither_taken_away_nor_overwritten(clip, nam
 
 
 def test_results_of_another_video_of_that_name_and_masks_that_were_corrected_are_not_overwritten(clip, visible):
-    for folder in ("a", "b"):
-        save_folder(clip / folder / "frames", draw_clip()[0])
+    save_folder(clip / "a/frames", draw_clip()[0])
+    save_folder(clip / "b/frames", [np.rot90(frame, 2) for frame in draw_clip()[0]])
     track(clip, visible, "--point", "20,20", video="a/frames")
-    done = track(clip, visible, "--point", "20,20", video=clip / "a/frames")  # the same, named in another way
+    (clip / "a").rename(clip / "moved")
+    done = track(clip, visible, "--point", "20,20", video="moved/frames")
     assert "이전 결과를 덮어씁니다" in done.stdout
     mask = clip / "output/my_tracks/frames/masks/00000.png"
     failed = track(clip, visible, "--point", "20,20", video="b/frames", code=1)
@@ -203,7 +204,7 @@ def test_results_of_another_video_of_that_name_and_masks_that_were_corrected_are
         chunks, corrected = PngImagePlugin.PngInfo(), Image.fromarray(255 - np.array(image))
         chunks.add_text("Software", image.info["Software"])
     corrected.save(mask, pnginfo=chunks)
-    failed = track(clip, visible, "--point", "20,20", video="a/frames", code=1)
+    failed = track(clip, visible, "--point", "20,20", video="moved/frames", code=1)
     assert_fails_in_one_line(failed, "masks/00000.png: 이 영상의 이전 결과 그대로가 아니어서")
 
 
@@ -537,7 +538,7 @@ def window(clip, visible):
     matplotlib.use("Agg")
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     video = track_video.ImageFolder(clip / "frames")
-    args = argparse.Namespace(video=clip / "frames", output=clip / "windowed", name="frames", to_data=None)
+    args = argparse.Namespace(output=clip / "windowed", name="frames", to_data=None)
     made = tracking.Window(video, predictor, lambda prompts: track_video.track_and_save(
         predictor, video, prompts, args), "clip")
     yield made

@@ -301,7 +301,7 @@ import pathlib
 def replace(self, target, original=pathlib.Path.replace):
     if target.name == "train_log.csv" and not pathlib.Path("closed").exists():
         pathlib.Path("closed").touch()
-        raise PermissionError(13, "Permission denied", str(target))
+        raise PermissionError(13, "Permission denied", str(self), None, str(target))
     return original(self, target)
 
 pathlib.Path.replace = replace"""
@@ -339,8 +339,8 @@ def test_cached_features_train_as_fresh_ones_do(data, weights):
     models = {name: load(data / name / "sam2_final.pt") for name in ("fresh", "half", "full")}
     assert distance(models["fresh"], models["full"]) == 0
     assert 0 < distance(models["fresh"], models["half"]) < 0.2 * distance(models["fresh"], load(weights))
-    assert read_summary(data / "fresh")["encodings"] == 15 + 4
-    assert read_summary(data / "half")["encodings"] <= 6 + 4  # each image once
+    assert read_summary(data / "fresh")["encodings_per_process"] == 15 + 4
+    assert read_summary(data / "half")["encodings_per_process"] <= 6 + 4  # each image once
 
 
 def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
@@ -348,7 +348,7 @@ def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
     limit = (4 * 2 + 2.5) * size / 1e9  # validation's features have full precision: twice the size
     done = train(data, weights, "--iterations", 12, "--cache-gb", limit, "--output-dir", "some")
     assert "학습 6장 중 2장, 검증 4장 중 4장" in done.stdout  # validation images go first: all are seen every time
-    assert read_summary(data / "some")["encodings"] > 10
+    assert read_summary(data / "some")["encodings_per_process"] > 10
     train(data, weights, "--iterations", 12, "--output-dir", "all")
     assert distance(load(data / "some/sam2_final.pt"), load(data / "all/sam2_final.pt")) == 0
 
@@ -357,10 +357,10 @@ def test_features_on_disk_serve_the_next_run_and_damage_is_mended(data, weights)
     arguments = ("--iterations", 12, "--lr", "1e-4", "--cache-dir", "features")
     train(data, weights, *arguments, "--output-dir", "first")
     entries = sorted((data / "features").iterdir())
-    first = read_summary(data / "first")["encodings"]
+    first = read_summary(data / "first")["encodings_per_process"]
     assert len(entries) == first > 4
     train(data, weights, *arguments, "--output-dir", "second")
-    assert read_summary(data / "second")["encodings"] == 0
+    assert read_summary(data / "second")["encodings_per_process"] == 0
     assert distance(load(data / "first/sam2_final.pt"), load(data / "second/sam2_final.pt")) == 0
 
     good = entries[0].read_bytes()
@@ -368,7 +368,7 @@ def test_features_on_disk_serve_the_next_run_and_damage_is_mended(data, weights)
     entries[0].write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:])  # one bit
     entries[1].write_bytes(entries[1].read_bytes()[:100])      # cut short
     train(data, weights, *arguments, "--output-dir", "third")
-    assert read_summary(data / "third")["encodings"] == 2 and entries[0].read_bytes() == good
+    assert read_summary(data / "third")["encodings_per_process"] == 2 and entries[0].read_bytes() == good
     assert distance(load(data / "first/sam2_final.pt"), load(data / "third/sam2_final.pt")) == 0
 
 
@@ -378,10 +378,11 @@ def test_features_on_disk_are_not_used_for_another_image_or_model(data, weights,
     changed = data / "data/images/val/pair_100.png"
     write_image(changed, 255 - cv2.imread(str(changed)))
     train(data, weights, *arguments, "--output-dir", "second")
-    assert read_summary(data / "second")["encodings"] == 1
+    assert read_summary(data / "second")["encodings_per_process"] == 1
     other = save_small_model(tmp_path_factory.mktemp("other") / "other.pt", seed=1)
     train(data, other, *arguments, "--output-dir", "third")
-    assert read_summary(data / "third")["encodings"] == read_summary(data / "first")["encodings"]
+    first, third = (read_summary(data / name)["encodings_per_process"] for name in ("first", "third"))
+    assert first == third
 
 
 def test_batches_of_images_of_several_sizes_and_several_clicks_train(data, weights):
