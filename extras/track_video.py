@@ -69,7 +69,8 @@ def main():
     else:
         plt.switch_backend("Agg")
     video = open_video(args.video)
-    check_output(args, video)
+    args.video_hash = hash_of(video)
+    check_output(args)
     prompts = read_prompts(args.prompts) if args.prompts else \
         {(args.frame or 0, 1): (args.point, args.box)} if args.point or args.box else {}
     check_prompts(prompts, video, args.prompts or args.video, "프레임")
@@ -131,7 +132,7 @@ def parse_args():
     return args
 
 
-def check_output(args, video):
+def check_output(args):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
     Results of an earlier run on this video are recognized by the mark() of its masks, also of those for training.
@@ -141,8 +142,8 @@ def check_output(args, video):
         fail(f"{args.video}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     masks, others = earlier_results(folder, args.name, args.to_data)
     pairs = [path for path in others if path.parent == folder / "to_data" / "masks"]
-    own, checked = hash_of(video), tqdm([*masks, *pairs], "이전 결과 확인", leave=False, disable=None)
-    foreign = next((path for path in checked if not is_marked(path, own)), None)
+    checked = tqdm([*masks, *pairs], "이전 결과 확인", leave=False, disable=None)
+    foreign = next((path for path in checked if not is_marked(path, args.video_hash)), None)
     if not masks:
         foreign = foreign or next((path for path in others if not (
             args.prompts and path.resolve() == Path(args.prompts).resolve())), None)
@@ -400,21 +401,21 @@ def read_prompts(path):
 
 def track_and_save(predictor, video, prompts, args):
     """Track, write each mask as soon as it is predicted and the other results at the end; yields (frame, label map)."""
-    folder, video_hash, rows = args.output, hash_of(video), {}
+    folder, rows = args.output, {}
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
             if not rows:  # earlier results are kept until there are new ones
                 clear(folder, args.name, args.to_data)
                 write_prompts(folder / "prompts.json", prompts)
-            write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, video_hash))
+            write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, args.video_hash))
             bar.update(frame not in rows)
             rows[frame] = [track_row(frame, number, labels == number, score)
                            for number, score in sorted(zip(objects, scores))]
             yield frame, labels
     header = ["frame", "object", "area", "x1", "y1", "x2", "y2", "score"]
     write_csv(folder / "tracks.csv", [header, *(row for frame in sorted(rows) for row in rows[frame])])
-    save_pictures(video, video_hash, args, is_numbered=len({number for _, number in prompts}) > 1)
+    save_pictures(video, args, is_numbered=len({number for _, number in prompts}) > 1)
 
 
 def write_prompts(path, prompts):
@@ -460,7 +461,7 @@ def track_row(frame, number, mask, score):
     return [frame, number, len(rows), *box, f"{score:.4f}"]
 
 
-def save_pictures(video, video_hash, args, is_numbered):
+def save_pictures(video, args, is_numbered):
     """Read all frames and their masks again in order, and write overlay.mp4 and the pairs for training.
 
     is_numbered: whether the masks of the pairs hold object numbers, because there are several objects.
@@ -481,7 +482,7 @@ def save_pictures(video, video_hash, args, is_numbered):
                 container.mux(stream.encode(frame))
                 if to_data and index % to_data == 0:
                     if labels.any():
-                        save_pair(args, index, image, labels, is_numbered, video_hash)
+                        save_pair(args, index, image, labels, is_numbered)
                         pairs += 1
                     else:
                         skipped += 1
@@ -502,12 +503,12 @@ def overlay_frame(image, labels):
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def save_pair(args, index, image, labels, is_numbered, video_hash):
+def save_pair(args, index, image, labels, is_numbered):
     """Write a frame and its mask as prepare_data.py reads them: 0 and 255, or 16-bit numbers for several objects."""
     folder, name = args.output / "to_data", f"{args.name}_{index:05}.png"
     mask = labels.astype(np.uint16) if is_numbered else np.where(labels > 0, 255, 0).astype(np.uint8)
     write_file(folder / "images" / name, cv2.imencode(".png", image[..., ::-1])[1].tobytes())
-    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask), video_hash))
+    write_file(folder / "masks" / name, marked_png(Image.fromarray(mask), args.video_hash))
 
 
 if __name__ == "__main__":

@@ -538,7 +538,7 @@ def window(clip, visible):
     matplotlib.use("Agg")
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     video = track_video.ImageFolder(clip / "frames")
-    args = argparse.Namespace(output=clip / "windowed", name="frames", to_data=None)
+    args = argparse.Namespace(output=clip / "windowed", name="frames", to_data=None, video_hash=0)
     made = tracking.Window(video, predictor, lambda prompts: track_video.track_and_save(
         predictor, video, prompts, args), "clip")
     yield made
