@@ -227,11 +227,48 @@ def test_prompts_are_written_as_the_flags_that_give_them_again():
     assert test_my_image.parse_points(point_text) == points and test_my_image.parse_boxes(box_text) == [box]
 
 
-def test_reduce_to_shrinks_the_longer_side_and_never_enlarges():
-    reduce_to = train_sam2_proper.reduce_to
-    assert reduce_to(np.zeros((3000, 1500), np.uint8), 1024, cv2.INTER_NEAREST).shape == (1024, 512)
-    assert reduce_to(np.zeros((1024, 10, 3), np.uint8), 1024, cv2.INTER_AREA).shape == (1024, 10, 3)
-    assert reduce_to(np.zeros((5000, 1), np.uint8), 1024, cv2.INTER_NEAREST).shape == (1024, 1)
+def test_reduced_size_shrinks_the_longer_side_and_never_enlarges():
+    reduced_size = train_sam2_proper.reduced_size
+    assert reduced_size((3000, 1500), 1024) == (1024, 512)
+    assert reduced_size((1024, 10, 3), 1024) == (1024, 10)
+    assert reduced_size((5000, 1), 1024) == (1024, 1)
+
+
+def test_find_objects_gives_numbers_areas_and_boxes():
+    numbers, areas, boxes = train_sam2_proper.find_objects(np.array([[0, 7, 7], [2, 0, 7]], np.uint16))
+    assert numbers.tolist() == [2, 7] and areas.tolist() == [1, 3]
+    assert boxes.tolist() == [[1, 0, 2, 1], [0, 1, 2, 3]]
+    assert len(train_sam2_proper.find_objects(np.zeros((2, 2), np.uint16))[2]) == 0
+
+
+@pytest.mark.parametrize("side", [2999, 3000, 4096])
+def test_a_reduced_object_stays_centred_on_its_pixels(side):
+    labels = np.zeros((side * 3 // 4, side), np.uint16)
+    cv2.circle(labels, (1513, 815), 151, 65535, -1)
+    reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
+    assert broken == 0 and set(np.unique(reduced)) == {0, 65535}
+    scale = side / 1024
+    for found, wanted in zip(np.nonzero(reduced), (815, 1513)):  # pixel centres: (i + 0.5) / scale - 0.5
+        assert abs(found.mean() - ((wanted + 0.5) / scale - 0.5)) < 0.1
+    coverage = cv2.resize((labels > 0).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
+    assert np.array_equal(reduced > 0, coverage >= 0.5)
+
+
+@pytest.mark.parametrize("side, width", [(1500, 1), (3000, 1), (3000, 2), (4096, 1), (4096, 2)])
+def test_a_thin_line_stays_in_one_piece_when_reduced(side, width):
+    labels = np.zeros((side // 2, side), np.uint16)
+    cv2.line(labels, (side // 20, side // 10), (side * 9 // 10, side * 2 // 5), 3, width)
+    reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
+    assert broken == 0 and cv2.connectedComponents((reduced > 0).astype(np.uint8))[0] == 2
+
+
+def test_objects_that_vanish_when_reduced_are_counted_and_touching_ones_keep_their_numbers():
+    labels = np.zeros((4096, 4096), np.uint16)
+    labels[:, :2048], labels[:, 2048:] = 1, 2
+    labels[100, 100] = 3  # covers a sixteenth of a pixel
+    reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
+    assert broken == 1
+    assert (reduced[:, :512] == 1).all() and (reduced[:, 512:] == 2).all()
 
 
 def test_images_of_every_kind_are_read_as_rgb(tmp_path):
