@@ -480,7 +480,7 @@ def checksums(data_dir):
 
 
 def write_pairs(readers, problems, folder, counts):
-    """Write the good pairs to folder/images and folder/masks, and put the bad ones into `problems`, by name.
+    """Write the good pairs as folder/images/STEM.* and folder/masks/STEM.png; the bad ones go into `problems`.
 
     Returns {file name of an image that was written: a hash of its pixels}.
     """
@@ -490,28 +490,18 @@ def write_pairs(readers, problems, folder, counts):
     contents = {}
     for image_path, read_mask in tqdm(sorted(readers.items()), "준비", disable=None):
         try:
-            name, content = write_pair(image_path, read_mask, folder, counts)
-            contents[name] = content
+            image = read_image(image_path)
+            mask = fit_to_image(read_mask(image.shape[:2]), image_path, image.shape[:2], counts)
         except ImageError as problem:
             problems[image_path.name] = str(problem)
+            continue
+        name = image_path.name if image_path.suffix.lower() in KEPT_AS_IS else f"{image_path.stem}.png"
+        content = image_path.read_bytes() if name == image_path.name else as_png(image[..., ::-1])
+        (folder / "images" / name).write_bytes(content)
+        mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
+        (folder / "masks" / f"{image_path.stem}.png").write_bytes(as_png(mask))
+        contents[name] = hashlib.sha256(image).digest()
     return contents
-
-
-def write_pair(image_path, read_mask, folder, counts):
-    """Check one pair and write it as folder/images/STEM.* and folder/masks/STEM.png; ImageError if it is bad.
-
-    Returns the image's new file name and a hash of its pixels.
-    """
-    image = read_image(image_path)
-    mask = fit_to_image(read_mask(image.shape[:2]), image_path, image.shape[:2], counts)
-    name = image_path.name if image_path.suffix.lower() in KEPT_AS_IS else f"{image_path.stem}.png"
-    if name == image_path.name:
-        shutil.copyfile(image_path, folder / "images" / name)
-    else:
-        (folder / "images" / name).write_bytes(as_png(image[..., ::-1]))
-    mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
-    (folder / "masks" / f"{image_path.stem}.png").write_bytes(as_png(mask))
-    return name, hashlib.sha256(image).digest()
 
 
 def fit_to_image(mask, image_path, shape, counts):

@@ -481,7 +481,7 @@ def save_voc(path, indices):
 
 
 def class_maps():
-    """Masks whose values 127 cannot part, by name: COCO-Stuff, trainIds, trimap, numbered cells, VOC's void, a color."""
+    """Masks whose values 127 cannot part, by name: classes, a trimap, numbered cells, void, colors."""
     two = np.where(SMALL, 3, np.where(LARGE, 11, 0))
     cells = np.zeros((60, 80))
     for number in range(1, 201):
