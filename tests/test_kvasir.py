@@ -126,7 +126,7 @@ def test_make_kvasir_continues_where_it_was_killed(project, internet):
     internet.stalled.add(CHECKPOINT)
 
     def halfway_through_the_checkpoint(line):
-        return CHECKPOINT in line and internet.halfway.wait(60)
+        return CHECKPOINT in line and internet.halfway.wait(300)
 
     code, output = make(project, internet, kill_when=halfway_through_the_checkpoint)
     assert code == -signal.SIGKILL and "train_sam2_proper.py" not in output
