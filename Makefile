@@ -69,9 +69,9 @@ demo-ich: $(VENV)/.installed-extras
 	@echo "  $(ICH_OUTPUT)/patients.csv         환자마다의 Dice, IoU, 부피 오차, 라벨"
 
 # The result with the official weights: download them (184 MB) and Kvasir-SEG (46 MB), train, compare, and print the
-# result beside the reference guide's. RECIPE=improved or RECIPE=strongest trains with another recipe. MODEL adds flags
-# to the training and the comparison, TRAIN to the training: make kvasir MODEL="--device cpu". Everything is written
-# below output/kvasir/. The same command continues after an interruption and does nothing twice.
+# result beside the reference guide's. Everything is written below output/kvasir/. The same command continues after an
+# interruption and does nothing twice. RECIPE=improved or RECIPE=strongest trains with another recipe. MODEL adds flags
+# to training and comparison, TRAIN to training, of those that --resume allows: make kvasir MODEL="--device cpu".
 RECIPE := reference
 KVASIR_DATA := output/kvasir/data
 KVASIR_RUN := output/kvasir/$(RECIPE)
@@ -83,10 +83,10 @@ kvasir-data: $(VENV)/.installed
 	$(PY) download_dataset.py --data-dir $(KVASIR_DATA)
 
 $(KVASIR_RUN)/sam2_final.pt: | kvasir-data
-	$(PY) train_sam2_proper.py --recipe $(RECIPE) $(MODEL) $(TRAIN) \
+	$(PY) train_sam2_proper.py $(if $(wildcard $(KVASIR_RUN)/sam2_last.pt),--resume,--recipe $(RECIPE)) \
+	  $(MODEL) $(TRAIN) --output-dir $(KVASIR_RUN) \
 	  --image-dir $(KVASIR_DATA)/images/train --mask-dir $(KVASIR_DATA)/masks/train \
-	  --val-image-dir $(KVASIR_DATA)/images/val --val-mask-dir $(KVASIR_DATA)/masks/val \
-	  --output-dir $(KVASIR_RUN) $(if $(wildcard $(KVASIR_RUN)/sam2_last.pt),--resume)
+	  --val-image-dir $(KVASIR_DATA)/images/val --val-mask-dir $(KVASIR_DATA)/masks/val
 
 $(KVASIR_RUN)/comparison/summary.json: $(KVASIR_RUN)/sam2_final.pt
 	$(PY) compare_models.py $(MODEL) --finetuned $(KVASIR_RUN)/sam2_best.pt \

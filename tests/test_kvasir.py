@@ -1,4 +1,4 @@
-"""`make kvasir` from the download to the table: killed twice and continued, with the official addresses served here."""
+"""`make kvasir` from download to table: stopped twice and continued, with the official addresses served locally."""
 
 import http.server
 import io
@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import pytest
@@ -101,41 +102,46 @@ def project(tmp_path):
     return folder
 
 
-def make(project, internet, *flags, kill_when=lambda line: False):
+def make(project, internet, *flags, stop=None, when=lambda line: False):
     """Run `make kvasir` with the small model; returns (exit code, output).
 
-    kill_when: called with each line of output; when it returns true, everything that make has started is killed.
+    stop: a signal that everything that make has started gets when when(line) is true for a line of output.
     """
     env = {name: value for name, value in ENV.items() if name.lower() not in ("no_proxy", "makeflags", "mflags")}
     env.update(HTTPS_PROXY=f"http://127.0.0.1:{internet.server_port}",
                REQUESTS_CA_BUNDLE=str(project.parent / "authority.pem"))
     process = subprocess.Popen(
         ["make", "kvasir", *flags, f"PY={shlex.quote(sys.executable)}",
-         f"MODEL=--device cpu --model-cfg {SMALL_CFG}", "TRAIN=--iterations 6 --save-every 2 --lr 1e-3"],
+         f"MODEL=--device cpu --model-cfg {SMALL_CFG}", "TRAIN=--iterations 40 --cache-dir features"],
         cwd=project, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True)
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if kill_when(line):
-            os.killpg(process.pid, signal.SIGKILL)
+        if when(line):
+            os.killpg(process.pid, stop)
     return process.wait(), "".join(lines)
 
 
-def test_make_kvasir_continues_where_it_was_killed(project, internet):
+def test_make_kvasir_continues_where_it_was_stopped(project, internet):
     internet.stalled.add(CHECKPOINT)
 
     def halfway_through_the_checkpoint(line):
         return CHECKPOINT in line and internet.halfway.wait(300)
 
-    code, output = make(project, internet, kill_when=halfway_through_the_checkpoint)
+    code, output = make(project, internet, stop=signal.SIGKILL, when=halfway_through_the_checkpoint)
     assert code == -signal.SIGKILL and "train_sam2_proper.py" not in output
     part = project / "checkpoints/sam2.1_hiera_small.pt.part"
     received = part.stat().st_size
     internet.stalled.clear()
 
-    code, output = make(project, internet, kill_when=lambda line: line.startswith("[4/6]"))
-    assert code == -signal.SIGKILL and "[2/6]" in output and "--resume" not in output
+    def in_the_first_iteration(line):
+        while line.startswith("특징 캐시") and not any(project.glob("features/*.npz")):
+            time.sleep(0.01)
+        return line.startswith("특징 캐시")
+
+    code, output = make(project, internet, stop=signal.SIGTERM, when=in_the_first_iteration)
+    assert code != 0 and "--recipe reference" in output and "--resume" not in output.split("이어서 하려면")[0]
     assert internet.requests == [(CHECKPOINT, None), (CHECKPOINT, f"bytes={received}-"), (DATASET, None)]
     assert received and not part.exists()
     run = project / "output/kvasir/reference"
@@ -143,8 +149,8 @@ def test_make_kvasir_continues_where_it_was_killed(project, internet):
 
     code, output = make(project, internet)
     assert code == 0, output
-    assert "--resume" in output and "[2/6]" not in output and "[6/6]" in output
-    assert len(internet.requests) == 3
+    assert "train_sam2_proper.py --resume" in output and "회까지 진행한 학습을 이어서 합니다" in output
+    assert "[40/40]" in output and len(internet.requests) == 3
     assert len(list((project / "output/kvasir/data/images/train").iterdir())) == 8
     assert not (project / "data").exists()  # the user's own
 
