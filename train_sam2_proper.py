@@ -49,7 +49,6 @@ from pycocotools import mask as coco_mask
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -527,15 +526,17 @@ def load_masks(args):
 class Masks:
     """The objects of a folder's masks, decoded once and kept as run lengths (COCO's RLE).
 
-    Larger masks are reduced to max_side. Objects with fewer than min_foreground pixels are left out, and counted in
-    `left_out` (an empty mask as one); so are, without counting, all but the first max_objects of an image. `paths` are
-    the images that have an object, `sizes` their (H, W), `count` is the number of objects.
+    Larger masks are reduced to max_side; `broken` counts the objects that this damages. Objects with fewer than
+    min_foreground pixels are left out, and counted in `left_out` (an empty mask as one); so are, without counting, all
+    but the first max_objects of an image. `paths` are the images that have an object, `sizes` their (H, W), `count` is
+    the number of objects.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None):
-        self.paths, self.objects, self.sizes, self.left_out, self.count = [], [], [], 0, 0
+        self.paths, self.objects, self.sizes, self.left_out, self.broken, self.count = [], [], [], 0, 0, 0
         for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
-            labels = reduce_to(read_mask(mask_path), max_side, cv2.INTER_NEAREST)
+            labels, broken = reduce_labels(read_mask(mask_path), max_side)
+            self.broken += broken
             pixels = np.bincount(labels.ravel())
             pixels[0] = 0  # the background
             numbers = np.flatnonzero(pixels >= min_foreground)
@@ -575,14 +576,75 @@ def find_pairs(image_dir, mask_dir):
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
-def reduce_to(array, max_side, interpolation):
-    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
-    height, width = array.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return array
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(array, size, interpolation=interpolation)
+def reduced_size(shape, max_side):
+    """(H, W) of an array (H, W, ...) when its longer side is reduced to at most max_side pixels; never larger."""
+    scale = min(1, max_side / max(shape[:2]))
+    return tuple(max(1, round(side * scale)) for side in shape[:2])
+
+
+def reduce_labels(labels, max_side):
+    """Shrink a numbered mask (uint16 H x W) so that the longer side is at most max_side pixels; never enlarge.
+
+    Each object is reduced on its own, see reduce_mask; where two claim a pixel, the smaller one gets it.
+    Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
+    """
+    height, width = reduced_size(labels.shape, max_side)
+    if (height, width) == labels.shape:
+        return labels, 0
+    reduced, broken = np.zeros((height, width), np.uint16), 0
+    numbers, areas, boxes = find_objects(labels)
+    for index in np.argsort(-areas, kind="stable"):
+        top, left, bottom, right = boxes[index]
+        rows, reduced_rows = aligned_slices(top, bottom, labels.shape[0], height)
+        columns, reduced_columns = aligned_slices(left, right, labels.shape[1], width)
+        target = reduced[reduced_rows, reduced_columns]
+        mask, is_broken = reduce_mask(labels[rows, columns] == numbers[index], target.shape)
+        target[mask] = numbers[index]
+        broken += is_broken
+    return reduced, broken
+
+
+def find_objects(labels):
+    """The objects of a numbered mask (H x W), in one pass: their numbers, areas in pixels and boxes.
+
+    A box is (top, left, bottom, right), the last two one beyond the object.
+    """
+    width = labels.shape[1] + 1
+    padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
+    starts = np.flatnonzero(np.diff(padded, prepend=0))
+    lengths = np.diff(starts, append=len(padded))
+    runs = np.flatnonzero(padded[starts])
+    runs = runs[np.argsort(padded[starts[runs]], kind="stable")]
+    starts, lengths, values = starts[runs], lengths[runs], padded[starts[runs]]
+    first = np.flatnonzero(np.diff(values, prepend=0))  # run of each object
+    if not len(first):
+        return values, lengths, np.empty((0, 4), int)
+    rows, columns = np.divmod(starts, width)
+    boxes = np.stack([np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
+                      np.maximum.reduceat(rows, first) + 1, np.maximum.reduceat(columns + lengths, first)], 1)
+    return values[first], np.add.reduceat(lengths, first), boxes
+
+
+def aligned_slices(start, stop, full, reduced):
+    """The pixels of an axis, and of the reduced axis, around start:stop: both begin and end at the same places."""
+    steps = math.gcd(full, reduced)
+    first, last = start * steps // full, -(-stop * steps // full)
+    return slice(first * full // steps, last * full // steps), slice(first * reduced // steps, last * reduced // steps)
+
+
+def reduce_mask(mask, shape):
+    """Shrink a mask (bool H x W) to `shape`: a pixel belongs to it if the object covers at least half of the pixel.
+
+    If that breaks the object into more pieces, or loses more than half of its area, as it happens to thin lines, a
+    quarter or an eighth is enough. Returns: the mask, and whether it is damaged all the same.
+    """
+    coverage = cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=cv2.INTER_AREA)
+    pieces = cv2.connectedComponents(mask.view(np.uint8))[0]
+    for least in (0.5, 0.25, 0.125):
+        reduced = coverage >= least
+        if cv2.connectedComponents(reduced.view(np.uint8))[0] <= pieces and reduced.sum() >= coverage.sum() / 2:
+            return reduced, False
+    return reduced, True
 
 
 def make_caches(predictor, val_images, args):
@@ -679,10 +741,10 @@ class FeatureCache:
 
 def read_reduced(path, size):
     """Read an image and reduce it to its mask's (H, W); ImageError if its proportions are others."""
-    image = reduce_to(read_image(path), max(size), cv2.INTER_AREA)
-    if image.shape[:2] != size:
+    image = read_image(path)
+    if reduced_size(image.shape, max(size)) != size:
         raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-    return image
+    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def mixed_precision(device, wanted=True):
@@ -774,23 +836,26 @@ class Examples(Dataset):
 
 
 def augment_example(rng, image, gt_masks):
-    """Flip, crop, scale, recolour and turn an image (uint8 3 x H x W) and its masks (bool K x H x W) alike.
+    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W) alike; recolour the image.
 
-    A view with fewer than MIN_FOREGROUND pixels of an object is drawn again, five times at most; then nothing is
-    changed.
+    Masks are resampled like the image and cut at one half: torchvision's own way for masks, nearest neighbour, shifts
+    them by half a pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again, five times at most;
+    then nothing is changed.
     """
     height, width = image.shape[1:]
-    transform = v2.Compose([
+    recolour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
+    move = v2.Compose([
         v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
         v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),  # hue would take four times as long as these
         v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
+    layers = torch.from_numpy(gt_masks).to(torch.uint8) * 255
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
         for _ in range(5):
-            picture, masks = transform(tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(gt_masks)))
-            if (masks.numpy().sum((1, 2)) >= MIN_FOREGROUND).all():
-                return picture.as_subclass(torch.Tensor), masks.numpy()
+            moved = move(torch.cat([recolour(image), layers]))
+            masks = (moved[3:] > 127).numpy()
+            if (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
+                return moved[:3], masks
     return image, gt_masks
 
 
@@ -1018,8 +1083,9 @@ def count_weights(parameters):
 
 
 def describe_data(masks, val_masks):
+    broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
     return (f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
-            f"{masks.left_out}개), 검증 {len(val_masks)}장, 객체 {val_masks.count}개")
+            f"{masks.left_out}개{broken}), 검증 {len(val_masks)}장, 객체 {val_masks.count}개")
 
 
 def train(training, trackers):
@@ -1298,33 +1364,62 @@ def calculate_iou(pred_mask, gt_mask):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV. Raises ImageError, naming the file, if it cannot be decoded.
+    """Decode an image file with OpenCV, which also turns it upright as its EXIF says.
 
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
+    Raises ImageError, naming the file, if it cannot be decoded or holds several pictures. The bytes are read first,
+    because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+        data = np.fromfile(path, np.uint8)
+        is_heif = data[4:8].tobytes() == b"ftyp"  # HEIC and AVIF: not every OpenCV reads them, none turns them upright
+        _, pages = (False, ()) if is_heif else cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
-        decoded = None
-    if decoded is None:
-        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
-    return decoded
+        pages = ()
+    if len(pages) != 1:
+        raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
+                                        "이미지 파일이 아니거나 손상되었습니다 (HEIC와 AVIF는 JPEG나 PNG로 바꾸세요)"))
+    return pages[0]
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too."""
-    return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
+
+    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: 0.1 % of the file's values are black, 0.1 % white.
+    """
+    pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels.dtype != np.uint8:
+        pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
+        low, high = np.percentile(pixels, (0.1, 99.9))
+        pixels = (255 * np.clip((pixels - low) / (high - low or 1), 0, 1)).round().astype(np.uint8)
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path):
     """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
-    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127.
+    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127; one of
+    other values, such as a map of classes, is an ImageError.
     """
     mask = decode_file(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-    return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
+    if mask.dtype == np.uint16:
+        return mask
+    if 0 < mask.max() <= 127 or has_many_values(mask):
+        raise ImageError(f"{path}: 8비트 마스크의 값이 0과 255가 아닙니다. 확인: python prepare_data.py --check")
+    return (mask > 127).astype(np.uint16)
+
+
+def has_many_values(mask):
+    """Whether more than two values of a mask (uint8 or uint16, H x W) fill areas, as in a map of classes or objects.
+
+    The greys of an antialiased or JPEG-compressed edge fill none: few such pixels have neighbours of their own value.
+    """
+    if not ((mask > 0) & (mask < 255)).any():
+        return False
+    inside = cv2.erode(mask, np.ones((3, 3))) == cv2.dilate(mask, np.ones((3, 3)))
+    pixels, inner = (np.bincount(values, minlength=2**16) for values in (mask.ravel(), mask[inside]))
+    return np.count_nonzero((pixels >= 9) & (inner >= pixels / 6)) > 2
 
 
 def read_config(model_cfg):

@@ -704,6 +704,16 @@ def test_augmented_masks_stay_on_their_objects():
     assert len(seen) > 10
 
 
+def test_augmented_masks_are_not_shifted_against_the_image():
+    mask = np.zeros((120, 160), np.uint8)
+    cv2.ellipse(mask, (90, 50), (31, 17), 20, 0, 360, 1, -1)
+    image = torch.from_numpy(np.repeat(40 + 160 * mask[None], 3, 0))
+    for seed in range(20):
+        picture, masks = train_sam2_proper.augment_example(np.random.default_rng(seed), image, mask[None] > 0)
+        grey = picture.float().mean(0).numpy()
+        assert train_sam2_proper.calculate_iou(masks[0], grey > (grey.min() + grey.max()) / 2) > 0.995
+
+
 def test_encoded_batches_are_what_set_image_gives(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     images = [train_sam2_proper.read_image(data / f"data/images/train/pair_00{number}.png") for number in (0, 1)]
