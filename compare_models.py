@@ -473,33 +473,62 @@ def calculate_iou(pred_mask, gt_mask):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV. Raises ImageError, naming the file, if it cannot be decoded.
+    """Decode an image file with OpenCV, which also turns it upright as its EXIF says.
 
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
+    Raises ImageError, naming the file, if it cannot be decoded or holds several pictures. The bytes are read first,
+    because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        decoded = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+        data = np.fromfile(path, np.uint8)
+        is_heif = data[4:8].tobytes() == b"ftyp"  # HEIC and AVIF: not every OpenCV reads them, none turns them upright
+        _, pages = (False, ()) if is_heif else cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
-        decoded = None
-    if decoded is None:
-        raise ImageError(f"{path}: 이미지 파일이 아니거나 손상되었습니다")
-    return decoded
+        pages = ()
+    if len(pages) != 1:
+        raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
+                                        "이미지 파일이 아니거나 손상되었습니다 (HEIC와 AVIF는 JPEG나 PNG로 바꾸세요)"))
+    return pages[0]
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, 16-bit and EXIF-rotated files too."""
-    return cv2.cvtColor(decode_file(path, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
+
+    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: 0.1 % of the file's values are black, 0.1 % white.
+    """
+    pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels.dtype != np.uint8:
+        pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
+        low, high = np.percentile(pixels, (0.1, 99.9))
+        pixels = (255 * np.clip((pixels - low) / (high - low or 1), 0, 1)).round().astype(np.uint8)
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path):
     """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
-    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127.
+    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127; one of
+    other values, such as a map of classes, is an ImageError.
     """
     mask = decode_file(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-    return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
+    if mask.dtype == np.uint16:
+        return mask
+    if 0 < mask.max() <= 127 or has_many_values(mask):
+        raise ImageError(f"{path}: 8비트 마스크의 값이 0과 255가 아닙니다. 확인: python prepare_data.py --check")
+    return (mask > 127).astype(np.uint16)
+
+
+def has_many_values(mask):
+    """Whether more than two values of a mask (uint8 or uint16, H x W) fill areas, as in a map of classes or objects.
+
+    The greys of an antialiased or JPEG-compressed edge fill none: few such pixels have neighbours of their own value.
+    """
+    if not ((mask > 0) & (mask < 255)).any():
+        return False
+    inside = cv2.erode(mask, np.ones((3, 3))) == cv2.dilate(mask, np.ones((3, 3)))
+    pixels, inner = (np.bincount(values, minlength=2**16) for values in (mask.ravel(), mask[inside]))
+    return np.count_nonzero((pixels >= 9) & (inner >= pixels / 6)) > 2
 
 
 def read_config(model_cfg):

@@ -298,7 +298,7 @@ def test_images_of_every_kind_are_read_as_rgb(tmp_path):
     red[..., 2] = 200  # OpenCV writes BGR
     alpha = np.full((20, 30, 1), 255, np.uint8)
     for name, image in (("빨강 폴립.png", red), ("rgba.png", np.concatenate([red, alpha], 2)),
-                        ("deep.png", red.astype(np.uint16) * 257), ("red.jpg", red)):
+                        ("red.jpg", red)):
         write_image(tmp_path / name, image)
         read = train_sam2_proper.read_image(tmp_path / name)
         assert read.shape == (20, 30, 3) and read.dtype == np.uint8
@@ -317,6 +317,49 @@ def test_an_exif_rotated_photo_comes_out_upright(tmp_path):
     read = train_sam2_proper.read_image(tmp_path / "phone.jpg")
     assert read.shape == (40, 20, 3)
     assert read[:15].min() > 200 and read[25:].max() < 50  # what was left is now on top
+
+
+@pytest.mark.parametrize("suffix, kind", [(".png", "uint16"), (".tif", "uint16"), (".tif", "int32"),
+                                          (".tif", "float32")])
+def test_deep_images_become_8_bits_by_their_own_percentiles(tmp_path, suffix, kind):
+    from PIL import Image
+    deep = np.linspace(100, 4000, 10_000).reshape(100, 100).astype(kind)  # a 12-bit camera
+    Image.fromarray(deep).save(tmp_path / f"deep{suffix}")
+    for script in (train_sam2_proper, prepare_data):
+        read = script.read_image(tmp_path / f"deep{suffix}")
+        assert read.shape == (100, 100, 3) and read.dtype == np.uint8
+        assert read[0, 0, 0] == 0 and read[-1, -1, 0] == 255 and abs(int(read[50, 0, 0]) - 128) <= 1
+
+
+def test_nan_and_constant_pixels_are_read_without_a_failure(tmp_path):
+    from PIL import Image
+    deep = np.full((10, 10), np.nan, np.float32)
+    Image.fromarray(deep).save(tmp_path / "nan.tif")
+    deep[:, 5:], deep[0, 0] = 0.5, np.inf
+    Image.fromarray(deep).save(tmp_path / "half.tif")
+    assert not train_sam2_proper.read_image(tmp_path / "nan.tif").any()
+    assert (train_sam2_proper.read_image(tmp_path / "half.tif")[:, 5:] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["stack.tif", "film.gif", "moving.png", "photo.heic"])
+def test_files_of_several_pictures_and_heic_are_refused(tmp_path, name):
+    from PIL import Image
+    if name == "photo.heic":
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    else:
+        frames = [Image.new("RGB", (20, 10), color) for color in ("black", "red")]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.raises(train_sam2_proper.ImageError, match="HEIC" if name == "photo.heic" else "여러 장"):
+        train_sam2_proper.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("values", [[0, 1], [0, 100, 200], [0, 1, 255], [1, 2, 3]])
+def test_training_refuses_an_8_bit_mask_of_other_values(tmp_path, values):
+    mask = np.repeat(np.repeat(np.array([values], np.uint8), 20, 0), 20, 1)
+    write_image(tmp_path / "mask.png", mask)
+    for script in (train_sam2_proper, compare_models):
+        with pytest.raises(script.ImageError, match="--check"):
+            script.read_mask(tmp_path / "mask.png")
 
 
 def test_masks_are_cut_at_127(tmp_path):
@@ -424,8 +467,8 @@ def test_runs_and_polygons_that_are_none_are_refused():
     for wrong in ({"size": [2, 3], "counts": [1, 2]}, {"size": [2, 3], "counts": [-1, 7]}, {"counts": [6]},
                   {"size": [2, 3], "counts": "zzzz"}, {"size": [3, 2], "counts": [6]}, [[0, 0, 1, 1]],
                   [[0, 0, 1, 1, float("nan"), 1]], [[0, 0, 1e9, 1, 1, 1]], [["a"] * 6], "abc", 5):
-        with pytest.raises(prepare_data.BadPair):
-            prepare_data.draw_objects([wrong], 2, 3, False, "a.png")
+        with pytest.raises(prepare_data.ImageError):
+            prepare_data.draw_objects([wrong], (2, 3), False, "a.png")
     for height, width in ((-1, 5), (0, 5), (2.5, 2), ("3", 3), (10**6, 10**6)):
-        with pytest.raises(prepare_data.BadPair):
-            prepare_data.draw_objects([], height, width, False, "a.png")
+        with pytest.raises(prepare_data.ImageError):
+            prepare_data.draw_objects([], (height, width), False, "a.png")

@@ -84,11 +84,11 @@ def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path):
                     whole[:start] + b"\xff\xff\xff\xff" + whole[start + 4:]]  # a part of 4 GB
         for content in bad:
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(prepare_data.BadPair, match=name):
-                prepare_data.decode(tmp_path / name, cv2.IMREAD_COLOR)
+            with pytest.raises(prepare_data.ImageError, match=name):
+                prepare_data.decode_file(tmp_path / name, cv2.IMREAD_COLOR)
         for content in (whole, whole + b"a film after the photo \xff\xda \x89PNG"):
             (tmp_path / name).write_bytes(content)
-            assert prepare_data.decode(tmp_path / name, cv2.IMREAD_COLOR).shape == (60, 80, 3)
+            assert prepare_data.decode_file(tmp_path / name, cv2.IMREAD_COLOR).shape == (60, 80, 3)
 
 
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
@@ -258,8 +258,8 @@ def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     single = read_grey(tmp_path / "data/masks/train/single.png")
     assert single.dtype == np.uint8 and (single == SMALL).all()
-    assert "iscrowd 영역 3개 (이미지 3장)" in done.stdout
-    assert "제외: crowd.png - 마스크 없음 (iscrowd 영역뿐)" in done.stdout
+    assert "iscrowd 영역 3개를 뺐습니다 (객체로 쓰려면 --keep-crowd)" in done.stdout
+    assert "제외: crowd.png - 마스크 없음" in done.stdout
 
 
 def test_merged_coco_objects_are_one_mask_with_the_crowds(tmp_path):
@@ -297,14 +297,14 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
 
 def test_hundreds_of_coco_objects_are_numbered():
     squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
-    labels = prepare_data.draw_objects([rle_plain(square) for square in squares], 60, 80, False, "a.png")
+    labels = prepare_data.draw_objects([rle_plain(square) for square in squares], (60, 80), False, "a.png")
     wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
     assert len(squares) == 400 and (labels == wanted).all()
 
 
 def test_runs_of_no_length_are_merged_rightly():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
-    mask = prepare_data.draw_objects([run, run], 20, 30, True, "a.png")
+    mask = prepare_data.draw_objects([run, run], (20, 30), True, "a.png")
     assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
 
 
@@ -328,8 +328,7 @@ def test_label_maps_keep_their_numbers(tmp_path, suffix, kind):
 def test_8_bit_numbers_are_taken_if_asked_for_and_else_the_flag_is_named(tmp_path):
     write_image(tmp_path / "images/cells.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/cells.png", (LABELS % 290).astype(np.uint8))
-    assert_fails_in_one_line(prepare_masks(tmp_path, code=1), "하나도 없습니다")
-    assert "--numbered" in prepare_masks(tmp_path, code=1).stdout
+    assert_fails_in_one_line(prepare_masks(tmp_path, code=1), "cells.png", "--numbered", "--classes", "--threshold")
     prepare_masks(tmp_path, "--numbered")
     written = read_grey(tmp_path / "data/masks/train/cells.png")
     assert written.dtype == np.uint16 and (written == LABELS % 290).all()
@@ -337,15 +336,15 @@ def test_8_bit_numbers_are_taken_if_asked_for_and_else_the_flag_is_named(tmp_pat
 
 def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
     big = np.array([[0, 70_000], [70_000, 3]])
-    assert prepare_data.numbers_to_labels(big).tolist() == [[0, 2], [2, 1]]
-    assert prepare_data.numbers_to_labels(np.array([[5.0, 0], [65535, 5]])).tolist() == [[5, 0], [65535, 5]]
-    assert prepare_data.numbers_to_labels(np.full((2, 2, 3), 4)).tolist() == [[4, 4], [4, 4]]  # grey stored as colour
-    for bad in ([[0.5, 1]], [[-1, 1]], [[np.nan, 1]], [[np.inf, 1]], [[[1, 2, 3]]]):
-        with pytest.raises(prepare_data.BadPair):
-            prepare_data.numbers_to_labels(np.array(bad))
-    assert prepare_data.numbers_to_labels(np.arange(65536)[None]).max() == 65535
-    with pytest.raises(prepare_data.BadPair, match="65,535"):
-        prepare_data.numbers_to_labels(2 * np.arange(65537)[None])
+    assert prepare_data.to_labels(big).tolist() == [[0, 2], [2, 1]]
+    assert prepare_data.to_labels(np.array([[5.0, 0], [65535, 5]])).tolist() == [[5, 0], [65535, 5]]
+    assert prepare_data.to_labels(np.array([[[0, 0, 0], [0, 0, 9], [9, 0, 9]]])).tolist() == [[0, 1, 2]]  # colors
+    for bad in ([[0.5, 1]], [[-1, 1]], [[np.nan, 1]], [[np.inf, 1]]):
+        with pytest.raises(prepare_data.ImageError):
+            prepare_data.to_labels(np.array(bad))
+    assert prepare_data.to_labels(np.arange(65536)[None]).max() == 65535
+    with pytest.raises(prepare_data.ImageError, match="65,535"):
+        prepare_data.to_labels(2 * np.arange(65537)[None])
 
 
 def test_a_tiff_of_several_slices_is_named(tmp_path):
@@ -353,7 +352,7 @@ def test_a_tiff_of_several_slices_is_named(tmp_path):
     (tmp_path / "masks").mkdir()
     slices = [Image.fromarray(LABELS.astype(np.uint16))] * 3
     slices[0].save(tmp_path / "masks/stack.tif", save_all=True, append_images=slices[1:])
-    assert "제외: stack.png - 여러 장이 든 TIFF: stack.tif" in prepare_masks(tmp_path, code=1).stdout
+    assert "stack.tif: 여러 장이 든 파일" in prepare_masks(tmp_path, code=1).stdout
 
 
 def test_each_colour_is_an_object_in_any_number_of_pieces(tmp_path):
@@ -376,7 +375,7 @@ def test_each_colour_is_an_object_in_any_number_of_pieces(tmp_path):
 def test_a_jpeg_of_numbers_or_colours_is_refused_in_one_line(tmp_path, flag):
     make_source(tmp_path, 3)
     done = prepare_masks(tmp_path, flag, code=1)
-    assert_fails_in_one_line(done, "masks/polyp_00.jpg".replace("/", os.sep), flag, "손실 압축")
+    assert_fails_in_one_line(done, "masks/polyp_00.jpg".replace("/", os.sep), "--numbered", "손실 압축")
     assert not done.stdout
 
 
@@ -444,7 +443,7 @@ def test_check_counts_and_names_every_problem(data):
     done = run("prepare_data.py", "--check", cwd=data, code=1)
     for name, problem in (("train/pair_000.png", "마스크 없음"), ("train/pair_001.png", "이미지 없음"),
                           ("train/pair_002.png", "비어 있음"), ("val/pair_100.png", "크기가 다름"),
-                          ("val/pair_101.png", "손상됨")):
+                          ("val/pair_101.png", "손상")):
         line, = (line for line in done.stdout.splitlines() if name in line)
         assert problem in line
     assert "문제 5개" in done.stdout and "train: 3쌍" in done.stdout
@@ -460,10 +459,239 @@ def test_check_takes_data_without_validation_images(data):
 def test_preview_is_a_sheet_of_n_tiles(data):
     run("prepare_data.py", "--preview", 8, cwd=data)
     sheet = cv2.imread(str(data / "data/preview.png"))
-    assert sheet.shape == (2 * 256, 6 * 256, 3)
+    assert sheet.shape == (2 * 272, 6 * 256, 3)
     green = (sheet[..., 1].astype(int) - sheet[..., 2] > 80).sum()
     assert green > 1000  # outlines are drawn
-    assert (sheet[256:, 2 * 256:] == 255).all()  # the last four places stay empty
+    assert (sheet[272:, 2 * 256:] == 255).all()  # the last four places stay empty
+    assert all((sheet[196:272, 256 * column:256 * column + 100] < 128).any() for column in range(6))  # names
+
+
+def save_voc(path, indices):
+    """A PNG with the palette of PASCAL VOC, whose index 255 is the void border."""
+    colors = np.zeros((256, 3), np.uint8)
+    for index in range(256):
+        for bit in range(8):
+            for channel in range(3):
+                colors[index, channel] |= (index >> (3 * bit + channel) & 1) << 7 - bit
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(indices.astype(np.uint8), "L").copy()
+    picture.putpalette(colors.tobytes())
+    picture.save(path)
+    return colors
+
+
+def class_maps():
+    """Masks whose values 127 cannot part, by name: classes, a trimap, numbered cells, void, colors."""
+    two = np.where(SMALL, 3, np.where(LARGE, 11, 0))
+    cells = np.zeros((60, 80))
+    for number in range(1, 201):
+        y, x = divmod(number - 1, 20)
+        cells[6 * y:6 * y + 4, 4 * x:4 * x + 3] = number
+    return {"coco-stuff": two, "train-ids": np.where(two, two, 255), "cells": cells,
+            "trimap": np.where(SMALL, 1, np.where(LARGE, 3, 2)), "void": np.where(SMALL, 1, np.where(LARGE, 255, 0)),
+            "bright": np.where(SMALL, 100, np.where(LARGE, 200, 0)),
+            "dark-color": np.dstack([two * 0, two * 0, np.where(two, 64, 0)]),
+            "colors": np.dstack([SMALL, SMALL * 0, LARGE])}
+
+
+@pytest.mark.parametrize("name", class_maps())
+def test_a_map_of_classes_or_objects_is_refused_with_the_flags_and_never_cut_at_127(tmp_path, name):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    values = class_maps()[name].astype(np.uint8)
+    write_image(tmp_path / "masks/a.png", values)
+    done = prepare_masks(tmp_path, code=1)
+    assert_fails_in_one_line(done, "a.png", "--numbered", "--classes", "--threshold", "--void")
+    assert not (tmp_path / "data/split.json").exists()
+    prepare_masks(tmp_path, "--numbered")
+    written = read_grey(tmp_path / "data/masks/train/a.png")
+    codes = values if values.ndim == 2 else values @ [1, 256, 65536]
+    assert len(np.unique(written)) == len(np.unique(codes)) and ((written > 0) == (codes > 0)).all()
+    if values.ndim == 2:
+        assert (written == values).all()
+
+
+@pytest.mark.parametrize("kind", ["antialiased", "jpeg saved as png", "enlarged", "tiny"])
+def test_a_mask_with_grey_edges_is_no_map_of_classes(tmp_path, kind):
+    size = 24 if kind == "tiny" else 200
+    mask = np.zeros((size, size), np.uint8)
+    cv2.ellipse(mask, (size // 2, size // 2), (size // 3, size // 5), 25, 0, 360, 255, -1, cv2.LINE_AA)
+    if kind == "jpeg saved as png":
+        mask = cv2.imdecode(cv2.imencode(".jpg", mask, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_GRAYSCALE)
+    if kind == "enlarged":
+        mask = cv2.resize(mask, (700, 700), interpolation=cv2.INTER_CUBIC)
+    assert len(np.unique(mask)) > 5
+    write_image(tmp_path / "images/a.png", np.zeros((*mask.shape, 3), np.uint8) + 9)
+    write_image(tmp_path / "masks/a.png", mask)
+    prepare_masks(tmp_path)
+    assert (read_grey(tmp_path / "data/masks/train/a.png") == np.where(mask > 127, 255, 0)).all()
+    write_image(tmp_path / "data/masks/train/a.png", mask)  # by hand: no problem either
+    assert "문제 없음" in run("prepare_data.py", "--check", cwd=tmp_path).stdout
+
+
+def test_each_connected_region_of_a_class_is_an_object(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    classes = np.where(SMALL | rectangle(40, 50, 60, 70), 3, LARGE // 255)
+    write_image(tmp_path / "masks/a.png", classes.astype(np.uint8))
+    prepare_masks(tmp_path, "--classes")
+    labels = read_grey(tmp_path / "data/masks/train/a.png")
+    assert set(np.unique(labels)) == {0, 1, 2, 3}
+    assert len(set(labels[SMALL > 0])) == len(set(labels[40:50, 60:70].ravel())) == 1
+    assert labels[22, 22] != labels[45, 65]
+
+
+def test_the_palette_of_voc_numbers_the_objects_and_its_border_is_void(tmp_path):
+    ring = cv2.dilate(SMALL, np.ones((5, 5))) - SMALL
+    indices = np.where(ring, 255, np.where(SMALL, 1, np.where(OTHER, 2, 0)))
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    colors = save_voc(tmp_path / "masks/a.png", indices)
+    for flag in ((), ("--colours",)):
+        done = prepare_masks(tmp_path, *flag)
+        assert (read_grey(tmp_path / "data/masks/train/a.png") == np.where(indices == 255, 0, indices)).all()
+        assert f"void 픽셀 {np.count_nonzero(ring)}개" in done.stdout
+    write_image(tmp_path / "masks/a.png", colors[indices][..., ::-1])  # the same, without its palette
+    done = prepare_masks(tmp_path, "--numbered", "--void", 224, 224, 192)
+    labels = read_grey(tmp_path / "data/masks/train/a.png")
+    assert ((labels > 0) == ((SMALL | OTHER) > 0)).all() and len(np.unique(labels)) == 3
+    assert f"void 픽셀 {np.count_nonzero(ring)}개" in done.stdout
+
+
+def test_void_is_background_and_zero_and_one_are_then_a_mask(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/a.png", class_maps()["void"].astype(np.uint8))
+    done = prepare_masks(tmp_path, "--void", 255)
+    assert (read_grey(tmp_path / "data/masks/train/a.png") == SMALL).all()
+    assert "void 픽셀" in done.stdout
+
+
+def test_transparency_is_the_mask_of_a_white_picture_and_a_mask_of_everything_is_named(tmp_path):
+    for name, alpha in (("cut", SMALL), ("full", np.full((60, 80), 255, np.uint8))):
+        write_image(tmp_path / f"images/{name}.png", draw_pair(len(name))[0])
+        write_image(tmp_path / f"masks/{name}.png", np.dstack([np.full((60, 80, 3), 255, np.uint8), alpha]))
+    done = prepare_masks(tmp_path)
+    assert (read_grey(tmp_path / "data/masks/train/cut.png") == SMALL).all()
+    assert "제외: full.png - 마스크가 이미지 전체를 덮음" in done.stdout
+    write_image(tmp_path / "data/masks/train/cut.png", np.full((60, 80), 255, np.uint8))
+    assert "cut.png: 마스크가 이미지 전체를 덮음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+
+
+def test_a_boolean_tiff_that_shows_zero_as_white_is_read_by_its_values_or_refused(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    (tmp_path / "masks").mkdir()
+    for software, code in (("tifffile.py", 0), ("scanner", 1)):
+        Image.fromarray(SMALL == 0).save(tmp_path / "masks/a.tif", tiffinfo={262: 0, 305: software})  # bit 1: SMALL
+        done = prepare_masks(tmp_path, code=code)
+        if code:
+            assert_fails_in_one_line(done, "MINISWHITE", "--numbered", "--threshold")
+            prepare_masks(tmp_path, "--numbered")
+        assert ((read_grey(tmp_path / "data/masks/train/a.png") > 0) == (SMALL > 0)).all()
+    prepare_masks(tmp_path, "--threshold", 127)
+    assert (read_grey(tmp_path / "data/masks/train/a.png") == 255 - SMALL).all()
+
+
+def test_the_two_folders_must_differ_and_unread_formats_are_named(tmp_path):
+    make_source(tmp_path, 3)
+    done = run("prepare_data.py", "--images", "images", "--masks", "images", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "같은 폴더")
+    (tmp_path / "images/phone.HEIC").write_bytes(b"....ftypheic")
+    (tmp_path / "images/film.gif").write_bytes(b"GIF89a")
+    done = prepare_masks(tmp_path)
+    assert "제외: phone.HEIC" in done.stdout and "제외: film.gif" in done.stdout
+
+
+def test_replaced_pairs_are_counted_and_existing_folders_are_not_claimed(tmp_path):
+    make_source(tmp_path, 4)
+    assert "바꿉니다" not in prepare_masks(tmp_path).stdout
+    assert "data에 있던 4쌍을 새 쌍으로 바꿉니다" in prepare_masks(tmp_path, "--shuffle-seed", 1).stdout
+    assert "폴더가 이미 있습니다" in run("prepare_data.py", cwd=tmp_path).stdout
+    assert "폴더를 만들었습니다" in run("prepare_data.py", "--data-dir", "new", cwd=tmp_path).stdout
+
+
+def test_an_image_in_both_splits_is_reported_by_its_content(tmp_path):
+    make_source(tmp_path, 5)
+    shutil.copy(tmp_path / "images/polyp_00.jpg", tmp_path / "images/polyp_04.jpg")
+    done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path)
+    assert "train/polyp_00.jpg = val/polyp_04.jpg" in done.stdout
+    assert "train/polyp_00.jpg = val/polyp_04.jpg" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_a_mask_drawn_on_the_stored_pixels_is_turned_with_the_image(tmp_path, suffix):
+    stored = draw_pair(0)[0]
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"images/o{orientation}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(stored).save(path, exif=exif)
+        write_image(tmp_path / f"masks/o{orientation}.png", SMALL)
+    done = prepare_masks(tmp_path)
+    from PIL import ImageOps
+    for orientation in range(1, 9):
+        picture = Image.fromarray(SMALL)
+        picture.getexif()[0x0112] = orientation
+        wanted = np.array(ImageOps.exif_transpose(picture)) if orientation > 4 else SMALL
+        assert (read_grey(tmp_path / f"data/masks/train/o{orientation}.png") == wanted).all(), orientation
+        image, = (tmp_path / "data/images/train").glob(f"o{orientation}.*")
+        assert prepare_data.read_image(image).shape[:2] == wanted.shape
+    assert "이미지 4장의 마스크를 돌렸습니다" in done.stdout and "이미지 3장은 마스크의 방향을" in done.stdout
+    checked = run("prepare_data.py", "--check", cwd=tmp_path).stdout
+    assert ("이미지 3장은 마스크의 방향을" in checked) == (suffix in ("jpg", "png"))  # the others became upright PNGs
+
+
+@pytest.mark.parametrize("crowds, flags, kept", [("all", (), 2), ("mixed", (), 1), ("mixed", ("--keep-crowd",), 2)])
+def test_crowds_are_objects_if_their_category_has_nothing_else(tmp_path, crowds, flags, kept):
+    write_coco(tmp_path, {"a": [(SMALL, 7, 1), (LARGE, 7, int(crowds == "all"))]})
+    done = prepare_coco(tmp_path, *flags)
+    mask = read_grey(tmp_path / "data/masks/train/a.png")
+    assert (mask.dtype == np.uint16) == (kept == 2) and len(np.unique(mask)) == kept + 1
+    assert ("객체로 썼습니다 (빼려면" if kept == 2 else "뺐습니다 (객체로 쓰려면 --keep-crowd)") in done.stdout
+
+
+def test_coco_names_in_two_folders_are_never_confused(tmp_path):
+    write_image(tmp_path / "images/1.png", draw_pair(0)[0])
+    write_image(tmp_path / "images/2.png", draw_pair(1)[0])
+    polygon = [[10, 10, 40, 10, 40, 40, 10, 40]]
+    (tmp_path / "a.json").write_text(json.dumps({
+        "images": [{"id": number, "file_name": name, "height": 60, "width": 80}
+                   for number, name in enumerate(("a/1.png", "b/1.png", "upload/7/0123abcd-2.png"))],
+        "annotations": [{"image_id": number, "category_id": 1, "segmentation": polygon} for number in range(3)]}))
+    done = prepare_coco(tmp_path)
+    assert "제외: 1.png - COCO 파일에 두 번 나옴 (a/1.png, b/1.png)" in done.stdout
+    assert names(tmp_path / "data/masks/train") == ["2.png"]
+
+
+def test_coco_without_sizes_takes_the_image_s_and_a_bad_polygon_costs_only_its_object(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    polygons = ([[10, 10, 40, 10, 40, 40, 10, 40]], [[5, 5, 6, 6]], [[50, 40, 60, 40, 60, 50, 50, 50]])
+    coco = {"images": [{"id": 1, "file_name": "a.png"}],
+            "annotations": [{"image_id": 1, "category_id": 1, "segmentation": polygon} for polygon in polygons]}
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    done = prepare_coco(tmp_path)
+    labels = read_grey(tmp_path / "data/masks/train/a.png")
+    assert labels.shape == (60, 80) and set(np.unique(labels)) == {0, 1, 2}
+    assert "a.png의 객체 1개 - segmentation을 해석할 수 없음" in done.stdout
+
+
+@pytest.mark.parametrize("coco, words", [
+    ({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]},
+     ["label_with_text.py", "--boxes"]),
+    ({"images": [], "annotations": {}}, ["VIA", "COCO format"]),
+    ({"a.png123": {"filename": "a.png", "regions": []}}, ["VIA", "COCO format"])])
+def test_what_is_no_coco_names_what_to_export(tmp_path, coco, words):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "a.json", *words)
+
+
+def test_check_reports_what_by_hand_masks_are_and_takes_number_65535(data):
+    write_image(data / "data/masks/train/pair_000.png", (draw_pair(0)[1] > 0).astype(np.uint8))
+    write_image(data / "data/masks/train/pair_001.png", class_maps()["void"].astype(np.uint8))
+    write_image(data / "data/masks/train/pair_002.png", np.where(SMALL, 65535, 0).astype(np.uint16))
+    done = run("prepare_data.py", "--check", cwd=data, code=1)
+    for name, values in (("pair_000.png", "(0, 1)"), ("pair_001.png", "(0, 1, 255")):
+        line, = (line for line in done.stdout.splitlines() if name in line)
+        assert "0과 255가 아님" in line and values in line
+    assert "문제 2개" in done.stdout
 
 
 @pytest.mark.parametrize("script, arguments, word", [
