@@ -12,13 +12,11 @@ import copy
 import json
 import math
 import os
-import pickletools
 import re
 import sys
 import textwrap
 import time
 import warnings
-import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -912,8 +910,11 @@ def load_weights(model, checkpoint, model_cfg):
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
-            fail(f"체크포인트 {checkpoint}의 '{key_before(checkpoint, refused[1])}' 항목에 가중치가 아닌 값"
+        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
+            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
+            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
+            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
+            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
                  f"({refused[1]})이 있어 열지 않습니다. {advice}")
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")
@@ -922,15 +923,6 @@ def load_weights(model, checkpoint, model_cfg):
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
-
-
-def key_before(checkpoint, name):
-    """The last text in a checkpoint before its first value of the class `name`: as a rule, that value's key."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        pickled, = (archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl"))
-    operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(pickled)]
-    first = operations.index(("GLOBAL", " ".join(name.rsplit(".", 1))))
-    return next((argument for kind, argument in reversed(operations[:first]) if kind == "BINUNICODE"), "")
 
 # ---- end of shared block ----
 

@@ -29,7 +29,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import io
 import itertools
@@ -37,17 +36,13 @@ import json
 import math
 import operator
 import os
-import pickletools
 import platform
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import textwrap
 import time
 import warnings
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +77,8 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
 matplotlib.use("Agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is OpenCV's
 
 # ---- settings ----
 
@@ -296,33 +293,27 @@ def open_trackers(args, rank):
 def print_setup(training):
     """Print what is about to be trained, on what."""
     args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
-    encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
-               "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
+    cache, val_cache = training.cache, training.val_cache
     broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
     unsampled = f" ({args.max_objects}개씩만 검증해 뺀 객체 {val_masks.unsampled}개)" if val_masks.unsampled else ""
+    encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
+               "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
     print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
           f"{masks.left_out}개{broken}), 검증 {len(val_masks)}장, 객체 {val_masks.count}개{unsampled}")
-    print(f"학습하는 가중치: {count_weights(training.parameters):,} / {count_weights(training.model.parameters()):,} "
-          f"({encoder})")
-    if training.cache is None:
+    trained, total = (sum(map(torch.numel, weights)) for weights in (training.parameters, training.model.parameters()))
+    print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
+    if cache is None:
         print("학습 이미지의 특징은 캐시하지 않고 쓸 때마다 인코딩합니다.")
     else:
-        size, fits = training.cache.bytes_per_image, [
-            f"{name} {len(own)}장 중 {min(len(own), share * (cache.limit // cache.bytes_per_image))}장"
-            for name, own, cache, share in (("학습", masks, training.cache, 1),
-                                            ("검증", val_masks, training.val_cache, processes))]
-        limit = (training.cache.limit + training.val_cache.limit) / 1e9
-        print(f"특징 캐시: {', '.join(fits)}이 들어갑니다 (한 장 {size / 1e6:.2g} MB, 한도 {limit:.3g} GB)"
-              + (f", 파일로도 남깁니다: {args.cache_dir}" if args.cache_dir else ""))
+        print(f"특징 캐시: 학습 {len(masks)}장 중 {cache.images_that_fit(len(masks))}장, "
+              f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks), processes)}장이 들어갑니다 "
+              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {(cache.limit + val_cache.limit) / 1e9:.3g} GB)"
+              + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
     if args.resume:
         print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
-
-
-def count_weights(parameters):
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def check_images_and_step(training):
@@ -576,13 +567,12 @@ def find_pairs(image_dir, mask_dir):
 
 
 class Masks:
-    """The numbered masks of a folder, read once and kept in memory as runs of equal pixels.
+    """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
 
-    pairs: (image path, mask path), as find_pairs gives them; the image's header is checked. Larger masks are reduced to
-    max_side; `broken` counts the objects that this damages. Objects below min_foreground pixels are left out, and
-    counted in `left_out` (an empty mask as one); with more than max_objects, a sample is kept, and the others are
-    counted in `unsampled`. `paths` are the images that have an object, `sizes` their (H, W), `objects` the numbers of
-    their objects, `hashes` those of their masks; `count` is the number of all objects.
+    Larger masks are reduced to max_side; `broken` counts the objects that this damages. Objects below min_foreground
+    pixels are left out, and counted in `left_out` (an empty mask as one); of more than max_objects in an image a sample
+    is kept, and the others are counted in `unsampled`. `paths` are the images that have an object, `sizes` their
+    (H, W), `objects` the numbers of their objects, `hashes` those of their masks; `count` is that of all objects.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None):
@@ -841,6 +831,10 @@ class FeatureCache:
             for name, tensor in model.state_dict().items():
                 if not TRAINED["frozen"].match(name):
                     self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())
+
+    def images_that_fit(self, count, processes=1):
+        """How many of `count` images can be kept in memory; processes: that share the images, each with a cache."""
+        return min(count, processes * (self.limit // self.bytes_per_image))
 
     def __call__(self, images):
         """Features of a batch on the model's device: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}.
@@ -1250,11 +1244,9 @@ def restore(training, last):
 
 def resume_command(training):
     """The command line that continues this training."""
-    processes, folder = training.processes, training.args.output_dir
-    per_node = os.environ.get("LOCAL_WORLD_SIZE", processes)
-    start = ["torchrun", f"--nproc-per-node={per_node}"] if processes > 1 else [Path(sys.executable).name]
-    command = [*start, sys.argv[0], "--resume", *(["--output-dir", folder] if folder != CONFIG["output_dir"] else [])]
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+    count = os.environ.get("LOCAL_WORLD_SIZE", training.processes)
+    start = f"torchrun --nproc-per-node={count}" if training.processes > 1 else "python"
+    return f'{start} "{sys.argv[0]}" --resume --output-dir "{training.args.output_dir}"'
 
 
 def save_log(rows, output_dir):
@@ -1294,7 +1286,7 @@ def finish(training):
         "settings": {**vars(training.args), "processes": training.processes}, "device": training.device,
         "versions": versions(), "train_images": len(training.masks), "train_objects": training.masks.count,
         "val_images": len(training.val_masks), "val_objects": training.val_masks.count,
-        "trained_weights": count_weights(training.parameters), "encodings_per_process": training.encoded,
+        "trained_weights": sum(map(torch.numel, training.parameters)), "encodings_per_process": training.encoded,
         "iterations": training.iteration, "start_iou": start, "best_iou": training.best,
         "best_iteration": training.best_iteration,
         "best_chosen_by": "validation IoU" if training.val_masks else "training IoU", "seconds": round(seconds, 1)})
@@ -1495,8 +1487,11 @@ def load_weights(model, checkpoint, model_cfg):
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        if refused := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
-            fail(f"체크포인트 {checkpoint}의 '{key_before(checkpoint, refused[1])}' 항목에 가중치가 아닌 값"
+        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
+            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
+            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
+            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
+            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
                  f"({refused[1]})이 있어 열지 않습니다. {advice}")
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")
@@ -1505,15 +1500,6 @@ def load_weights(model, checkpoint, model_cfg):
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
-
-
-def key_before(checkpoint, name):
-    """The last text in a checkpoint before its first value of the class `name`: as a rule, that value's key."""
-    with zipfile.ZipFile(checkpoint) as archive:
-        pickled, = (archive.read(member) for member in archive.namelist() if member.endswith("/data.pkl"))
-    operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(pickled)]
-    first = operations.index(("GLOBAL", " ".join(name.rsplit(".", 1))))
-    return next((argument for kind, argument in reversed(operations[:first]) if kind == "BINUNICODE"), "")
 
 # ---- end of shared block ----
 

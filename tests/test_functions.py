@@ -157,12 +157,14 @@ def test_without_a_generator_prompts_are_those_of_the_comparison():
         gt_mask, predicted = (cv2.blur(rng.random((30, 40)), (9, 9)) > 0.5 for _ in range(2))
         coords, labels = train_sam2_proper.first_prompt("point", gt_mask)
         assert np.array_equal(coords, compare_models.middle_point(gt_mask)) and labels.tolist() == [1]
+        assert coords.dtype == np.float32 and labels.dtype == np.int32  # MPS has no float64
         coords, labels = train_sam2_proper.first_prompt("box", gt_mask)
         assert coords.ravel().tolist() == compare_models.mask_box(gt_mask).tolist() and labels.tolist() == [2, 3]
         for mask in (predicted, gt_mask):
             point, label = train_sam2_proper.correcting_click(mask, gt_mask)
             expected, expected_label = compare_models.error_click(mask, gt_mask)
             assert point.tolist() == expected[0].tolist() and label == expected_label
+            assert point.dtype == train_sam2_proper.correcting_click(mask, gt_mask, rng)[0].dtype == np.float32
 
 
 def test_the_best_mask_alone_is_enlarged_as_all_three_are():

@@ -126,6 +126,22 @@ def test_large_and_wide_images_train(tmp_path, weights):
     assert len(read_log(tmp_path)) == 2
 
 
+def test_a_large_validation_image_is_measured_at_its_size_and_its_loss_is_not(data, weights, monkeypatch):
+    image, mask = (cv2.resize(picture, (1100, 2200), interpolation=cv2.INTER_NEAREST) for picture in draw_pair(0))
+    write_image(data / "data/images/val/tall.png", image)
+    write_image(data / "data/masks/val/tall.png", mask)
+    train(data, weights, "--iterations", 1)
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"]
+    training, sizes = make_training(data, weights, monkeypatch), []
+    loss_of = train_sam2_proper.training_loss
+    monkeypatch.setattr(train_sam2_proper, "training_loss",
+                        lambda logits, *more: sizes.append(tuple(logits.shape[2:])) or loss_of(logits, *more))
+    (loss, iou, dice), = train_sam2_proper.validate_image(training, 4)
+    assert sizes == [(1024, 512)] and loss > 0 and 0 <= iou <= dice
+
+
 def test_image_and_mask_of_different_sizes_are_named(data, weights):
     for path in (data / "data/images/train").iterdir():
         write_image(path, draw_pair(0, 60, 90)[0])
@@ -287,6 +303,13 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(data, w
     done = train(data, weights, f"--{name}", *flag[1:], code=1, before=f"sys.modules['{name}'] = None")
     assert_fails_in_one_line(done, f"pip install {name}")
     assert not done.stdout and not list((data / "output").glob("[!.]*"))
+
+
+def test_wandb_without_a_login_ends_in_one_line_when_the_setup_is_checked(data, weights, tmp_path_factory):
+    nobody = {"HOME": str(tmp_path_factory.mktemp("home")), "WANDB_API_KEY": None, "WANDB_MODE": None, "NETRC": None}
+    done = train(data, weights, "--test", "--wandb", "polyps", env=nobody, code=1)
+    assert_fails_in_one_line(done, "wandb login", "WANDB_MODE=offline")
+    assert "학습 6장" not in done.stdout
 
 
 @pytest.mark.parametrize("encoder", ["frozen", "lora", "full"])
@@ -570,6 +593,31 @@ def test_checkpoint_of_another_config_names_the_keys(data, weights):
 def test_damaged_checkpoint_is_named(data, weights):
     (data / "cut.pt").write_bytes(weights.read_bytes()[:5000])
     assert_fails_in_one_line(train(data, data / "cut.pt", code=1), "cut.pt")
+
+
+def test_checkpoints_of_other_programs_name_the_key_and_say_how_to_save_the_weights(data, weights):
+    state = load(weights)
+    torch.save({"epoch": 3, "state_dict": {f"sam2.{name}": tensor for name, tensor in state.items()}}, data / "a.ckpt")
+    done = train(data, data / "a.ckpt", code=1)
+    assert_fails_in_one_line(done, "a.ckpt", "'state_dict'", 'torch.save({"model": model.state_dict()}')
+    torch.save({"model": state, "best_iou": np.float64(0.5)}, data / "b.pt")
+    done = train(data, data / "b.pt", code=1)
+    assert_fails_in_one_line(done, "b.pt", "'best_iou'", "scalar", 'torch.save({"model": model.state_dict()}')
+    assert "weights_only" not in done.stderr  # PyTorch's own advice would run the file's code
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(data, weights):
+    state = load(weights)
+    state["no_mem_embed"][0] = float("nan")
+    torch.save({"model": state}, data / "nan.pt")
+    assert_fails_in_one_line(train(data, data / "nan.pt", code=1), "nan.pt", "no_mem_embed", "유한하지")
+
+
+def test_a_device_that_is_not_there_is_named_once(data, weights):
+    done = run("train_sam2_proper.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--test", "--device",
+               "cuda:7", cwd=data, code=1)
+    assert_fails_in_one_line(done, "cuda:7")
+    assert not done.stdout
 
 
 def test_config_that_sam2_does_not_have_is_named(data, weights):
