@@ -169,7 +169,7 @@ def main():
     """Train as the command line says; returns the finished Training, for callers from Python."""
     args = parse_args()
     rank, processes, device = join_processes(args.device)
-    with lock(args) if rank == 0 else contextlib.nullcontext(), open_trackers(args, rank) as track:
+    with claim_folder(args) if rank == 0 else contextlib.nullcontext(), open_trackers(args, rank) as track:
         training = Training(args, device, rank, processes)
         print_setup(training)
         with contextlib.closing(training):
@@ -240,7 +240,7 @@ def join_processes(requested):
     return rank, processes, device
 
 
-def lock(args):
+def claim_folder(args):
     """Make the output folder and lock it, for a `with`; fail if another training holds it or it cannot be written."""
     folder, path = Path(args.output_dir), Path(args.output_dir, ".lock")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1024,10 +1024,12 @@ def predict_masks(predictor, features, sizes, prompts):
 
 def best_masks(predictor, sizes, low_res_masks, scores):
     """The masks with the highest score that predict_masks gave, at their images' N sizes: N arrays, bool K x H x W."""
-    chosen = scores.float().cpu().numpy().argmax(1)
-    best = low_res_masks[range(len(chosen)), chosen][:, None].split(len(chosen) // len(sizes))
-    return [(predictor._transforms.postprocess_masks(masks, size)[:, 0] > 0).cpu().numpy()
-            for masks, size in zip(best, sizes)]
+    chosen, count = scores.float().cpu().numpy().argmax(1), len(scores) // len(sizes)
+    found = []
+    for number, (masks, size) in enumerate(zip(low_res_masks.split(count), sizes)):
+        logits = predictor._transforms.postprocess_masks(masks, size)  # of all three: so the bits are predict()'s
+        found.append((logits[range(count), chosen[number * count:][:count]] > 0).cpu().numpy())
+    return found
 
 
 def image_loss(predictor, low_res_masks, scores, gt_masks, args):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import ROOT, display_width, draw_pair, write_image
 from pycocotools import mask as coco_mask
-from sam2.utils.transforms import SAM2Transforms
 
 import compare_models
 import prepare_data
@@ -165,16 +164,6 @@ def test_without_a_generator_prompts_are_those_of_the_comparison():
             expected, expected_label = compare_models.error_click(mask, gt_mask)
             assert point.tolist() == expected[0].tolist() and label == expected_label
             assert point.dtype == train_sam2_proper.correcting_click(mask, gt_mask, rng)[0].dtype == np.float32
-
-
-def test_the_best_mask_alone_is_enlarged_as_all_three_are():
-    """compare_models.py enlarges all three masks, training only the best: the same bits."""
-    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32))
-    enlarge = SAM2Transforms(256, 0).postprocess_masks
-    for size in ((60, 80), (333, 517), (1024, 1024)):
-        all_three = enlarge(logits, size)
-        alone = enlarge(logits[[0, 1], [1, 2]][:, None], size)
-        assert torch.equal(all_three[[0, 1], [1, 2]], alone[:, 0])
 
 
 def test_mixed_prompts_take_turns():

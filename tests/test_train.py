@@ -389,10 +389,10 @@ def test_resume_finds_the_same_data_under_another_path(data, weights):
     assert distance(load(data / "whole/sam2_final.pt"), load(data / "kept/sam2_final.pt")) == 0
 
 
-def test_a_training_that_makes_the_model_worse_says_so(data, visible):
-    done = train(data, visible, "--iterations", 10, "--save-every", 5, "--lr", "1")
+def test_a_training_that_makes_the_model_worse_says_so(data):
+    done = train(data, ROOT / "demo/sam2_demo.pt", "--iterations", 10, "--save-every", 5, "--lr", "0.1")
     start = read_summary(data / "output")["start_iou"]
-    assert read_summary(data / "output")["best_iou"] <= start
+    assert read_summary(data / "output")["best_iou"] < start > 0.4
     assert f"주의: 검증 IoU가 학습 전({start:.2%})보다 나아지지 않았습니다" in done.stdout.splitlines()[-1]
 
 
