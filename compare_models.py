@@ -7,6 +7,7 @@ predicted score counts. They share a frozen encoder, so an image is encoded once
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 import warnings
 from pathlib import Path
 
@@ -28,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 try:
-    from hydra import compose
+    import sam2
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -68,10 +70,11 @@ def main():
     for old in args.output_dir.glob("compare_[0-9]*.png"):  # of an earlier run
         old.unlink()
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
-    rows = []
+    rows, unsampled = [], 0
     for number, (image_path, mask_path) in enumerate(tqdm(pairs, "비교", disable=None)):
         image, labels = read_pair(image_path, mask_path)
-        objects, gt_masks = split_objects(labels, args.max_objects)
+        objects, gt_masks, left_out = split_objects(labels, args.max_objects)
+        unsampled += left_out
         set_image_in_all(predictors.values(), image, shared)
         kind = prompt_kind(args.prompt, number)
         results = {title: predict_objects(predictor, kind, gt_masks) for title, predictor in predictors.items()}
@@ -86,6 +89,8 @@ def main():
           f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")
     if len(pairs) < count:
         print(f"정답 마스크가 비어 있어 뺀 이미지: {count - len(pairs)}장")
+    if unsampled:
+        print(f"이미지마다 {args.max_objects}개씩만 비교해 뺀 객체: {unsampled}개")
     print(f"저장: {args.output_dir} (비교 그림 {len(chosen)}장, per_image.csv, summary.json, scatter.png)")
 
 
@@ -104,7 +109,7 @@ def parse_args():
     option("--output-dir", Path("output/comparison"), "결과를 쓸 폴더", type=Path)
     option("--num-images", None, "앞에서부터 몇 장만 비교할지 (기본: 전부)", type=int)
     option("--num-visualize", 5, "비교 그림을 몇 장 저장할지, 고르게 뽑음", type=int)
-    option("--max-objects", 20, "이미지마다 번호가 작은 객체부터 몇 개까지 비교할지", type=int)
+    option("--max-objects", 20, "이미지마다 객체를 몇 개까지 비교할지. 더 많으면 무작위로 뽑은, 늘 같은 표본", type=int)
     option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 거기에 가장 크게 틀린 곳의 점 둘을 더함, "
            "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아", choices=["point", "points", "box", "mixed"])
     option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 "
@@ -154,9 +159,20 @@ def read_pair(image_path, mask_path):
 
 
 def split_objects(labels, max_objects):
-    """The objects of a numbered mask (uint16 H x W), at most max_objects: their numbers and masks, bool N x H x W."""
-    numbers = np.flatnonzero(np.bincount(labels.ravel())[1:])[:max_objects] + 1
-    return numbers.tolist(), labels == numbers[:, None, None]
+    """The objects of a numbered mask (uint16 H x W), see sample_objects.
+
+    Returns: their numbers, their masks, bool N x H x W, and how many objects are not among them.
+    """
+    numbers = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
+    sample = sample_objects(numbers, max_objects)
+    return sample.tolist(), labels == sample[:, None, None], len(numbers) - len(sample)
+
+
+def sample_objects(numbers, max_objects):
+    """At most max_objects (None: all) of an image's object numbers, in order: the same random sample every time."""
+    if max_objects is None or len(numbers) <= max_objects:
+        return numbers
+    return np.sort(np.random.default_rng(0).choice(numbers, max_objects, replace=False))
 
 
 def set_image_in_all(predictors, image, shared):
@@ -181,7 +197,7 @@ def predict_objects(predictor, kind, gt_masks):
     Returns: masks bool N x H x W, and the prompts (coordinates N x P x 2 in pixels, labels N x P).
     """
     masks, coords, labels = [], [], []
-    for part in in_parts(gt_masks):
+    for part in in_parts(gt_masks, gt_masks.shape[1:]):
         logits, scores, prompts = predict_prompted(predictor, kind, part)
         masks.append(logits[np.arange(len(logits)), scores.argmax(1)] > 0)
         coords.append(prompts[0])
@@ -189,10 +205,10 @@ def predict_objects(predictor, kind, gt_masks):
     return np.concatenate(masks), (np.concatenate(coords), np.concatenate(labels))
 
 
-def in_parts(gt_masks):
-    """Cut masks, bool N x H x W, into parts that one decoder call takes: their logits have 512 MB at most."""
-    at_once = max(1, 2**27 // (3 * math.prod(gt_masks.shape[1:])))
-    return [gt_masks[start:start + at_once] for start in range(0, len(gt_masks), at_once)]
+def in_parts(objects, shape):
+    """Cut an array of objects into parts that one decoder call takes: their logits at (H, W) have 512 MB at most."""
+    at_once = max(1, 2**27 // (3 * math.prod(shape)))
+    return [objects[start:start + at_once] for start in range(0, len(objects), at_once)]
 
 
 def predict_prompted(predictor, kind, gt_masks):
@@ -412,11 +428,17 @@ def fail(message):
 
 
 def write_file(path, content):
-    """Write bytes to a temporary file beside `path` and rename it, so that `path` is never half written."""
+    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        content(file) if callable(content) else file.write(content)
+    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+        with contextlib.suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(0.1)
     temporary.replace(path)
 
 
@@ -427,10 +449,8 @@ def write_json(path, value):
 
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
     plt.close(figure)
-    write_file(path, buffer.getvalue())
 
 
 def detect_device(requested="auto"):
@@ -519,11 +539,12 @@ def is_label_map(mask):
 
 
 def read_config(model_cfg):
-    """A model's config: a name inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or a YAML file."""
+    """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
-        config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=str(model_cfg))
+        own = Path(model_cfg)
+        config = OmegaConf.load(own if own.is_file() else Path(sam2.__file__).parent / own)
         return OmegaConf.create(OmegaConf.to_container(config.model, resolve=True))
-    except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
+    except Exception as error:  # OmegaConf and YAML each raise their own kinds
         fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({textwrap.shorten(str(error), 200)}). "
              "예: configs/sam2.1/sam2.1_hiera_s.yaml")
 
@@ -535,9 +556,6 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     """
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
-    config.sam_mask_decoder_extra_args = dict(  # as sam2.build_sam.build_sam2 sets them
-        dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05,
-        dynamic_multimask_stability_thresh=0.98)
     model = instantiate(config, _recursive_=True).eval()
     load_weights(model, checkpoint, model_cfg)
     predictor = SAM2ImagePredictor(model.to(device))
@@ -548,22 +566,34 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
 
-    Fails if the file is missing, damaged or made for another config than `model_cfg`; warns if the weights were
-    trained at another image size.
+    Fails if the file is missing, damaged, made for another config than `model_cfg` or by another kind of program, or if
+    weights are not finite; warns if they were trained at another image size.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
+    advice = '가중치만 저장하세요: torch.save({"model": model.state_dict()}, "weights.pt") (model은 SAM 2)'
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(dict(saved.get("model", saved)))
+        if "state_dict" in saved:  # PyTorch Lightning
+            fail(f"체크포인트 {checkpoint}의 가중치가 'model'이 아니라 'state_dict' 항목에 있습니다. {advice}")
+        weights = dict(saved.get("model", saved))
+        model.load_state_dict(weights)
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
+            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
+            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
+            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
+            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
+                 f"({refused[1]})이 있어 열지 않습니다. {advice}")
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        fail(f"체크포인트 {checkpoint}의 가중치가 유한하지 않습니다: {', '.join(wrong[:3])}")
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

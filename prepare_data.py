@@ -25,6 +25,7 @@ import random
 import re
 import shutil
 import sys
+import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -755,11 +756,17 @@ def lock(path):
 
 
 def write_file(path, content):
-    """Write bytes to a temporary file beside `path` and rename it, so that `path` is never half written."""
+    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        content(file) if callable(content) else file.write(content)
+    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+        with contextlib.suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(0.1)
     temporary.replace(path)
 
 

@@ -7,14 +7,15 @@
 """
 
 import argparse
+import contextlib
 import copy
-import io
 import json
 import math
 import os
 import re
 import sys
 import textwrap
+import time
 import warnings
 from collections import Counter
 from functools import partial
@@ -37,7 +38,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 try:
-    from hydra import compose
+    import sam2
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
@@ -762,11 +763,17 @@ def fail(message):
 
 
 def write_file(path, content):
-    """Write bytes to a temporary file beside `path` and rename it, so that `path` is never half written."""
+    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        content(file) if callable(content) else file.write(content)
+    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+        with contextlib.suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(0.1)
     temporary.replace(path)
 
 
@@ -777,10 +784,8 @@ def write_json(path, value):
 
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
     plt.close(figure)
-    write_file(path, buffer.getvalue())
 
 
 def detect_device(requested="auto"):
@@ -869,11 +874,12 @@ def is_label_map(mask):
 
 
 def read_config(model_cfg):
-    """A model's config: a name inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or a YAML file."""
+    """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
-        config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=str(model_cfg))
+        own = Path(model_cfg)
+        config = OmegaConf.load(own if own.is_file() else Path(sam2.__file__).parent / own)
         return OmegaConf.create(OmegaConf.to_container(config.model, resolve=True))
-    except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
+    except Exception as error:  # OmegaConf and YAML each raise their own kinds
         fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({textwrap.shorten(str(error), 200)}). "
              "예: configs/sam2.1/sam2.1_hiera_s.yaml")
 
@@ -885,9 +891,6 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     """
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
-    config.sam_mask_decoder_extra_args = dict(  # as sam2.build_sam.build_sam2 sets them
-        dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05,
-        dynamic_multimask_stability_thresh=0.98)
     model = instantiate(config, _recursive_=True).eval()
     load_weights(model, checkpoint, model_cfg)
     predictor = SAM2ImagePredictor(model.to(device))
@@ -898,22 +901,34 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
 
-    Fails if the file is missing, damaged or made for another config than `model_cfg`; warns if the weights were
-    trained at another image size.
+    Fails if the file is missing, damaged, made for another config than `model_cfg` or by another kind of program, or if
+    weights are not finite; warns if they were trained at another image size.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
+    advice = '가중치만 저장하세요: torch.save({"model": model.state_dict()}, "weights.pt") (model은 SAM 2)'
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(dict(saved.get("model", saved)))
+        if "state_dict" in saved:  # PyTorch Lightning
+            fail(f"체크포인트 {checkpoint}의 가중치가 'model'이 아니라 'state_dict' 항목에 있습니다. {advice}")
+        weights = dict(saved.get("model", saved))
+        model.load_state_dict(weights)
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
+            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
+            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
+            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
+            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
+                 f"({refused[1]})이 있어 열지 않습니다. {advice}")
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        fail(f"체크포인트 {checkpoint}의 가중치가 유한하지 않습니다: {', '.join(wrong[:3])}")
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -1,32 +1,44 @@
-"""Fine-tune SAM 2.1's mask decoder and prompt encoder, and if asked its image encoder, on your own images.
+"""Fine-tune SAM 2.1's mask decoder and prompt encoder, and optionally its image encoder, on your own images.
 
     python train_sam2_proper.py                      the reference guide's loss and settings
-    python train_sam2_proper.py --recipe improved    more IoU from as many training examples
-    python train_sam2_proper.py --recipe strongest   most IoU: the image encoder learns too, which takes longer
-    python train_sam2_proper.py --encoder lora       the guide's loss, and low-rank updates of the image encoder
-    python train_sam2_proper.py --test               is everything there that a training needs?
+    python train_sam2_proper.py --recipe improved    higher IoU from the same number of training examples
+    python train_sam2_proper.py --recipe strongest   highest IoU: trains the image encoder too, which takes longer
+    python train_sam2_proper.py --encoder lora       the guide's loss, with low-rank updates of the image encoder
+    python train_sam2_proper.py --test               check the setup without training
+    python train_sam2_proper.py --resume             continue an interrupted training
 
-By default the image encoder is frozen, so an image is encoded at its first visit only and its features are kept.
-Training calls the model's parts through predictor._features, as sagieppel's "Fine-tune SAM2 in 60 lines"
-does: predictor.predict() runs under no_grad, nothing could be learnt through it.
+By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept.
+Training calls the model's parts through predictor._features, as sagieppel's "Fine-tune SAM2 in 60 lines" does:
+predictor.predict() runs under no_grad, so nothing would be learned through it.
+
+Chapters:
+    settings             every flag with its default, the recipes, the constants
+    the run              main(), the command line, the output folder, trackers, --test
+    the training loop    train(), Ctrl-C, one step, the optimizer
+    data                 pairs, masks, batches that follow from (seed, iteration), augmentation
+    features             the encoded images, kept in memory and in files
+    prompts and loss     simulated clicks and boxes, the decoder, the loss
+    the image encoder    what --encoder trains: nothing of it, low-rank updates, all of it
+    validation           the numbers of compare_models.py
+    files                checkpoints, --resume, log, curve, summary
+    shared block         what compare_models.py and test_my_image.py contain too
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
 import functools
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -45,7 +57,7 @@ import torch.distributed
 import torch.utils.checkpoint
 import torchvision
 from filelock import FileLock, Timeout
-from pycocotools import mask as coco_mask
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
@@ -53,7 +65,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 try:
-    from hydra import compose
+    import sam2
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -66,7 +78,11 @@ matplotlib.use("Agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, least value) or choices), help
+Image.MAX_IMAGE_PIXELS = None  # the limit is OpenCV's
+
+# ---- settings ----
+
+SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or list of choices, help
     # model
     ("checkpoint", "checkpoints/sam2.1_hiera_small.pt", str, "원본 SAM 2.1 체크포인트"),
     ("model_cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로"),
@@ -77,7 +93,7 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("mask_dir", "data/masks/train", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)"),
     ("val_image_dir", "data/images/val", str, "검증 이미지 폴더"),
     ("val_mask_dir", "data/masks/val", str, "검증 마스크 폴더"),
-    ("max_objects", 20, (int, 1), "이미지마다 번호가 작은 객체부터 몇 개까지 검증할지"),
+    ("max_objects", 20, (int, 1), "이미지마다 객체를 몇 개까지 검증할지. 더 많으면 무작위로 뽑은, 늘 같은 표본"),
     # training
     ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실 그대로, "
      "improved 같은 수의 예제로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더도 학습(따로 준 옵션이 우선)"),
@@ -90,20 +106,16 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     # optimizer
     ("lr", 1e-5, (float, 0), "학습률"),
     ("weight_decay", 4e-5, (float, 0), "가중치 감쇠"),
-    ("scheduler", "none", ["none", "cosine", "step", "plateau"], "학습률을 바꾸는 방법: none 그대로, cosine "
-     "끝에서 0까지 부드럽게, step 3분의 1이 지날 때마다 10분의 1, plateau 검증이 두 번 나아지지 않으면 절반"),
+    ("scheduler", "none", ["none", "cosine"], "학습률을 바꾸는 방법: none 그대로, cosine 끝에서 0까지 부드럽게"),
     ("warmup", 0, (int, 0), "처음 몇 번 반복하는 동안 학습률을 0 가까이에서부터 올릴지"),
     ("max_grad_norm", 0.0, (float, 0), "기울기 노름을 이 값 이하로 제한, 0이면 제한하지 않음"),
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
-    # loss
-    ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
-    ("supervise", "first", ["first", "all", "best"], "손실에 넣을 마스크: first 첫째, all 셋 모두, best 가장 맞는 것"),
-    # prompts
+    # prompts and loss
     ("prompt", "point", ["point", "points", "box", "mixed"], "학습할 프롬프트: point 마스크 안의 점 하나, "
      "points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음"),
     ("val_prompt", "point", ["point", "points", "box", "mixed"], "검증할 프롬프트: compare_models.py --prompt와 같음"),
-    ("clicks", 1, (int, 1), "이미지마다 한 번에 디코딩할 프롬프트 수, 객체가 여럿이면 서로 다른 객체에"),
-    ("max_points", 3, (int, 1), "--prompt points에서 찍을 점의 최대 수"),
+    ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
+    ("supervise", "first", ["first", "all"], "손실에 넣을 마스크: first 첫째, all 셋 모두"),
     # image encoder
     ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
      "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고, 메모리는 "
@@ -114,88 +126,90 @@ SETTINGS = [  # each is a flag: name, default, what it may be (type, (type, leas
     ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
     ("workers", 2, (int, 0), "캐시가 없을 때 이미지를 미리 읽을 프로세스 수, 0이면 미리 읽지 않음"),
     # output and system
-    ("output_dir", "output", Path, "결과를 쓸 폴더"),
+    ("output_dir", "output", str, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
     ("cache_gb", None, (float, 0), "--encoder frozen: 이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 "
      "(기본: 남은 메모리의 절반)"),
-    ("cache_dir", None, Path, "--encoder frozen: 이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
-    ("cache_dtype", "float16", ["float16", "float32"], "남겨 둘 특징의 정밀도"),
+    ("cache_dir", None, str, "--encoder frozen: 이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
+    ("tensorboard", False, bool, "결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기"),
+    ("wandb", None, str, "Weights & Biases의 이 프로젝트에도 기록 (기본: 쓰지 않음)"),
 ]
 CONFIG = {name: default for name, default, *_ in SETTINGS}
 IMPROVED = {"dice_weight": 1.0, "supervise": "all", "prompt": "mixed", "batch_size": 4, "iterations": 750,
             "save_every": 125, "lr": 3e-4, "scheduler": "cosine", "warmup": 50}
-RECIPES = {  # what --recipe sets, where a flag does not say otherwise
+RECIPES = {  # what --recipe sets, unless a flag says otherwise
     # the same 3000 training examples in all three; chosen by benchmarks/study_recipes.py, see the guide
     "reference": {},
     "improved": IMPROVED,
     "strongest": {**IMPROVED, "encoder": "full"},
 }
-ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, if --encoder-lr does not say otherwise
-FREE_ON_RESUME = {"resume", "test", "iterations", "patience", "output_dir", "device", "cache_gb", "cache_dir",
-                  "workers", "grad_checkpointing", "tensorboard", "wandb"}  # may differ from the run before
-PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "halvings",
-            "encoded")  # of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
-MAX_SIDE = 1024        # larger images are reduced to this before training, as in the reference
-MIN_FOREGROUND = 100   # pixels; objects with fewer are left out
-SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
+ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, unless --encoder-lr says otherwise
+FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image_dir", "val_mask_dir", "iterations",
+                  "patience", "grad_checkpointing", "workers", "output_dir", "device", "cache_gb", "cache_dir",
+                  "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
+MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
+MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
+MAX_POINTS = 3         # of --prompt points in training; validation and compare_models.py always use three
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
+SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
 DECODER = r"sam_prompt_encoder\.|sam_mask_decoder\."
 TRAINED = {            # names of the weights that --encoder trains
-    # conv_s0 and conv_s1 belong to the decoder, but run with the encoder: if its features are cached, they are fixed
+    # conv_s0 and conv_s1 belong to the decoder but run with the encoder: its cached features contain them
     "frozen": re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)"),
     "lora": re.compile(rf"{DECODER}|image_encoder\..*\.parametrizations\.weight\.0\."),
     "full": re.compile(rf"{DECODER}|image_encoder\."),
 }
 
+# ---- the run ----
+
 
 def main():
-    """Train as the command line says; returns the finished Training, for whoever calls this from Python."""
+    """Train as the command line says; returns the finished Training, for callers from Python."""
     args = parse_args()
-    if args.test:
-        sys.exit(not system_check(args))
     rank, processes, device = join_processes(args.device)
-    if rank == 0:
-        lock(args.output_dir / ".lock")
-        for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink()
-        if not args.resume and (args.output_dir / "sam2_last.pt").exists():
-            print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
-    trackers = [] if rank else open_trackers(args)
-    training = Training(args, device, rank, processes)
-    print_setup(training, device)
-    if args.resume:
-        training.load(args.output_dir / "sam2_last.pt")
-        print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
-    with contextlib.closing(training):
-        train(training, trackers)
-
-    if rank == 0:
-        finish(training, device)
+    with claim_folder(args) if rank == 0 else contextlib.nullcontext(), open_trackers(args, rank) as track:
+        training = Training(args, device, rank, processes)
+        print_setup(training)
+        with contextlib.closing(training):
+            if args.test:
+                check_images_and_step(training)
+            else:
+                train(training, track)
+        if rank == 0 and not args.test:
+            finish(training)
     if processes > 1:
         torch.distributed.destroy_process_group()
     return training
 
 
 def parse_args():
+    """CONFIG, then the settings of the recipe or of the training to resume, then the flags that are given."""
     parser = argparse.ArgumentParser(
-        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더(원하면 이미지 인코더까지)를 내 데이터로 파인튜닝합니다.")
+        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더(원하면 이미지 인코더까지)를 내 데이터로 파인튜닝합니다.",
+        argument_default=argparse.SUPPRESS)  # so that only given flags are in the result
     for name, default, kind, text in SETTINGS:
-        options = {"default": default, "help": text + ("" if default is None else f" (기본: {default})")}
+        options = {"type": kind[0] if isinstance(kind, tuple) else kind}
         if kind is bool:
-            options.update(action=argparse.BooleanOptionalAction, help=text)
+            options = {"action": argparse.BooleanOptionalAction}
         elif isinstance(kind, list):
-            options.update(choices=kind, type=type(kind[0]))
-        else:
-            options.update(type=kind[0] if isinstance(kind, tuple) else kind)
-        parser.add_argument("--" + name.replace("_", "-"), **options)
-    parser.add_argument("--resume", action="store_true", help="중단된 학습을 결과 폴더의 sam2_last.pt에서 이어서 하기")
-    parser.add_argument("--test", action="store_true", help="학습하지 않고, 필요한 것이 다 있는지 검사하기")
-    parser.add_argument("--tensorboard", action="store_true", help="결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기")
-    parser.add_argument("--wandb", metavar="PROJECT", help="Weights & Biases의 이 프로젝트에도 기록")
-    parser.set_defaults(**RECIPES[parser.parse_known_args()[0].recipe])
-    args = parser.parse_args()
+            options = {"choices": kind, "type": type(kind[0])}
+        shown = "" if default is None or kind is bool else f" (기본: {default})"
+        parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **options)
+    parser.add_argument("--resume", action="store_true", default=False,
+                        help="중단된 학습을 결과 폴더의 sam2_last.pt에 저장된 설정으로 이어서 하기. 경로, 반복 횟수, "
+                             "장치, 캐시처럼 학습을 바꾸지 않는 옵션만 다시 줄 수 있음")
+    parser.add_argument("--test", action="store_true", default=False, help="모든 이미지를 읽고 한 번 학습해 보기")
+    given = vars(parser.parse_args())
+    settings = RECIPES[given.get("recipe", CONFIG["recipe"])]
+    if given["resume"]:
+        if fixed := sorted(given.keys() - FREE_ON_RESUME):
+            names = ", --".join(fixed).replace("_", "-")
+            fail(f"--resume는 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: --{names}")
+        settings = load_last(given.get("output_dir", CONFIG["output_dir"]))["settings"]
+        settings = {**settings, "output_dir": CONFIG["output_dir"]}  # the folder may have been moved
+    args = argparse.Namespace(**{**CONFIG, **settings, **given})
     for name, _, kind, _ in SETTINGS:
         value = getattr(args, name)
         if isinstance(kind, tuple) and value is not None and not kind[1] <= value < math.inf:
@@ -207,65 +221,6 @@ def parse_args():
     if args.encoder != "frozen" and args.encoder_lr is None:
         args.encoder_lr = args.lr * ENCODER_LR[args.encoder]
     return args
-
-
-def system_check(args):
-    """--test: try all that a training needs, one line each. Returns whether all of it is there."""
-    def memory():
-        free = free_memory() / 1e9
-        if free < 2:
-            fail(f"{free:.1f} GB 남음. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
-        device = detect_device(args.device)
-        on_gpu = f", GPU {torch.cuda.mem_get_info(device)[0] / 1e9:.1f} GB 남음" if device.startswith("cuda") else ""
-        return f"{free:.1f} GB 남음{on_gpu}"
-
-    def checkpoint():
-        model = load_predictor(args.model_cfg, args.checkpoint, "cpu", args.image_size).model
-        return f"{args.checkpoint}, 가중치 {count_weights(model.parameters()):,}개"
-
-    def output():
-        write_file(args.output_dir / "check.tmp", b"")
-        (args.output_dir / "check.tmp").unlink()
-        return str(args.output_dir)
-
-    def iteration():
-        training, started = Training(args, join_processes(args.device)[2]), time.time()
-        with contextlib.closing(training):
-            training.step(1)
-        return f"loss {training.mean[0]:.4f}, {time.time() - started:.1f}초 (이미지를 처음 인코딩하는 시간 포함)"
-
-    passed = True
-    for name, check in (("장치", lambda: detect_device(args.device)), ("메모리", memory),
-                        ("버전", lambda: ", ".join(" ".join(pair) for pair in versions().items())),
-                        ("체크포인트", checkpoint), ("데이터", lambda: describe_data(*load_masks(args))),
-                        ("결과 폴더", output), ("학습 1회", iteration)):
-        try:
-            print(f"✓ {name}: {check()}", flush=True)
-        except (SystemExit, OSError, RuntimeError) as error:
-            print(f"✗ {name}: {str(error).removeprefix('오류: ')}", flush=True)
-            passed = False
-    return passed
-
-
-def versions():
-    """The versions of Python and of the packages that a result depends on."""
-    try:
-        sam2 = importlib.metadata.version("sam2")
-    except importlib.metadata.PackageNotFoundError:  # installed from a checkout of Meta's, under another name
-        sam2 = "?"
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "sam2": sam2, "numpy": np.__version__, "opencv-python": cv2.__version__}
-
-
-def free_memory():
-    """Bytes of memory that are free: of the machine, or of the container (cgroup 2) if that has a lower limit."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
-        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        used -= int(statistics["inactive_file"])  # files that were read; their memory is given back when needed
-        free = max(0, min(free, limit - used))
-    return free
 
 
 def join_processes(requested):
@@ -285,63 +240,207 @@ def join_processes(requested):
     return rank, processes, device
 
 
-def lock(path):
-    """Hold the lock file `path` until the process ends, however it ends; fail if another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
-    file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
+def claim_folder(args):
+    """Make the output folder and lock it, for a `with`; fail if another training holds it or it cannot be written."""
+    folder, path = Path(args.output_dir), Path(args.output_dir, ".lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.touch()  # a folder that cannot be written is an error here; what fails from here on is the locking itself
+    if not (args.resume or args.test) and (folder / "sam2_last.pt").exists():
+        print(f"주의: 처음 저장할 때 {folder}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
     try:
-        file_lock.acquire(blocking=False)
+        held = FileLock(path, fallback_to_soft=False).acquire(blocking=False)  # a soft lock would outlive a kill
     except Timeout:
         fail(f"같은 폴더에서 이미 실행 중입니다 ({path}). 끝난 뒤에 다시 하거나 다른 폴더를 쓰세요")
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
+        held = contextlib.nullcontext()
+    for leftover in folder.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
+    return held
 
 
-def open_trackers(args):
-    """Functions that take (iteration, values by name), for --tensorboard and --wandb; fail if not installed."""
-    trackers = []
-    if args.tensorboard:
-        writer = import_or_fail("torch.utils.tensorboard", "tensorboard").SummaryWriter(args.output_dir / "tensorboard")
-
-        def track(iteration, values):
-            for name, value in values.items():
-                writer.add_scalar(name, value, iteration)
-            writer.flush()
-        trackers.append(track)
-    if args.wandb:
-        tracked = import_or_fail("wandb", "wandb").init(project=args.wandb, dir=args.output_dir, config=vars(args))
-        trackers.append(lambda iteration, values: tracked.log(values, step=iteration))
-    return trackers
-
-
-def import_or_fail(module, package):
-    """Import a module that one flag alone needs, --tensorboard or --wandb; package: what to install for it."""
+@contextlib.contextmanager
+def open_trackers(args, rank):
+    """A function that writes a row of the log to TensorBoard and W&B too, as --tensorboard and --wandb say."""
+    board = run = None
     try:
-        return importlib.import_module(module)
+        if args.tensorboard and rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(Path(args.output_dir, "tensorboard"))
+        if args.wandb and rank == 0:
+            import wandb
+            run = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
     except ImportError as error:
-        fail(f"--{package}를 쓰려면 {package} 패키지가 필요합니다 ({error}): pip install {package}")
+        fail(f"따로 설치해야 하는 패키지입니다 ({error}): pip install {error.name or 'tensorboard'}")
+    except Exception as error:  # W&B: no login, no network, no such project
+        fail(f"--wandb를 시작할 수 없습니다 ({textwrap.shorten(str(error), 200)}). "
+             "로그인: wandb login, 로그인 없이: 환경 변수 WANDB_MODE=offline")
+
+    def track(row):
+        for name, value in row.items() if board else ():
+            board.add_scalar(name, value, row["iteration"])
+        if run:
+            run.log(row, step=row["iteration"])
+
+    yield track
+    if board:
+        board.close()
+    if run:
+        run.finish()
+
+
+def print_setup(training):
+    """Print what is about to be trained, on what."""
+    args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
+    cache, val_cache = training.cache, training.val_cache
+    broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
+    unsampled = f" ({args.max_objects}개씩만 검증해 뺀 객체 {val_masks.unsampled}개)" if val_masks.unsampled else ""
+    encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
+               "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
+    print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
+    print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
+          f"{masks.left_out}개{broken}), 검증 {len(val_masks)}장, 객체 {val_masks.count}개{unsampled}")
+    trained, total = (sum(map(torch.numel, weights)) for weights in (training.parameters, training.model.parameters()))
+    print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
+    if cache is None:
+        print("학습 이미지의 특징은 캐시하지 않고 쓸 때마다 인코딩합니다.")
+    else:
+        print(f"특징 캐시: 학습 {len(masks)}장 중 {cache.images_that_fit(len(masks))}장, "
+              f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks), processes)}장이 들어갑니다 "
+              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {(cache.limit + val_cache.limit) / 1e9:.3g} GB)"
+              + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
+    if not val_masks:
+        print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+    if args.resume:
+        print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
+
+
+def check_images_and_step(training):
+    """--test: all else has been tried by now; decode every image, and do one step."""
+    free, problems, started = free_memory(), [], time.time()
+    if free < 2e9:
+        fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
+    images = [image for masks in (training.masks, training.val_masks) for image in zip(masks.paths, masks.sizes)]
+    for image in tqdm(images, "이미지 검사", leave=False, disable=None):
+        try:
+            read_reduced(*image)
+        except ImageError as error:
+            problems.append(str(error))
+    if problems:
+        fail(f"쓸 수 없는 이미지 {len(problems)}장: {', '.join(problems)}")
+    training.step(training.iteration + 1)
+    print(f"이미지 {len(images)}장을 모두 읽고 한 번 학습했습니다: loss {training.mean[0]:.4f}, "
+          f"{time.time() - started:.1f}초, 남은 메모리 {free / 1e9:.1f} GB")
+    print("버전: " + ", ".join(" ".join(pair) for pair in versions().items()))
+
+
+def versions():
+    """The versions of Python and of the packages that a result depends on."""
+    try:
+        sam2_version = importlib.metadata.version("sam2")
+    except importlib.metadata.PackageNotFoundError:  # Meta's own checkout installs under another name
+        sam2_version = "?"
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "sam2": sam2_version, "numpy": np.__version__, "opencv-python": cv2.__version__}
+
+
+def free_memory():
+    """Bytes of memory that are free: of the machine, or of the container (cgroup 2) if that has a lower limit."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used -= int(statistics["inactive_file"])  # cached files: their memory is given back when needed
+        free = max(0, min(free, limit - used))
+    return free
+
+
+# ---- the training loop ----
+
+
+def train(training, track):
+    """Run all iterations; log, validate and save as the settings say. Ctrl-C saves and ends the program."""
+    args, rank = training.args, training.rank
+    bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
+               total=args.iterations, disable=True if rank else None)
+    with contextlib.closing(bar), deferred_interrupts(training.processes) as interrupted:
+        if not training.rows and training.val_masks:
+            bar.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_masks)}장).")
+            log(training, track, validating=True)
+        for iteration in bar:
+            if 0 < args.patience <= training.validations_since_best:
+                bar.write(f"{training.iteration}회에 일찍 끝냅니다: "
+                          f"{training.best_iteration}회 이후로 나아지지 않았습니다.")
+                break
+            try:
+                stopping, better = training.step(iteration, interrupted), False
+            except OSError:  # an image that cannot be read
+                if rank == 0 and training.iteration:
+                    save(training, better=False)
+                    bar.write(f"{training.iteration}회까지 저장했습니다. 고친 뒤에: {resume_command(training)}")
+                raise
+            bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
+            validating = iteration % args.save_every == 0 or iteration == args.iterations
+            if validating or iteration % LOG_EVERY == 0 or iteration == 1:
+                log(training, track, validating)
+            if validating:
+                better = training.is_best_so_far()
+            if (validating or stopping) and rank == 0:
+                save(training, better)
+            if stopping:
+                bar.write(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(training)}")
+                sys.exit(130)
+
+
+def log(training, track, validating):
+    """Add a row to the log: running means, learning rates and, if validating, what compare_models.py would measure."""
+    row = {"iteration": training.iteration, **dict(zip(("loss", "train_iou"), training.mean or ())),
+           **dict(zip(("lr", "encoder_lr"), (group["lr"] for group in training.optimizer.param_groups))),
+           "seconds": round(time.time() - training.started, 1)}
+    training.rows.append(row)
+    if validating:
+        row.update(validate(training))
+        means = f"loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}" if training.mean else "학습 전"
+        measured = f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
+        tqdm.write(f"[{training.iteration}/{training.args.iterations}] {means}, 검증 {measured}")
+    track(row)
+
+
+@contextlib.contextmanager
+def deferred_interrupts(processes):
+    """A list that gets an entry at Ctrl-C and SIGTERM, so that the iteration can end and be saved.
+
+    A second Ctrl-C ends the program at once. Below torchrun every process gets two, one of them from torchrun, and
+    only the first may count.
+    """
+    interrupted = []
+
+    def on_interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
+        at_once = " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." if processes == 1 else ""
+        print(f"이번 반복을 마치고 저장합니다.{at_once}")
+
+    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class Training:
-    """All that a run consists of: made from the settings, saved to and loaded from sam2_last.pt."""
+    """The state of a run: model, data, optimizer and progress, made from the settings. step() is one iteration."""
 
     def __init__(self, args, device, rank=0, processes=1):
-        self.args, self.rank, self.processes = args, rank, processes
-        self.predictor = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
+        self.args, self.device, self.rank, self.processes = args, device, rank, processes
+        checkpoint = Path(args.output_dir, "sam2_last.pt") if args.resume else args.checkpoint
+        self.predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
         self.model = self.predictor.model
         self.masks, self.val_masks = load_masks(args)
-        self.settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        self.settings["processes"] = processes
         self.cache, self.val_cache = make_caches(self.predictor, math.ceil(len(self.val_masks) / processes), args)
-
-        if args.encoder == "lora":
-            add_low_rank_updates(self.model.image_encoder.trunk, args.lora_rank, args.seed)
-        if args.grad_checkpointing:
-            checkpoint_blocks(self.model.image_encoder.trunk)
-        freeze_all_but(self.model, TRAINED[args.encoder])
+        choose_weights(self.model, args)
         self.model.sam_mask_decoder.train()
         self.model.sam_prompt_encoder.train()
         self.batch_loss = BatchLoss(self.predictor, self.masks, self.cache, args)
@@ -354,7 +453,9 @@ class Training:
         self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
         self.iteration, self.rows, self.mean = 0, [], None
-        self.best, self.best_iteration, self.validations_since_best, self.halvings = -1.0, 0, 0, 0
+        self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
+        if args.resume:
+            restore(self, load_last(args.output_dir))
 
     def count_encoded(self, _encoder, inputs, _outputs):
         self.encoded += len(inputs[0])
@@ -366,20 +467,12 @@ class Training:
 
     @functools.cached_property
     def batches(self):
-        """The batches of Examples from the next iteration on, read ahead by --workers if nothing is cached.
-
-        See draw_iteration; each process takes its share of an iteration's examples, cut into batches.
-        """
-        args, rank, processes, images = self.args, self.rank, self.processes, len(self.masks)
-        count = args.batch_size * args.accumulate * processes
-        shares = (draw_iteration(args, iteration, count, images)[rank::processes]
-                  for iteration in range(self.iteration + 1, args.iterations + 1))
-        batches = (share[start:start + args.batch_size] for share in shares
-                   for start in range(0, len(share), args.batch_size))
-        is_cached = self.cache is not None
-        dataset = Examples(self.masks, args.clicks, None if is_cached else self.model.image_size, args.augment)
-        return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=list, worker_init_fn=ignore_interrupts,
-                               num_workers=0 if is_cached else args.workers))
+        """The Batches from the next iteration on, read ahead by --workers if nothing is cached."""
+        args, cached = self.args, self.cache is not None
+        dataset = Batches(self.masks, args, None if cached else self.model.image_size, self.rank, self.processes)
+        return iter(DataLoader(dataset, sampler=itertools.count(self.iteration * args.accumulate),
+                               collate_fn=operator.itemgetter(0), num_workers=0 if cached else args.workers,
+                               worker_init_fn=ignore_interrupts))
 
     def close(self):
         """End the processes that read ahead: they ignore signals, so that Python would wait for them at its end."""
@@ -387,18 +480,17 @@ class Training:
 
     def step(self, iteration, interrupted=()):
         """One step of the optimizer. Returns whether any process was interrupted: its `interrupted` is not empty."""
-        args = self.args
-        total = torch.zeros(3)
+        args, total = self.args, torch.zeros(3)  # loss, IoU, interrupted
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration, self.halvings)
+            group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration)
         for number in range(1, args.accumulate + 1):
-            examples = next(self.batches)
+            batch = next(self.batches)
             synchronize = number == args.accumulate or self.processes == 1
             with contextlib.nullcontext() if synchronize else self.batch_loss.no_sync():
-                loss, iou = self.batch_loss(examples)
+                loss, iou = self.batch_loss(batch)
                 values = [loss.item(), iou.item(), 0]
                 if not math.isfinite(values[0]):
-                    names = ", ".join(self.masks.paths[example.index].name for example in examples)
+                    names = ", ".join(self.masks.paths[index].name for index in batch.indices)
                     fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
                          "이번 반복은 적용하지 않았고, 전에 저장한 모델은 그대로입니다")
                 self.scaler.scale(loss / args.accumulate).backward()
@@ -415,103 +507,37 @@ class Training:
             torch.distributed.all_reduce(total)
             total = total.cpu() / self.processes
         now = total[:2].tolist()
-        self.mean = now if self.mean is None else [SMOOTHING * old + (1 - SMOOTHING) * new
-                                                   for old, new in zip(self.mean, now)]
+        self.mean = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(self.mean, now)] if self.mean else now
         self.iteration = iteration
         return bool(total[2])
 
-    def log(self):
-        """Add a row with the running means and the learning rates to the log."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.rows.append({"iteration": self.iteration, "loss": self.mean[0], "train_iou": self.mean[1],
-                          **dict(zip(("lr", "encoder_lr"), rates)), "seconds": round(time.time() - self.started, 1)})
-
-    def validate(self):
-        """Add what compare_models.py would measure now, and the loss, to the log's last row.
-
-        Returns whether the model is the best so far: by its IoU or, without validation images, by the
-        running mean of the training IoU.
-        """
-        results = []  # with several processes each takes its share of the images
-        for index in tqdm(range(self.rank, len(self.val_masks), self.processes), "검증", leave=False,
-                          disable=True if self.rank else None):
-            results += self.validate_image(index)
-        if self.processes > 1:
-            shares = [None] * self.processes
-            torch.distributed.all_gather_object(shares, results)
-            results = sum(shares, [])
-        if results:
-            means = (float(np.mean(values)) for values in zip(*results))
-            self.rows[-1].update(zip(("val_loss", "val_iou", "val_dice"), means))
+    def is_best_so_far(self):
+        """Whether the last row's validation IoU or, without validation images, training IoU is the best so far."""
         iou = self.rows[-1].get("val_iou", self.mean[1])
         if iou > self.best:
             self.best, self.best_iteration, self.validations_since_best = iou, self.iteration, 0
             return True
         self.validations_since_best += 1
-        if self.validations_since_best % 2 == 0:
-            self.halvings += 1
         return False
 
-    def validate_image(self, index):
-        """(loss, IoU, Dice) of each object of the index-th validation image."""
-        args, size, results = self.args, self.val_masks.sizes[index], []
-        self.predictor._features = self.val_cache([(self.val_masks.paths[index], size)])
-        self.predictor._orig_hw, self.predictor._is_image_set = [size], True
-        for gt_masks in in_parts(self.val_masks.decode(index)):
-            logits, scores, _ = predict_prompted(self.predictor, prompt_kind(args.val_prompt, index), gt_masks)
-            loss, _ = training_loss(torch.from_numpy(logits), torch.from_numpy(scores),
-                                    torch.from_numpy(gt_masks).float(), args.dice_weight, args.supervise)
-            best = logits[np.arange(len(logits)), scores.argmax(1)] > 0
-            results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask))
-                        for mask, gt_mask in zip(best, gt_masks)]
-        return results
 
-    def save(self, better):
-        """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt."""
-        folder, state = self.args.output_dir, self.model.state_dict()
-        if better:
-            save_model(self.model, folder / "sam2_best.pt")
-        save_model(self.model, folder / "sam2_last.pt", optimizer=self.optimizer.state_dict(),
-                   low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
-                   scaler=self.scaler.state_dict(), **{name: getattr(self, name) for name in PROGRESS},
-                   seconds=time.time() - self.started, settings=self.settings,
-                   masks=hash_of_masks(self.masks, self.val_masks))
-        for write in (save_log, save_curve):
-            try:
-                write(self.rows, folder)
-            except PermissionError as error:  # on Windows, of a file that Excel has open; sam2_last.pt has the rows
-                tqdm.write(f"주의: {error.filename2 or error.filename}을 쓰지 못했습니다 ({error.strerror}). "
-                           "다른 프로그램에서 닫으세요", file=sys.stderr)
+def make_optimizer(model, args):
+    """AdamW over what is trained; the image encoder's weights have a learning rate of their own."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [{"params": [parameter for name, parameter in trained if name.startswith("image_encoder.") == encoder],
+               "lr": rate, "initial_lr": rate} for encoder, rate in ((False, args.lr), (True, args.encoder_lr))]
+    on_mps = next(model.parameters()).device.type == "mps"  # where the fused step has not been tried
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=args.weight_decay,
+                             fused=not on_mps)
 
-    def load(self, path):
-        """Load what save() wrote; fail, with the reason, if it belongs to another training."""
-        try:
-            last = torch.load(path, map_location="cpu", weights_only=True)
-            before, masks = dict(last["settings"]), last["masks"]
-            progress = {name: last[name] for name in PROGRESS}
-        except FileNotFoundError:
-            fail(f"이어서 할 학습이 없습니다: {path}")
-        except (KeyError, ValueError, TypeError):
-            fail(f"{path}는 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
-        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
-        fixed = {"iterations"} if self.args.scheduler in ("cosine", "step") else set()  # their length is the run's
-        changed = [f"{name} {before.get(name)} → {value}" for name, value in self.settings.items()
-                   if name not in FREE_ON_RESUME - fixed and before.get(name) != value]
-        if changed:
-            fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
-        if masks != hash_of_masks(self.masks, self.val_masks):
-            fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습이나 검증의 마스크가 바뀌었습니다")
-        weights = {**last["model"], **last["low_rank"]}
-        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-        for group in last["optimizer"]["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]  # a matter of the device
-        self.optimizer.load_state_dict(last["optimizer"])
-        if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
-            self.scaler.load_state_dict(last["scaler"])
-        for name in PROGRESS:
-            setattr(self, name, progress[name])
-        self.started = time.time() - last["seconds"]
+
+def learning_rate_factor(args, iteration):
+    """What --warmup and --scheduler multiply the learning rates by in an iteration, counted from 1."""
+    cosine = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2 if args.scheduler == "cosine" else 1
+    return cosine * min(1, iteration / (args.warmup + 1))
+
+
+# ---- data ----
 
 
 def load_masks(args):
@@ -521,42 +547,6 @@ def load_masks(args):
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
     return masks, Masks(val_pairs, math.inf, 1, args.max_objects)
-
-
-class Masks:
-    """The objects of a folder's masks, decoded once and kept as run lengths (COCO's RLE).
-
-    Larger masks are reduced to max_side; `broken` counts the objects that this damages. Objects with fewer than
-    min_foreground pixels are left out, and counted in `left_out` (an empty mask as one); so are, without counting, all
-    but the first max_objects of an image. `paths` are the images that have an object, `sizes` their (H, W), `count` is
-    the number of objects.
-    """
-
-    def __init__(self, pairs, max_side, min_foreground, max_objects=None):
-        self.paths, self.objects, self.sizes, self.left_out, self.broken, self.count = [], [], [], 0, 0, 0
-        for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
-            labels, broken = reduce_labels(read_mask(mask_path), max_side)
-            self.broken += broken
-            pixels = np.bincount(labels.ravel())
-            pixels[0] = 0  # the background
-            numbers = np.flatnonzero(pixels >= min_foreground)
-            self.left_out += max(np.count_nonzero(pixels), 1) - len(numbers)
-            if len(numbers):
-                self.paths.append(image_path)
-                columns = np.asfortranarray(labels)  # the order of RLE
-                self.objects.append([coco_mask.encode((columns == number).view(np.uint8))
-                                     for number in numbers[:max_objects].astype(np.uint16)])
-                self.sizes.append(labels.shape)
-                self.count += len(self.objects[-1])
-
-    def __len__(self):
-        return len(self.paths)
-
-    def decode(self, index, chosen=None):
-        """Masks of the chosen objects (all, by default) of the index-th image: bool N x H x W."""
-        objects = self.objects[index]
-        masks = coco_mask.decode(objects if chosen is None else [objects[number] for number in chosen])
-        return np.ascontiguousarray(masks.transpose(2, 0, 1)).astype(bool)
 
 
 def find_pairs(image_dir, mask_dir):
@@ -574,6 +564,72 @@ def find_pairs(image_dir, mask_dir):
         if (other := by_stem.setdefault(image.stem, image)) != image:
             fail(f"이름이 같은 이미지가 둘입니다: {other}, {image.name}. 하나만 남기세요")
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
+
+
+class Masks:
+    """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
+
+    Larger masks are reduced to max_side; `broken` counts the objects that this damages. Objects below min_foreground
+    pixels are left out, and counted in `left_out` (an empty mask as one); of more than max_objects in an image a sample
+    is kept, and the others are counted in `unsampled`. `paths` are the images that have an object, `sizes` their
+    (H, W), `objects` the numbers of their objects, `hashes` those of their masks; `count` is that of all objects.
+    """
+
+    def __init__(self, pairs, max_side, min_foreground, max_objects=None):
+        self.paths, self.sizes, self.objects, self.hashes, self.runs = [], [], [], [], []
+        self.left_out = self.broken = self.unsampled = self.count = 0
+        for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
+            labels = read_mask(mask_path)
+            check_header(image_path, labels.shape)
+            labels, broken = reduce_labels(labels, max_side)
+            numbers, areas, _ = find_objects(labels)
+            large = numbers[areas >= min_foreground]
+            objects = sample_objects(large, max_objects)
+            self.broken += broken
+            self.left_out += max(len(numbers), 1) - len(large)
+            self.unsampled += len(large) - len(objects)
+            self.count += len(objects)
+            if len(objects):
+                pixels = labels.ravel()
+                starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))
+                values, lengths = pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
+                digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes())
+                self.paths.append(image_path)
+                self.sizes.append(labels.shape)
+                self.objects.append(objects)
+                self.hashes.append(digest.hexdigest())
+                self.runs.append((values, lengths))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def labels(self, index):
+        """The numbered mask of the index-th image: uint16 H x W."""
+        return np.repeat(*self.runs[index]).reshape(self.sizes[index])
+
+    def decode(self, index, numbers=None):
+        """Masks of the objects of these numbers (all, by default) of the index-th image: bool N x H x W."""
+        values, lengths = self.runs[index]
+        numbers = self.objects[index] if numbers is None else numbers
+        return np.stack([np.repeat(values == number, lengths) for number in numbers]).reshape(-1, *self.sizes[index])
+
+
+def check_header(path, shape):
+    """ImageError if a file's header is not that of an image of (H, W) `shape`, lying (as EXIF may say) or upright."""
+    try:
+        with Image.open(path) as image:
+            size = image.size
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or '이미지 파일이 아니거나 손상되었습니다'}") from None
+    if shape not in (size, size[::-1]):
+        raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+
+
+def sample_objects(numbers, max_objects):
+    """At most max_objects (None: all) of an image's object numbers, in order: the same random sample every time."""
+    if max_objects is None or len(numbers) <= max_objects:
+        return numbers
+    return np.sort(np.random.default_rng(0).choice(numbers, max_objects, replace=False))
 
 
 def reduced_size(shape, max_side):
@@ -647,6 +703,93 @@ def reduce_mask(mask, shape):
     return reduced, True
 
 
+def read_reduced(path, size):
+    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions are others."""
+    image = read_image(path)
+    if reduced_size(image.shape, max(size)) != size:
+        raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+class Batch(NamedTuple):
+    """What the decoder learns from at once: one object and one prompt in each of N images."""
+
+    indices: list                       # of the images in Masks
+    kind: str                           # of the prompts: point, points or box
+    corrections: int                    # further clicks, one after the other, on what the model got wrong
+    rngs: list                          # a Generator for each image, of its view and its prompt
+    gt_masks: list                      # for each image bool 1 x H x W
+    images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
+
+
+class Batches(Dataset):
+    """Item i is a run's i-th Batch (from 0), and follows from the seed and i alone.
+
+    So batches can be read ahead, a resumed training needs no saved random state, and an iteration's images are the same
+    however many processes share them. image_size: read and resize images to this; None if their features are cached.
+    """
+
+    def __init__(self, masks, args, image_size=None, rank=0, processes=1):
+        self.masks, self.args, self.image_size, self.rank, self.processes = masks, args, image_size, rank, processes
+
+    def __getitem__(self, number):
+        """The Batch, or an ImageError: raised in a process that reads ahead, it would be many lines."""
+        args, masks, gt_masks, images = self.args, self.masks, [], []
+        iteration, part = number // args.accumulate + 1, number % args.accumulate
+        rng = np.random.default_rng([args.seed, iteration])
+        indices = rng.integers(len(masks), size=args.batch_size * args.accumulate * self.processes)
+        kind = prompt_kind(args.prompt, rng.integers(3))
+        corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
+        places = range(len(indices))[self.rank::self.processes][part * args.batch_size:][:args.batch_size]
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]
+        for index, rng in zip(indices[places], rngs):
+            objects = masks.objects[index]
+            gt_mask = masks.decode(index, objects[rng.permutation(len(objects))[:1]])
+            if self.image_size is not None:
+                try:
+                    image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
+                except ImageError as error:
+                    return error
+                if args.augment:
+                    image, gt_mask = augment_example(rng, image, gt_mask)
+                images.append(v2.functional.resize(image, [self.image_size] * 2))
+            gt_masks.append(gt_mask)
+        return Batch(indices[places], kind, corrections, rngs, gt_masks, torch.stack(images) if images else None)
+
+
+def ignore_interrupts(_worker):
+    """Ctrl-C reaches the processes that read images as well; they go on until the training ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def augment_example(rng, image, gt_masks):
+    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W) alike; recolour the image.
+
+    Masks are resampled like the image and cut at one half: torchvision's own way for masks, nearest neighbour, shifts
+    them by half a pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again, five times at most;
+    then nothing is changed.
+    """
+    height, width = image.shape[1:]
+    recolour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
+    move = v2.Compose([
+        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+        v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
+        v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
+    layers = torch.from_numpy(gt_masks).to(torch.uint8) * 255
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        for _ in range(5):
+            moved = move(torch.cat([recolour(image), layers]))
+            masks = (moved[3:] > 127).numpy()
+            if (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
+                return moved[:3], masks
+    return image, gt_masks
+
+
+# ---- features ----
+
+
 def make_caches(predictor, val_images, args):
     """Caches of the features of training and of val_images validation images: (FeatureCache or None, FeatureCache).
 
@@ -654,47 +797,40 @@ def make_caches(predictor, val_images, args):
     get their memory first: all of them are needed at every validation. They are encoded in full precision, as
     compare_models.py does it, so that its numbers are the same.
     """
-    available = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limit = available if args.cache_gb is None else int(min(available, args.cache_gb * 1e9))
-    folder = args.cache_dir
-    if args.encoder != "frozen":  # features change with every iteration
-        limit, folder = 0, None
-    val_cache = FeatureCache(predictor, limit, torch.float32, False, folder, args.model_cfg)
-    if args.encoder != "frozen" or args.augment:
-        return None, val_cache
+    limit = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit = limit if args.cache_gb is None else int(min(limit, args.cache_gb * 1e9))
+    if args.encoder != "frozen":
+        return None, FeatureCache(predictor, 0, torch.float32, amp=False)  # features change with every iteration
+    val_cache = FeatureCache(predictor, limit, torch.float32, False, args.cache_dir, args.model_cfg)
     val_cache.limit = min(limit, val_images * val_cache.bytes_per_image)
-    dtype = torch.float32 if args.cache_gb == 0 and not folder else getattr(torch, args.cache_dtype)
-    return FeatureCache(predictor, limit - val_cache.limit, dtype, args.amp, folder, args.model_cfg), val_cache
+    limit -= val_cache.limit
+    return None if args.augment else FeatureCache(
+        predictor, limit, torch.float16, args.amp, args.cache_dir, args.model_cfg), val_cache
 
 
 class FeatureCache:
     """What predictor._features holds for each image, encoded at the first visit and kept from then on.
 
-    limit: bytes to keep in memory. What no longer fits is encoded again at each visit, and rounded to
-        `dtype` all the same, so that a result does not depend on what happened to fit.
+    limit: bytes to keep in memory. What no longer fits is encoded again at each visit, and rounded to `dtype` all the
+        same, so that a result does not depend on the memory.
     amp: encode in mixed precision where the device has it.
-    folder: if given, features are also kept there as files, across runs. A file's name is a hash of all
-        that its content depends on; a damaged file is made anew.
+    folder: if given, features are also kept there as files, across runs. A file's name is a hash of all that its
+        content depends on; a damaged file is made anew.
     """
 
     def __init__(self, predictor, limit, dtype=torch.float16, amp=True, folder=None, model_cfg=None):
         self.predictor, self.limit, self.dtype, self.amp, self.folder = predictor, limit, dtype, amp, folder
-        self.kept = {}
-        model = predictor.model  # has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
+        self.kept, model = {}, predictor.model
+        # a model has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
         self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         if folder:
-            self.identity = self.hash_of_the_encoder(model_cfg)
-
-    def hash_of_the_encoder(self, model_cfg):
-        """A hash of everything that features depend on but the image: config, frozen weights, precision, versions."""
-        autocast = autocast_dtype() if self.amp and self.predictor.device.type == "cuda" else None
-        settings = [self.predictor.model.image_size, self.dtype, self.predictor.device.type, autocast,
-                    OmegaConf.to_yaml(read_config(model_cfg)), versions()]
-        digest = hashlib.sha256(repr(settings).encode())
-        for name, tensor in self.predictor.model.state_dict().items():
-            if not TRAINED["frozen"].match(name):
-                digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return digest.digest()
+            on_cuda = amp and predictor.device.type == "cuda"
+            self.identity = hashlib.sha256(repr([
+                model.image_size, dtype, predictor.device.type, autocast_dtype() if on_cuda else None,
+                OmegaConf.to_yaml(read_config(model_cfg)), versions()]).encode())
+            for name, tensor in model.state_dict().items():
+                if not TRAINED["frozen"].match(name):
+                    self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())
 
     def images_that_fit(self, count, processes=1):
         """How many of `count` images can be kept in memory; processes: that share the images, each with a cache."""
@@ -726,25 +862,16 @@ class FeatureCache:
         return [level.to(self.dtype).cpu() for level in levels]
 
     def read_or_encode(self, path, size):
-        key = hashlib.sha256(self.identity + repr(size).encode() + path.read_bytes()).hexdigest()
-        entry = self.folder / f"{key}.npz"
+        key = self.identity.copy()
+        key.update(repr(size).encode() + path.read_bytes())
+        entry = Path(self.folder, f"{key.hexdigest()}.npz")
         with contextlib.suppress(Exception):  # not there, or damaged: that raises half a dozen kinds
-            with np.load(io.BytesIO(entry.read_bytes())) as stored:
+            with np.load(entry) as stored:
                 if stored.zip.testzip() is None:  # no checksum is wrong
                     return [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
         levels = self.encode(path, size)
-        buffer = io.BytesIO()
-        np.savez(buffer, *(level.numpy() for level in levels))
-        write_file(entry, buffer.getbuffer())
+        write_file(entry, lambda file: np.savez(file, *(level.numpy() for level in levels)))
         return levels
-
-
-def read_reduced(path, size):
-    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions are others."""
-    image = read_image(path)
-    if reduced_size(image.shape, max(size)) != size:
-        raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def mixed_precision(device, wanted=True):
@@ -761,116 +888,33 @@ def autocast_dtype():
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-class LowRank(torch.nn.Module):
-    """weight + 8 / rank * up @ down: a low-rank update, at first zero, of a linear layer's weight.
+# ---- prompts and loss ----
 
-    The factor lets one learning rate serve all ranks. Source: LoRA, Hu et al., arXiv:2106.09685.
-    """
 
-    def __init__(self, weight, rank):
+class BatchLoss(torch.nn.Module):
+    """The mean loss of a batch, as the one module that DistributedDataParallel wraps."""
+
+    def __init__(self, predictor, masks, cache, args):
         super().__init__()
-        self.scale = 8 / rank
-        self.down = torch.nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
-        self.up = torch.nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        torch.nn.init.kaiming_uniform_(self.down, math.sqrt(5))
+        self.predictor, self.masks, self.cache, self.args = predictor, masks, cache, args
+        self.model = predictor.model  # a part of this module, so that its weights are found
 
-    def forward(self, weight):
-        return weight + self.scale * self.up @ self.down
-
-
-def add_low_rank_updates(trunk, rank, seed):
-    """Give the attention and MLP weights of all blocks a low-rank update."""
-    torch.manual_seed(seed % 2**63)
-    for block in trunk.blocks:
-        for layer in (block.attn.qkv, block.attn.proj, *block.mlp.layers):
-            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
-
-
-def checkpoint_blocks(trunk):
-    """Compute what happens inside the trunk's blocks again in the backward pass instead of keeping it."""
-    for block in trunk.blocks:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
-                                          preserve_rng_state=False)  # nothing is random: the encoder is in eval mode
-
-
-def freeze_all_but(model, names):
-    """Train the weights whose names match, freeze the others."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(names.match(name) is not None)
-
-
-class Example(NamedTuple):
-    """One image of a batch: how its objects are prompted and, once it is read, what the loss is computed from."""
-
-    index: int                          # in Masks
-    rng: np.random.Generator            # what is random about its view and its prompts
-    kind: str                           # of the prompts: point, points or box; the same in a batch
-    further_clicks: int                 # one after the other on what the model got wrong; the same in a batch
-    image: torch.Tensor | None = None   # uint8 3 x S x S; None if its features are cached
-    gt_masks: np.ndarray | None = None  # bool K x H x W, one for each prompt
-
-
-class Examples(Dataset):
-    """Reads Examples; `clicks` prompts each, on different objects where there are enough.
-
-    image_size: read and resize images to this; None if their features are cached.
-    """
-
-    def __init__(self, masks, clicks, image_size=None, augment=False):
-        self.masks, self.clicks, self.image_size, self.augment = masks, clicks, image_size, augment
-
-    def __getitem__(self, example):
-        """The Example with its masks and image, or an ImageError: raised in a worker, it would be many lines."""
-        index, rng, image = example.index, example.rng, None
-        gt_masks = self.masks.decode(index, np.resize(rng.permutation(len(self.masks.objects[index])), self.clicks))
-        if self.image_size is not None:
-            try:
-                image = read_reduced(self.masks.paths[index], self.masks.sizes[index])
-            except ImageError as error:
-                return error
-            image = torch.from_numpy(image).permute(2, 0, 1)
-            if self.augment:
-                image, gt_masks = augment_example(rng, image, gt_masks)
-            image = v2.functional.resize(image, [self.image_size] * 2)
-        return example._replace(image=image, gt_masks=gt_masks)
-
-
-def augment_example(rng, image, gt_masks):
-    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W) alike; recolour the image.
-
-    Masks are resampled like the image and cut at one half: torchvision's own way for masks, nearest neighbour, shifts
-    them by half a pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again, five times at most;
-    then nothing is changed.
-    """
-    height, width = image.shape[1:]
-    recolour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
-    move = v2.Compose([
-        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
-        v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
-    layers = torch.from_numpy(gt_masks).to(torch.uint8) * 255
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**63)))
-        for _ in range(5):
-            moved = move(torch.cat([recolour(image), layers]))
-            masks = (moved[3:] > 127).numpy()
-            if (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
-                return moved[:3], masks
-    return image, gt_masks
-
-
-def draw_iteration(args, iteration, count, images):
-    """The `count` Examples, not read yet, that an iteration trains on, out of so many images.
-
-    All of it follows from the seed and the iteration: so it is the same however many processes share the
-    batch, it can be read ahead, and a resumed training needs no saved random state.
-    """
-    rng = np.random.default_rng([args.seed, iteration])
-    indices = rng.integers(images, size=count)
-    kind = prompt_kind(args.prompt, rng.integers(3))
-    further_clicks = int(rng.integers(args.max_points)) if kind == "points" else 0
-    return [Example(index, np.random.default_rng([args.seed, iteration, place]), kind, further_clicks)
-            for place, index in enumerate(indices, start=1)]
+    def forward(self, batch):
+        """(loss, IoU), scalars: see training_loss. Raises the ImageError that Batches may give for a batch."""
+        if isinstance(batch, ImageError):
+            raise batch
+        args, predictor = self.args, self.predictor
+        with mixed_precision(predictor.device, args.amp):
+            if self.cache is not None:
+                features = self.cache([(self.masks.paths[index], self.masks.sizes[index]) for index in batch.indices])
+            else:
+                with torch.set_grad_enabled(args.encoder != "frozen"):
+                    features = encode_images(predictor, batch.images)
+            low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, batch.gt_masks,
+                                                     batch.rngs, batch.corrections)
+        results = [image_loss(predictor, *example, args)
+                   for example in zip(low_res_masks.split(1), scores.split(1), batch.gt_masks)]
+        return torch.stack([torch.stack(result) for result in results]).mean(0).unbind()
 
 
 def prompt_kind(kind, number):
@@ -878,84 +922,49 @@ def prompt_kind(kind, number):
     return ("point", "points", "box")[number % 3] if kind == "mixed" else kind
 
 
-class BatchLoss(torch.nn.Module):
-    """The mean training_loss of some images, as the one module that DistributedDataParallel wraps."""
+def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections=MAX_POINTS - 1):
+    """Prompt for each object of N images, decode, and correct the result with further clicks where kind is "points".
 
-    def __init__(self, predictor, masks, cache, args):
-        super().__init__()
-        self.predictor, self.masks, self.cache, self.args = predictor, masks, cache, args
-        self.model = predictor.model  # a part of this module, so that its weights are found
-
-    def forward(self, examples):
-        """(loss, IoU), scalars, for random prompts on each example's objects."""
-        for example in examples:
-            if isinstance(example, ImageError):
-                raise example
-        args, predictor = self.args, self.predictor
-        sizes = [example.gt_masks.shape[1:] for example in examples]
-        prompts = [random_prompts(example.rng, example.kind, example.gt_masks) for example in examples]
-        enlarge = predictor._transforms.postprocess_masks
-        with mixed_precision(predictor.device, args.amp):
-            features = self.features(examples)
-            for _ in range(examples[0].further_clicks):
-                with torch.no_grad():
-                    low_res_masks, scores = predict_masks(predictor, features, sizes, prompts)
-                best = low_res_masks[range(len(scores)), scores.argmax(1)][:, None]
-                predicted = [(enlarge(masks, size)[:, 0] > 0).cpu().numpy()
-                             for masks, size in zip(best.split(args.clicks), sizes)]
-                prompts = [with_clicks_on_errors(example.rng, earlier, masks, example.gt_masks)
-                           for example, earlier, masks in zip(examples, prompts, predicted)]
-            low_res_masks, scores = predict_masks(predictor, features, sizes, prompts)
-        if args.supervise == "first":  # masks that are not in the loss are not enlarged
-            low_res_masks = low_res_masks[:, :1]
-        results = []
-        for example, own_masks, own_scores in zip(examples, low_res_masks.split(args.clicks),
-                                                  scores.float().split(args.clicks)):
-            logits = enlarge(own_masks, example.gt_masks.shape[1:])
-            target = torch.from_numpy(example.gt_masks).to(logits.device).float()
-            results.append(torch.stack(training_loss(logits, own_scores, target, args.dice_weight, args.supervise)))
-        return torch.stack(results).mean(0).unbind()
-
-    def features(self, examples):
-        """What predictor._features holds, for a batch: from the cache, or encoded now."""
-        if self.cache is not None:
-            return self.cache([(self.masks.paths[example.index], self.masks.sizes[example.index])
-                               for example in examples])
-        images = torch.stack([example.image for example in examples])
-        with torch.set_grad_enabled(self.args.encoder != "frozen"):
-            return encode_images(self.predictor, images)
+    features: of the N images, as predictor._features holds them; gt_masks: for each image bool K x H x W.
+    rngs: a Generator for each image; None: the click, box and corrections of compare_models.py, nothing is random.
+    Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3, with gradients.
+    """
+    sizes, rngs = [masks.shape[1:] for masks in gt_masks], rngs or [None] * len(gt_masks)
+    prompts = []  # for each image (coordinates K x P x 2 in pixels, labels K x P)
+    for masks, rng in zip(gt_masks, rngs):
+        coords, labels = zip(*(first_prompt(kind, mask, rng) for mask in masks))
+        prompts.append((np.stack(coords), np.stack(labels)))
+    for _ in range(corrections if kind == "points" else 0):
+        with torch.no_grad():
+            predicted = best_masks(predictor, sizes, *predict_masks(predictor, features, sizes, prompts))
+        for number, (coords, labels) in enumerate(prompts):
+            points, added = zip(*(correcting_click(*pair, rngs[number])
+                                  for pair in zip(predicted[number], gt_masks[number])))
+            prompts[number] = (np.concatenate([coords, np.stack(points)[:, None]], 1),
+                               np.concatenate([labels, np.array(added, np.int32)[:, None]], 1))
+    return predict_masks(predictor, features, sizes, prompts)
 
 
-def encode_images(predictor, images):
-    """What predictor.set_image() computes, without its no_grad, for a batch (uint8 N x 3 x S x S)."""
-    model, transforms = predictor.model, predictor._transforms
-    images = v2.functional.normalize(images.to(predictor.device).float() / 255, transforms.mean, transforms.std)
-    levels = model.forward_image(images)["backbone_fpn"][-3:]
-    if model.directly_add_no_mem_embed:
-        levels[-1] = levels[-1] + model.no_mem_embed.view(1, -1, 1, 1)
-    return {"image_embed": levels[-1].float(), "high_res_feats": [level.float() for level in levels[:-1]]}
+def first_prompt(kind, mask, rng=None):
+    """A box, or one click, on a bool H x W mask: (coordinates float32 P x 2 (x, y) in pixels, labels int32 P).
 
-
-def random_prompts(rng, kind, gt_masks):
-    """A random prompt for each of the masks (bool K x H x W): (coordinates K x P x 2 in pixels, labels K x P).
-
-    kind: "box", a mask's box with jittered sides (the corners' labels are 2 and 3, as SAM has them), else a
-        random click on it.
+    A box has jittered sides, if rng is given; the labels of its corners are 2 and 3, as SAM has them. See pick_pixel.
     """
     if kind != "box":
-        return np.stack([random_pixel(rng, gt_mask) for gt_mask in gt_masks]), np.ones((len(gt_masks), 1))
-    height, width = gt_masks.shape[1:]
-    boxes = np.stack([mask_box(gt_mask) for gt_mask in gt_masks])
-    spread = BOX_JITTER * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
-    boxes = boxes + np.clip(rng.normal(0, spread), -20, 20)
-    boxes = np.clip(boxes, 0, [width - 1, height - 1, width - 1, height - 1])
-    return boxes.reshape(-1, 2, 2).astype(np.float32), np.tile([2.0, 3.0], (len(gt_masks), 1))
+        return pick_pixel(mask, rng)[None], np.ones(1, np.int32)
+    box = mask_box(mask)
+    if rng is not None:
+        spread = BOX_JITTER * np.tile(box[2:] - box[:2], 2)
+        limits = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
+        box = np.clip(box + np.clip(rng.normal(0, spread), -20, 20), 0, limits).astype(np.float32)
+    return box.reshape(2, 2), np.array([2, 3], np.int32)
 
 
-def random_pixel(rng, mask):
-    """A random true pixel of a bool H x W mask: float32 1 x 2, (x, y) in pixels."""
-    y, x = np.divmod(rng.choice(np.flatnonzero(mask), 1), mask.shape[1])
-    return np.stack([x, y], 1).astype(np.float32)
+def pick_pixel(mask, rng=None):
+    """A random true pixel of a bool H x W mask, or without rng the middle one in row-major order: float32 (x, y)."""
+    pixels = np.flatnonzero(mask)
+    y, x = divmod(pixels[len(pixels) // 2] if rng is None else rng.choice(pixels, 1)[0], mask.shape[1])
+    return np.array([x, y], np.float32)
 
 
 def mask_box(mask):
@@ -964,24 +973,31 @@ def mask_box(mask):
     return np.array([columns.min(), rows.min(), columns.max(), rows.max()], np.float32)
 
 
-def with_clicks_on_errors(rng, prompts, predicted, gt_masks):
-    """`prompts` with one more click each, on a random wrong pixel: label 1 if it was missed, 0 if too much.
+def correcting_click(predicted, gt_mask, rng=None):
+    """One more click, on a wrong pixel: (float32 (x, y), label), 1 if the pixel was missed, 0 if it is too much.
 
-    prompts: (K x P x 2, K x P); predicted, gt_masks: bool K x H x W. Source: SAM 2's training.
+    predicted, gt_mask: bool H x W. The pixel is random, as in SAM 2's training, or without rng the one deepest inside
+    the largest error, as in its evaluation (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If nothing is
+    wrong, it is one of the object.
     """
-    coords, labels = prompts
-    errors = [mask != gt_mask for mask, gt_mask in zip(predicted, gt_masks)]
-    added = np.stack([random_pixel(rng, error if error.any() else gt_mask)
-                      for error, gt_mask in zip(errors, gt_masks)])
-    x, y = added[:, 0].astype(int).T
-    return np.concatenate([coords, added], 1), np.concatenate([labels, gt_masks[range(len(y)), y, x][:, None]], 1)
+    missed, excess = gt_mask & ~predicted, predicted & ~gt_mask
+    if not (missed | excess).any():
+        return pick_pixel(gt_mask, rng), 1
+    if rng is not None:
+        x, y = pick_pixel(missed | excess, rng)
+        return np.array([x, y]), int(missed[int(y), int(x)])
+    depths = [cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
+              for error in (excess, missed)]
+    label = int(depths[1].max() > depths[0].max())
+    y, x = np.unravel_index(depths[label].argmax(), gt_mask.shape)
+    return np.array([x, y], np.float32), label
 
 
 def predict_masks(predictor, features, sizes, prompts):
     """Decode prompts with gradients: what predictor.predict() does, without its no_grad.
 
     features: of N images, as in predictor._features; sizes: their N (H, W); prompts: for each image
-    (coordinates K x P x 2 in its pixels, labels K x P), as random_prompts makes them.
+    (coordinates K x P x 2 in its pixels, labels K x P), K the same for all.
     Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3.
     """
     model = predictor.model
@@ -1006,6 +1022,25 @@ def predict_masks(predictor, features, sizes, prompts):
     return low_res_masks, scores
 
 
+def best_masks(predictor, sizes, low_res_masks, scores):
+    """The masks with the highest score that predict_masks gave, at their images' N sizes: N arrays, bool K x H x W."""
+    chosen, count = scores.float().cpu().numpy().argmax(1), len(scores) // len(sizes)
+    found = []
+    for number, (masks, size) in enumerate(zip(low_res_masks.split(count), sizes)):
+        logits = predictor._transforms.postprocess_masks(masks, size)  # of all three: so the bits are predict()'s
+        found.append((logits[range(count), chosen[number * count:][:count]] > 0).cpu().numpy())
+    return found
+
+
+def image_loss(predictor, low_res_masks, scores, gt_masks, args):
+    """training_loss of the K prompts on one image, at the size of gt_masks, bool K x H x W."""
+    if args.supervise == "first":  # masks that are not in the loss are not enlarged
+        low_res_masks = low_res_masks[:, :1]
+    logits = predictor._transforms.postprocess_masks(low_res_masks, gt_masks.shape[1:])
+    target = torch.from_numpy(gt_masks).to(logits.device).float()
+    return training_loss(logits, scores.float(), target, args.dice_weight, args.supervise)
+
+
 def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
     """The loss of the guide ("reference"), or more of it, for the prompts on one image.
 
@@ -1013,9 +1048,8 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
     only the first mask is looked at, and the others may be left out. gt_masks: float K x H x W, 0 or 1.
     Returns: (loss, IoU), scalars, means over K. The loss is the binary cross-entropy with 1e-5 inside the
     logarithms, plus dice_weight times 1 - Dice (of probabilities), plus SCORE_WEIGHT times the distance
-    between the predicted IoU and the real one: of the first mask, of "all" three on average, or of the
-    mask that fits "best" (the scores of all three, as in SAM 2's training). The IoU is that of the mask
-    with the highest score among those in the loss.
+    between the predicted IoU and the real one: of the first mask, or of "all" three on average. The IoU is that of
+    the mask with the highest score among those in the loss.
     """
     if supervise == "first":
         logits, scores = logits[:, :1], scores[:, :1]
@@ -1028,168 +1062,93 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
     intersection = (gt * predicted).sum((-2, -1))
     iou = intersection / (gt.sum((-2, -1)) + predicted.sum((-2, -1)) - intersection + 1e-6)
     score_loss = torch.abs(scores - iou).mean()
-    if supervise == "best":
-        mask_loss = mask_loss.min(1).values
     chosen_iou = iou.gather(1, scores.argmax(1, keepdim=True))
     return mask_loss.mean() + SCORE_WEIGHT * score_loss, chosen_iou.mean()
 
 
-def make_optimizer(model, args):
-    """AdamW over what is trained; the image encoder's weights have a learning rate of their own."""
-    groups = {"decoder": [], "encoder": []}
+# ---- the image encoder ----
+
+
+def choose_weights(model, args):
+    """Add the low-rank updates of --encoder lora, and freeze all weights that --encoder does not train."""
+    trunk = model.image_encoder.trunk
+    if args.encoder == "lora":
+        torch.manual_seed(args.seed % 2**63)
+        for block in trunk.blocks:
+            for layer in (block.attn.qkv, block.attn.proj, *block.mlp.layers):
+                parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, args.lora_rank))
+    if args.grad_checkpointing:  # compute what happens inside the blocks again in the backward pass
+        for block in trunk.blocks:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
+                                              preserve_rng_state=False)  # nothing is random: it is in eval mode
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups["encoder" if name.startswith("image_encoder.") else "decoder"].append(parameter)
-    rates = {"decoder": args.lr, "encoder": args.encoder_lr}
-    on_mps = next(model.parameters()).device.type == "mps"  # where the fused step has not been tried
-    return torch.optim.AdamW([{"params": groups[name], "lr": rates[name], "initial_lr": rates[name]}
-                              for name in groups if groups[name]], weight_decay=args.weight_decay, fused=not on_mps)
+        parameter.requires_grad_(TRAINED[args.encoder].match(name) is not None)
 
 
-def learning_rate_factor(args, iteration, halvings=0):
-    """What --warmup and --scheduler multiply the learning rates by in an iteration, counted from 1.
+class LowRank(torch.nn.Module):
+    """weight + 8 / rank * up @ down: a low-rank update, at first zero, of a linear layer's weight.
 
-    halvings: how often "plateau" has halved them so far; the rest follows from the iteration.
+    The factor lets one learning rate serve all ranks. Source: LoRA, Hu et al., arXiv:2106.09685.
     """
-    done = iteration - 1
-    factor = {"none": 1, "cosine": (1 + math.cos(math.pi * done / args.iterations)) / 2,
-              "step": 0.1 ** (done // math.ceil(args.iterations / 3)), "plateau": 0.5**halvings}[args.scheduler]
-    return factor * min(1, iteration / (args.warmup + 1))
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.scale = 8 / rank
+        self.down = torch.nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.up = torch.nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        torch.nn.init.kaiming_uniform_(self.down, math.sqrt(5))
+
+    def forward(self, weight):
+        return weight + self.scale * self.up @ self.down
 
 
-def print_setup(training, device):
-    """Print what is about to be trained, on what."""
-    args, masks, val_masks = training.args, training.masks, training.val_masks
-    cache, val_cache, processes = training.cache, training.val_cache, training.processes
-    encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
-               "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
-    print(f"장치: {device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
-    print(describe_data(masks, val_masks))
-    trained, total = count_weights(training.parameters), count_weights(training.model.parameters())
-    print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
-    if cache is None:
-        print("학습 이미지의 특징은 캐시하지 않고 쓸 때마다 인코딩합니다.")
-    else:
-        print(f"특징 캐시: 학습 {len(masks)}장 중 {cache.images_that_fit(len(masks))}장, "
-              f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks), processes)}장이 들어갑니다 "
-              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {(cache.limit + val_cache.limit) / 1e9:.3g} GB)"
-              + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
-    if not val_masks:
-        print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+def encode_images(predictor, images):
+    """What predictor.set_image() computes, without its no_grad, for a batch (uint8 N x 3 x S x S)."""
+    model, transforms = predictor.model, predictor._transforms
+    images = v2.functional.normalize(images.to(predictor.device).float() / 255, transforms.mean, transforms.std)
+    levels = model.forward_image(images)["backbone_fpn"][-3:]
+    if model.directly_add_no_mem_embed:
+        levels[-1] = levels[-1] + model.no_mem_embed.view(1, -1, 1, 1)
+    return {"image_embed": levels[-1].float(), "high_res_feats": [level.float() for level in levels[:-1]]}
 
 
-def count_weights(parameters):
-    return sum(parameter.numel() for parameter in parameters)
+# ---- validation ----
 
 
-def describe_data(masks, val_masks):
-    broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
-    return (f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
-            f"{masks.left_out}개{broken}), 검증 {len(val_masks)}장, 객체 {val_masks.count}개")
+def validate(training):
+    """What compare_models.py would measure now, and the loss: {"val_loss", "val_iou", "val_dice"}, or {}."""
+    results = []  # with several processes each takes its share of the images
+    for index in tqdm(range(training.rank, len(training.val_masks), training.processes), "검증", leave=False,
+                      disable=True if training.rank else None):
+        results += validate_image(training, index)
+    if training.processes > 1:
+        shares = [None] * training.processes
+        torch.distributed.all_gather_object(shares, results)
+        results = sum(shares, [])
+    return dict(zip(("val_loss", "val_iou", "val_dice"), (float(np.mean(values)) for values in zip(*results))))
 
 
-def train(training, trackers):
-    """All iterations; log, validate, save as the settings say. Ends the program after the iteration of a Ctrl-C."""
-    args, rank, processes = training.args, training.rank, training.processes
-    interrupted = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: on_interrupt(interrupted, processes))
-    bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
-               total=args.iterations, disable=True if rank else None)
-    for iteration in bar:
-        if 0 < args.patience <= training.validations_since_best:
-            bar.close()
-            print(f"{training.iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
-            break
-        stopping, better = training.step(iteration, interrupted), False
-        bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
-        validating = iteration % args.save_every == 0 or iteration == args.iterations
-        if validating or iteration % LOG_EVERY == 0 or iteration == 1:
-            training.log()
-            if validating:
-                better = training.validate()
-                row = training.rows[-1]
-                line = f"[{iteration}/{args.iterations}] loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}, 검증 "
-                line += f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
-                bar.write(line)
-            for track in trackers:
-                track(iteration, training.rows[-1])
-        if (validating or stopping) and rank == 0:
-            training.save(better)
-        if stopping:
-            bar.close()
-            print(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(processes)}")
-            sys.exit(130)
+@torch.no_grad()
+def validate_image(training, index):
+    """(loss, IoU, Dice) of each object of the index-th validation image; the loss at most at MAX_SIDE."""
+    args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
+    features = training.val_cache([(masks.paths[index], masks.sizes[index])])
+    kind, labels = prompt_kind(args.val_prompt, index), masks.labels(index)
+    reduced, _ = reduce_labels(labels, MAX_SIDE)
+    for numbers in in_parts(masks.objects[index], labels.shape):
+        gt_masks = labels == numbers[:, None, None]
+        low_res_masks, scores = simulate_prompts(predictor, features, kind, [gt_masks])
+        loss, _ = image_loss(predictor, low_res_masks, scores, reduced == numbers[:, None, None], args)
+        best, = best_masks(predictor, [labels.shape], low_res_masks, scores)
+        results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask))
+                    for mask, gt_mask in zip(best, gt_masks)]
+    return results
 
 
-def ignore_interrupts(_worker):
-    """Ctrl-C reaches the processes that read images as well; they go on until the training ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def on_interrupt(interrupted, processes):
-    """Ctrl-C: let the iteration end and be saved; a second one ends the program at once.
-
-    Below torchrun every process gets two, one of them from torchrun, and only the first may count.
-    """
-    interrupted.append(True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
-    print("이번 반복을 마치고 저장합니다." + (" 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." if processes == 1 else ""))
-
-
-def in_parts(gt_masks):
-    """Cut masks, bool N x H x W, into parts that one decoder call takes: their logits have 512 MB at most."""
-    at_once = max(1, 2**27 // (3 * math.prod(gt_masks.shape[1:])))
-    return [gt_masks[start:start + at_once] for start in range(0, len(gt_masks), at_once)]
-
-
-def predict_prompted(predictor, kind, gt_masks):
-    """Masks for the image that is set, with a prompt made from each of gt_masks (bool N x H x W).
-
-    kind: "point", the mask's middle pixel; "box", its tight box; "points", its middle pixel and then two
-        clicks, one after the other, each on the largest error of the mask with the highest score.
-    Returns: logits N x 3 x H x W, scores N x 3, and the prompts as (coordinates N x P x 2 in pixels, labels
-        N x P): 1 for a click on the object, 0 beside it, 2 and 3 for a box's corners, as SAM has them.
-    """
-    def predict(coords, labels):
-        logits, scores, _ = predictor.predict(coords, labels, multimask_output=True, return_logits=True)
-        return logits.reshape(-1, 3, *gt_masks.shape[1:]), scores.reshape(-1, 3)
-
-    if kind == "box":
-        coords = np.stack([mask_box(gt_mask).reshape(2, 2) for gt_mask in gt_masks])
-        labels = np.tile([2, 3], (len(gt_masks), 1))
-    else:
-        coords, labels = np.stack([middle_point(gt_mask) for gt_mask in gt_masks]), np.ones((len(gt_masks), 1), int)
-    logits, scores = predict(coords, labels)
-    for _ in range(2 if kind == "points" else 0):
-        best = logits[np.arange(len(logits)), scores.argmax(1)] > 0
-        points, added = zip(*map(error_click, best, gt_masks))
-        coords, labels = np.concatenate([coords, points], 1), np.concatenate([labels, np.array(added)[:, None]], 1)
-        logits, scores = predict(coords, labels)
-    return logits, scores, (coords, labels)
-
-
-def middle_point(mask):
-    """The middle one of the mask's foreground pixels in row-major order: float32 1 x 2, (x, y) in pixels."""
-    rows, columns = np.nonzero(mask)
-    middle = len(rows) // 2
-    return np.array([[columns[middle], rows[middle]]], np.float32)
-
-
-def error_click(predicted, gt_mask):
-    """The click that corrects most: the pixel deepest inside what is missed (label 1) or too much (label 0).
-
-    predicted, gt_mask: bool H x W. Returns ([[x, y]] in pixels, label). Source: the evaluation of SAM 2
-    with clicks (sam2.modeling.sam2_utils.sample_one_point_from_error_center).
-    """
-    missed, excess = (cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
-                      for error in (gt_mask & ~predicted, predicted & ~gt_mask))
-    if not missed.any() and not excess.any():
-        return middle_point(gt_mask), 1
-    label = int(missed.max() > excess.max())
-    y, x = np.unravel_index((missed if label else excess).argmax(), gt_mask.shape)
-    return np.array([[x, y]], np.float32), label
+def in_parts(objects, shape):
+    """Cut an array of objects into parts that one decoder call takes: their logits at (H, W) have 512 MB at most."""
+    at_once = max(1, 2**27 // (3 * math.prod(shape)))
+    return [objects[start:start + at_once] for start in range(0, len(objects), at_once)]
 
 
 def calculate_dice(pred_mask, gt_mask):
@@ -1197,17 +1156,39 @@ def calculate_dice(pred_mask, gt_mask):
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 
+# ---- files ----
+
+PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "encoded")
+# of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
+
+
+def save(training, better):
+    """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt."""
+    folder, state = Path(training.args.output_dir), training.model.state_dict()
+    if better:
+        save_model(training.model, folder / "sam2_best.pt")
+    save_model(training.model, folder / "sam2_last.pt", optimizer=training.optimizer.state_dict(),
+               low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
+               scaler=training.scaler.state_dict(), **{name: getattr(training, name) for name in PROGRESS},
+               seconds=time.time() - training.started, settings={name: getattr(training.args, name) for name in CONFIG},
+               processes=training.processes, data=data_hashes(training))
+    for write in (save_log, save_curve):
+        try:
+            write(training.rows, folder)
+        except PermissionError as error:  # on Windows, of a file that Excel has open; sam2_last.pt has the rows
+            tqdm.write(f"주의: {error.filename2 or error.filename}을 쓰지 못했습니다 ({error.strerror}). "
+                       "다른 프로그램에서 닫으세요", file=sys.stderr)
+
+
 def save_model(model, path, **more):
-    """Save in the official form {"model": state_dict}, which every SAM 2 tool opens; `more` goes beside it.
+    """Save in the official form {"model": state_dict}, on the CPU, with low-rank updates merged; `more` beside it.
 
     Weights that are not finite are never saved.
     """
     weights = official_weights(model)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         fail("가중치가 유한하지 않아 저장하지 않습니다. --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
-    buffer = io.BytesIO()
-    torch.save({"model": weights, "image_size": model.image_size, **more}, buffer)
-    write_file(path, buffer.getbuffer())
+    write_file(path, lambda file: torch.save({"model": weights, "image_size": model.image_size, **more}, file))
 
 
 def official_weights(model):
@@ -1219,14 +1200,55 @@ def official_weights(model):
     return {name: tensor.cpu() for name, tensor in weights.items()}
 
 
-def hash_of_masks(*sets):
-    """A hash of the names of some sets' images and of their masks."""
-    digest = hashlib.sha256()
-    for masks in sets:
-        digest.update(f"{len(masks)} images".encode())
-        for path, objects, size in zip(masks.paths, masks.objects, masks.sizes):
-            digest.update(os.fsencode(f"{path.name} {size}") + b" ".join(rle["counts"] for rle in objects))
-    return digest.hexdigest()
+def data_hashes(training):
+    """What draws and validation depend on: {"train/NAME": hash of the image's mask, ..., "val/NAME": ...}."""
+    return {f"{split}/{path.name}": digest for split, masks in (("train", training.masks), ("val", training.val_masks))
+            for path, digest in zip(masks.paths, masks.hashes)}
+
+
+def load_last(output_dir):
+    """The content of sam2_last.pt, as save() wrote it; fails, with the reason, if it cannot be continued."""
+    path = Path(output_dir, "sam2_last.pt")
+    try:
+        last = torch.load(path, map_location="cpu", weights_only=True)
+        complete = last.keys() >= {"optimizer", "low_rank", "scaler", "seconds", "processes", "data", *PROGRESS}
+        if complete and last["settings"].keys() == CONFIG.keys():
+            return last
+    except FileNotFoundError:
+        fail(f"이어서 할 학습이 없습니다: {path}")
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
+    fail(f"{path}는 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
+
+
+def restore(training, last):
+    """Continue from the content of sam2_last.pt; fails if the data or the number of processes is another."""
+    before, now = last["data"], data_hashes(training)
+    changes = {"없어짐": before.keys() - now.keys(), "새로 생김": now.keys() - before.keys(),
+               "바뀜": {name for name in before.keys() & now.keys() if before[name] != now[name]}}
+    named = [f"{how} {', '.join(sorted(names)[:5])}{f' 외 {len(names) - 5}개' if len(names) > 5 else ''}"
+             for how, names in changes.items() if names]
+    if named:
+        fail(f"다른 데이터로 한 학습이라 이어서 할 수 없습니다. 마스크가 {'; '.join(named)}")
+    if last["processes"] != training.processes:
+        fail(f"프로세스 {last['processes']}개로 한 학습이라 {training.processes}개로 이어서 할 수 없습니다")
+    if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
+        print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
+    weights = {**last["model"], **last["low_rank"]}
+    training.model.load_state_dict({name: weights[name] for name in training.model.state_dict()})
+    for group in last["optimizer"]["param_groups"]:
+        group["fused"] = training.optimizer.defaults["fused"]  # a matter of the device
+    training.optimizer.load_state_dict(last["optimizer"])
+    if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
+        training.scaler.load_state_dict(last["scaler"])
+    vars(training).update({name: last[name] for name in PROGRESS}, started=time.time() - last["seconds"])
+
+
+def resume_command(training):
+    """The command line that continues this training."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", training.processes)
+    start = f"torchrun --nproc-per-node={count}" if training.processes > 1 else "python"
+    return f'{start} "{sys.argv[0]}" --resume --output-dir "{training.args.output_dir}"'
 
 
 def save_log(rows, output_dir):
@@ -1244,12 +1266,11 @@ def save_curve(rows, output_dir):
     """Write training_curve.png: loss and IoU of the rows logged so far."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     figure.subplots_adjust(left=0.075, right=0.99, bottom=0.13, top=0.91, wspace=0.17)
-    validated = [row for row in rows if "val_iou" in row]
     for axes, name, train, val in ((left, "loss", "loss", "val_loss"), (right, "IoU", "train_iou", "val_iou")):
-        axes.plot([row["iteration"] for row in rows], [row[train] for row in rows], label="training (running mean)")
-        if validated:
-            axes.plot([row["iteration"] for row in validated], [row[val] for row in validated], "o-",
-                      label="validation")
+        for key, style, label in ((train, "-", "training (running mean)"), (val, "o-", "validation")):
+            points = [(row["iteration"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points), style, label=label)
         axes.set(xlabel="iteration", ylabel=name)
         axes.grid(alpha=0.3)
         axes.ticklabel_format(useOffset=False)
@@ -1258,31 +1279,27 @@ def save_curve(rows, output_dir):
     save_figure(figure, output_dir / "training_curve.png")
 
 
-def resume_command(processes):
-    """The command line that goes on with this training."""
-    per_node = os.environ.get("LOCAL_WORLD_SIZE", processes)
-    start = ["torchrun", f"--nproc-per-node={per_node}"] if processes > 1 else [Path(sys.executable).name]
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join([*start, *sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])])
-
-
-def finish(training, device):
+def finish(training):
     """Write sam2_final.pt and training_summary.json; print how long the training took and what it reached."""
-    rows, folder = training.rows, training.args.output_dir
+    rows, folder = training.rows, Path(training.args.output_dir)
     save_model(training.model, folder / "sam2_final.pt")
-    seconds = time.time() - training.started
+    seconds, start = time.time() - training.started, rows[0].get("val_iou")
     write_json(folder / "training_summary.json", {
-        "settings": training.settings, "device": device, "versions": versions(),
-        "train_images": len(training.masks), "train_objects": training.masks.count,
+        "settings": {**vars(training.args), "processes": training.processes}, "device": training.device,
+        "versions": versions(), "train_images": len(training.masks), "train_objects": training.masks.count,
         "val_images": len(training.val_masks), "val_objects": training.val_masks.count,
-        "trained_weights": count_weights(training.parameters), "encodings_per_process": training.encoded,
-        "iterations": training.iteration, "best_iou": training.best, "best_iteration": training.best_iteration,
+        "trained_weights": sum(map(torch.numel, training.parameters)), "encodings_per_process": training.encoded,
+        "iterations": training.iteration, "start_iou": start, "best_iou": training.best,
+        "best_iteration": training.best_iteration,
         "best_chosen_by": "validation IoU" if training.val_masks else "training IoU", "seconds": round(seconds, 1)})
-    chosen_by = "검증" if training.val_masks else "학습"
+    trained = [row["train_iou"] for row in rows if "train_iou" in row]
     print(f"학습 시간 {round(seconds) // 60}분 {round(seconds) % 60}초, "
-          f"학습 IoU(이동 평균) {rows[0]['train_iou']:.1%} → {rows[-1]['train_iou']:.1%}, "
-          f"{chosen_by} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
+          f"학습 IoU(이동 평균) {trained[0]:.1%} → {trained[-1]:.1%}, "
+          f"{'검증' if training.val_masks else '학습'} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
     print(f"저장: {folder / 'sam2_best.pt'}, {folder / 'sam2_final.pt'}")
+    if start is not None and training.best <= start:
+        print(f"주의: 검증 IoU가 학습 전({start:.2%})보다 나아지지 않았습니다. sam2_best.pt보다 원본 모델이 낫습니다. "
+              "--lr을 낮춰 보세요")
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
@@ -1325,11 +1342,17 @@ def fail(message):
 
 
 def write_file(path, content):
-    """Write bytes to a temporary file beside `path` and rename it, so that `path` is never half written."""
+    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        content(file) if callable(content) else file.write(content)
+    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+        with contextlib.suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(0.1)
     temporary.replace(path)
 
 
@@ -1340,10 +1363,8 @@ def write_json(path, value):
 
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
     plt.close(figure)
-    write_file(path, buffer.getvalue())
 
 
 def detect_device(requested="auto"):
@@ -1432,11 +1453,12 @@ def is_label_map(mask):
 
 
 def read_config(model_cfg):
-    """A model's config: a name inside the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml"), or a YAML file."""
+    """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
-        config = OmegaConf.load(model_cfg) if Path(model_cfg).is_file() else compose(config_name=str(model_cfg))
+        own = Path(model_cfg)
+        config = OmegaConf.load(own if own.is_file() else Path(sam2.__file__).parent / own)
         return OmegaConf.create(OmegaConf.to_container(config.model, resolve=True))
-    except Exception as error:  # hydra, OmegaConf and YAML each raise their own kinds
+    except Exception as error:  # OmegaConf and YAML each raise their own kinds
         fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({textwrap.shorten(str(error), 200)}). "
              "예: configs/sam2.1/sam2.1_hiera_s.yaml")
 
@@ -1448,9 +1470,6 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     """
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
-    config.sam_mask_decoder_extra_args = dict(  # as sam2.build_sam.build_sam2 sets them
-        dynamic_multimask_via_stability=True, dynamic_multimask_stability_delta=0.05,
-        dynamic_multimask_stability_thresh=0.98)
     model = instantiate(config, _recursive_=True).eval()
     load_weights(model, checkpoint, model_cfg)
     predictor = SAM2ImagePredictor(model.to(device))
@@ -1461,22 +1480,34 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
 
-    Fails if the file is missing, damaged or made for another config than `model_cfg`; warns if the weights were
-    trained at another image size.
+    Fails if the file is missing, damaged, made for another config than `model_cfg` or by another kind of program, or if
+    weights are not finite; warns if they were trained at another image size.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
+    advice = '가중치만 저장하세요: torch.save({"model": model.state_dict()}, "weights.pt") (model은 SAM 2)'
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(dict(saved.get("model", saved)))
+        if "state_dict" in saved:  # PyTorch Lightning
+            fail(f"체크포인트 {checkpoint}의 가중치가 'model'이 아니라 'state_dict' 항목에 있습니다. {advice}")
+        weights = dict(saved.get("model", saved))
+        model.load_state_dict(weights)
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
+            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
+            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
+            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
+            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
+                 f"({refused[1]})이 있어 열지 않습니다. {advice}")
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
              f"{textwrap.shorten(str(error), 400)}")
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        fail(f"체크포인트 {checkpoint}의 가중치가 유한하지 않습니다: {', '.join(wrong[:3])}")
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
@@ -1485,4 +1516,4 @@ def load_weights(model, checkpoint, model_cfg):
 
 
 if __name__ == "__main__":
-    run(main, "--batch-size나 --clicks를 줄이거나, --grad-checkpointing, --image-size 512, --workers 0을 쓰세요")
+    run(main, "--batch-size를 줄이거나, --grad-checkpointing, --image-size 512, --workers 0을 쓰세요")

@@ -87,7 +87,7 @@ def time_iterations(args, checkpoint, pairs):
     plain.model.sam_prompt_encoder.train()
     plain_optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-5, weight_decay=4e-5)
     settings = argparse.Namespace(**{**project.CONFIG, "amp": args.amp})
-    project.freeze_all_but(ours.model, project.TRAINED["frozen"])
+    project.choose_weights(ours.model, settings)
     our_optimizer = project.make_optimizer(ours.model, settings)
     ours.model.sam_mask_decoder.train()
     ours.model.sam_prompt_encoder.train()
@@ -169,8 +169,8 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng, am
 
 def project_iteration(batch_loss, optimizer, scaler, indices, rng):
     """One iteration of train_sam2_proper.py on a batch of images."""
-    examples = project.Examples(batch_loss.masks, clicks=1)
-    loss, _ = batch_loss([examples[project.Example(index, rng, "point", 0)] for index in indices])
+    gt_masks = [batch_loss.masks.decode(index)[:1] for index in indices]
+    loss, _ = batch_loss(project.Batch(indices, "point", 0, [rng] * len(indices), gt_masks))
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_sam2_proper as project  # noqa: E402
 
-TRAINING_LOSS, RANDOM_PIXEL = project.training_loss, project.random_pixel
+TRAINING_LOSS, PICK_PIXEL = project.training_loss, project.pick_pixel
 BASE = "--dice-weight 1 --supervise all --batch-size 4 --lr 3e-4 --scheduler cosine --warmup 50"
 MIXED = f"{BASE} --prompt mixed"
 
@@ -43,7 +43,6 @@ STUDY = {
     "Dice x 3": {"flags": f"{BASE} --dice-weight 3"},
     "focal (x 20) + Dice": {"flags": BASE, "focal": 20},  # SAM 2's own loss: sure pixels count less
     "first mask": {"flags": f"{BASE} --supervise first"},  # the others stay as they were, and may be shown
-    "best mask": {"flags": f"{BASE} --supervise best"},  # SAM 2's own: the masks stay alternatives
     "score x 1": {"flags": BASE, "score_weight": 1.0},  # SAM 2's own: choose the shown mask better
     "batch 1": {"flags": f"{BASE} --batch-size 1 --lr 1e-4"},
     "batch 8": {"flags": f"{BASE} --batch-size 8"},
@@ -51,8 +50,6 @@ STUDY = {
     "lr 6e-4": {"flags": f"{BASE} --lr 6e-4"},
     "lr 1e-3": {"flags": f"{BASE} --lr 1e-3"},
     "no cosine": {"flags": f"{BASE} --scheduler none"},
-    "4 clicks on 1 image": {"flags": f"{BASE} --batch-size 1 --clicks 4"},  # fewer images to encode
-    "2 clicks on 4 images": {"flags": f"{BASE} --clicks 2"},
     "clicks in the middle": {"flags": BASE, "clicks": "middle"},  # as the validation clicks
     "clicks at the border": {"flags": BASE, "clicks": "border"},  # the hard ones
     "points": {"flags": f"{BASE} --prompt points"},  # corrections, negative clicks
@@ -135,7 +132,7 @@ def run(job):
     if "focal" in options:
         patches.append(mock.patch.object(project, "training_loss", partial(focal_loss, options["focal"])))
     if "clicks" in options:
-        patches.append(mock.patch.object(project, "random_pixel", partial(click_by_depth, options["clicks"])))
+        patches.append(mock.patch.object(project, "pick_pixel", partial(click_by_depth, options["clicks"])))
     if "trained" in options:
         patches.append(mock.patch.dict(project.TRAINED, full=re.compile(options["trained"])))
     if "score_weight" in options:
@@ -149,7 +146,7 @@ def run(job):
     for patch in patches:
         patch.start()
     settings = project.parse_args()
-    settings.iterations = args.passes // (settings.batch_size * settings.accumulate * settings.clicks)
+    settings.iterations = args.passes // (settings.batch_size * settings.accumulate)
     training = project.Training(settings, args.device)
     if "average" in options:
         trained = torch.nn.ParameterList(training.parameters)
@@ -160,9 +157,7 @@ def run(job):
         training.step(iteration)
     if "average" in options:
         trained.load_state_dict(average.module.state_dict())
-    encoded = settings.iterations * settings.batch_size if training.cache is None else len(
-        {pick.index for iteration in range(1, settings.iterations + 1) for pick in project.draw_iteration(
-            settings, iteration, settings.batch_size, len(training.masks))})
+    encoded = settings.iterations * settings.batch_size if training.cache is None else len(training.cache.kept)
     training.close()
     values = measure(training)
     for patch in patches:
@@ -182,12 +177,14 @@ def focal_loss(weight, logits, scores, gt_masks, dice_weight, supervise):
     return plain + (weight * focal - entropy).mean(), iou
 
 
-def click_by_depth(where, rng, mask):
-    """A random pixel among the deepest half of the mask ("middle") or the other half ("border")."""
+def click_by_depth(where, mask, rng=None):
+    """A random pixel among the deepest half of the mask ("middle") or the other half ("border"); see pick_pixel."""
+    if rng is None:
+        return PICK_PIXEL(mask)
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
     limit = np.median(depth[mask])
     half = mask & (depth >= limit if where == "middle" else depth <= limit)
-    return RANDOM_PIXEL(rng, half)
+    return PICK_PIXEL(half, rng)
 
 
 def write_views(pairs, numbers, folder):
@@ -215,16 +212,17 @@ def measure(training):
     """Mean IoU and Dice on the validation masks for a click and for the box, and the click's first mask: percent."""
     predictor, masks, values = training.predictor, training.val_masks, []
     for index in range(len(masks)):
-        gt_masks, columns = masks.decode(index), []
-        predictor._features = training.val_cache([(masks.paths[index], masks.sizes[index])])
-        predictor._orig_hw, predictor._is_image_set = [masks.sizes[index]], True
+        gt_masks, size, columns = masks.decode(index), masks.sizes[index], []
+        features = training.val_cache([(masks.paths[index], size)])
         for kind in ("point", "box"):
-            logits, scores, _ = project.predict_prompted(predictor, kind, gt_masks)
-            best = logits[np.arange(len(logits)), scores.argmax(1)] > 0
+            with torch.no_grad():
+                low_res_masks, scores = project.simulate_prompts(predictor, features, kind, [gt_masks])
+            best, = project.best_masks(predictor, [size], low_res_masks, scores)
             columns += [[calculate(*pair) for pair in zip(best, gt_masks)]
                         for calculate in (project.calculate_iou, project.calculate_dice)]
             if kind == "point":
-                first = [project.calculate_iou(*pair) for pair in zip(logits[:, 0] > 0, gt_masks)]
+                first, = project.best_masks(predictor, [size], low_res_masks[:, :1], scores[:, :1])
+                first = [project.calculate_iou(*pair) for pair in zip(first, gt_masks)]
         values += zip(*columns, first)
     return 100 * np.mean(values, 0)
 

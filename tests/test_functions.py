@@ -56,18 +56,16 @@ def test_loss_of_the_reference_by_hand():
     assert loss_of(supervise="first") == (loss, iou)
 
 
-def test_loss_of_all_masks_and_of_the_best_by_hand():
+def test_loss_of_all_masks_by_hand():
     score_loss = (abs(0.8 - 0.5) + abs(0.9 - 1) + abs(0.1 - 0)) / 3
     loss, iou = loss_of(supervise="all")
     assert loss == pytest.approx(sum(ENTROPY) / 3 + 0.05 * score_loss, abs=1e-6)
     assert iou == pytest.approx(1, abs=1e-6)  # of the mask with the highest score
-    assert loss_of(supervise="best")[0] == pytest.approx(ENTROPY[1] + 0.05 * score_loss, abs=1e-6)
 
 
 def test_dice_loss_by_hand():
-    dice = (2 * (0.75 + 0.75) + 1) / (2 + 2 + 1)  # of the second mask: overlap 1.5, areas 2 and 2
-    assert loss_of(supervise="best", dice_weight=3)[0] - loss_of(supervise="best")[0] == pytest.approx(
-        3 * (1 - dice), abs=1e-5)
+    dice = (2 * (0.5 + 0.75) + 1) / (2 + 2 + 1)  # of the first mask: overlap 1.25, areas 2 and 2
+    assert loss_of(dice_weight=3)[0] - loss_of()[0] == pytest.approx(3 * (1 - dice), abs=1e-5)
 
 
 def test_loss_of_several_prompts_is_their_mean():
@@ -120,19 +118,19 @@ def test_an_error_at_the_border_of_the_image_is_no_deeper_than_its_pixels():
 
 
 def test_random_clicks_fall_on_the_foreground():
-    mask = draw_pair(0)[1] > 0
-    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "point", np.tile(mask, (500, 1, 1)))
-    x, y = coords[:, 0].astype(int).T
-    assert coords.shape == (500, 1, 2) and mask[y, x].all() and len(set(zip(x, y))) > 200
-    assert labels.shape == (500, 1) and (labels == 1).all()
+    mask, rng = draw_pair(0)[1] > 0, np.random.default_rng(0)
+    prompts = [train_sam2_proper.first_prompt("point", mask, rng) for _ in range(500)]
+    assert all(coords.shape == (1, 2) and labels.tolist() == [1] for coords, labels in prompts)
+    x, y = np.concatenate([coords for coords, _ in prompts]).astype(int).T
+    assert mask[y, x].all() and len(set(zip(x, y))) > 200
 
 
 def test_random_boxes_lie_around_the_mask_and_inside_the_image():
-    mask = np.zeros((100, 200), bool)
+    mask, rng = np.zeros((100, 200), bool), np.random.default_rng(0)
     mask[0:51, 40:141] = True  # 100 wide, 50 tall, at the upper edge
-    coords, labels = train_sam2_proper.random_prompts(np.random.default_rng(0), "box", np.tile(mask, (2000, 1, 1)))
-    assert coords.shape == (2000, 2, 2) and (labels == [2, 3]).all()
-    x1, y1, x2, y2 = coords.reshape(-1, 4).T
+    prompts = [train_sam2_proper.first_prompt("box", mask, rng) for _ in range(2000)]
+    assert all(coords.shape == (2, 2) and labels.tolist() == [2, 3] for coords, labels in prompts)
+    x1, y1, x2, y2 = np.stack([coords.ravel() for coords, _ in prompts]).T
     assert x1.mean() == pytest.approx(40, abs=1) and x2.mean() == pytest.approx(140, abs=1)
     assert x1.std() == pytest.approx(10, abs=1) and y2.std() == pytest.approx(5, abs=0.5)  # a tenth of the side
     assert x1.min() >= 20 and x1.max() <= 60  # at most 20 pixels
@@ -140,16 +138,32 @@ def test_random_boxes_lie_around_the_mask_and_inside_the_image():
 
 
 def test_further_clicks_fall_on_errors_with_the_label_that_corrects_them():
-    gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((2, 20, 30), bool)
+    gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     gt_mask[2:9, 2:9] = True
-    predicted[1, 2:9, 2:9] = predicted[1, 12:17, 20:25] = True
-    prompts = np.array([[[5, 5]], [[6, 6]]], np.float32), np.ones((2, 1))
-    coords, labels = train_sam2_proper.with_clicks_on_errors(np.random.default_rng(0), prompts, predicted,
-                                                            np.stack([gt_mask] * 2))
-    assert coords.shape == (2, 2, 2) and labels.shape == (2, 2) and (coords[:, 0] == [[5, 5], [6, 6]]).all()
-    assert labels[:, 1].tolist() == [1, 0]  # the first missed all, the second has too much
-    (x, y), (u, v) = coords[:, 1].astype(int)
-    assert gt_mask[y, x] and predicted[1, v, u] and not gt_mask[v, u]
+    rng = np.random.default_rng(0)
+    (x, y), label = train_sam2_proper.correcting_click(predicted, gt_mask, rng)  # all is missed
+    assert gt_mask[int(y), int(x)] and label == 1
+    predicted[2:9, 2:9] = predicted[12:17, 20:25] = True  # too much
+    (x, y), label = train_sam2_proper.correcting_click(predicted, gt_mask, rng)
+    assert predicted[int(y), int(x)] and not gt_mask[int(y), int(x)] and label == 0
+    (x, y), label = train_sam2_proper.correcting_click(gt_mask, gt_mask, rng)  # nothing is wrong
+    assert gt_mask[int(y), int(x)] and label == 1
+
+
+def test_without_a_generator_prompts_are_those_of_the_comparison():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        gt_mask, predicted = (cv2.blur(rng.random((30, 40)), (9, 9)) > 0.5 for _ in range(2))
+        coords, labels = train_sam2_proper.first_prompt("point", gt_mask)
+        assert np.array_equal(coords, compare_models.middle_point(gt_mask)) and labels.tolist() == [1]
+        assert coords.dtype == np.float32 and labels.dtype == np.int32  # MPS has no float64
+        coords, labels = train_sam2_proper.first_prompt("box", gt_mask)
+        assert coords.ravel().tolist() == compare_models.mask_box(gt_mask).tolist() and labels.tolist() == [2, 3]
+        for mask in (predicted, gt_mask):
+            point, label = train_sam2_proper.correcting_click(mask, gt_mask)
+            expected, expected_label = compare_models.error_click(mask, gt_mask)
+            assert point.tolist() == expected[0].tolist() and label == expected_label
+            assert point.dtype == train_sam2_proper.correcting_click(mask, gt_mask, rng)[0].dtype == np.float32
 
 
 def test_mixed_prompts_take_turns():
@@ -168,7 +182,6 @@ def test_learning_rate_follows_the_scheduler():
     half_wave = [(1 + math.cos(math.pi * number / 12)) / 2 for number in range(12)]
     assert learning_rates("none") == [1] * 12
     assert learning_rates("none", warmup=4) == pytest.approx(warm)
-    assert learning_rates("step") == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 4)
     assert learning_rates("cosine") == pytest.approx(half_wave)
     assert learning_rates("cosine", warmup=4) == pytest.approx([a * b for a, b in zip(warm, half_wave)])
 
@@ -353,8 +366,20 @@ def test_masks_are_cut_at_127(tmp_path):
 def test_sixteen_bit_masks_hold_the_numbers_of_their_objects(tmp_path):
     write_image(tmp_path / "mask.png", np.array([[0, 1, 2, 300, 65535]], np.uint16))
     assert train_sam2_proper.read_mask(tmp_path / "mask.png").tolist() == [[0, 1, 2, 300, 65535]]
-    objects, masks = compare_models.split_objects(train_sam2_proper.read_mask(tmp_path / "mask.png"), 3)
-    assert objects == [1, 2, 300] and masks.shape == (3, 1, 5) and masks[2].tolist() == [[0, 0, 0, 1, 0]]
+    objects, masks, left_out = compare_models.split_objects(train_sam2_proper.read_mask(tmp_path / "mask.png"), 4)
+    assert objects == [1, 2, 300, 65535] and masks.shape == (4, 1, 5) and masks[2].tolist() == [[0, 0, 0, 1, 0]]
+    assert left_out == 0
+
+
+def test_a_sample_of_objects_is_spread_over_the_numbers_and_always_the_same():
+    numbers = np.arange(1, 601)
+    sample = train_sam2_proper.sample_objects(numbers, 20)
+    assert len(set(sample)) == 20 and sorted(sample) == sample.tolist() and sample.max() > 400
+    assert sample.tolist() == compare_models.sample_objects(numbers, 20).tolist()
+    assert train_sam2_proper.sample_objects(numbers, None) is numbers
+    labels = np.repeat(np.arange(601, dtype=np.uint16), 3)[None]
+    objects, masks, left_out = compare_models.split_objects(labels, 20)
+    assert objects == sample.tolist() and masks.shape == (20, 1, 1803) and left_out == 580
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):

@@ -69,10 +69,11 @@ def test_what_is_trained_is_counted(trained, weights):
 def test_log_starts_at_the_first_value_and_best_is_the_best_validation(trained):
     folder, done = trained
     rows = read_log(folder)
-    assert [row["iteration"] for row in rows] == ["1", "10", "20", "25"]
+    assert [row["iteration"] for row in rows] == ["0", "1", "10", "20", "25"]
     validated = {row["iteration"]: float(row["val_iou"]) for row in rows if row["val_iou"]}
-    assert list(validated) == ["10", "20", "25"]
-    assert f"학습 IoU(이동 평균) {float(rows[0]['train_iou']):.1%} → {float(rows[-1]['train_iou']):.1%}" in done.stdout
+    assert list(validated) == ["0", "10", "20", "25"] and not rows[0]["loss"]
+    assert f"[0/25] 학습 전, 검증 IoU {validated.pop('0'):.2%}" in done.stdout  # the original model
+    assert f"학습 IoU(이동 평균) {float(rows[1]['train_iou']):.1%} → {float(rows[-1]['train_iou']):.1%}" in done.stdout
     summary = json.loads((folder / "output/training_summary.json").read_text(encoding="utf-8"))
     assert summary["best_iou"] == max(validated.values()) and summary["best_chosen_by"] == "validation IoU"
     assert summary["settings"]["lr"] == 1e-3 and summary["train_images"] == 6 and summary["val_images"] == 4
@@ -125,6 +126,22 @@ def test_large_and_wide_images_train(tmp_path, weights):
     assert len(read_log(tmp_path)) == 2
 
 
+def test_a_large_validation_image_is_measured_at_its_size_and_its_loss_is_not(data, weights, monkeypatch):
+    image, mask = (cv2.resize(picture, (1100, 2200), interpolation=cv2.INTER_NEAREST) for picture in draw_pair(0))
+    write_image(data / "data/images/val/tall.png", image)
+    write_image(data / "data/masks/val/tall.png", mask)
+    train(data, weights, "--iterations", 1)
+    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"]
+    training, sizes = make_training(data, weights, monkeypatch), []
+    loss_of = train_sam2_proper.training_loss
+    monkeypatch.setattr(train_sam2_proper, "training_loss",
+                        lambda logits, *more: sizes.append(tuple(logits.shape[2:])) or loss_of(logits, *more))
+    (loss, iou, dice), = train_sam2_proper.validate_image(training, 4)
+    assert sizes == [(1024, 512)] and loss > 0 and 0 <= iou <= dice
+
+
 def test_image_and_mask_of_different_sizes_are_named(data, weights):
     for path in (data / "data/images/train").iterdir():
         write_image(path, draw_pair(0, 60, 90)[0])
@@ -145,7 +162,7 @@ def test_same_seed_gives_the_same_files(data, weights):
 
 @pytest.mark.parametrize("more", [
     ("--scheduler", "cosine", "--warmup", 3, "--prompt", "mixed", "--accumulate", 2, "--max-grad-norm", 1),
-    ("--scheduler", "plateau", "--prompt", "points")], ids=["cosine-mixed", "plateau-points"])
+    ("--prompt", "points")], ids=["cosine-mixed", "points"])
 def test_resume_continues_bit_for_bit(data, weights, more):
     """An interrupted training (here: killed by the system after its second validation) and one that was not."""
     arguments = (*more, "--save-every", 4, "--lr", "1e-3", "--iterations", 13)
@@ -156,7 +173,7 @@ def test_resume_continues_bit_for_bit(data, weights, more):
     for group in last["optimizer"]["param_groups"]:
         group["fused"] = not group["fused"]  # as a device writes it whose optimizer takes its steps differently
     torch.save(last, data / "parts/sam2_last.pt")
-    done = train(data, weights, *arguments, "--output-dir", "parts", "--resume")
+    done = train(data, weights, "--output-dir", "parts", "--resume")
     assert "4회까지 진행한 학습을 이어서" in done.stdout  # the second validation was printed, and not saved yet
     for name in ("sam2_final.pt", "sam2_best.pt"):
         assert distance(load(data / "whole" / name), load(data / "parts" / name)) == 0
@@ -169,13 +186,15 @@ def test_patience_ends_a_training_that_no_longer_improves(data, weights):
     assert "8회에 일찍 끝냅니다: 2회 이후로" in done.stdout
     assert read_log(data)[-1]["iteration"] == "8" and read_summary(data / "output")["best_iteration"] == 2
     final = (data / "output/sam2_final.pt").read_bytes()
-    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--patience", 3, "--lr", 0, "--resume")
+    done = train(data, weights, "--resume")
     assert "8회에 일찍 끝냅니다: 2회 이후로" in done.stdout  # at once, without another iteration
     assert (data / "output/sam2_final.pt").read_bytes() == final
     last = torch.load(data / "output/sam2_last.pt", weights_only=True)
-    torch.save({name: value for name, value in last.items() if name != "halvings"}, data / "output/sam2_last.pt")
-    done = train(data, weights, "--iterations", 50, "--save-every", 2, "--lr", 0, "--resume", code=1)
-    assert_fails_in_one_line(done, "sam2_last.pt", "다른 버전")
+    for missing in ("data", "settings"):  # as an earlier version wrote it
+        torch.save({name: value for name, value in last.items() if name != missing}, data / "output/sam2_last.pt")
+        assert_fails_in_one_line(train(data, weights, "--resume", code=1), "sam2_last.pt")
+    torch.save({**last, "settings": {**last["settings"], "clicks": 1}}, data / "output/sam2_last.pt")
+    assert_fails_in_one_line(train(data, weights, "--resume", code=1), "sam2_last.pt", "다른 버전")
 
 
 def test_accumulated_batches_train_as_one_batch_does(data, weights):
@@ -199,7 +218,7 @@ def test_max_grad_norm_shortens_the_gradients(data, weights):
 @pytest.mark.parametrize("prompt", ["points", "box"])
 def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, prompt):
     train(data, weights, "--prompt", prompt, "--val-prompt", prompt, "--iterations", 14, "--save-every", 7,
-          "--batch-size", 2, "--clicks", 2, "--lr", "1e-3")
+          "--batch-size", 4, "--lr", "1e-3")
     run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--prompt", prompt,
         cwd=data)
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
@@ -211,16 +230,57 @@ def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, pr
     assert learnt[0] == (prompt == "points")  # a click beside the object, on what was too much
 
 
-def test_system_check_names_what_is_missing(data, weights, tmp_path_factory):
+def test_the_setup_is_checked_with_one_real_step(data, weights, tmp_path_factory):
     done = train(data, weights, "--test")
-    lines = done.stdout.strip().splitlines()
-    assert len(lines) == 7 and all(line.startswith("✓ ") for line in lines) and "학습 6장" in done.stdout
-    assert not list((data / "output").iterdir())
+    assert "학습 6장" in done.stdout and re.search(r"이미지 10장을 모두 읽고 한 번 학습했습니다: loss \d", done.stdout)
+    assert not done.stderr and not list((data / "output").glob("[!.]*"))
     empty = tmp_path_factory.mktemp("empty")
-    done = train(empty, empty / "none.pt", "--test", code=1)
-    failed = [line for line in done.stdout.splitlines() if line.startswith("✗ ")]
-    assert len(failed) == 3 and "none.pt" in failed[0] and "data/images/train" in failed[1]
-    assert not done.stderr.strip()
+    assert_fails_in_one_line(train(empty, empty / "none.pt", "--test", code=1), "none.pt")
+    assert_fails_in_one_line(train(empty, weights, "--test", code=1), "data/images/train", "prepare_data.py")
+    done = train(data, weights, "--test", "--device", "tpu", code=1)
+    assert_fails_in_one_line(done, "tpu")
+    low = "import psutil, types\npsutil.virtual_memory = lambda: types.SimpleNamespace(available=10**9)"
+    assert_fails_in_one_line(train(data, weights, "--test", code=1, before=low), "메모리가 1.0 GB")
+
+
+def damage(path):
+    """Cut a file, so that its header is that of an image, and its pixels cannot be decoded."""
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_the_check_decodes_every_image_and_names_the_damaged_ones(data, weights):
+    damage(data / "data/images/train/pair_003.png")
+    damage(data / "data/images/val/pair_102.png")
+    done = without_libpng(train(data, weights, "--test", code=1))
+    assert_fails_in_one_line(done, "이미지 2장", "pair_003", "pair_102")
+
+
+def without_libpng(done):
+    done.stderr = re.sub("^libpng error: .*\n", "", done.stderr, flags=re.MULTILINE)  # which OpenCV lets through
+    return done
+
+
+def test_a_file_that_is_no_image_is_named_before_anything_is_trained(data, weights):
+    (data / "data/images/train/pair_004.png").write_bytes(b"no image")
+    done = train(data, weights, code=1)
+    assert_fails_in_one_line(done, "pair_004", "손상")
+    assert not done.stdout and not list((data / "output").glob("[!.]*"))
+
+
+def test_a_damaged_image_loses_nothing_of_what_was_learned(data, weights):
+    """The training saves, and goes on bit for bit when the file is there again."""
+    arguments = ("--iterations", 40, "--lr", "1e-3", "--save-every", 1000)
+    train(data, weights, *arguments, "--output-dir", "whole")
+    path = data / "data/images/train/pair_005.png"
+    good = path.read_bytes()
+    damage(path)
+    done = without_libpng(train(data, weights, *arguments, code=1))
+    saved = int(re.search(r"(\d+)회까지 저장했습니다", done.stdout)[1])
+    assert_fails_in_one_line(done, "pair_005", "손상")
+    assert torch.load(data / "output/sam2_last.pt", weights_only=True)["iteration"] == saved >= 1
+    path.write_bytes(good)
+    train(data, weights, "--resume")
+    assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
 def test_tensorboard_and_wandb_get_the_log(data, weights):
@@ -229,7 +289,9 @@ def test_tensorboard_and_wandb_get_the_log(data, weights):
           env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     events = EventAccumulator(str(data / "output/tensorboard")).Reload()
     rows = read_log(data)
-    assert [event.step for event in events.Scalars("loss")] == [int(row["iteration"]) for row in rows] == [1, 6, 10, 12]
+    assert [event.step for event in events.Scalars("loss")] == [1, 6, 10, 12]
+    assert [int(row["iteration"]) for row in rows] == [0, 1, 6, 10, 12]
+    assert [event.step for event in events.Scalars("lr")] == [0, 1, 6, 10, 12]
     assert [event.value for event in events.Scalars("val_iou")] == pytest.approx(
         [float(row["val_iou"]) for row in rows if row["val_iou"]])
     assert list((data / "output/wandb").glob("offline-run-*/*.wandb"))
@@ -241,6 +303,13 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_starts(data, w
     done = train(data, weights, f"--{name}", *flag[1:], code=1, before=f"sys.modules['{name}'] = None")
     assert_fails_in_one_line(done, f"pip install {name}")
     assert not done.stdout and not list((data / "output").glob("[!.]*"))
+
+
+def test_wandb_without_a_login_ends_in_one_line_when_the_setup_is_checked(data, weights, tmp_path_factory):
+    nobody = {"HOME": str(tmp_path_factory.mktemp("home")), "WANDB_API_KEY": None, "WANDB_MODE": None, "NETRC": None}
+    done = train(data, weights, "--test", "--wandb", "polyps", env=nobody, code=1)
+    assert_fails_in_one_line(done, "wandb login", "WANDB_MODE=offline")
+    assert "학습 6장" not in done.stdout
 
 
 @pytest.mark.parametrize("encoder", ["frozen", "lora", "full"])
@@ -273,24 +342,79 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
     stopped = 21
     assert f"{stopped}회까지 저장했습니다" in done.stdout and "--resume" in done.stdout
     assert "Traceback" not in done.stderr
-    train(data, weights, *arguments, "--resume", "--iterations", stopped + 3)
+    train(data, weights, "--resume", "--iterations", stopped + 3)
     train(data, weights, *arguments, "--iterations", stopped + 3, "--output-dir", "whole")
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
-def test_resume_refuses_another_training(data, weights):
+def test_resume_takes_its_settings_from_the_training_before(data, weights):
     assert_fails_in_one_line(train(data, weights, "--resume", code=1), "이어서 할 학습이 없습니다")
-    train(data, weights, "--iterations", 2)
-    done = train(data, weights, "--iterations", 4, "--resume", "--lr", "1e-3", code=1)
-    assert_fails_in_one_line(done, "lr 1e-05 → 0.001")
-    write_image(data / "data/masks/train/pair_001.png", draw_pair(50)[1])
-    assert_fails_in_one_line(train(data, weights, "--iterations", 4, "--resume", code=1), "다른 데이터")
-    write_image(data / "data/masks/train/pair_001.png", draw_pair(1)[1])
-    write_image(data / "data/masks/val/pair_100.png", draw_pair(50)[1])
-    assert_fails_in_one_line(train(data, weights, "--iterations", 4, "--resume", code=1), "다른 데이터")
-    write_image(data / "data/masks/val/pair_100.png", draw_pair(100)[1])
-    assert "이전 학습" not in train(data, weights, "--iterations", 4, "--resume").stdout
+    train(data, weights, "--recipe", "improved", "--batch-size", 2, "--iterations", 4, "--save-every", 3)
+    done = train(data, weights, "--resume", "--lr", "3e-4", "--recipe", "improved", code=1)
+    assert_fails_in_one_line(done, "--lr", "--recipe")
+    done = train(data, weights, "--resume", "--iterations", 6)
+    assert "cosine" in done.stdout and "이전 학습" not in done.stdout
+    settings = read_summary(data / "output")["settings"]
+    assert settings["batch_size"] == 2 and settings["prompt"] == "mixed" and settings["iterations"] == 6
     assert "output의 이전 학습을 덮어씁니다" in train(data, weights, "--iterations", 1).stdout
+
+
+def test_resume_refuses_other_data_and_names_the_pairs(data, weights):
+    def move(name, other):
+        for kind in ("images", "masks"):
+            (data / "data" / kind / name).rename(data / "data" / kind / other)
+
+    train(data, weights, "--iterations", 2)
+    write_image(data / "data/masks/train/pair_001.png", draw_pair(50)[1])
+    write_image(data / "data/masks/val/pair_100.png", draw_pair(50)[1])
+    move("train/pair_002.png", "train/new.png")
+    done = train(data, weights, "--iterations", 4, "--resume", code=1)
+    assert_fails_in_one_line(done, "다른 데이터", "없어짐 train/pair_002.png", "새로 생김 train/new.png",
+                             "바뀜 train/pair_001.png, val/pair_100.png")
+    write_image(data / "data/masks/train/pair_001.png", draw_pair(1)[1])
+    write_image(data / "data/masks/val/pair_100.png", draw_pair(100)[1])
+    move("train/new.png", "train/pair_002.png")
+    train(data, weights, "--iterations", 4, "--resume")
+
+
+def test_resume_finds_the_same_data_under_another_path(data, weights):
+    arguments = ("--save-every", 2, "--lr", "1e-3")
+    train(data, weights, *arguments, "--iterations", 6, "--output-dir", "whole")
+    train(data, weights, *arguments, "--iterations", 4)
+    (data / "data").rename(data / "moved")
+    (data / "output").rename(data / "kept")
+    folders = [f"--{prefix}{kind}-dir=moved/{kind}s/{split}" for prefix, split in (("", "train"), ("val-", "val"))
+               for kind in ("image", "mask")]
+    train(data, data / "gone.pt", "--resume", "--iterations", 6, "--output-dir", "kept", *folders)
+    assert distance(load(data / "whole/sam2_final.pt"), load(data / "kept/sam2_final.pt")) == 0
+
+
+def test_a_training_that_makes_the_model_worse_says_so(data):
+    done = train(data, ROOT / "demo/sam2_demo.pt", "--iterations", 10, "--save-every", 5, "--lr", "0.1")
+    start = read_summary(data / "output")["start_iou"]
+    assert read_summary(data / "output")["best_iou"] < start > 0.4
+    assert f"주의: 검증 IoU가 학습 전({start:.2%})보다 나아지지 않았습니다" in done.stdout.splitlines()[-1]
+
+
+def test_validation_encodes_each_image_once(data, weights):
+    train(data, weights, "--iterations", 4, "--save-every", 1, "--lr", 0)
+    encoded = read_summary(data / "output")["encodings_per_process"]
+    rows = read_log(data)
+    assert len(rows) == 5 and len({row["val_iou"] for row in rows}) == 1
+    assert encoded <= 4 + 4  # four to validate on, and at most four to train on
+
+
+def test_a_second_training_in_one_process_is_not_refused(data, weights):
+    """As in a notebook; another library may have cleared Hydra's global state by then."""
+    (data / "notebook.py").write_text(
+        "import signal, sys\nimport train_sam2_proper\nfrom hydra.core.global_hydra import GlobalHydra\n"
+        "for _ in range(2):\n    train_sam2_proper.main()\n    GlobalHydra.instance().clear()\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, "notebook.py", "--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights),
+                           "--device", "cpu", "--iterations", "2"], cwd=data, capture_output=True, encoding="utf-8",
+                          env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[2/2]") == 2
 
 
 def test_a_log_that_another_program_has_open_does_not_end_the_training(data, weights):
@@ -298,16 +422,32 @@ def test_a_log_that_another_program_has_open_does_not_end_the_training(data, wei
     opened = """
 import pathlib
 
-def replace(self, target, original=pathlib.Path.replace):
-    if target.name == "train_log.csv" and not pathlib.Path("closed").exists():
-        pathlib.Path("closed").touch()
+def replace(self, target, original=pathlib.Path.replace, refused=[]):
+    if target.name == "train_log.csv" and len(refused) < 21:  # the first time it is written, and all further tries
+        refused.append(target)
         raise PermissionError(13, "Permission denied", str(self), None, str(target))
     return original(self, target)
 
 pathlib.Path.replace = replace"""
     done = train(data, weights, "--iterations", 4, "--save-every", 2, before=opened)
     assert done.stderr.count("주의: output/train_log.csv을 쓰지 못했습니다") == 1
-    assert [row["iteration"] for row in read_log(data)] == ["1", "2", "4"]
+    assert [row["iteration"] for row in read_log(data)] == ["0", "1", "2", "4"]
+
+
+def test_a_program_that_holds_a_model_for_a_moment_does_not_end_the_training(data, weights):
+    """As an antivirus or a synchronised folder does on Windows."""
+    held = """
+import pathlib
+
+def replace(self, target, original=pathlib.Path.replace, refused=[]):
+    if target.name == "sam2_best.pt" and len(refused) < 3:
+        refused.append(target)
+        raise PermissionError(13, "Permission denied", str(self), None, str(target))
+    return original(self, target)
+
+pathlib.Path.replace = replace"""
+    assert not train(data, weights, "--iterations", 2, before=held).stderr
+    assert (data / "output/sam2_best.pt").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data, weights):
@@ -329,18 +469,26 @@ def distance(one, two):
 
 
 def test_cached_features_train_as_fresh_ones_do(data, weights):
-    """Exactly in full precision; in half precision the weights end close by, for what they have moved."""
     arguments = ("--iterations", 15, "--save-every", 15, "--lr", "1e-4")
     fresh = train(data, weights, *arguments, "--output-dir", "fresh", "--cache-gb", 0)
-    half = train(data, weights, *arguments, "--output-dir", "half")
-    full = train(data, weights, *arguments, "--output-dir", "full", "--cache-dtype", "float32")
+    kept = train(data, weights, *arguments, "--output-dir", "kept")
     assert "학습 6장 중 0장, 검증 4장 중 0장" in fresh.stdout
-    assert "학습 6장 중 6장, 검증 4장 중 4장" in half.stdout and "학습 6장 중 6장" in full.stdout
-    models = {name: load(data / name / "sam2_final.pt") for name in ("fresh", "half", "full")}
-    assert distance(models["fresh"], models["full"]) == 0
-    assert 0 < distance(models["fresh"], models["half"]) < 0.2 * distance(models["fresh"], load(weights))
-    assert read_summary(data / "fresh")["encodings_per_process"] == 15 + 4
-    assert read_summary(data / "half")["encodings_per_process"] <= 6 + 4  # each image once
+    assert "학습 6장 중 6장, 검증 4장 중 4장" in kept.stdout
+    assert distance(load(data / "fresh/sam2_final.pt"), load(data / "kept/sam2_final.pt")) == 0
+    assert read_summary(data / "fresh")["encodings_per_process"] == 15 + 2 * 4
+    assert read_summary(data / "kept")["encodings_per_process"] <= 6 + 4  # each image once
+
+
+def test_features_are_kept_in_half_precision_for_training_and_in_full_for_validation(data, weights, monkeypatch):
+    training = make_training(data, weights, monkeypatch)
+    path, size = training.masks.paths[0], training.masks.sizes[0]
+    half, full = training.cache([(path, size)]), training.val_cache([(path, size)])
+    training.predictor.set_image(train_sam2_proper.read_image(path))
+    exact = training.predictor._features
+    assert torch.equal(full["image_embed"], exact["image_embed"])
+    for one, two in zip([half["image_embed"], *half["high_res_feats"]],
+                        [exact["image_embed"], *exact["high_res_feats"]]):
+        assert one.dtype == torch.float32 and torch.equal(one, two.half().float())
 
 
 def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
@@ -385,11 +533,11 @@ def test_features_on_disk_are_not_used_for_another_image_or_model(data, weights,
     assert first == third
 
 
-def test_batches_of_images_of_several_sizes_and_several_clicks_train(data, weights):
+def test_batches_of_images_of_several_sizes_train(data, weights):
     image, mask = draw_pair(7, 100, 64)
     write_image(data / "data/images/train/tall.png", image)
     write_image(data / "data/masks/train/tall.png", mask)
-    train(data, weights, "--iterations", 6, "--batch-size", 4, "--clicks", 3, "--lr", "1e-3")
+    train(data, weights, "--iterations", 6, "--batch-size", 4, "--lr", "1e-3")
     before, after = load(weights), load(data / "output/sam2_final.pt")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(TRAINED.match(name) for name in changed)
@@ -447,6 +595,31 @@ def test_damaged_checkpoint_is_named(data, weights):
     assert_fails_in_one_line(train(data, data / "cut.pt", code=1), "cut.pt")
 
 
+def test_checkpoints_of_other_programs_name_the_key_and_say_how_to_save_the_weights(data, weights):
+    state = load(weights)
+    torch.save({"epoch": 3, "state_dict": {f"sam2.{name}": tensor for name, tensor in state.items()}}, data / "a.ckpt")
+    done = train(data, data / "a.ckpt", code=1)
+    assert_fails_in_one_line(done, "a.ckpt", "'state_dict'", 'torch.save({"model": model.state_dict()}')
+    torch.save({"model": state, "best_iou": np.float64(0.5)}, data / "b.pt")
+    done = train(data, data / "b.pt", code=1)
+    assert_fails_in_one_line(done, "b.pt", "'best_iou'", "scalar", 'torch.save({"model": model.state_dict()}')
+    assert "weights_only" not in done.stderr  # PyTorch's own advice would run the file's code
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(data, weights):
+    state = load(weights)
+    state["no_mem_embed"][0] = float("nan")
+    torch.save({"model": state}, data / "nan.pt")
+    assert_fails_in_one_line(train(data, data / "nan.pt", code=1), "nan.pt", "no_mem_embed", "유한하지")
+
+
+def test_a_device_that_is_not_there_is_named_once(data, weights):
+    done = run("train_sam2_proper.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--test", "--device",
+               "cuda:7", cwd=data, code=1)
+    assert_fails_in_one_line(done, "cuda:7")
+    assert not done.stdout
+
+
 def test_config_that_sam2_does_not_have_is_named(data, weights):
     done = run("train_sam2_proper.py", "--model-cfg", "sam2.1_hiera_s", "--checkpoint", weights, cwd=data, code=1)
     assert_fails_in_one_line(done, "sam2.1_hiera_s", "configs/sam2.1/sam2.1_hiera_s.yaml")
@@ -467,7 +640,7 @@ def test_improved_is_a_set_of_flags_and_each_can_be_given_otherwise(monkeypatch)
         **train_sam2_proper.CONFIG, "output_dir": reference["output_dir"]}
     changed = {name: value for name, value in improved.items() if value != reference[name]}
     assert changed == {"recipe": "improved", **train_sam2_proper.RECIPES["improved"]}
-    passes = [each["iterations"] * each["batch_size"] * each["clicks"] for each in (reference, improved)]
+    passes = [each["iterations"] * each["batch_size"] for each in (reference, improved)]
     assert passes[0] == passes[1]  # the same budget
     mine = settings_of(monkeypatch, "--lr", "2e-4", "--recipe", "improved", "--iterations=10")
     assert mine["lr"] == 2e-4 and mine["iterations"] == 10 and mine["supervise"] == "all"
@@ -508,7 +681,7 @@ def make_numbered_data(folder):
 
 def test_objects_of_numbered_masks_are_trained_and_compared_one_by_one(tmp_path, weights):
     make_numbered_data(tmp_path)
-    done = train(tmp_path, weights, "--iterations", 6, "--save-every", 3, "--clicks", 2, "--lr", "1e-3")
+    done = train(tmp_path, weights, "--iterations", 6, "--save-every", 3, "--lr", "1e-3")
     assert "학습 6장, 객체 12개 (전경 100픽셀 미만이라 뺀 객체 6개), 검증 4장, 객체 12개" in done.stdout
     summary = read_summary(tmp_path / "output")
     assert summary["train_objects"] == summary["val_objects"] == 12
@@ -520,25 +693,77 @@ def test_objects_of_numbered_masks_are_trained_and_compared_one_by_one(tmp_path,
     compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["num_images"] == 4 and compared["num_objects"] == 12
     assert compared["finetuned_iou"] == summary["best_iou"]
-    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--max-objects", 1,
-        "--prompt", "points", cwd=tmp_path)
-    with (tmp_path / "output/comparison/per_image.csv").open(encoding="utf-8") as file:
-        assert [row["object"] for row in csv.DictReader(file)] == ["7"] * 4
 
 
-def test_each_click_on_an_image_has_an_object_of_its_own(tmp_path):
+@pytest.mark.parametrize("prompt", ["point", "points", "box", "mixed"])
+def test_a_sample_of_many_objects_is_validated_as_it_is_compared(tmp_path, weights, prompt):
+    make_numbered_data(tmp_path)
+    done = train(tmp_path, weights, "--iterations", 2, "--max-objects", 2, "--val-prompt", prompt, "--lr", "1e-3",
+                 "--dice-weight", 1, "--supervise", "all")
+    assert "검증 4장, 객체 8개 (2개씩만 검증해 뺀 객체 4개)" in done.stdout
+    done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
+               "--max-objects", 2, "--prompt", prompt, cwd=tmp_path)
+    assert "2개씩만 비교해 뺀 객체: 4개" in done.stdout
+    compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert compared["num_objects"] == 8
+    assert compared["finetuned_iou"] == read_summary(tmp_path / "output")["best_iou"]
+    assert compared["original_iou"] == read_summary(tmp_path / "output")["start_iou"]
+    assert compared["finetuned_dice"] == float(read_log(tmp_path)[-1]["val_dice"])
+
+
+def test_each_example_is_one_object_and_all_come_up(tmp_path, monkeypatch):
     make_numbered_data(tmp_path)
     masks = train_sam2_proper.Masks(train_sam2_proper.find_pairs(tmp_path / "data/images/train",
                                                                  tmp_path / "data/masks/train"), 1024, 100)
-    labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train/pair_003.png")
-    for clicks in (1, 2, 3):
-        example = train_sam2_proper.Examples(masks, clicks)[
-            train_sam2_proper.Example(3, np.random.default_rng(clicks), "point", 0)]
-        numbers = [set(labels[gt_mask].tolist()) for gt_mask in example.gt_masks]
-        assert len(numbers) == clicks and all(number in ({7}, {300}) for number in numbers)
-        assert clicks < 2 or numbers[0] != numbers[1]
-        coords, points = train_sam2_proper.random_prompts(example.rng, "point", example.gt_masks)
-        assert all(gt_mask[int(y), int(x)] for gt_mask, ((x, y),) in zip(example.gt_masks, coords))
+    monkeypatch.setattr(sys, "argv", ["train", "--batch-size", "4"])
+    batches = train_sam2_proper.Batches(masks, train_sam2_proper.parse_args())
+    seen = set()
+    for number in range(20):
+        batch = batches[number]
+        assert len(batch.gt_masks) == len(batch.rngs) == 4 and batch.kind == "point"
+        for index, rng, gt_mask in zip(batch.indices, batch.rngs, batch.gt_masks):
+            labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train" / masks.paths[index].name)
+            value, = set(labels[gt_mask[0]].tolist())
+            assert (labels == value).sum() == gt_mask.sum() and gt_mask.shape == (1, 60, 80)
+            (x, y), = train_sam2_proper.first_prompt("point", gt_mask[0], rng)[0].astype(int)
+            assert gt_mask[0, y, x]
+            seen.add((int(index), value))
+    assert seen == {(index, value) for index in range(6) for value in (7, 300)}
+
+
+def test_batches_follow_from_their_number_and_are_shared_by_processes(data, weights, monkeypatch):
+    training = make_training(data, weights, monkeypatch, "--batch-size", "2", "--accumulate", "2", "--prompt", "mixed")
+
+    def drawn(batches, number):
+        batch = batches[number]
+        return batch.kind, batch.corrections, [(int(index), rng.random(), mask.sum()) for index, rng, mask in
+                                               zip(batch.indices, batch.rngs, batch.gt_masks)]
+    alone = train_sam2_proper.Batches(training.masks, training.args)
+    assert drawn(alone, 7) == drawn(alone, 7) != drawn(alone, 5)
+    training.args.batch_size = 1
+    for number in range(6):
+        shares = [drawn(train_sam2_proper.Batches(training.masks, training.args, None, rank, 2), number)
+                  for rank in (0, 1)]
+        training.args.batch_size = 2
+        whole = drawn(alone, number)
+        training.args.batch_size = 1
+        assert {share[:2] for share in shares} == {whole[:2]}
+        assert sorted(sum((share[2] for share in shares), [])) == sorted(whole[2])
+
+
+def test_masks_in_memory_are_those_of_the_files(tmp_path):
+    make_numbered_data(tmp_path)
+    pairs = train_sam2_proper.find_pairs(tmp_path / "data/images/val", tmp_path / "data/masks/val")
+    masks = train_sam2_proper.Masks(pairs, 1024, 1)
+    assert masks.count == 12 and masks.unsampled == masks.left_out == 0
+    for index, (_, path) in enumerate(pairs):
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(masks.labels(index), labels) and masks.objects[index].tolist() == [7, 9, 300]
+        assert np.array_equal(masks.decode(index), [labels == number for number in (7, 9, 300)])
+        assert np.array_equal(masks.decode(index, [300]), [labels == 300])
+    sampled = train_sam2_proper.Masks(pairs, 1024, 1, 2)
+    assert sampled.count == 8 and sampled.unsampled == 4
+    assert all(set(objects.tolist()) < {7, 9, 300} for objects in sampled.objects)
 
 
 def test_an_object_in_pieces_is_one_object_and_numbered_masks_resume(tmp_path, weights):
@@ -547,12 +772,12 @@ def test_an_object_in_pieces_is_one_object_and_numbered_masks_resume(tmp_path, w
         labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         labels[40:, :12] = 7  # the other corner
         write_image(path, labels)
-    arguments = ("--save-every", 4, "--lr", "1e-3", "--iterations", 9, "--clicks", 2, "--prompt", "mixed")
+    arguments = ("--save-every", 4, "--lr", "1e-3", "--iterations", 9, "--batch-size", 2, "--prompt", "mixed")
     done = train(tmp_path, weights, *arguments, "--output-dir", "whole")
     assert "학습 6장, 객체 12개" in done.stdout
     train(tmp_path, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
           before=signal_at("[8/", signal.SIGKILL))
-    train(tmp_path, weights, *arguments, "--output-dir", "parts", "--resume")
+    train(tmp_path, weights, "--output-dir", "parts", "--resume")
     assert distance(load(tmp_path / "whole/sam2_final.pt"), load(tmp_path / "parts/sam2_final.pt")) == 0
 
 
@@ -562,7 +787,7 @@ def test_low_rank_updates_are_saved_as_an_official_checkpoint_and_resumed_bit_fo
     train(data, weights, *arguments, "--output-dir", "whole")
     train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
           before=signal_at("[4/", signal.SIGKILL))
-    train(data, weights, *arguments, "--output-dir", "parts", "--resume")
+    train(data, weights, "--output-dir", "parts", "--resume")
     before, after = load(weights), load(data / "whole/sam2_final.pt")
     assert before.keys() == after.keys() == load(data / "parts/sam2_last.pt").keys()
     assert distance(after, load(data / "parts/sam2_final.pt")) == 0
@@ -622,26 +847,11 @@ def test_checkpointing_keeps_less_for_the_backward_pass(data, weights, monkeypat
     assert kept("--grad-checkpointing") < 0.5 * kept()
 
 
-def test_plateau_halves_the_learning_rate_after_two_validations_without_a_better_one(data, weights, monkeypatch):
-    def factors(reached):
-        training, factors = make_training(data, weights, monkeypatch, "--scheduler", "plateau"), []
-        training.mean = [0.0, 0.0]
-        for iteration, iou in enumerate(reached, start=1):
-            factors.append(train_sam2_proper.learning_rate_factor(training.args, iteration, training.halvings))
-            training.validate_image = lambda index, iou=iou: [(0.0, iou, 0.0)]
-            training.log()
-            training.validate()
-        return factors
-    # 0.5 is the best at first; the third validation is the second that is no better
-    assert factors([0.5] * 12) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625, 0.03125]
-    assert factors([0.1 + number / 100 for number in range(12)]) == [1] * 12
-
-
 def test_the_log_has_the_learning_rate_of_the_encoder_when_it_learns(data, weights):
-    flags = ("--iterations", 2, "--workers", 0, "--scheduler", "step")
+    flags = ("--iterations", 2, "--workers", 0, "--scheduler", "cosine")
     train(data, weights, *flags, "--encoder", "lora", "--output-dir", "lora")
     row = read_log(data, "lora")[-1]
-    assert float(row["lr"]) == pytest.approx(1e-6) and float(row["encoder_lr"]) == pytest.approx(3e-6)
+    assert float(row["lr"]) == pytest.approx(5e-6) and float(row["encoder_lr"]) == pytest.approx(1.5e-5)
     train(data, weights, *flags)
     assert "encoder_lr" not in read_log(data)[-1]
 
@@ -673,9 +883,9 @@ def test_ctrl_c_reaches_the_workers_as_well_and_still_saves(data, weights):
 
 
 def test_objects_are_decoded_in_parts_that_fit_and_hidden_files_are_no_images(tmp_path):
-    parts = train_sam2_proper.in_parts(np.zeros((5, 8192, 4096), bool))  # 2**25 pixels: one object has 384 MB of logits
+    parts = train_sam2_proper.in_parts(np.arange(5), (8192, 4096))  # 2**25 pixels: one object has 384 MB of logits
     assert [len(part) for part in parts] == [1] * 5
-    assert [len(part) for part in train_sam2_proper.in_parts(np.zeros((50, 1024, 1024), bool))] == [42, 8]
+    assert [len(part) for part in train_sam2_proper.in_parts(np.arange(50), (1024, 1024))] == [42, 8]
     make_data(tmp_path)
     for kind in ("images", "masks"):
         (tmp_path / "data" / kind / "train/._pair_000.png").write_bytes(b"written by macOS")
@@ -685,9 +895,10 @@ def test_objects_are_decoded_in_parts_that_fit_and_hidden_files_are_no_images(tm
 
 def test_a_damaged_image_read_ahead_is_named_in_one_line(data, weights):
     for path in (data / "data/images/train").iterdir():
-        path.write_bytes(b"no image")
+        damage(path)
     done = train(data, weights, "--encoder", "full", "--iterations", 2, "--workers", 1, code=1)
-    assert_fails_in_one_line(done, "pair_00", "손상")
+    assert_fails_in_one_line(without_libpng(done), "pair_00", "손상")
+    assert not (data / "output/sam2_last.pt").exists()  # nothing was learned, so nothing is written
 
 
 def test_augmented_masks_stay_on_their_objects():
