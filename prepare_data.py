@@ -314,23 +314,22 @@ def to_labels(values, classes=False):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, which also turns it upright as its EXIF says.
+    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
 
-    Raises ImageError, naming the file, if it cannot be decoded or holds several pictures. The bytes are read first,
-    because cv2.imread cannot open a path with Korean letters on Windows.
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        data = np.fromfile(path, np.uint8)
-        is_heif = data[4:8].tobytes() == b"ftyp"  # HEIC and AVIF: not every OpenCV reads them, none turns them upright
-        _, pages = (False, ()) if is_heif else cv2.imdecodemulti(data, flags, range=(0, 2))
+        data, pages = np.fromfile(path, np.uint8), ()
+        if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
+            _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         pages = ()
-    if len(pages) != 1:
-        raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
-                                        "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
-    return pages[0]
+    if len(pages) == 1:
+        return pages[0]
+    raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
+                                    "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
 
 
 def read_image(path):
@@ -756,18 +755,16 @@ def lock(path):
 
 
 def write_file(path, content):
-    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write bytes, or what content(file) writes, beside `path` and rename it, so that `path` is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
         content(file) if callable(content) else file.write(content)
-    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+    for _ in range(20):  # on Windows another program may hold `path` for a moment
         with contextlib.suppress(PermissionError):
-            temporary.replace(path)
-            return
+            return temporary.replace(path)
         time.sleep(0.1)
-    temporary.replace(path)
+    return temporary.replace(path)
 
 
 def write_json(path, value):

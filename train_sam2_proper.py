@@ -310,6 +310,9 @@ def print_setup(training):
               f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks), processes)}장이 들어갑니다 "
               f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {(cache.limit + val_cache.limit) / 1e9:.3g} GB)"
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
+    if same := same_files(masks.paths, val_masks.paths):
+        print(f"주의: 검증 이미지 {len(same)}장이 학습 이미지와 같은 파일입니다 ({', '.join(same[:3])}). "
+              "검증 IoU가 실제보다 높게 나옵니다")
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
     if args.resume:
@@ -566,6 +569,14 @@ def find_pairs(image_dir, mask_dir):
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
+def same_files(train_paths, val_paths):
+    """The names of the validation images whose file is, byte for byte, that of a training image."""
+    sizes = {path.stat().st_size for path in train_paths} & {path.stat().st_size for path in val_paths}
+    train, val = ([(hashlib.sha256(path.read_bytes()).digest(), path.name) for path in paths
+                   if path.stat().st_size in sizes] for paths in (train_paths, val_paths))  # others need not be read
+    return [name for digest, name in val if digest in dict(train)]
+
+
 class Masks:
     """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
 
@@ -644,20 +655,27 @@ def reduce_labels(labels, max_side):
     Each object is reduced on its own, see reduce_mask; where two claim a pixel, the smaller one gets it.
     Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
     """
-    height, width = reduced_size(labels.shape, max_side)
-    if (height, width) == labels.shape:
+    size = height, width = reduced_size(labels.shape, max_side)
+    if size == labels.shape:
         return labels, 0
-    reduced, broken = np.zeros((height, width), np.uint16), 0
+    reduced, parts = np.zeros(size, np.uint16), []
     numbers, areas, boxes = find_objects(labels)
     for index in np.argsort(-areas, kind="stable"):
         top, left, bottom, right = boxes[index]
-        rows, reduced_rows = aligned_slices(top, bottom, labels.shape[0], height)
-        columns, reduced_columns = aligned_slices(left, right, labels.shape[1], width)
-        target = reduced[reduced_rows, reduced_columns]
-        mask, is_broken = reduce_mask(labels[rows, columns] == numbers[index], target.shape)
-        target[mask] = numbers[index]
-        broken += is_broken
-    return reduced, broken
+        mask = labels[top:bottom, left:right] == numbers[index]
+        rows = slice(top * height // labels.shape[0], -(-bottom * height // labels.shape[0]))
+        columns = slice(left * width // labels.shape[1], -(-right * width // labels.shape[1]))
+        if mask.size > labels.size // 8:
+            coverage = cv2.resize((labels == numbers[index]).astype(np.float32), (width, height),
+                                  interpolation=cv2.INTER_AREA)[rows, columns]
+        else:  # the same, and faster for small objects
+            coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
+                @ area_weights(labels.shape[1], width)[columns, left:right].T
+        pieces, place = count_pieces(mask), (rows, columns)
+        reduced[place][reduce_mask(coverage, pieces)] = numbers[index]
+        parts.append((numbers[index], place, pieces, coverage.sum()))
+    kept = [(reduced[place] == number, pieces, area) for number, place, pieces, area in parts]
+    return reduced, sum(count_pieces(mask) > pieces or mask.sum() < area / 2 for mask, pieces, area in kept)
 
 
 def find_objects(labels):
@@ -681,26 +699,29 @@ def find_objects(labels):
     return values[first], np.add.reduceat(lengths, first), boxes
 
 
-def aligned_slices(start, stop, full, reduced):
-    """The pixels of an axis, and of the reduced axis, around start:stop: both begin and end at the same places."""
-    steps = math.gcd(full, reduced)
-    first, last = start * steps // full, -(-stop * steps // full)
-    return slice(first * full // steps, last * full // steps), slice(first * reduced // steps, last * reduced // steps)
+@functools.lru_cache(4)
+def area_weights(full, reduced):
+    """How much of each of `full` pixels of an axis lies in each of `reduced` pixels: float32 reduced x full."""
+    return cv2.resize(np.eye(full, dtype=np.float32), (full, reduced), interpolation=cv2.INTER_AREA)
 
 
-def reduce_mask(mask, shape):
-    """Shrink a mask (bool H x W) to `shape`: a pixel belongs to it if the object covers at least half of the pixel.
+def reduce_mask(coverage, pieces):
+    """The pixels (bool H x W) of a reduced object: those of which it covers (float H x W, 0 to 1) at least half.
 
-    If that breaks the object into more pieces, or loses more than half of its area, as it happens to thin lines, a
-    quarter or an eighth is enough. Returns: the mask, and whether it is damaged all the same.
+    If that breaks it into more `pieces` than before, or loses more than half of its area, as it happens to thin lines,
+    a quarter or an eighth is enough.
     """
-    coverage = cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=cv2.INTER_AREA)
-    pieces = cv2.connectedComponents(mask.view(np.uint8))[0]
     for least in (0.5, 0.25, 0.125):
-        reduced = coverage >= least
-        if cv2.connectedComponents(reduced.view(np.uint8))[0] <= pieces and reduced.sum() >= coverage.sum() / 2:
-            return reduced, False
-    return reduced, True
+        mask = coverage >= least
+        if count_pieces(mask) <= pieces and mask.sum() >= coverage.sum() / 2:
+            break
+    return mask
+
+
+def count_pieces(mask):
+    """The number of connected regions that hold 99 % of a mask (bool H x W); what is left are specks at its edge."""
+    areas = np.sort(cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
+    return int(np.searchsorted(np.cumsum(areas), 0.99 * areas.sum()) + 1)
 
 
 def read_reduced(path, size):
@@ -1323,6 +1344,7 @@ class ImageError(OSError):
 
 def run(main, advice):
     """Call main(). An expected failure ends in one line on stderr and exit code 1; advice: if memory runs out."""
+    words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
     try:
         main()
     except OSError as error:
@@ -1330,7 +1352,6 @@ def run(main, advice):
     except KeyboardInterrupt:
         fail("중단했습니다")
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
-        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
@@ -1342,18 +1363,16 @@ def fail(message):
 
 
 def write_file(path, content):
-    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write bytes, or what content(file) writes, beside `path` and rename it, so that `path` is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
         content(file) if callable(content) else file.write(content)
-    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+    for _ in range(20):  # on Windows another program may hold `path` for a moment
         with contextlib.suppress(PermissionError):
-            temporary.replace(path)
-            return
+            return temporary.replace(path)
         time.sleep(0.1)
-    temporary.replace(path)
+    return temporary.replace(path)
 
 
 def write_json(path, value):
@@ -1385,23 +1404,22 @@ def calculate_iou(pred_mask, gt_mask):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, which also turns it upright as its EXIF says.
+    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
 
-    Raises ImageError, naming the file, if it cannot be decoded or holds several pictures. The bytes are read first,
-    because cv2.imread cannot open a path with Korean letters on Windows.
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        data = np.fromfile(path, np.uint8)
-        is_heif = data[4:8].tobytes() == b"ftyp"  # HEIC and AVIF: not every OpenCV reads them, none turns them upright
-        _, pages = (False, ()) if is_heif else cv2.imdecodemulti(data, flags, range=(0, 2))
+        data, pages = np.fromfile(path, np.uint8), ()
+        if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
+            _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         pages = ()
-    if len(pages) != 1:
-        raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
-                                        "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
-    return pages[0]
+    if len(pages) == 1:
+        return pages[0]
+    raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
+                                    "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
 
 
 def read_image(path):
@@ -1488,26 +1506,21 @@ def load_weights(model, checkpoint, model_cfg):
         official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
-    advice = '가중치만 저장하세요: torch.save({"model": model.state_dict()}, "weights.pt") (model은 SAM 2)'
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if "state_dict" in saved:  # PyTorch Lightning
-            fail(f"체크포인트 {checkpoint}의 가중치가 'model'이 아니라 'state_dict' 항목에 있습니다. {advice}")
         weights = dict(saved.get("model", saved))
+        if "state_dict" in weights:
+            raise ValueError("가중치가 'state_dict' 항목에 있습니다 (PyTorch Lightning)")
         model.load_state_dict(weights)
+        if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"유한하지 않은 가중치: {', '.join(wrong[:3])}")
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
-            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
-            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
-            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
-            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
-                 f"({refused[1]})이 있어 열지 않습니다. {advice}")
-        fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
-             f"{textwrap.shorten(str(error), 400)}")
-    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        fail(f"체크포인트 {checkpoint}의 가중치가 유한하지 않습니다: {', '.join(wrong[:3])}")
+        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
+        fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
+             '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -52,6 +52,7 @@ class ImageError(OSError):
 
 def run(main, advice):
     """Call main(). An expected failure ends in one line on stderr and exit code 1; advice: if memory runs out."""
+    words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
     try:
         main()
     except OSError as error:
@@ -59,7 +60,6 @@ def run(main, advice):
     except KeyboardInterrupt:
         fail("중단했습니다")
     except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
-        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
@@ -71,18 +71,16 @@ def fail(message):
 
 
 def write_file(path, content):
-    """Write bytes, or what content(file) writes, to a temporary file and rename it: `path` is never half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write bytes, or what content(file) writes, beside `path` and rename it, so that `path` is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("wb") as file:
         content(file) if callable(content) else file.write(content)
-    for _ in range(20):  # on Windows, another program may hold `path` for a moment
+    for _ in range(20):  # on Windows another program may hold `path` for a moment
         with contextlib.suppress(PermissionError):
-            temporary.replace(path)
-            return
+            return temporary.replace(path)
         time.sleep(0.1)
-    temporary.replace(path)
+    return temporary.replace(path)
 
 
 def write_json(path, value):
@@ -114,23 +112,22 @@ def calculate_iou(pred_mask, gt_mask):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, which also turns it upright as its EXIF says.
+    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
 
-    Raises ImageError, naming the file, if it cannot be decoded or holds several pictures. The bytes are read first,
-    because cv2.imread cannot open a path with Korean letters on Windows.
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
     """
     try:
-        data = np.fromfile(path, np.uint8)
-        is_heif = data[4:8].tobytes() == b"ftyp"  # HEIC and AVIF: not every OpenCV reads them, none turns them upright
-        _, pages = (False, ()) if is_heif else cv2.imdecodemulti(data, flags, range=(0, 2))
+        data, pages = np.fromfile(path, np.uint8), ()
+        if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
+            _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
         pages = ()
-    if len(pages) != 1:
-        raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
-                                        "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
-    return pages[0]
+    if len(pages) == 1:
+        return pages[0]
+    raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
+                                    "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
 
 
 def read_image(path):
@@ -217,26 +214,21 @@ def load_weights(model, checkpoint, model_cfg):
         official = re.fullmatch(r"sam2\.1_hiera_(tiny|small|base_plus|large)\.pt", checkpoint.name)
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
-    advice = '가중치만 저장하세요: torch.save({"model": model.state_dict()}, "weights.pt") (model은 SAM 2)'
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        if "state_dict" in saved:  # PyTorch Lightning
-            fail(f"체크포인트 {checkpoint}의 가중치가 'model'이 아니라 'state_dict' 항목에 있습니다. {advice}")
         weights = dict(saved.get("model", saved))
+        if "state_dict" in weights:
+            raise ValueError("가중치가 'state_dict' 항목에 있습니다 (PyTorch Lightning)")
         model.load_state_dict(weights)
+        if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"유한하지 않은 가중치: {', '.join(wrong[:3])}")
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        if refused := re.search(r"GLOBAL ((\S+)\.\w+) was not an allowed global", str(error)):
-            # before it in the pickled dict is its key: a text is "X", its length in four bytes, and itself
-            before = checkpoint.read_bytes().partition(refused[2].encode())[0]
-            length, key = [(b"\0", b""), *re.findall(rb"X(.)\0\0\0([^\0]*)", before, re.DOTALL)][-1]
-            fail(f"체크포인트 {checkpoint}의 '{key[:length[0]].decode(errors='replace')}' 항목에 가중치가 아닌 값"
-                 f"({refused[1]})이 있어 열지 않습니다. {advice}")
-        fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: "
-             f"{textwrap.shorten(str(error), 400)}")
-    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        fail(f"체크포인트 {checkpoint}의 가중치가 유한하지 않습니다: {', '.join(wrong[:3])}")
+        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
+        fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
+             '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -275,6 +275,33 @@ def test_a_thin_line_stays_in_one_piece_when_reduced(side, width):
     assert broken == 0 and cv2.connectedComponents((reduced > 0).astype(np.uint8))[0] == 2
 
 
+@pytest.mark.parametrize("shape", [(3000, 4000), (2999, 3999), (1500, 1280)])
+def test_small_objects_are_reduced_as_if_the_whole_image_were(shape):
+    labels, rng = np.zeros(shape, np.uint16), np.random.default_rng(0)
+    for number in range(1, 40):
+        center = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
+        cv2.ellipse(labels, center, (60, 25), int(rng.integers(180)), 0, 360, number, -1)
+    reduced, _ = train_sam2_proper.reduce_labels(labels, 1024)
+    for number in (1, 20, 39):
+        coverage = cv2.resize((labels == number).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
+        assert ((coverage >= 0.5) & (reduced == 0)).sum() == 0
+        assert ((reduced == number) & (coverage < 0.49)).sum() == 0
+
+
+def test_objects_that_others_cover_when_reduced_are_counted_and_specks_at_an_edge_do_no_harm():
+    lines = np.zeros((4096, 4096), np.uint16)
+    for number in range(1, 9):  # eight lines of one pixel, four in a reduced pixel
+        lines[99 + number, 200:3000] = number
+    reduced, broken = train_sam2_proper.reduce_labels(lines, 1024)
+    assert len(np.unique(reduced)) == 3 and broken == 6
+    blob = np.zeros((3000, 4000), np.uint16)
+    cv2.circle(blob, (2000, 1500), 700, 1, -1)
+    blob[100, 100] = 1
+    reduced, broken = train_sam2_proper.reduce_labels(blob, 1024)
+    coverage = cv2.resize((blob > 0).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
+    assert broken == 0 and np.array_equal(reduced > 0, coverage >= 0.5)
+
+
 def test_objects_that_vanish_when_reduced_are_counted_and_touching_ones_keep_their_numbers():
     labels = np.zeros((4096, 4096), np.uint16)
     labels[:, :2048], labels[:, 2048:] = 1, 2

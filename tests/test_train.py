@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -975,3 +976,15 @@ def test_the_whole_encoder_is_trained_when_asked_and_never_cached(data, weights)
     assert "모델마다 인코딩" in done.stdout
     compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "output")["best_iou"], abs=1e-6)
+
+
+def test_the_setup_reports_images_in_both_splits_and_objects_that_the_reduction_damages(data, weights):
+    shutil.copy(data / "data/images/train/pair_000.png", data / "data/images/val/pair_100.png")
+    mask = np.zeros((4096, 4096), np.uint16)
+    for number in range(1, 5):  # four lines that fall into one row of the reduced mask
+        mask[99 + number, 200:3000] = number
+    write_image(data / "data/images/train/lines.png", np.zeros((4096, 4096, 3), np.uint8))
+    write_image(data / "data/masks/train/lines.png", mask)
+    done = train(data, weights, "--iterations", 1)
+    assert "검증 이미지 1장이 학습 이미지와 같은 파일입니다 (pair_100.png)" in done.stdout
+    assert "절반 넘게 사라지거나 조각나는 객체 3개" in done.stdout
