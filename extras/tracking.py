@@ -268,7 +268,7 @@ class Window:
         self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
                              valinit=0, valstep=1, valfmt="%d")
         self.slider.on_changed(self.guarded(self.on_slider))
-        digits = "1 ... 9, [, ]: object number    " if max_object > 1 else ""
+        digits = "1 ... 9 or [ ]: object number    " if max_object > 1 else ""
         self.figure.text(0.5, 0.02, WINDOW_HELP.format(digits=digits, unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
         self.figure.canvas.mpl_disconnect(self.figure.canvas.manager.key_press_handler_id)  # matplotlib's own keys

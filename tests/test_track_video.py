@@ -923,7 +923,7 @@ def test_real_window_prompts_two_objects_tracks_steps_corrects_and_tracks_again(
         assert int(re.search(r"HEIGHT=(\d+)", geometry)[1]) <= 720 - 50  # the frame and a panel of the desktop
         window.click(20, 20)
         window.wait_for("frames", 0, 1, 1)
-        window.xdotool("key", "2")
+        window.xdotool("key", "bracketright")
         window.wait_for("frames", 0, 2, 1)
         window.drag((41, 20), (60, 40))
         window.wait_for("frames", 0, 2, 2)
