@@ -77,7 +77,7 @@ def main():
         plt.switch_backend("Agg")
     check_output(args)
     volume = Volume(args.volume)
-    for doubt in (*(doubts_about_values(volume.data) if args.window else []), *doubts_about_header(args.volume),
+    for doubt in (*doubts_about_values(volume.data, args.window), *doubts_about_header(args.volume),
                   *doubts_about_affine(volume.image.affine)):
         print(f"주의: {args.volume}: {doubt}")
     slices = Slices(volume, args.axis, args.window)

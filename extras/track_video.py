@@ -503,7 +503,7 @@ def save_pictures(video, args, is_numbered):
     temporary = folder / f"overlay.mp4.{os.getpid()}.tmp"
     pairs = skipped = 0
     try:
-        with av.open(str(temporary), "w", format="mp4") as container:
+        with av.open(f"file:{temporary}", "w", format="mp4") as container:
             options = {"preset": "veryfast", "crf": "20", "bf": "0"}  # no B-frames: the last packet is the last frame
             stream = container.add_stream("libx264", rate=FOLDER_RATE, options=options)
             stream.codec_context.time_base = video.time_base

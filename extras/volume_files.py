@@ -9,8 +9,9 @@ import numpy as np
 
 MILLIMETRES = {"meter": 1000, "micron": 0.001}  # in one unit of a NIfTI header; else the unit is the millimetre
 TOLERANCE = 0.1    # voxels: two grids that are this far apart, or further, are different
-LEAST_AIR = 0.005  # share of the voxels of a CT that are air or fat, below -150 Hounsfield units
-MOST_BONE = 0.4    # share of the other voxels that are bone, above 300 Hounsfield units
+SOFT = -150, 300   # Hounsfield units: between air and bone
+LEAST_AIR = 0.005  # share of the voxels of a CT that are air
+MOST_BONE = 0.4    # share of the other voxels that are bone
 
 
 def load_nifti(path):
@@ -43,25 +44,28 @@ def labels_of(mask):
     return np.unique(np.round(mask[(mask > 0.5) & np.isfinite(mask)])).astype(int).tolist()
 
 
-def doubts_about_values(values):
-    """Sentences, in Korean, about a volume that a window in Hounsfield units will be applied to. values: X x Y x Z.
+def doubts_about_values(values, window):
+    """Sentences, in Korean, about whether the values of a volume, X x Y x Z, are in Hounsfield units like the window.
 
-    A CT has air, and most of the rest is soft tissue. An MR has no negative values; in Hounsfield units + 1024, which a
+    window: (lowest, highest) value, or None, about which there is no doubt, as about one that is above soft tissue. A
+    CT has air, and most of the rest is soft tissue. An MR has no negative values; in Hounsfield units + 1024, which a
     lost intercept leaves, soft tissue is at 1064.
     """
     sample = values[::2, ::2, ::2]
-    body = sample[sample >= -150]
-    if (sample < -150).mean() >= LEAST_AIR and body.size and (body > 300).mean() <= MOST_BONE:
+    is_air, is_bone = sample < SOFT[0], sample > SOFT[1]
+    if window is None or window[0] > SOFT[1] or \
+            is_air.mean() >= LEAST_AIR and is_bone.sum() <= MOST_BONE * (~is_air).sum():
         return []
     return ["값이 Hounsfield 단위(HU)가 아닌 것 같습니다. MR이면 --window none을 쓰고, HU에 1024를 더한 값이면 "
             "레벨에도 1024를 더해 --window 1064,80처럼 쓰세요"]
 
 
 def doubts_about_affine(affine):
-    """Sentences, in Korean, about the affine of a volume, 4 x 4, in millimetres."""
-    if not np.array_equal(affine, np.eye(4)):
+    """Sentences, in Korean, about the affine of a volume, 4 x 4, in millimetres: an identity, also that of LPS axes
+    (SimpleITK), is what programs write that know neither the size of the voxels nor their place."""
+    if not np.array_equal(np.abs(affine), np.eye(4)):
         return []
-    return ["affine이 단위 행렬입니다. 복셀을 1 mm로, 축을 RAS로 보므로 부피와 방향이 틀릴 수 있습니다"]
+    return ["affine이 단위 행렬(복셀 1 mm, 원점 0)입니다. 실제 값이 아니면 부피와 방향이 틀립니다"]
 
 
 def doubts_about_header(path):

@@ -328,7 +328,9 @@ def test_values_that_are_not_hounsfield_units_are_noticed():
     ringing = np.clip(head, 0, None)
     ringing[0, 0, 0] = -200
     for values, doubtful in ((head, False), (head + 1024, True), (padded, True), (ringing, True), (head * 0, True)):
-        assert bool(volume_files.doubts_about_values(values)) == doubtful
+        assert bool(volume_files.doubts_about_values(values, (0, 80))) == doubtful
+        assert not volume_files.doubts_about_values(values, (1024, 1104))  # chosen for + 1024
+        assert not volume_files.doubts_about_values(values, None)
 
 
 def test_what_may_be_misread_is_reported_with_its_file_and_flag(tmp_path):
@@ -340,7 +342,7 @@ def test_what_may_be_misread_is_reported_with_its_file_and_flag(tmp_path):
     nib.save(other, tmp_path / "other.nii")
     nib.save(nib.Nifti1Image(data.astype(np.float32), None), tmp_path / "bare.nii")
     hounsfield = "값이 Hounsfield 단위(HU)가 아닌 것 같습니다. MR이면 --window none을"
-    for name, flags, words in (("plain.nii.gz", [], [hounsfield, "affine이 단위 행렬입니다"]),
+    for name, flags, words in (("plain.nii.gz", [], [hounsfield, "affine이 단위 행렬("]),
                                ("other.nii", ["--window", "none"], ["qform과 sform이 서로 다릅니다"])):
         done = segment(tmp_path, "missing.pt", "--point", "4,16,6", *flags, volume=name, code=1)
         lines = [line for line in done.stdout.splitlines() if line.startswith("주의")]
@@ -348,6 +350,8 @@ def test_what_may_be_misread_is_reported_with_its_file_and_flag(tmp_path):
             line.startswith(f"주의: {name}: {start}") for line, start in zip(lines, words)), lines
     assert volume_files.doubts_about_header(tmp_path / "bare.nii")[0].startswith("qform과 sform이 없습니다")
     assert not volume_files.doubts_about_header(tmp_path / "plain.nii.gz")
+    for diagonal, doubtful in (((-1, -1, 1, 1), True), ((1, 1, 5, 1), False)):  # LPS, as SimpleITK writes it
+        assert bool(volume_files.doubts_about_affine(np.diag(diagonal))) == doubtful
 
 
 def test_the_test_files_of_nibabel_open_or_are_refused_in_one_line(tmp_path):

@@ -311,7 +311,8 @@ def read_pair(row):
 
 def doubts_about(row, image, labels, affine, window):
     """What may be wrong with the files of a Row although they can be read: (file, sentence) pairs."""
-    doubts = [(row.path, doubt) for doubt in (doubts_about_values(image) if window else [])]
+    limits = window and (window[0] - window[1] / 2, window[0] + window[1] / 2)
+    doubts = [(row.path, doubt) for doubt in doubts_about_values(image, limits)]
     files = [path for path in (row.path, row.mask) if path]
     doubts += [(path, doubt) for path in files if suffix_of(path) in (".nii", ".nii.gz")
                for doubt in doubts_about_header(path)]
