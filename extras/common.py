@@ -241,10 +241,16 @@ def list_images(folder):
 
 
 def write_csv(path, rows):
-    """Write rows, the first of them the column names, as a CSV file in UTF-8."""
+    """Write rows, the first of them the column names, as a CSV file in UTF-8; cells as in as_cell()."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows([as_cell(value) for value in row] for row in rows)
     write_file(path, text.getvalue().encode())
+
+
+def as_cell(value):
+    """A value for a CSV. A text that a spreadsheet would evaluate as a formula gets an apostrophe in front of it."""
+    is_number = re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", str(value))
+    return f"'{value}" if str(value).startswith(tuple("=+-@\t\r")) and not is_number else value
 
 
 def load_video_predictor(model_cfg, checkpoint, device, image_size=None):
@@ -262,8 +268,18 @@ def load_video_predictor(model_cfg, checkpoint, device, image_size=None):
     config.binarize_mask_from_pts_for_mem_enc = True
     config.fill_hole_area = 0
     model = instantiate(config, _recursive_=True).eval()
+    model.memory_attention.register_forward_pre_hook(convert_memory, with_kwargs=True)
     load_weights(model, checkpoint, model_cfg)
     return model.to(device)
+
+
+def convert_memory(_, args, kwargs):
+    """Convert the memory to the type of the current features (a forward pre-hook of sam2's MemoryAttention).
+
+    sam2 stores memories as bfloat16. Concatenating them with float32 object pointers makes them float32, but an object
+    has no pointer yet on frames before its first prompt, and there sam2 would fail without autocast.
+    """
+    return args, {**kwargs, "memory": kwargs["memory"].to(kwargs["curr"][0].dtype)}
 
 
 def add_model_flags(parser, output):

@@ -50,11 +50,20 @@ from tracking import (
     start_state,
     track,
 )
+from volume_files import (
+    TOLERANCE,
+    affine_in_mm,
+    doubts_about_affine,
+    doubts_about_header,
+    doubts_about_values,
+    labels_of,
+    load_nifti,
+    voxels_apart,
+)
 
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
 WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
            "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
-MILLIMETRES = {"meter": 1000, "micron": 0.001}  # in one unit of a NIfTI header; else the unit is the millimetre
 MONTAGE_SLICES = 20
 MARK = "segment_volume.py"  # in the header field "descrip" of every mask written here, so that no other is overwritten;
 # with a checksum of the voxels, because not every program that saves a corrected mask replaces this field
@@ -68,10 +77,13 @@ def main():
         plt.switch_backend("Agg")
     check_output(args)
     volume = Volume(args.volume)
+    for doubt in (*doubts_about_values(volume.data, args.window), *doubts_about_header(args.volume),
+                  *doubts_about_affine(volume.image.affine)):
+        print(f"주의: {args.volume}: {doubt}")
     slices = Slices(volume, args.axis, args.window)
     check_prompts(args.prompts, slices, args.volume, "슬라이스")
     prompts = mirror(args.prompts, slices.size)
-    truth = slices.of_file(args.truth, volume) if args.truth else None
+    truth = slices.of_file(args.truth, volume, args.truth_label) if args.truth else None
 
     checkpoint, device = choose_checkpoint(args), detect_device(args.device)
     predictor = load_video_predictor(args.model_cfg, checkpoint, device, args.image_size)
@@ -117,7 +129,9 @@ def parse_args():
                         help="대상이 잇달아 N장에서 보이지 않으면 그 방향은 거기서 끝, 0이면 볼륨 끝까지 (기본: 3)")
     parser.add_argument("--each-slice", action="store_true",
                         help="기억으로 따라가지 않고 프롬프트가 있는 슬라이스만 하나씩 분할")
-    parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산")
+    parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산 (0.5보다 큰 값이 대상)")
+    parser.add_argument("--truth-label", type=int, action="append", metavar="N",
+                        help="정답 마스크에 라벨이 여럿이면 비교할 라벨, 여러 번 주면 합침")
     add_model_flags(parser, "output/my_volumes/이름")
     # after a space, because argparse takes "-600,1500" for a flag
     args = parser.parse_args([re.sub("^(?=-[0-9.]+,)", " ", argument) for argument in sys.argv[1:]])
@@ -126,6 +140,8 @@ def parse_args():
     args.interactive = not args.prompts
     if args.max_gap < 0:
         parser.error("--max-gap은 0 이상이어야 합니다")
+    if args.truth_label and not args.truth:
+        parser.error("--truth-label은 --truth와 함께 씁니다")
     if args.each_slice and args.max_gap != parser.get_default("max_gap"):
         parser.error("--max-gap과 --each-slice는 함께 쓸 수 없습니다")
     args.name = Path(args.volume).name
@@ -158,7 +174,7 @@ def check_output(args):
 def is_marked(path):
     """Whether a mask is as this script wrote it."""
     try:
-        image = nib.load(path)
+        image = load_nifti(path)
         return bytes(image.header["descrip"]).rstrip(b"\0") == mark(np.asarray(image.dataobj))
     except Exception:  # nibabel, gzip and zlib each raise their own kinds
         return False
@@ -225,8 +241,8 @@ class Volume:
     def __init__(self, path):
         self.path = path
         try:
-            self.image = nib.load(path)
-            if not isinstance(self.image, nib.Nifti1Pair):  # Nifti1Image and Nifti2Image are kinds of it
+            self.image = load_nifti(path)
+            if not isinstance(self.image, nib.Nifti1Pair):
                 raise ImageError(f"{path}: NIfTI 영상이 아닙니다 ({type(self.image).__name__})")
             shape, dtype = self.image.shape, self.image.get_data_dtype()
             if len(shape) < 3 or math.prod(shape[3:]) != 1:
@@ -235,12 +251,11 @@ class Volume:
             if dtype.kind not in "iuf":
                 raise ImageError(f"{path}: 값의 형식이 {dtype}입니다. 정수나 실수여야 합니다")
             data = self.image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape[:3])
-            scale = MILLIMETRES.get(self.image.header.get_xyzt_units()[0], 1)
+            matrix = affine_in_mm(self.image)
         except (ImageError, MemoryError):
             raise
         except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
             raise ImageError(f"{path}: 읽을 수 없습니다 ({textwrap.shorten(str(error), 150)})") from None
-        matrix = np.diag([scale] * 3 + [1]) @ self.image.affine
         if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-12 or not data.size:
             raise ImageError(f"{path}: 복셀이 공간에 놓인 방향과 크기(affine)가 올바르지 않습니다")
         self.orientation = nib.io_orientation(matrix)
@@ -278,8 +293,6 @@ class Slices:
         self.axis = AXES[axis]
         self.values = self.to_pictures(volume.data)
         finite = volume.data[np.isfinite(volume.data)]
-        if window is not None and finite.min() >= 0:
-            print(f"주의: {volume.path}에 음수가 없어 CT(HU)가 아닌 것 같습니다. MR이면 --window none을 쓰세요")
         self.low, self.high = window or np.percentile(finite, [1, 99])
         self.size = self.values.shape[1:]
         across, down = (volume.affine[:3, axis] for axis in range(3) if axis != self.axis)
@@ -294,13 +307,21 @@ class Slices:
         """The inverse of to_pictures."""
         return np.moveaxis(pictures[:, ::-1, ::-1].transpose(0, 2, 1), 0, self.axis)
 
-    def of_file(self, path, volume):
-        """Read a mask from a NIfTI file: bool slices x H x W, True where the value is not 0. Raises ImageError if its
-        grid is not that of `volume`."""
+    def of_file(self, path, volume, labels=None):
+        """Read a mask from a NIfTI file: bool slices x H x W, True where the value is one of `labels`, or above 0.5.
+
+        Raises ImageError if its grid is not that of `volume`, if it has several labels and none is chosen, or if it has
+        none of a chosen label.
+        """
         other = Volume(path)
-        if other.data.shape != volume.data.shape or not np.allclose(other.affine, volume.affine, atol=1e-3):
+        if other.data.shape != volume.data.shape or \
+                voxels_apart(volume.affine, other.affine, volume.data.shape) >= TOLERANCE:
             raise ImageError(f"{path}: {volume.path}와 크기나 공간에서의 위치(affine)가 다릅니다")
-        return self.to_pictures(np.nan_to_num(other.data) != 0)
+        found = labels_of(other.data)
+        if labels is None and len(found) > 1 or not set(labels or []) <= set(found):
+            shown = ", ".join(map(str, found[:20])) + (", ..." if len(found) > 20 else "")
+            raise ImageError(f"{path}: 비교할 라벨을 --truth-label로 고르세요. 이 파일의 라벨: {shown or '없음'}")
+        return self.to_pictures(np.isin(np.round(other.data), labels or found))
 
     def __len__(self):
         return len(self.values)
@@ -390,7 +411,7 @@ def save(args, volume, slices, prompts, mask, scores, truth, model):
               f"(--max-gap {args.max_gap})")
     print(f"부피: {summary['volume_ml']:.3f} ml ({summary['voxels']}복셀, 복셀 하나 {voxel:.4g} mm³)")
     if truth is not None:
-        summary.update(dice=calculate_dice(mask, truth), iou=calculate_iou(mask, truth),
+        summary.update(truth_label=args.truth_label, dice=calculate_dice(mask, truth), iou=calculate_iou(mask, truth),
                        truth_ml=truth.sum() * voxel / 1000)
         print(f"정답과 비교: Dice {summary['dice']:.4f}, IoU {summary['iou']:.4f}, "
               f"정답 부피 {summary['truth_ml']:.3f} ml")

@@ -56,6 +56,8 @@ from tracking import (
 
 FOLDER_RATE = 25             # frames per second of the overlay, for a folder of images
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
+CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h263,h264,hevc,vvc,vc1,av1,obu,ivf,flv,asf,ogg,mxf,gif,nut,"
+              "wtv,dv,mjpeg,yuv4mpegpipe")  # FFmpeg's demuxers of videos; concat, hls and others open further files
 KEPT_BYTES = 64 * 2**20      # of decoded frames that are kept for going backwards
 RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
 MARK = "track_video.py"      # see mark()
@@ -70,9 +72,9 @@ def main():
         plt.switch_backend("Agg")
     video = open_video(args.video)
     args.video_hash = hash_of(video)
-    check_output(args)
     prompts = read_prompts(args.prompts) if args.prompts else \
         {(args.frame or 0, 1): (args.point, args.box)} if args.point or args.box else {}
+    check_output(args, prompts)
     check_prompts(prompts, video, args.prompts or args.video, "프레임")
 
     checkpoint, device = choose_checkpoint(args), detect_device(args.device)
@@ -85,9 +87,10 @@ def main():
 
     is_tracked = False
     if args.interactive:
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, 숫자 키는 대상 번호입니다. "
-              "Enter를 누르면 추적하고 저장합니다.")
-        window = Window(video, predictor, follow, args.name.encode(errors="replace").decode())
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, 숫자 키와 [ ]는 대상 번호입니다. "
+              f"Enter를 누르면 프롬프트를 {args.output / 'prompts.json'}에 저장하고 추적합니다.")
+        window = Window(video, predictor, follow, args.name.encode(errors="replace").decode(),
+                        aspect=float(1 / video.pixel_aspect))
         window.show()
         prompts, is_tracked = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
@@ -132,10 +135,11 @@ def parse_args():
     return args
 
 
-def check_output(args):
+def check_output(args, prompts):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
-    Results of an earlier run on this video are recognized by the mark() of its masks, also of those for training.
+    Results of an earlier run on this video are recognized by the mark() of its masks, also of those for training. The
+    prompts of a run that ended before its first mask may be overwritten by the same prompts.
     """
     folder = args.output
     if Path(args.video).resolve() in [(folder / name).resolve() for name in ("masks", "to_data/images", "overlay.mp4")]:
@@ -145,10 +149,10 @@ def check_output(args):
     checked = tqdm([*masks, *pairs], "이전 결과 확인", leave=False, disable=None)
     foreign = next((path for path in checked if not is_marked(path, args.video_hash)), None)
     if not masks:
-        foreign = foreign or next((path for path in others if not (
-            args.prompts and path.resolve() == Path(args.prompts).resolve())), None)
+        foreign = foreign or next((path for path in others if not has_prompts(path, prompts)), None)
     if foreign:
-        fail(f"{foreign}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+        advice = f"--prompts {shlex.quote(str(foreign))}로 이어서 하거나 " if foreign.name == "prompts.json" else ""
+        fail(f"{foreign}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. {advice}다른 --output을 쓰세요")
     if masks:
         names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
         print(f"이전 결과를 덮어씁니다: {folder} ({', '.join(names)})")
@@ -162,6 +166,14 @@ def earlier_results(folder, name, to_data):
     pairs = [path for path in sorted(folder.glob("to_data/*/*.png"))
              if to_data and re.fullmatch(f"{re.escape(name)}_[0-9]{{5,}}", path.stem)]
     return masks, [*(path for result in RESULTS if (path := folder / result).exists()), *pairs]
+
+
+def has_prompts(path, prompts):
+    """Whether a file holds these prompts."""
+    try:
+        return path.name == "prompts.json" and read_prompts(path) == prompts
+    except OSError:
+        return False
 
 
 def is_marked(path, video_hash):
@@ -209,8 +221,9 @@ class ImageFolder:
     """The images of a folder in natural order (2.jpg before 10.jpg), read when they are indexed.
 
     The headers of all images are read first, so that a file that is not an image or has another size is an error
-    before anything is tracked. Raises ImageError. time_base, times: as in VideoFile.
+    before anything is tracked. Raises ImageError. time_base, times, end, pixel_aspect: as in VideoFile.
     """
+    pixel_aspect = Fraction(1)
 
     def __init__(self, path):
         self.paths = sorted(list_images(path), key=natural_order)
@@ -219,7 +232,7 @@ class ImageFolder:
         self.size = image_size(self.paths[0])
         for file in self.paths[1:]:
             self.check_size(file, image_size(file))
-        self.time_base, self.times = Fraction(1, FOLDER_RATE), range(len(self.paths))
+        self.time_base, self.times, self.end = Fraction(1, FOLDER_RATE), range(len(self.paths)), len(self.paths)
 
     def check_size(self, file, size):
         """Raise ImageError unless `size`, (H, W), is that of the first frame."""
@@ -261,7 +274,8 @@ class VideoFile:
     and damage is found before anything is tracked. Raises ImageError if there are no frames or if their size changes.
     If the file is truncated or damaged, the frames before the damage are used and a warning is printed.
 
-    times: presentation time of each frame, in units of time_base seconds.
+    times: presentation time of each frame; end: that of the end of the last one, both in units of time_base seconds.
+    pixel_aspect: width of a pixel / its height, upright.
     """
 
     def __init__(self, path):
@@ -274,6 +288,9 @@ class VideoFile:
         has_times = None not in self.times and all(map(int.__lt__, self.times, self.times[1:]))
         if not has_times:
             self.times, self.time_base = range(len(self.times)), 1 / (self.rate or Fraction(FOLDER_RATE))
+            self.end = len(self.times)
+        elif self.end == self.times[-1]:  # some containers, such as AVI, do not tell how long a frame lasts
+            self.end += round(1 / (self.rate or FOLDER_RATE) / self.time_base)
         if not (has_times and is_whole):  # nothing to seek by, or an index that may be wrong
             self.keys = []
         self.numbers = {time: number for number, time in enumerate(self.times)}
@@ -285,7 +302,11 @@ class VideoFile:
     def open(self):
         """Open the file; returns the container and its first video stream. Raises ImageError."""
         try:
-            container = av.open(str(self.path), metadata_errors="replace")
+            container = av.open(f"file:{self.path}", metadata_errors="replace", options={
+                "format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        except av.ArgumentError:
+            raise ImageError(f"{self.path}: 영상 파일(mp4, mov, mkv, webm, avi, mpg, ts, wmv, ...)이 아닙니다. "
+                             "다른 파일의 목록(m3u8, ffconcat)이나 이미지는 열지 않습니다") from None
         except av.FFmpegError as error:
             raise ImageError(f"{self.path}: 영상을 열 수 없습니다 ({error.strerror})") from None
         if not container.streams.video:
@@ -297,7 +318,7 @@ class VideoFile:
     def read_through(self):
         """Decode every frame once to find times, key frames and size. Returns whether the file is complete."""
         container, stream = self.open()
-        packets = end = 0
+        packets = 0
         with container, tqdm(desc="영상 확인", unit="프레임", leave=False, disable=None) as bar:
             self.time_base, self.rate = stream.time_base, stream.average_rate
             try:
@@ -312,13 +333,15 @@ class VideoFile:
                         if frame.key_frame:
                             self.keys.append(len(self.times))
                         self.times.append(frame.pts)
-                        end = (frame.pts or 0) + (frame.duration or 0)
+                        self.end = (frame.pts or 0) + (frame.duration or 0)
+                        aspect = stream.sample_aspect_ratio or Fraction(1)
+                        self.pixel_aspect = 1 / aspect if is_on_its_side(frame) else aspect
                         bar.update()
             except av.FFmpegError:
                 return False
             # an MP4 or MOV trimmed by its edit list has more packets than frames to show, but its full duration
             is_trimmed = "mp4" in container.format.name and \
-                end >= (stream.start_time or 0) + (stream.duration or math.inf)
+                self.end >= (stream.start_time or 0) + (stream.duration or math.inf)
             return packets >= stream.frames or is_trimmed  # stream.frames is 0 if the container does not tell
 
     def __len__(self):
@@ -364,9 +387,14 @@ class VideoFile:
                 return
 
 
+def is_on_its_side(frame):
+    """Whether the rotation in the metadata of a decoded frame exchanges width and height."""
+    return round(frame.rotation / 90) % 2 == 1
+
+
 def upright_size(frame):
     """(H, W) of a decoded frame after the rotation in its metadata."""
-    return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
+    return (frame.width, frame.height) if is_on_its_side(frame) else (frame.height, frame.width)
 
 
 def read_prompts(path):
@@ -400,14 +428,17 @@ def read_prompts(path):
 # ----------------------------------------------------------------------------- writing
 
 def track_and_save(predictor, video, prompts, args):
-    """Track, write each mask as soon as it is predicted and the other results at the end; yields (frame, label map)."""
+    """Write the prompts, track, write each mask as soon as it is predicted and the other results at the end.
+
+    Yields (frame, label map), and (None, None) while it writes the overlay.
+    """
     folder, rows = args.output, {}
+    write_prompts(folder / "prompts.json", prompts)  # clicks survive a tracking that fails
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
             if not rows:  # earlier results are kept until there are new ones
                 clear(folder, args.name, args.to_data)
-                write_prompts(folder / "prompts.json", prompts)
             write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, args.video_hash))
             bar.update(frame not in rows)
             rows[frame] = [track_row(frame, number, labels == number, score)
@@ -415,7 +446,8 @@ def track_and_save(predictor, video, prompts, args):
             yield frame, labels
     header = ["frame", "object", "area", "x1", "y1", "x2", "y2", "score"]
     write_csv(folder / "tracks.csv", [header, *(row for frame in sorted(rows) for row in rows[frame])])
-    save_pictures(video, args, is_numbered=len({number for _, number in prompts}) > 1)
+    for _ in save_pictures(video, args, is_numbered=len({number for _, number in prompts}) > 1):
+        yield None, None
 
 
 def write_prompts(path, prompts):
@@ -430,7 +462,7 @@ def clear(folder, name, to_data):
     halves = [path for path in (*folder.glob("*.tmp"), *folder.glob("masks/*.tmp"))
               if re.fullmatch(rf"([0-9]{{5,}}\.png|{'|'.join(RESULTS)})\.[0-9]+\.tmp", path.name)]
     for path in (*masks, *others, *halves):
-        if path.name != "prompts.json":  # is replaced
+        if path.name != "prompts.json":  # already that of this run
             path.unlink()
 
 
@@ -464,15 +496,18 @@ def track_row(frame, number, mask, score):
 def save_pictures(video, args, is_numbered):
     """Read all frames and their masks again in order, and write overlay.mp4 and the pairs for training.
 
-    is_numbered: whether the masks of the pairs hold object numbers, because there are several objects.
+    A generator that yields after each frame. is_numbered: whether the masks of the pairs hold object numbers, because
+    there are several objects.
     """
     folder, to_data = args.output, args.to_data
     temporary = folder / f"overlay.mp4.{os.getpid()}.tmp"
     pairs = skipped = 0
     try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=FOLDER_RATE, options={"preset": "veryfast", "crf": "20"})
+        with av.open(f"file:{temporary}", "w", format="mp4") as container:
+            options = {"preset": "veryfast", "crf": "20", "bf": "0"}  # no B-frames: the last packet is the last frame
+            stream = container.add_stream("libx264", rate=FOLDER_RATE, options=options)
             stream.codec_context.time_base = video.time_base
+            stream.codec_context.sample_aspect_ratio = video.pixel_aspect
             for index in tqdm(range(len(video)), "저장", unit="프레임", disable=None):
                 image, labels = video[index], np.array(Image.open(folder / "masks" / f"{index:05}.png"))
                 frame = av.VideoFrame.from_ndarray(overlay_frame(image, labels), format="rgb24")
@@ -486,7 +521,10 @@ def save_pictures(video, args, is_numbered):
                         pairs += 1
                     else:
                         skipped += 1
-            container.mux(stream.encode())
+                yield
+            *packets, last = stream.encode()  # what x264 still holds
+            last.duration = video.end - video.times[-1]
+            container.mux([*packets, last])
         temporary.replace(folder / "overlay.mp4")
     finally:
         temporary.unlink(missing_ok=True)

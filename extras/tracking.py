@@ -28,6 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.mis
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
 REDRAW_SECONDS = 0.3  # at least, between two redraws of the window while it tracks
+SAME_SHARE = 0.1    # two masks that share less of the smaller one are not of the same object
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r"}  # the letters on the same keys
 WINDOW_HELP = ("left click: object    right click: background    drag: box    {digits}u: undo    r: clear this {unit}\n"
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
@@ -236,19 +237,20 @@ def require_display(flags):
 class Window:
     """A matplotlib window: prompt objects on any frame, track them, correct any frame, track again.
 
-    follow: function of prompts that tracks and yields (frame, label map); called when Enter is pressed.
-    max_object: the highest object number that a digit key can choose, 1 to 9.
-    unit: the English word for a frame; aspect: height of a pixel / its width.
+    follow: function of prompts that tracks and yields (frame, label map), and then (None, None) while it saves; called
+    when Enter is pressed.
+    max_object: the highest object number; unit: the English word for a frame; aspect: height of a pixel / its width.
 
     After show() there are prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking,
     whether the window was closed while it tracked.
 
     The first click on a tracked frame also adds the box around the object's tracked mask as a prompt, so that the
-    click corrects the object instead of choosing a new one. The mask shown after a click is the one that tracking
-    will give for this frame.
+    click corrects the object instead of choosing a new one; not if the click is on something that this mask does not
+    cover, because then the object had been lost. The mask shown after a click is the one that tracking will give for
+    this frame.
     """
 
-    def __init__(self, frames, predictor, follow, title, max_object=9, unit="frame", aspect=1):
+    def __init__(self, frames, predictor, follow, title, max_object=MAX_OBJECTS, unit="frame", aspect=1):
         self.frames, self.predictor, self.follow = frames, predictor, follow
         self.max_object, self.unit = max_object, unit
         self.state = start_state(predictor, frames)
@@ -256,7 +258,7 @@ class Window:
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
         self.followed = {}  # the prompts that self.tracked comes from, also if it is not complete
         self.pressed, self.drawn, self.error = None, [], None
-        self.is_tracking, self.is_stopped, self.is_closed = False, False, False
+        self.is_tracking, self.is_saving, self.is_stopped, self.is_closed = False, False, False, False
         # fits a laptop of 1280 x 720
         self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.5) + 1.6))
         self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
@@ -266,7 +268,7 @@ class Window:
         self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
                              valinit=0, valstep=1, valfmt="%d")
         self.slider.on_changed(self.guarded(self.on_slider))
-        digits = "1 ... 9: object number    " if max_object > 1 else ""
+        digits = "1 ... 9 or [ ]: object number    " if max_object > 1 else ""
         self.figure.text(0.5, 0.02, WINDOW_HELP.format(digits=digits, unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
         self.figure.canvas.mpl_disconnect(self.figure.canvas.manager.key_press_handler_id)  # matplotlib's own keys
@@ -352,16 +354,29 @@ class Window:
                 or all(number != prompted for _, prompted in self.prompts))
 
     def tracked_box(self, click):
-        """The box around the object's tracked mask on this frame, widened to include a foreground click; or None."""
+        """The box around the object's tracked mask on this frame, widened to include a foreground click.
+
+        None if there is no mask, or if a foreground click alone gives a mask of something else.
+        """
         if self.frame not in self.tracked or self.is_outdated(self.object):
             return None
-        rows, columns = np.nonzero(decode_labels(self.tracked[self.frame]) == self.object)
+        tracked = decode_labels(self.tracked[self.frame]) == self.object
+        rows, columns = np.nonzero(tracked)
         if not len(rows):
             return None
         x, y, label = click
+        if label:
+            clicked = self.segment({(self.frame, self.object): ([click], None)}) > 0
+            if 0 < clicked.sum() and (clicked & tracked).sum() < SAME_SHARE * min(clicked.sum(), tracked.sum()):
+                return None
         corners = [(columns.min(), rows.min()), (columns.max(), rows.max()), *([(x, y)] if label else [])]
         (x1, y1), (x2, y2) = np.min(corners, axis=0), np.max(corners, axis=0)
         return [float(x1), float(y1), float(x2), float(y2)] if x1 < x2 and y1 < y2 else None
+
+    def segment(self, prompts):
+        """The label map, uint8 H x W, that prompts on one frame give without tracking."""
+        self.predictor.reset_state(self.state)
+        return label_map(*add_prompts(self.predictor, self.state, prompts))
 
     def set_prompts(self, prompts):
         """Replace the prompts, remember the old ones for undo, and show this frame segmented with the new ones."""
@@ -371,7 +386,7 @@ class Window:
         self.update()
 
     def on_key(self, event):
-        steps = {"left": -1, "right": 1, "pageup": -10, "pagedown": 10}
+        steps, turns = {"left": -1, "right": 1, "pageup": -10, "pagedown": 10}, {"[": -1, "]": 1}
         key = (event.key or "").lower()  # None for a key without a name
         key = KOREAN_KEYBOARD.get(key, key)
         if key in plt.rcParams["keymap.quit"]:
@@ -382,41 +397,54 @@ class Window:
             return
         elif key in steps:
             self.slider.set_val(min(max(self.frame + steps[key], 0), len(self.frames) - 1))
-        elif key and key in "123456789"[:self.max_object]:
-            self.object, self.pressed = int(key), None
-            self.update()
+        elif key in turns or key and key in "123456789":
+            number = self.object + turns[key] if key in turns else int(key)
+            if 1 <= number <= self.max_object:
+                self.object, self.pressed = number, None
+                self.update()
         elif key in ("u", "backspace") and self.history:
             self.prompts = self.history.pop()
             self.previews.clear()
             self.update()
         elif key == "r":
             self.set_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] != self.frame})
-        elif key == "enter" and self.prompts:
+        elif key == "enter" and self.prompts and not self.is_saving:
             self.run_tracking()
 
     def run_tracking(self):
-        """Track with the current prompts and show some of the frames; Esc or closing the window stops it."""
-        shown, prompts, redrawn = self.frame, self.prompts, 0
+        """Track with the current prompts and show some of the frames; Esc or closing the window stops it.
+
+        While the results are saved, the window can be used for everything but tracking. Closing it does not stop that.
+        """
+        shown, redrawn = self.frame, 0
         self.is_tracking, self.is_stopped, self.tracked, self.tracked_prompts = True, False, {}, None
-        self.followed = prompts
-        with contextlib.closing(self.follow(prompts)) as following:
-            for self.frame, labels in following:
-                self.tracked[self.frame] = cv2.imencode(".png", labels)[1]
+        self.followed = self.prompts
+        with contextlib.closing(self.follow(self.followed)) as following:
+            for frame, labels in following:
+                if labels is None:
+                    break
+                self.frame, self.tracked[frame] = frame, cv2.imencode(".png", labels)[1]
                 if time.monotonic() - redrawn > REDRAW_SECONDS:
-                    self.slider.set_val(self.frame)
+                    self.slider.set_val(frame)
                     self.update()
                     self.figure.canvas.draw()
                     redrawn = time.monotonic()
                 self.figure.canvas.flush_events()
                 if self.is_stopped:
                     break
-            else:
-                self.tracked_prompts = prompts
-        if self.is_closed:
-            return
-        self.is_tracking, self.frame = False, shown
-        self.slider.set_val(shown)
-        self.update()
+            if self.is_closed:
+                return
+            self.is_tracking, self.is_saving, self.frame = False, not self.is_stopped, shown
+            self.tracked_prompts = None if self.is_stopped else self.followed
+            self.slider.set_val(shown)
+            self.update()
+            self.figure.canvas.draw()
+            for _ in following if self.is_saving else ():
+                if not self.is_closed:
+                    self.figure.canvas.flush_events()
+        self.is_saving = False
+        if not self.is_closed:
+            self.update()
 
     def labels(self):
         """The label map to show, uint8 H x W: the tracked one, overlaid with what the prompts on this frame give."""
@@ -426,8 +454,7 @@ class Window:
         here = {key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame}
         if here and not self.is_tracking:
             if self.frame not in self.previews:
-                self.predictor.reset_state(self.state)
-                self.previews[self.frame] = label_map(*add_prompts(self.predictor, self.state, here))
+                self.previews[self.frame] = self.segment(here)
             found[np.isin(found, [number for _, number in here])] = 0
             found = np.where(self.previews[self.frame] > 0, self.previews[self.frame], found)
         return found
@@ -452,7 +479,7 @@ class Window:
         labels = cv2.resize(self.labels(), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         self.picture.set_data(overlay(image, labels))
         self.draw_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame})
-        status = "tracking ..." if self.is_tracking else \
+        status = "tracking ..." if self.is_tracking else "saving ..." if self.is_saving else \
             "no prompts yet" if not self.prompts else \
             "tracked" if self.tracked_prompts == self.prompts else "press Enter to track"
         chosen = f"object {self.object}, " if self.max_object > 1 else ""

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import inspect
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import signal
 import types
 from pathlib import Path
 
+import common
 import config
 import dataloader
 import model
@@ -788,6 +790,16 @@ def spoil(folder, what):
     if what == "truncated":
         scan.write_bytes(scan.read_bytes()[:500])
         return ["scan_1.nii.gz", "읽을 수 없습니다"]
+    if what == "wrong checksum":
+        content = scan.read_bytes()
+        scan.write_bytes(content[:-8] + bytes(4) + content[-4:])
+        assert nib.load(scan).get_fdata().any()  # which does not read so far
+        return ["scan_1.nii.gz", "읽을 수 없습니다", "CRC"]
+    if what == "a tenth of a voxel off":
+        affine = nib.load(mask).affine.copy()
+        affine[0, 3] += 0.85  # of 8 mm
+        nib.save(nib.Nifti1Image(truth, affine), mask)
+        return ["scan_1.nii", "affine", "0.1복셀"]
     if what == "two-dimensional":
         np.save(scan.with_name("scan_1.npy"), volume[0])
         return ["scan_1.npy", "30 x 14"]
@@ -814,8 +826,8 @@ def spoil(folder, what):
 
 @pytest.mark.parametrize("what", [
     "other shape", "other place", "empty mask", "too small for the voxels", "NaN", "not in Hounsfield units",
-    "truncated", "two-dimensional", "array of objects", "no file", "no mask", "two masks", "a volume as its mask",
-    "another volume as the mask"])
+    "truncated", "wrong checksum", "a tenth of a voxel off", "two-dimensional", "array of objects", "no file",
+    "no mask", "two masks", "a volume as its mask", "another volume as the mask"])
 def test_a_bad_volume_is_named_with_its_row(what, data):
     words = spoil(data, what)
     name = next((word for word in words if word.endswith(".npy")), "scan_1.nii.gz")
@@ -841,6 +853,53 @@ def test_a_mask_may_have_a_handful_of_labels(value, data):
     mask[0, 0, :3] = [2, 3, 4]
     save_nifti(data / "masks/scan_1.nii", mask, "LPS")
     assert not problems_of(data, [("scans/scan_1.nii.gz", 1, "a")])
+
+
+@pytest.mark.parametrize("ich", ["1.0", "1.", "01", "1.5", "nan"])
+def test_ich_may_be_written_as_pandas_does(ich, data):
+    rows, problems = dataloader.read_rows(write_csv(data / "test.csv", [("scans/scan_1.nii.gz", ich, "a")]),
+                                          data / "masks")
+    assert [row.ich for row in rows] == ([1] if ich in ("1.0", "1.") else []) and bool(problems) == (not rows)
+
+
+def test_what_may_be_misread_is_one_line_for_all_files(data, capsys):
+    for number in (0, 1, 3):
+        volume, mask = draw_scan(number, 1)
+        save_nifti(data / f"scans/scan_{number}.nii.gz", volume + 1024, "LPS")
+        mask[0, 0, 0] = 2
+        save_nifti(data / f"masks/scan_{number}.nii", mask, "LPS")
+    unplaced = nib.Nifti1Image(draw_scan(2, 0)[0], np.eye(4))
+    unplaced.set_qform(np.diag([-1, 1, 1, 1]), 1)
+    nib.save(unplaced, data / "scans/scan_2.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), np.eye(4)), data / "masks/scan_2.nii")
+    args = settings()
+    args.train_csv, args.val_csv, args.mask_dir = data / "train.csv", data / "val.csv", data / "masks"
+    train_script.open_data(args)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("주의")]
+    starts = ["scans/scan_0.nii.gz 외 2개: 값이 Hounsfield", "masks/scan_0.nii 외 2개: 라벨이 여럿입니다",
+              "scans/scan_2.nii.gz: qform과 sform이 서로 다릅니다", "masks/scan_2.nii: affine이 단위 행렬"]
+    assert len(lines) == 4 and all(line.startswith(f"주의: {data}/{start}") for line, start in zip(lines, starts))
+    args.window = None
+    train_script.open_data(args)
+    assert "Hounsfield" not in capsys.readouterr().out
+
+
+def test_units_of_the_header_are_converted_to_millimetres(tmp_path):
+    image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.diag([1e-3, 1e-3, 5e-3, 1]))
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "metres.nii")
+    assert np.diag(dataloader.read_volume(tmp_path / "metres.nii")[1]) == pytest.approx([1, 1, 5, 1])
+
+
+def test_a_patient_id_is_no_formula_in_a_spreadsheet(tmp_path):
+    ids = ["=1+1", "+a", "-b", "@c", "\td", "-5", "환자 -1", ""]
+    trainer.write_patients(tmp_path / "patients.csv", [{"patient_id": name, "volume_error_ml": -1.5} for name in ids])
+    rows = list(csv.DictReader((tmp_path / "patients.csv").read_text("utf-8-sig").splitlines()))
+    assert [row["patient_id"] for row in rows] == ["'=1+1", "'+a", "'-b", "'@c", "'\td", "-5", "환자 -1", ""]
+    assert {row["volume_error_ml"] for row in rows} == {"-1.5000"}
+    common.write_csv(tmp_path / "table.csv", [["=name", 1], ["-0.5", -2]])
+    assert (tmp_path / "table.csv").read_bytes() == b"'=name,1\r\n-0.5,-2\r\n"
+    assert inspect.getsource(utils.as_cell) == inspect.getsource(common.as_cell)
 
 
 def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):

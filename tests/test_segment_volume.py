@@ -1,5 +1,7 @@
 """segment_volume.py: the mask lies where the object does, whatever the file's axes; millilitres; all kinds of files."""
 
+import bz2
+import contextlib
 import csv
 import gzip
 import itertools
@@ -17,6 +19,7 @@ import pytest
 import segment_volume
 import torch
 import tracking
+import volume_files
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, run
 from test_track_video import Hand, TrackingWindow, numbers_in
 
@@ -148,6 +151,7 @@ class FakeArgs:
     def __init__(self, output):
         self.name, self.output, self.volume, self.axis, self.each_slice, self.max_gap, self.truth = (
             "ct", output, "ct.nii", "axial", False, 3, "truth.nii")
+        self.truth_label = None
 
 
 @pytest.mark.parametrize("axis, area", [("axial", 1.5), ("coronal", 4.0), ("sagittal", 6.0)])
@@ -204,9 +208,43 @@ def test_truth_with_other_axes_is_compared_at_the_same_place_and_another_grid_is
     path = store(tmp_path / "truth.nii", truth.astype(np.uint8) * 3, ORIENTATIONS[29])
     assert (slices.of_file(path, volume) == slices.to_pictures(truth)).all()
     moved = save(tmp_path / "moved.nii", truth.astype(np.uint8), oblique_affine() + np.eye(4)[:, [3, 0, 1, 2]])
-    for wrong in (moved, save(tmp_path / "small.nii", truth.astype(np.uint8)[1:], oblique_affine())):
+    affine = oblique_affine()
+    affine[2, 3] += 0.45  # of a slice of 4 mm: 0.11 voxels
+    near = save(tmp_path / "near.nii", truth.astype(np.uint8), affine)
+    for wrong in (moved, near, save(tmp_path / "small.nii", truth.astype(np.uint8)[1:], oblique_affine())):
         with pytest.raises(common.ImageError, match="크기나 공간에서의 위치"):
             slices.of_file(wrong, volume)
+    affine[2, 3] -= 0.43
+    rounded = save(tmp_path / "rounded.nii", truth.astype(np.uint8), affine)
+    assert (slices.of_file(rounded, volume) == slices.to_pictures(truth)).all()
+
+
+def test_grids_are_compared_in_voxels():
+    affine = np.diag([0.5, 0.5, 5, 1])
+    for axis, shift, apart in ((0, 0.002, 0.004), (0, 0.05, 0.1), (2, 0.05, 0.01), (2, 0.5, 0.1)):
+        moved = affine.copy()
+        moved[axis, 3] += shift
+        assert volume_files.voxels_apart(affine, moved, (512, 512, 30)) == pytest.approx(apart)
+    assert volume_files.voxels_apart(affine, np.diag([0.5, 0.5, 5.1, 1]), (512, 512, 31)) == pytest.approx(0.6)
+
+
+def test_of_a_truth_with_several_labels_one_is_chosen(tmp_path):
+    data, truth = draw_volume()
+    volume = segment_volume.Volume(save(tmp_path / "ct.nii", data, oblique_affine()))
+    slices, labels = segment_volume.Slices(volume, "axial", (0, 80)), truth.astype(np.float32)
+    labels[13:15] *= 2
+    labels[0, 0, :3] = 0.3, 5, np.nan
+    path = save(tmp_path / "labels.nii", labels, oblique_affine())
+    for chosen, wanted in (([1], truth & (labels == 1)), ([2], labels == 2), ([1, 2], truth), ([5], labels == 5)):
+        assert (slices.of_file(path, volume, chosen) == slices.to_pictures(wanted)).all()
+    for chosen in (None, [3], [1, 3]):
+        with pytest.raises(common.ImageError, match="labels.nii: 비교할 라벨을 --truth-label로 고르세요. .*: 1, 2, 5"):
+            slices.of_file(path, volume, chosen)
+    soft = save(tmp_path / "soft.nii", truth * np.float32(0.51) + (labels == 2) * np.float32(0.4), oblique_affine())
+    assert (slices.of_file(soft, volume) == slices.to_pictures(truth)).all()  # probabilities
+    with pytest.raises(common.ImageError, match="ct.nii: 비교할 라벨을"):
+        slices.of_file(tmp_path / "ct.nii", volume)
+    assert not slices.of_file(save(tmp_path / "no.nii", truth * np.uint8(0), oblique_affine()), volume).any()
 
 
 @pytest.mark.parametrize("text, wanted", [("brain", (0, 80)), ("bone", (-800, 2000)), ("-600,1500", (-1350, 150)),
@@ -260,6 +298,60 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(common.ImageError, match=name) as failure:
             segment_volume.Volume(tmp_path / name)
         assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("suffix, compress", [(".gz", lambda content: gzip.compress(content, 0)),
+                                              (".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_a_compressed_file_with_a_wrong_checksum_is_refused(tmp_path, suffix, compress):
+    """nibabel alone reads it: it stops before the checksum, which is at the end."""
+    path = save(tmp_path / "ct.nii", draw_volume()[0], oblique_affine())
+    content = bytearray(compress(path.read_bytes()))
+    damaged = tmp_path / f"ct.nii{suffix}"
+    damaged.write_bytes(content)
+    volume = segment_volume.Volume(damaged)
+    place = -len(content) // 2 if len(content) > path.stat().st_size else -5  # a voxel that is stored as it is
+    content[place] ^= 1
+    damaged.write_bytes(content)
+    with contextlib.suppress(OSError):  # bzip2 may notice
+        nib.load(damaged).get_fdata()
+    with pytest.raises(common.ImageError, match=f"ct.nii{suffix}: 읽을 수 없습니다"):
+        segment_volume.Volume(damaged)
+    with pytest.raises(common.ImageError, match=f"ct.nii{suffix}: 읽을 수 없습니다"):
+        segment_volume.Slices(volume, "axial", None).of_file(damaged, volume)
+
+
+def test_values_that_are_not_hounsfield_units_are_noticed():
+    head = np.full((20, 20, 20), -1000.0)
+    head[2:18, 2:18, 2:18], head[2:18, 2:18, 2:6] = 35, 1000  # brain; a quarter of the head is bone
+    padded = head + 1024
+    padded[:2], padded[18:] = -2000, -2000  # outside the field of view
+    ringing = np.clip(head, 0, None)
+    ringing[0, 0, 0] = -200
+    for values, doubtful in ((head, False), (head + 1024, True), (padded, True), (ringing, True), (head * 0, True)):
+        assert bool(volume_files.doubts_about_values(values, (0, 80))) == doubtful
+        assert not volume_files.doubts_about_values(values, (1024, 1104))  # chosen for + 1024
+        assert not volume_files.doubts_about_values(values, None)
+
+
+def test_what_may_be_misread_is_reported_with_its_file_and_flag(tmp_path):
+    data, _ = draw_volume()
+    plain = nib.Nifti1Image(data.astype(np.float32), np.eye(4))
+    nib.save(plain, tmp_path / "plain.nii.gz")
+    other = nib.Nifti1Image(data.astype(np.float32), oblique_affine())
+    other.set_qform(np.diag([-1, 1, 1, 1]) @ oblique_affine(), 1)
+    nib.save(other, tmp_path / "other.nii")
+    nib.save(nib.Nifti1Image(data.astype(np.float32), None), tmp_path / "bare.nii")
+    hounsfield = "값이 Hounsfield 단위(HU)가 아닌 것 같습니다. MR이면 --window none을"
+    for name, flags, words in (("plain.nii.gz", [], [hounsfield, "affine이 단위 행렬("]),
+                               ("other.nii", ["--window", "none"], ["qform과 sform이 서로 다릅니다"])):
+        done = segment(tmp_path, "missing.pt", "--point", "4,16,6", *flags, volume=name, code=1)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("주의")]
+        assert len(lines) == len(words) and all(
+            line.startswith(f"주의: {name}: {start}") for line, start in zip(lines, words)), lines
+    assert volume_files.doubts_about_header(tmp_path / "bare.nii")[0].startswith("qform과 sform이 없습니다")
+    assert not volume_files.doubts_about_header(tmp_path / "plain.nii.gz")
+    for diagonal, doubtful in (((-1, -1, 1, 1), True), ((1, 1, 5, 1), False)):  # LPS, as SimpleITK writes it
+        assert bool(volume_files.doubts_about_affine(np.diag(diagonal))) == doubtful
 
 
 def test_the_test_files_of_nibabel_open_or_are_refused_in_one_line(tmp_path):
@@ -354,6 +446,8 @@ def test_settings_become_flags_unless_they_are_the_defaults(monkeypatch):
     assert flags("--window", "lung", "--axis", "coronal") == '--axis coronal --window "-600,1500" '
     assert flags("--window", "none", "--max-gap", "0") == '--window "none" --max-gap 0 '
     assert flags("--each-slice") == "--each-slice "
+    with pytest.raises(SystemExit):
+        flags("--truth-label", "1")  # without --truth
 
 
 def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):
@@ -427,7 +521,7 @@ def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
     window = tracking.Window(slices, predictor, lambda prompts: segment_volume.segment(
         predictor, slices, prompts, False, mask, scores), "ct", max_object=1, unit="slice", aspect=slices.aspect)
     hand = Hand(window)
-    hand.press("2", "pagedown", "left", "left")
+    hand.press("2", "]", "pagedown", "left", "left")
     hand.click((7, 4))
     assert window.object == 1 and list(window.prompts) == [(8, 1)]
     shown = window.labels() > 0

@@ -49,12 +49,17 @@ def save_folder(folder, frames, name="{:05}.jpg"):
 
 
 def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, times=None, options=None,
-               metadata=None):
-    """Write frames as a video file; times: of each frame in milliseconds, if not 25 a second."""
+               metadata=None, aspect=None, last=None):
+    """Write frames as a video file; times: of each frame in milliseconds, if not 25 a second.
+
+    aspect: width of a pixel / its height; last: duration of the last frame in milliseconds, with times and bf=0.
+    """
     with av.open(str(path), "w") as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
         if times:
@@ -64,7 +69,10 @@ def save_video(path, frames, codec="libx264", pix_fmt="yuv420p", rotation=0, tim
             if times:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        packets = stream.encode()
+        if last:
+            packets[-1].duration = last
+        container.mux(packets)
     return path
 
 
@@ -135,6 +143,22 @@ def test_masks_are_those_of_sam2_with_the_official_architecture(clip):
     found = {frame: tracking.label_map(objects, logits) for frame, objects, logits, _ in tracking.track(
         ours, track_video.ImageFolder(clip / "frames"), prompts)}
     assert (np.array([found[frame] for frame in range(5)]) == wanted).all() and {1, 2} <= set(np.unique(wanted))
+
+
+def test_objects_that_first_appear_on_different_frames_have_the_logits_of_sam2(tmp_path, visible):
+    """With a memory that is shorter than the clip both ways; object 2 has no pointer before its prompt."""
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    predictor.num_maskmem, predictor.max_obj_ptrs_in_encoder = 3, 4
+    folder = save_folder(tmp_path / "frames", draw_clip(14)[0])
+    prompts = {(5, 1): ([(23, 20, 1)], None), (8, 2): ([], [40.0, 28.0, 60.0, 48.0]), (10, 1): ([(28, 20, 1)], None)}
+    state = predictor.init_state(str(folder))
+    tracking.add_prompts(predictor, state, prompts)
+    wanted = [item for reverse in (False, True) for item in predictor.propagate_in_video(state, reverse=reverse)]
+    found = list(tracking.track(predictor, track_video.ImageFolder(folder), prompts))
+    assert [frame for frame, *_ in found] == [frame for frame, *_ in wanted] == [*range(5, 14), *range(5, -1, -1)]
+    for (_, objects, logits, _), (_, ids, theirs) in zip(found, wanted):
+        assert objects == ids == [1, 2] and torch.equal(logits, theirs[:, 0])
+    assert len({logits.sum().item() for _, _, logits, _ in found}) > 10
 
 
 def test_no_more_is_kept_than_the_next_frames_need(tmp_path, visible):
@@ -263,6 +287,21 @@ def test_pairs_for_training_are_what_prepare_data_takes(clip, visible):
     assert len(list((clip / "data/images").glob("*/*"))) == count > 0
 
 
+def test_the_prompts_of_a_tracking_that_dies_are_on_disk(clip, visible):
+    done = track(clip, visible, "--point", "20,20", "-o", "out", code=1, before="""
+import tracking
+def die(*_):
+    raise MemoryError
+tracking.track = die""")
+    assert_fails_in_one_line(done, "메모리가 부족합니다")
+    assert [path.name for path in (clip / "out").iterdir()] == ["prompts.json"]
+    assert track_video.read_prompts(clip / "out/prompts.json") == {(0, 1): ([(20, 20, 1)], None)}
+    failed = track(clip, "missing.pt", "--point", "30,20", "-o", "out", code=1)
+    assert_fails_in_one_line(failed, "out/prompts.json", "덮어쓰지 않습니다", "--prompts out/prompts.json로")
+    track(clip, visible, "--point", "20,20", "-o", "out")
+    assert len(read_masks(clip / "out")) == 8
+
+
 def test_a_killed_run_leaves_whole_files_and_the_next_one_clears_up(clip, visible):
     done = track(clip, visible, "--point", "20,20", code=-signal.SIGKILL, before="""
 import common
@@ -330,6 +369,25 @@ def test_the_overlay_keeps_the_times_of_a_variable_frame_rate(tmp_path, visible)
     assert shown == times
 
 
+def test_the_overlay_keeps_the_shape_of_the_pixels_and_how_long_the_last_frame_lasts(tmp_path):
+    frames, args = draw_clip(3)[0], argparse.Namespace(output=tmp_path, name="clip", to_data=None)
+    write_image(tmp_path / "masks/00000.png", np.zeros((60, 80), np.uint8))
+    for number in (1, 2):
+        (tmp_path / f"masks/{number:05}.png").write_bytes((tmp_path / "masks/00000.png").read_bytes())
+    wide = save_video(tmp_path / "wide.mp4", frames, times=[40, 60, 200], last=3000, options={"bf": "0"},
+                      aspect=Fraction(16, 15))
+    list(track_video.save_pictures(track_video.VideoFile(wide), args, False))
+    with av.open(str(tmp_path / "overlay.mp4")) as container:
+        stream = container.streams.video[0]
+        shown = [(frame.time, float(frame.duration * frame.time_base)) for frame in container.decode(stream)]
+        assert stream.sample_aspect_ratio == Fraction(16, 15) and stream.duration * stream.time_base == Fraction(79, 25)
+    assert shown == [(0, pytest.approx(0.02)), (pytest.approx(0.02), pytest.approx(0.14)), (pytest.approx(0.16), 3)]
+    turned = track_video.VideoFile(save_video(tmp_path / "turned.mp4", frames, rotation=90, aspect=Fraction(4, 3)))
+    assert turned.size == (80, 60) and turned.pixel_aspect == Fraction(3, 4)
+    plain = track_video.VideoFile(save_video(tmp_path / "plain.avi", frames, "mpeg4"))  # AVI tells no durations
+    assert (plain.end - plain.times[-1]) * plain.time_base == Fraction(1, 25) and plain.pixel_aspect == 1
+
+
 def test_sides_of_the_overlay_are_even(tmp_path):
     assert track_video.overlay_frame(np.zeros((5, 7, 3), np.uint8), np.ones((5, 7), np.uint8)).shape == (6, 8, 3)
     large = track_video.overlay_frame(np.zeros((1001, 2001, 3), np.uint8), np.ones((1001, 2001), np.uint8))
@@ -394,7 +452,7 @@ def test_metadata_may_be_in_any_encoding(tmp_path):
     assert len(track_video.VideoFile(path)) == 3
 
 
-def test_files_that_are_no_video_are_named(tmp_path):
+def test_files_that_are_no_video_are_named(tmp_path, monkeypatch):
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mp4").touch()
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
@@ -408,6 +466,17 @@ def test_files_that_are_no_video_are_named(tmp_path):
     for name in ("text.mp4", "empty.mp4", "sound.mp4", "headless.mp4", "missing.mp4"):
         with pytest.raises(common.ImageError, match=name):
             track_video.open_video(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b.mp4").write_bytes(whole)  # not a protocol "a"
+    assert len(track_video.open_video("a:b.mp4")) == 3
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile whole.mp4\n")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n")
+    write_image(tmp_path / "one.jpg", numbered_frames(1)[0])
+    for name in ("list.mp4", "list.m3u8", "one.jpg"):
+        with pytest.raises(common.ImageError, match=f"{name}: 영상 파일.*이 아닙니다"):
+            track_video.open_video(tmp_path / name)
+    with pytest.raises(common.ImageError, match="No such file"):
+        track_video.open_video("concat:whole.mp4|whole.mp4")
     one, other = (save_video(tmp_path / f"{width}.h264", numbered_frames(5, width=width)) for width in (64, 96))
     (tmp_path / "changes.h264").write_bytes(one.read_bytes() + other.read_bytes())
     with pytest.raises(common.ImageError, match=r"changes.h264: 5번 프레임부터 .*가로 64.*가로 96"):
@@ -573,6 +642,90 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     assert (read_masks(clip / "repeated") == again).all()
 
 
+def test_prompts_are_on_disk_when_the_window_begins_to_track(window, clip, monkeypatch):
+    hand = Hand(window)
+    hand.click((20, 20))
+    monkeypatch.setattr(track_video, "track", lambda *_: 1 / 0)
+    hand.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", hand.canvas, "enter"))
+    assert isinstance(window.error, ZeroDivisionError)
+    assert track_video.read_prompts(clip / "windowed/prompts.json") == window.prompts != {}
+
+
+class DrawnFrames(list):
+    """Frames as track() takes them, 96 x 96: an orange disc, which a blue one elsewhere replaces; then another orange
+    disc appears, which the demo's model takes for the first one."""
+    size = 96, 96
+
+    def __init__(self):
+        super().__init__(np.full((96, 96, 3), 75, np.uint8) for _ in range(7))
+        for number, frame in enumerate(self):
+            if number < 3:
+                cv2.circle(frame, (22 + number, 30), 10, (220, 130, 40), -1)
+            else:
+                cv2.circle(frame, (70, 70), 10, (220, 130, 40), -1)
+                cv2.circle(frame, (16 + number, 24), 9, (60, 120, 220), -1)
+
+
+def test_a_click_on_a_later_frame_picks_up_a_lost_object(monkeypatch):
+    matplotlib.use("Agg")
+    predictor, frames = common.load_video_predictor(SMALL_CFG, ROOT / "demo/sam2_demo.pt", "cpu"), DrawnFrames()
+    window = tracking.Window(frames, predictor, lambda prompts: (
+        (frame, tracking.label_map(objects, logits)) for frame, objects, logits, _ in tracking.track(
+            predictor, frames, prompts)), "clip")
+    hand = Hand(window)
+    hand.drag((12, 20), (33, 41))
+    hand.press("enter", "pagedown", "left", "left")
+    lost = window.labels()
+    assert window.frame == 4 and lost[70, 70] == 1 and lost[24, 20] == 0
+    hand.click((20, 24))
+    assert window.prompts[4, 1][1] is None  # without the box around the other disc
+    hand.press("enter")
+    for frame in (4, 5, 6):
+        found = tracking.decode_labels(window.tracked[frame])
+        disc = cv2.circle(np.zeros((96, 96), np.uint8), (16 + frame, 24), 9, 1, -1)
+        assert common.calculate_iou(found, disc) > 0.7
+    hand.press("right")
+    hand.click((21, 24))  # on the object: corrects what has been tracked
+    x1, y1, x2, y2 = window.prompts[5, 1][1]
+    assert (x1, y1, x2, y2) == pytest.approx([12, 15, 30, 33], abs=3)
+    matplotlib.pyplot.close(window.figure)
+
+
+def test_objects_above_9_are_chosen_with_brackets(window):
+    hand = Hand(window)
+    hand.press("[")
+    assert window.object == 1
+    hand.press("9", "]", "]")
+    hand.click((20, 20))
+    hand.press("[")
+    hand.click((50, 30))
+    assert list(window.prompts) == [(0, 11), (0, 10)] and set(np.unique(window.labels())) <= {0, 10, 11}
+    window.object = 254
+    hand.press("]", "]")
+    assert window.object == 255
+
+
+def test_the_window_can_be_used_while_the_results_are_saved(window):
+    hand, seen = Hand(window), []
+    hand.click((20, 20))
+
+    def follow(prompts):
+        yield 3, np.zeros((60, 80), np.uint8)
+        yield None, None
+        seen.append(window.axes.get_title())
+        hand.press("right", "enter")  # the second does nothing
+        hand.click((30, 20))
+        yield None, None
+        matplotlib.pyplot.close(window.figure)
+        yield None, None
+        seen.append("saved")
+
+    window.follow = follow
+    hand.press("enter")
+    assert seen == ["frame 0 of 0 ... 7, object 1, saving ...", "saved"] and not window.is_tracking
+    assert list(window.tracked_prompts) == [(0, 1)] and list(window.prompts) == [(0, 1), (1, 1)]
+
+
 def test_a_frame_that_is_cleared_after_tracking_starts_afresh(window):
     hand = Hand(window)
     hand.click((20, 20))
@@ -725,7 +878,8 @@ class Window(tracking.Window):
         self.figure.canvas.mpl_connect("draw_event", self.tell)
 
     def tell(self, event):
-        status = "tracking" if self.is_tracking else "tracked" if self.tracked_prompts == self.prompts else "prompting"
+        status = "tracking" if self.is_tracking else "saving" if self.is_saving else \\
+            "tracked" if self.tracked_prompts == self.prompts else "prompting"
         (left, top), (right, bottom) = self.axes.transData.transform([(0, 0), (100, 100)])
         slider = self.slider.ax.bbox
         height = self.figure.canvas.get_width_height(physical=True)[1]
@@ -769,7 +923,7 @@ def test_real_window_prompts_two_objects_tracks_steps_corrects_and_tracks_again(
         assert int(re.search(r"HEIGHT=(\d+)", geometry)[1]) <= 720 - 50  # the frame and a panel of the desktop
         window.click(20, 20)
         window.wait_for("frames", 0, 1, 1)
-        window.xdotool("key", "2")
+        window.xdotool("key", "bracketright")
         window.wait_for("frames", 0, 2, 1)
         window.drag((41, 20), (60, 40))
         window.wait_for("frames", 0, 2, 2)

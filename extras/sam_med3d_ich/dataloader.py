@@ -12,12 +12,13 @@ import csv
 import math
 import pickle
 import re
+import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
@@ -36,6 +37,18 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from utils import DataError, reason
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from volume_files import (  # noqa: E402
+    TOLERANCE,
+    affine_in_mm,
+    doubts_about_affine,
+    doubts_about_header,
+    doubts_about_values,
+    labels_of,
+    load_nifti,
+    voxels_apart,
+)
 
 COLUMNS = ("path", "ich", "patient_id")
 SUFFIXES = (".nii", ".nii.gz", ".npy", ".pkl")
@@ -108,7 +121,7 @@ def read_rows(csv_path, mask_dir):
         wrong = [name for name in COLUMNS if not values[name]]
         if wrong:
             problems.append(f"{place}: 비어 있습니다: {', '.join(wrong)}")
-        elif values["ich"] not in ("0", "1"):
+        elif not re.fullmatch(r"[01](\.0*)?", values["ich"]):  # pandas writes a column with gaps as 1.0
             problems.append(f"{place}: ich는 0이나 1이어야 합니다: {values['ich']}")
         elif suffix_of(path) not in SUFFIXES:
             problems.append(f"{place}: {path}: 읽을 수 있는 형식은 {', '.join(SUFFIXES)}입니다")
@@ -122,7 +135,7 @@ def read_rows(csv_path, mask_dir):
                 problems.append(f"{place}: 마스크가 볼륨 자신입니다: {path}. 마스크는 볼륨과 다른 폴더에 두세요")
             elif not masks and values["ich"] == "1":
                 problems.append(f"{place}: 마스크가 없습니다: {mask_dir / stem_of(path)}.nii 또는 .nii.gz")
-            rows.append(Row(place, path, int(values["ich"]), values["patient_id"], masks[0] if masks else None))
+            rows.append(Row(place, path, int(float(values["ich"])), values["patient_id"], masks[0] if masks else None))
     return rows, problems
 
 
@@ -234,9 +247,9 @@ def read_pickle(path):
 
 
 def read_nifti(path):
-    """The voxels of a NIfTI file as float32, scaled as in its header, and its affine."""
-    image = nib.load(path)
-    return image.get_fdata(dtype=np.float32, caching="unchanged"), image.affine
+    """The voxels of a NIfTI file as float32, scaled as in its header, and its affine in mm."""
+    image = load_nifti(path)
+    return image.get_fdata(dtype=np.float32, caching="unchanged"), affine_in_mm(image)
 
 
 def read_npy(path):
@@ -269,7 +282,7 @@ def read_volume(path):
 
 
 def read_pair(row):
-    """Read the files of a Row: (image, float32 X x Y x Z; mask, uint8 X x Y x Z, 0 or 1; affine, 4 x 4).
+    """Read the files of a Row: (image, float32 X x Y x Z; mask, uint8 X x Y x Z, 0 or 1; its labels; affine, 4 x 4).
 
     The affine is that of the mask, if there is one. Raises DataError, naming the file.
     """
@@ -278,25 +291,35 @@ def read_pair(row):
         if affine is None:
             raise DataError(f"{row.path}: 복셀 크기를 모릅니다. {stem_of(row.path)}.nii.gz 마스크(모두 0)를 두거나, "
                             ".pkl에 'affine'을 넣거나, NIfTI로 저장하세요")
-        return image, np.zeros(image.shape, np.uint8), affine
+        return image, np.zeros(image.shape, np.uint8), [], affine
     mask, mask_affine = read_volume(row.mask)
-    if (count := len(np.unique(mask[mask > 0.5]))) > MOST_LABELS:
-        raise DataError(f"{row.mask}: 마스크가 아닌 것 같습니다: 0.5보다 큰 값이 {count}가지입니다 "
+    labels = labels_of(mask)
+    if len(labels) > MOST_LABELS:
+        raise DataError(f"{row.mask}: 마스크가 아닌 것 같습니다: 0.5보다 큰 값이 {len(labels)}가지입니다 "
                         f"({MOST_LABELS}가지까지 받습니다)")
     mask = (mask > 0.5).astype(np.uint8)
     if mask.shape != image.shape:
         raise DataError(f"{row.mask}: 마스크의 크기 {mask.shape}가 볼륨의 크기 {image.shape}와 다릅니다")
-    if affine is not None:
-        corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]).T
-        corners[:3] *= np.array(image.shape)[:, None] - 1
-        apart = np.abs((affine - mask_affine) @ corners).max()
-        if apart > np.linalg.norm(mask_affine[:3, :3], axis=0).min() / 2:
-            raise DataError(f"{row.mask}: 마스크의 affine이 볼륨과 다릅니다 (모서리가 {apart:.1f} mm까지 어긋남)")
+    if affine is not None and (apart := voxels_apart(affine, mask_affine, image.shape)) >= TOLERANCE:
+        raise DataError(f"{row.mask}: 마스크의 affine이 볼륨과 다릅니다 (모서리가 {apart:.1f}복셀까지 어긋남)")
     if row.ich and not mask.any():
         raise DataError(f"{row.mask}: ich가 1인데 마스크가 비어 있습니다")
     if not row.ich and mask.any():
         raise DataError(f"{row.mask}: ich가 0인데 마스크에 출혈이 있습니다")
-    return image, mask, mask_affine
+    return image, mask, labels, mask_affine
+
+
+def doubts_about(row, image, labels, affine, window):
+    """What may be wrong with the files of a Row although they can be read: (file, sentence) pairs."""
+    limits = window and (window[0] - window[1] / 2, window[0] + window[1] / 2)
+    doubts = [(row.path, doubt) for doubt in doubts_about_values(image, limits)]
+    files = [path for path in (row.path, row.mask) if path]
+    doubts += [(path, doubt) for path in files if suffix_of(path) in (".nii", ".nii.gz")
+               for doubt in doubts_about_header(path)]
+    doubts += [(files[-1], doubt) for doubt in doubts_about_affine(affine)]
+    if len(labels) > 1:
+        doubts.append((row.mask, "라벨이 여럿입니다. 0.5보다 큰 값을 모두 출혈로 봅니다"))
+    return doubts
 
 
 def apply_window(image, window):
@@ -308,9 +331,12 @@ def apply_window(image, window):
 
 
 def load_case(row, window, spacing):
-    """Read the files of a Row as a case (see the top of this file). Raises DataError, naming row and file."""
+    """Read the files of a Row as a case (see the top of this file). Raises DataError, naming row and file.
+
+    The case also has "doubts": see doubts_about().
+    """
     try:
-        image, mask, affine = read_pair(row)
+        image, mask, labels, affine = read_pair(row)
         case = Compose([  # the window comes first, so that resampling does not mix bone or metal into the brain
             Lambdad("image", partial(apply_window, window=window)),
             Orientationd(("image", "mask"), axcodes="RAS", labels=None),
@@ -323,6 +349,7 @@ def load_case(row, window, spacing):
             raise DataError(f"{row.mask}: 출혈이 너무 작아 {spacing:g} mm 복셀에서 사라집니다")
     except DataError as error:
         raise DataError(f"{row.place}: {error}") from None
+    case["doubts"] = doubts_about(row, image, labels, affine, window)
     return case
 
 
@@ -331,6 +358,7 @@ class Volumes:
 
     def __init__(self, rows, args):
         self.rows, self.window, self.spacing, self.kept = rows, args.window, args.spacing, {}
+        self.doubts = defaultdict(list)
 
     def __len__(self):
         return len(self.rows)
@@ -341,7 +369,7 @@ class Volumes:
     def check(self, title, threads, keep):
         """Read every volume once; returns a list of problems and a list of the haemorrhages' volumes in ml.
 
-        title: of the progress bar; keep: keep the cases in memory.
+        title: of the progress bar; keep: keep the cases in memory. self.doubts becomes {sentence: [files]}.
         """
         def check(number):
             try:
@@ -358,6 +386,8 @@ class Volumes:
                     continue
                 if self.rows[number].ich:
                     sizes.append(millilitres(case["truth"]))
+                for path, doubt in case["doubts"]:
+                    self.doubts[doubt].append(path)
                 if keep:
                     self.kept[number] = case
         finally:

@@ -94,6 +94,9 @@ def open_data(args):
         volumes.append(Volumes(rows, args))
         found, sizes = volumes[-1].check(f"{title} 데이터 확인", args.num_workers, args.keep_in_memory)
         problems += found
+        for doubt, files in volumes[-1].doubts.items():
+            more = f" 외 {len(files) - 1}개" if len(files) > 1 else ""
+            print(f"주의: {files[0]}{more}: {doubt}")
         if sizes:
             print(f"{title}: 환자 {len({row.patient_id for row in rows})}명, 볼륨 {len(rows)}개, 출혈 {len(sizes)}개 "
                   f"({min(sizes):.1f} ~ {max(sizes):.1f} ml, 중앙값 {sorted(sizes)[len(sizes) // 2]:.1f} ml)")

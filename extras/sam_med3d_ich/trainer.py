@@ -20,6 +20,7 @@ from monai.transforms import ResampleToMatch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
 from utils import (
+    as_cell,
     draw_patients,
     duration,
     fail,
@@ -137,12 +138,15 @@ def summarize(table):
 
 
 def write_patients(path, table):
-    """Write patients.csv, a row per patient; the measures of a patient without a haemorrhage are empty."""
+    """Write patients.csv, a row per patient; the measures of a patient without a haemorrhage are empty.
+
+    An ID that a spreadsheet would take for a formula gets an apostrophe in front of it.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, PATIENT_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for entry in table:
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else value
+        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else as_cell(value)
                          for name, value in entry.items()})
     write_file(path, text.getvalue().encode("utf-8-sig"))  # with a BOM, so that Excel reads Korean names
 

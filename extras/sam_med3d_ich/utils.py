@@ -104,6 +104,12 @@ def write_json(path, value):
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
+def as_cell(value):
+    """A value for a CSV. A text that a spreadsheet would evaluate as a formula gets an apostrophe in front of it."""
+    is_number = re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", str(value))
+    return f"'{value}" if str(value).startswith(tuple("=+-@\t\r")) and not is_number else value
+
+
 def save_figure(figure, path):
     """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
     picture = io.BytesIO()
