@@ -294,6 +294,16 @@ def test_every_message_that_the_guide_shows_is_in_a_script():
         assert longest.replace('"', '\\"') in sources or longest in sources, longest
 
 
+def test_torch_is_new_enough_for_what_the_documents_promise_about_checkpoints():
+    """Versions before the last fix run code or corrupt memory in spite of weights_only=True."""
+    lowest = {name: tuple(map(int, version.split("."))) for name, version in
+              re.findall(r"^(torch|torchvision)>=([\d.]+)$", text("requirements.txt"), re.MULTILINE)}
+    assert lowest["torch"] >= (2, 10, 0)
+    assert lowest["torchvision"][1] == lowest["torch"][1] + 15  # released with it: 0.25 with 2.10
+    named = ".".join(map(str, lowest["torch"][:2]))
+    assert f"torch {named}\n  or newer" in text("SECURITY.md") and f"torch는 {named} 이상" in text(GUIDE)
+
+
 def pitfall(number):
     """The Python code of a section of the guide's chapter 7."""
     section = text("SAM2_FINETUNING_GUIDE.md").split(f"### {number} ")[1].split("\n### ")[0]
