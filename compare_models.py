@@ -252,10 +252,15 @@ def error_click(predicted, gt_mask):
 def measure(name, objects, gt_masks, results):
     """The rows of per_image.csv for one image; results: {"original": (masks, prompts), "fine-tuned": ...}."""
     (original, _), (finetuned, _) = results.values()
-    return [{"image": name, "object": number,
+    return [{"image": text_cell(name), "object": number,
              "original_iou": calculate_iou(before, gt_mask), "finetuned_iou": calculate_iou(after, gt_mask),
              "original_dice": calculate_dice(before, gt_mask), "finetuned_dice": calculate_dice(after, gt_mask)}
             for number, gt_mask, before, after in zip(objects, gt_masks, original, finetuned)]
+
+
+def text_cell(text):
+    """A table's cell that no spreadsheet takes for a formula: before = + - @, a tab or a CR comes an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def calculate_dice(pred_mask, gt_mask):

@@ -181,6 +181,16 @@ def test_box_lines_up_for_every_value():
     assert "-100.0%p" in compare_models.result_box(1.0, 0.0)  # a drop is shown as a drop
 
 
+def test_a_file_name_in_a_table_is_no_formula_of_a_spreadsheet():
+    rows = {name: compare_models.measure(name, [1], np.ones((1, 2, 2), bool), {
+        "original": (np.ones((1, 2, 2), bool), None), "fine-tuned": (np.ones((1, 2, 2), bool), None)})[0]
+        for name in ("=cmd|' /C calc'!A0.png", "+1.png", "-1.png", "@SUM(A1).png", "\t=1.png", "\r=1.png", "a=1.png",
+                     "'=1.png", "용종.png")}
+    assert [row["image"] for row in rows.values()] == [
+        "'=cmd|' /C calc'!A0.png", "'+1.png", "'-1.png", "'@SUM(A1).png", "'\t=1.png", "'\r=1.png", "a=1.png", "'=1.png",
+        "용종.png"]
+
+
 @pytest.mark.parametrize("count, ratio, train, val", [(1000, 0.2, 800, 200), (10, 0.2, 8, 2), (3, 0.2, 2, 1),
                                                       (2, 0.2, 2, 0), (7, 0.5, 3, 4), (5, 0.0, 5, 0)])
 def test_split_takes_the_first_names_to_train(count, ratio, train, val):
