@@ -113,7 +113,7 @@ def parse_args():
     args = parser.parse_args()
     for name, least in (("num_images", 1), ("num_visualize", 0), ("max_objects", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
     return args
 
 

@@ -220,7 +220,7 @@ def check_archive(path):
             if unpacked > max(BOMB_BYTES, BOMB_RATIO * path.stat().st_size):
                 raise zipfile.BadZipFile(f"풀면 {unpacked / 1e9:,.1f} GB가 되는 의심스러운 파일")
             if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged}가 손상됨")
+                raise zipfile.BadZipFile(f"손상된 파일: {damaged}")
     except Exception as error:  # what zipfile and the decompressors raise on damaged files differs between versions
         raise BadDownload(f"zip 파일이 아니거나 손상되었습니다 ({error})") from None
 

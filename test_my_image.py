@@ -143,7 +143,7 @@ def parse_args():
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
     for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0)):
         if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
     args.interactive = not (prompted or args.everything)
     return args
 
@@ -159,7 +159,7 @@ def parse_points(text):
         try:
             x, y, label = map(float, numbers if len(numbers) != 2 else [*numbers, 1])
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{part}'는 \"x,y\" 또는 \"x,y,라벨\" 형식이 아닙니다") from None
+            raise argparse.ArgumentTypeError(f"'{part}': \"x,y\" 또는 \"x,y,라벨\" 형식이 아닙니다") from None
         if label not in (0, 1) or not np.isfinite([x, y]).all():
             raise argparse.ArgumentTypeError(f"'{part}': 라벨은 1(전경) 또는 0(배경), 좌표는 숫자여야 합니다")
         points.append((x, y, int(label)))
@@ -176,7 +176,7 @@ def parse_boxes(text):
         try:
             x1, y1, x2, y2 = map(float, part.split(","))
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{part}'는 \"x1,y1,x2,y2\" 형식이 아닙니다") from None
+            raise argparse.ArgumentTypeError(f"'{part}': \"x1,y1,x2,y2\" 형식이 아닙니다") from None
         if not np.isfinite([x1, y1, x2, y2]).all() or x1 == x2 or y1 == y2:
             raise argparse.ArgumentTypeError(f"'{part}': 넓이가 있는 상자여야 합니다")
         boxes.append([min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)])
@@ -248,7 +248,7 @@ def check_prompts(path, image, points, boxes, rough):
                          f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
     for x, y, _ in points:
         if len(boxes) > 1 and not any(is_inside((x, y), box) for box in boxes):
-            raise ImageError(f"{path}: 점 ({x:g}, {y:g})가 어느 상자에도 들어 있지 않습니다. "
+            raise ImageError(f"{path}: 어느 상자에도 들어 있지 않은 점입니다: ({x:g}, {y:g}). "
                              "상자가 여럿이면 점은 자기 상자 안에 있어야 합니다")
     if rough is not None and rough.shape != (height, width):
         raise ImageError(f"{path}: --mask의 크기가 이미지와 다릅니다. 마스크는 가로 {rough.shape[1]}, "

@@ -274,7 +274,7 @@ def join_processes(requested):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
     if processes > 1 and device not in ("cuda", "cpu"):
-        fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
+        fail(f"torchrun에서는 쓸 수 없는 장치입니다: {device}. --device cuda나 cpu로 실행하세요")
     if processes > 1 and device == "cuda":
         device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if device.startswith("cuda:"):
@@ -323,7 +323,7 @@ def import_or_fail(module, package):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fail(f"--{package}를 쓰려면 {package} 패키지가 필요합니다 ({error}): pip install {package}")
+        fail(f"--{package}에는 {package} 패키지가 필요합니다 ({error}): pip install {package}")
 
 
 class Training:
@@ -481,7 +481,7 @@ class Training:
             try:
                 write(self.rows, folder)
             except PermissionError as error:  # on Windows, of a file that Excel has open; sam2_last.pt has the rows
-                tqdm.write(f"주의: {error.filename2 or error.filename}을 쓰지 못했습니다 ({error.strerror}). "
+                tqdm.write(f"주의: {error.filename2 or error.filename}: 쓰지 못했습니다 ({error.strerror}). "
                            "다른 프로그램에서 닫으세요", file=sys.stderr)
 
     def load(self, path):
@@ -493,16 +493,16 @@ class Training:
         except FileNotFoundError:
             fail(f"이어서 할 학습이 없습니다: {path}")
         except (KeyError, ValueError, TypeError):
-            fail(f"{path}는 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
+            fail(f"{path}: 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
+            fail(f"{path}: 읽을 수 없습니다 ({type(error).__name__})")
         fixed = {"iterations"} if self.args.scheduler in ("cosine", "step") else set()  # their length is the run's
         changed = [f"{name} {before.get(name)} → {value}" for name, value in self.settings.items()
                    if name not in FREE_ON_RESUME - fixed and before.get(name) != value]
         if changed:
-            fail(f"{path}는 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
+            fail(f"{path}: 설정이 다른 학습이라 이어서 할 수 없습니다: {', '.join(changed)}")
         if masks != hash_of_masks(self.masks, self.val_masks):
-            fail(f"{path}는 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습이나 검증의 마스크가 바뀌었습니다")
+            fail(f"{path}: 다른 데이터로 한 학습이라 이어서 할 수 없습니다: 학습이나 검증의 마스크가 바뀌었습니다")
         weights = {**last["model"], **last["low_rank"]}
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         for group in last["optimizer"]["param_groups"]:

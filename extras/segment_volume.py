@@ -299,7 +299,7 @@ class Slices:
         grid is not that of `volume`."""
         other = Volume(path)
         if other.data.shape != volume.data.shape or not np.allclose(other.affine, volume.affine, atol=1e-3):
-            raise ImageError(f"{path}: {volume.path}와 크기나 공간에서의 위치(affine)가 다릅니다")
+            raise ImageError(f"{path}: 크기나 공간에서의 위치(affine)가 {volume.path}의 것과 다릅니다")
         return self.to_pictures(np.nan_to_num(other.data) != 0)
 
     def __len__(self):

@@ -132,7 +132,7 @@ def check_patients(train, val):
     patients = {row.patient_id: row.place for row in reversed(train)}
     for patient_id in dict.fromkeys(row.patient_id for row in val if row.patient_id in patients):
         place = next(row.place for row in val if row.patient_id == patient_id)
-        problems.append(f"{place}: 환자 {patient_id}가 학습에도 있습니다 ({patients[patient_id]}). "
+        problems.append(f"{place}: 환자 {patient_id}: 학습에도 있습니다 ({patients[patient_id]}). "
                         "한 환자의 볼륨은 모두 한쪽에 있어야 합니다")
     seen = {}
     for row in [*train, *val]:
@@ -285,7 +285,7 @@ def read_pair(row):
                         f"({MOST_LABELS}가지까지 받습니다)")
     mask = (mask > 0.5).astype(np.uint8)
     if mask.shape != image.shape:
-        raise DataError(f"{row.mask}: 마스크의 크기 {mask.shape}가 볼륨의 크기 {image.shape}와 다릅니다")
+        raise DataError(f"{row.mask}: 마스크와 볼륨의 크기가 다릅니다: {mask.shape}, {image.shape}")
     if affine is not None:
         corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]).T
         corners[:3] *= np.array(image.shape)[:, None] - 1
