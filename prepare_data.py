@@ -552,7 +552,8 @@ def draw_tile(image_path, mask_path):
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
     for place, number in enumerate(np.unique(labels[labels > 0])):
-        colour = 255 * np.array(colorsys.hsv_to_rgb((1 / 3 + 0.618 * place) % 1, 1, 0.86))  # golden ratio: distant hues
+        hue = 1 / 6 + 2 / 3 * ((1 / 4 + 0.618 * place) % 1)  # distant hues (golden ratio), but no red, as tissue is
+        colour = 255 * np.array(colorsys.hsv_to_rgb(hue, 1, 0.86))[::-1]  # BGR, as the image
         inside = labels == number
         image[inside] = (0.65 * image[inside] + 0.35 * colour).astype(np.uint8)
         edges, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)

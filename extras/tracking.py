@@ -195,8 +195,11 @@ def check_prompts(prompts, frames, source, unit):
 # ----------------------------------------------------------------------------- drawing
 
 def object_colour(number):
-    """A bright colour (RGB, 0 to 255) for an object; consecutive numbers differ widely in hue (golden ratio)."""
-    return tuple(int(255 * part) for part in hsv_to_rgb(((0.6 + 0.618 * (number - 1)) % 1, 0.9, 1)))
+    """A bright colour (RGB, 0 to 255) for an object, from yellow to violet, as red is invisible on tissue.
+
+    Consecutive numbers differ widely in hue (golden ratio).
+    """
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * ((0.65 + 0.618 * (number - 1)) % 1), 0.9, 1)))
 
 
 def overlay(image, labels):
