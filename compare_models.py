@@ -281,7 +281,7 @@ def save_comparison(path, name, image, gt_masks, results):
     shared = 2 if 2 in labels else 1
     panels[0].imshow(image)
     draw_prompts(panels[0], coords[:, :shared], labels[:, :shared])
-    panels[0].set_title(textwrap.fill(printable(name), 20))  # a Korean letter is up to 1/6 inch wide
+    panels[0].set_title(textwrap.fill(printable(name), 18))  # a Korean letter is up to 1/6 inch wide
     panels[1].imshow(overlay_objects(image, gt_masks, (0, 200, 0)))
     single = len(gt_masks) == 1
     panels[1].set_title("ground truth" if single else f"ground truth, {len(gt_masks)} objects")

@@ -274,6 +274,8 @@ def pairs_from_coco(image_dir, coco_file, categories, merge):
                 crowds[annotation["image_id"]] += 1
             else:
                 objects[annotation["image_id"]].append(annotation["segmentation"])
+    except FileNotFoundError:
+        fail(f"파일이 없습니다: {coco_file}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_file}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
     if missing := set(categories or ()) - set(known.values()):
