@@ -44,7 +44,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
 
-COLOURS = {"original": (230, 60, 30), "fine-tuned": (30, 110, 255)}  # of each model's masks
+COLOURS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
 
 
 def main():
@@ -118,7 +118,7 @@ def parse_args():
     args = parser.parse_args()
     for name, least in (("num_images", 1), ("num_visualize", 0), ("max_objects", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
     return args
 
 
@@ -268,10 +268,15 @@ def error_click(predicted, gt_mask):
 def measure(name, objects, gt_masks, results):
     """The rows of per_image.csv for one image; results: {"original": (masks, prompts), "fine-tuned": ...}."""
     (original, _), (finetuned, _) = results.values()
-    return [{"image": name, "object": number,
+    return [{"image": text_cell(name), "object": number,
              "original_iou": calculate_iou(before, gt_mask), "finetuned_iou": calculate_iou(after, gt_mask),
              "original_dice": calculate_dice(before, gt_mask), "finetuned_dice": calculate_dice(after, gt_mask)}
             for number, gt_mask, before, after in zip(objects, gt_masks, original, finetuned)]
+
+
+def text_cell(text):
+    """A table's cell that no spreadsheet takes for a formula: before = + - @, a tab or a CR comes an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def calculate_dice(pred_mask, gt_mask):
@@ -286,12 +291,13 @@ def save_comparison(path, name, image, gt_masks, results):
     own, and so drawn on its masks. One object has the model's colour, several have one colour each.
     """
     height, width = image.shape[:2]
-    figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained",
+                                  subplot_kw={"anchor": "N"})  # else titles may be cut off
     coords, labels = results["original"][1]
     shared = 2 if 2 in labels else 1
     panels[0].imshow(image)
     draw_prompts(panels[0], coords[:, :shared], labels[:, :shared])
-    panels[0].set_title(printable(name if len(name) < 32 else name[:14] + "..." + name[-14:]))
+    panels[0].set_title(textwrap.fill(printable(name), 18))  # a Korean letter is up to 1/6 inch wide
     panels[1].imshow(overlay_objects(image, gt_masks, (0, 200, 0)))
     single = len(gt_masks) == 1
     panels[1].set_title("ground truth" if single else f"ground truth, {len(gt_masks)} objects")
@@ -330,8 +336,8 @@ def overlay_objects(image, masks, colour):
 
 
 def object_colour(number):
-    """A colour for the number-th object, RGB, 0 to 255; neighbours in number have distant hues (golden ratio)."""
-    return tuple(int(255 * part) for part in hsv_to_rgb((number * 0.618 % 1, 0.85, 1)))
+    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 
 def overlay(image, mask, colour):

@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -155,7 +156,7 @@ def download(url, part):
             problem = "응답이 없습니다 (시간 초과)"
         except (requests.ConnectionError, urllib3.exceptions.HTTPError):
             problem = "연결할 수 없거나 끊겼습니다"
-        except (requests.RequestException, BadDownload) as error:
+        except (requests.RequestException, BadDownload, ValueError) as error:  # ValueError: a redirect to no address
             problem = str(error)
         print(f"받지 못했습니다 ({attempt + 1}/{TRIES}): {problem}")
     fail(f"{url} 을 받지 못했습니다. 네트워크를 확인하고 같은 명령을 다시 실행하면 이어서 받습니다")
@@ -167,7 +168,8 @@ def download_once(url, part):
     headers = {"Accept-Encoding": "identity"}  # Range and Content-Length count the bytes as they are stored
     if received:
         headers["Range"] = f"bytes={received}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT,
+                      hooks={"response": refuse_downgrade}) as response:
         if response.status_code == 416:  # nothing left to send, or another file than the one that was begun
             part.unlink()
             raise BadDownload("서버가 이어받기를 거절했습니다")
@@ -187,6 +189,13 @@ def download_once(url, part):
     except BadDownload:
         part.unlink()  # continuing after damaged bytes would never give a good file
         raise
+
+
+def refuse_downgrade(response, **_):
+    """Fail if an answer redirects from https to http. requests calls this for every answer, before it follows."""
+    target = urljoin(response.url, response.headers.get("Location", ""))
+    if response.is_redirect and urlsplit(response.url).scheme == "https" and urlsplit(target).scheme != "https":
+        fail(f"{response.url} 이 암호화되지 않은 주소로 넘겨 받지 않았습니다: {target}")
 
 
 def receive(raw, file, bar):
@@ -211,7 +220,7 @@ def check_archive(path):
             if unpacked > max(BOMB_BYTES, BOMB_RATIO * path.stat().st_size):
                 raise zipfile.BadZipFile(f"풀면 {unpacked / 1e9:,.1f} GB가 되는 의심스러운 파일")
             if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged}가 손상됨")
+                raise zipfile.BadZipFile(f"손상된 파일: {damaged}")
     except Exception as error:  # what zipfile and the decompressors raise on damaged files differs between versions
         raise BadDownload(f"zip 파일이 아니거나 손상되었습니다 ({error})") from None
 

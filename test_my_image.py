@@ -52,7 +52,9 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
 DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
 EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
-COLOURS = {"original model": (230, 60, 30), "fine-tuned model": (30, 110, 255)}
+RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts, and of --everything;
+           ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
+COLOURS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letters on the same keys
@@ -60,6 +62,9 @@ KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letter
 
 def main():
     args = parse_args()
+    for path in filter(None, [*args.image, args.mask]):
+        if not Path(path).exists():
+            fail(f"파일이 없습니다: {path}")
     paths = find_images(args.image)
     if args.annotate:
         paths = without_mask(paths, args.annotate)
@@ -67,14 +72,15 @@ def main():
         require_display("화면이 있는 컴퓨터에서 실행하세요" if args.annotate else "좌표를 직접 주세요: --point \"x,y\"")
     else:
         plt.switch_backend("Agg")
+    args.inputs = {Path(path).resolve() for path in [*paths, args.mask or paths[0]]}
     args.mask = read_rough_mask(args.mask) if args.mask else None
     if len(paths) == 1:  # what is wrong with a single image is reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
     if args.interactive:
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. "
-              + ("Enter는 저장, s는 건너뛰기이고, 창을 닫으면 끝냅니다." if args.annotate else
-                 "Enter를 누르거나 창을 닫으면 저장합니다."))
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다.",
+              "Enter는 저장, s는 건너뛰기이고, 창을 닫으면 끝냅니다." if args.annotate else
+              "Enter를 누르거나 창을 닫으면 저장합니다.")
 
     run_mode = run_everything if args.everything else run_annotation if args.annotate else run_prompts
     done, failed = 0, []
@@ -144,7 +150,7 @@ def parse_args():
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
     for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0)):
         if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')}는 {least} 이상이어야 합니다")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
     args.interactive = not (prompted or args.everything)
     return args
 
@@ -156,13 +162,12 @@ def parse_points(text):
     """
     points = []
     for part in text.strip().strip(";").split(";"):
-        numbers = part.split(",")
         try:
-            x, y, label = map(float, numbers if len(numbers) != 2 else [*numbers, 1])
+            x, y, label = map(float, (part + ",1" if part.count(",") == 1 else part).split(","))
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{part}'는 \"x,y\" 또는 \"x,y,라벨\" 형식이 아닙니다") from None
+            label = None
         if label not in (0, 1) or not np.isfinite([x, y]).all():
-            raise argparse.ArgumentTypeError(f"'{part}': 라벨은 1(전경) 또는 0(배경), 좌표는 숫자여야 합니다")
+            raise argparse.ArgumentTypeError(f"'{part}': \"x,y\" 또는 \"x,y,라벨\"이어야 합니다 (라벨 1 전경, 0 배경)")
         points.append((x, y, int(label)))
     return points
 
@@ -177,9 +182,9 @@ def parse_boxes(text):
         try:
             x1, y1, x2, y2 = map(float, part.split(","))
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{part}'는 \"x1,y1,x2,y2\" 형식이 아닙니다") from None
-        if not np.isfinite([x1, y1, x2, y2]).all() or x1 == x2 or y1 == y2:
-            raise argparse.ArgumentTypeError(f"'{part}': 넓이가 있는 상자여야 합니다")
+            x1 = x2 = 0
+        if x1 == x2 or y1 == y2 or not np.isfinite([x1, y1, x2, y2]).all():
+            raise argparse.ArgumentTypeError(f"'{part}': 넓이가 있는 상자 \"x1,y1,x2,y2\"여야 합니다")
         boxes.append([min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)])
     return boxes
 
@@ -216,15 +221,13 @@ def without_mask(paths, mask_dir):
 
 def require_display(alternative):
     """Fail, with what to do instead, if matplotlib cannot open a window here."""
-    try:
-        figure = plt.figure()
-        interactive = figure.canvas.required_interactive_framework is not None
-        plt.close(figure)
-    except Exception:  # each toolkit has its own error for "no display"
-        interactive = False
-    if not interactive:
-        advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-        fail(f"창을 띄울 수 없습니다. {alternative}{advice}")
+    with contextlib.suppress(Exception):  # each toolkit has its own error for "no display"
+        framework = plt.figure().canvas.required_interactive_framework
+        plt.close()
+        if framework:
+            return
+    advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
+    fail(f"창을 띄울 수 없습니다. {alternative}{advice}")
 
 
 def read_rough_mask(path):
@@ -247,34 +250,26 @@ def check_prompts(path, image, points, boxes, rough):
     if outside:
         raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. "
                          f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
-    for x, y, _ in points:
-        if len(boxes) > 1 and not any(is_inside((x, y), box) for box in boxes):
-            raise ImageError(f"{path}: 점 ({x:g}, {y:g})가 어느 상자에도 들어 있지 않습니다. "
-                             "상자가 여럿이면 점은 자기 상자 안에 있어야 합니다")
+    of_objects = [point for own, _ in split_prompts(points, boxes) for point in own]
+    if lost := [point for point in points if point not in of_objects]:
+        raise ImageError(f"{path}: 어느 상자에도 들어 있지 않은 점입니다: ({lost[0][0]:g}, {lost[0][1]:g}). "
+                         "상자가 여럿이면 점은 자기 상자 안에 있어야 합니다")
     if rough is not None and rough.shape != (height, width):
         raise ImageError(f"{path}: --mask의 크기가 이미지와 다릅니다. 마스크는 가로 {rough.shape[1]}, "
                          f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
 
 
-def is_inside(point, box):
-    """Whether (x, y, ...) lies in [x1, y1, x2, y2], edges included."""
-    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
-
-
 def load_models(args):
     """The models to use, {title: SAM2ImagePredictor}, and whether they share what encodes an image.
 
-    With --compare these are the original and the fine-tuned one. If there is no fine-tuned one yet, it says so and
-    returns the original alone.
+    With --compare there are two. If there is no fine-tuned one yet, this is reported and the original is used alone.
     """
     if not args.original and not Path(args.finetuned).is_file():
         print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
         args.original, args.compare = True, False
-    checkpoints = {}
-    if args.original or args.compare:
-        checkpoints["original model"] = args.checkpoint
-    if not args.original:
-        checkpoints["fine-tuned model"] = args.finetuned
+    checkpoints = {"original model": args.checkpoint, "fine-tuned model": args.finetuned}
+    if not args.compare:
+        del checkpoints["fine-tuned model" if args.original else "original model"]
     device = detect_device(args.device)
     first, *others = checkpoints
     predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
@@ -301,8 +296,8 @@ def result_names(paths):
     stems, names = Counter(path.stem for path in paths), {}
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
-        while name in names:
-            name += "_"
+        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
+            name += "_"  # NAME_original_mask.png is also what --compare writes for NAME
         names[name] = path
     return list(names)
 
@@ -319,54 +314,51 @@ def set_image_in_all(predictors, image, shared):
 
 
 def run_everything(path, name, image, predictors, args):
-    """Segment everything in one image and write it; returns the lines to print.
-
-    What is written: an overlay in distinct colours, the label map (0: nothing, k: annotation k), the COCO file.
-    """
-    predictor, = predictors.values()
-    annotations = segment_everything(predictor, image, args)
+    """Segment everything in one image: an overlay, a label map (k: annotation k), a COCO file; the lines to print."""
     height, width = image.shape[:2]
-    labels, overlaid = np.zeros((height, width), np.uint16), image
-    for annotation in annotations:  # smaller ones are drawn over larger ones
-        mask = coco_mask.decode(annotation["segmentation"]) > 0
-        labels[mask] = annotation["id"]
-        overlaid = overlay(overlaid, mask, object_colour(annotation["id"]))
-    names = [f"{name}_everything.png", f"{name}_labels.png", f"{name}_everything.json"]
-    write_png(args.output / names[0], overlaid[..., ::-1])
-    write_png(args.output / names[1], labels)
-    write_json(args.output / names[2], {
-        "images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
-        "categories": [{"id": 1, "name": "object"}], "annotations": annotations})
-    advice = "" if annotations else ". --pred-iou-thresh나 --stability-score-thresh를 낮춰 보세요"
-    return [f"찾은 것: {len(annotations)}개{advice}", saved_line(args.output, names)]
-
-
-def segment_everything(predictor, image, args):
-    """What SAM 2's automatic mask generator finds: COCO annotations, the largest first.
-
-    Each holds bbox [x, y, width, height] and area in pixels of `image`, score (the predicted IoU),
-    stability_score, and segmentation as compressed RLE.
-    """
     reduced = reduce_to(image, EVERYTHING_SIDE, cv2.INTER_AREA)
-    height, width = image.shape[:2]
+    found = segment_everything(*predictors.values(), reduced, (height, width), args)
+    labels = np.zeros(reduced.shape[:2], np.uint16)
+    black, white = np.zeros_like(reduced), np.full_like(reduced, 255)
+    for annotation, mask in found:  # smaller ones are drawn over larger ones
+        labels[mask] = annotation["id"]
+        black, white = (overlay(ground, mask, object_colour(annotation["id"])) for ground in (black, white))
+    # an overlay is share * image + tint; what it makes of black and of white gives both, at the size of the masks
+    labels, tint, share = (cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+                           for array in (labels, black, white - black))
+    coco = {"images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
+            "categories": [{"id": 1, "name": "object"}], "annotations": [annotation for annotation, _ in found]}
+    advice = "" if found else ". --pred-iou-thresh나 --stability-score-thresh를 낮춰 보세요"
+    return [f"찾은 것: {len(found)}개{advice}", write_results(args, name, {
+        "everything.png": partial(write_png, array=cv2.add(cv2.multiply(image, share, scale=1 / 255), tint)[..., ::-1]),
+        "labels.png": partial(write_png, array=labels), "everything.json": partial(write_json, value=coco)})]
+
+
+def segment_everything(predictor, reduced, size, args):
+    """What SAM 2's automatic mask generator finds: [(COCO annotation, mask bool h x w)], the largest first.
+
+    reduced: the image, uint8 h x w x 3, at the size for the generator; size: (H, W) of the image itself, in whose
+    pixels are bbox [x, y, width, height], area and segmentation (compressed RLE). score is the predicted IoU.
+    """
     generator = SAM2AutomaticMaskGenerator(
         predictor.model, points_per_side=args.points_per_side, pred_iou_thresh=args.pred_iou_thresh,
         stability_score_thresh=args.stability_score_thresh)
     generator.predictor = predictor  # its own would take the model's image_size for 1024
-    annotations = []
-    for found in generator.generate(reduced):
-        mask = found["segmentation"].astype(np.uint8)
-        mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    least = args.min_mask_region_area * reduced[..., 0].size / math.prod(size)  # in pixels of `reduced`
+    found = []
+    for item in generator.generate(reduced):
+        mask = item["segmentation"]
         for kind in ("holes", "islands"):  # what the generator's own min_mask_region_area does on CUDA only
-            mask, _ = remove_small_regions(mask, args.min_mask_region_area, kind)
-        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        annotations.append({
+            mask, _ = remove_small_regions(mask, least, kind)
+        columns = cv2.resize(mask.T.astype(np.uint8, order="C"), size, interpolation=cv2.INTER_NEAREST_EXACT)
+        rle = coco_mask.encode(columns.T)  # which goes down the columns
+        found.append(({
             "bbox": [int(number) for number in coco_mask.toBbox(rle)], "area": int(coco_mask.area(rle)),
-            "score": round(found["predicted_iou"], 4), "stability_score": round(found["stability_score"], 4),
-            "segmentation": {**rle, "counts": rle["counts"].decode()}, "iscrowd": 0})
-    annotations.sort(key=lambda annotation: -annotation["area"])
-    return [{"id": number, "image_id": 1, "category_id": 1, **annotation}
-            for number, annotation in enumerate(annotations, start=1)]
+            "score": round(item["predicted_iou"], 4), "stability_score": round(item["stability_score"], 4),
+            "segmentation": {**rle, "counts": rle["counts"].decode()}, "iscrowd": 0}, mask))
+    found.sort(key=lambda pair: -pair[0]["area"])
+    return [({"id": number, "image_id": 1, "category_id": 1, **annotation}, mask)
+            for number, (annotation, mask) in enumerate(found, start=1)]
 
 
 def run_prompts(path, name, image, predictors, args):
@@ -383,25 +375,23 @@ def run_prompts(path, name, image, predictors, args):
         objects = window.objects()
         if not objects:
             raise ImageError(f"{path}: 분할한 것이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
-        lines = [f"창에서 준 프롬프트: {prompts_as_flags(item.points, item.box)}" for item in objects]
     else:
-        objects = [segment_with_all(models, points, box) for points, box in split_prompts(args.point, args.box)]
-        lines = []
+        objects = [Segmented(points, box, {title: predict(points, box) for title, predict in models.items()})
+                   for points, box in split_prompts(args.point, args.box)]
 
     labels = {title: number_objects(objects, title) for title in models}
     *_, title = models
-    pictures = {f"{name}_mask.png": 255 * (labels[title] > 0).astype(np.uint8)}
+    pictures = {"mask.png": 255 * (labels[title] > 0).astype(np.uint8)}
     if len(objects) > 1:
-        pictures[f"{name}_objects.png"] = labels[title]
+        pictures["objects.png"] = labels[title]
     if args.compare:
-        pictures[f"{name}_original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
-    save_result(args.output / f"{name}_result.png", image, path.name, objects, args.mask)
-    for file_name, picture in pictures.items():
-        write_png(args.output / file_name, picture)
+        pictures["original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
+    lines = [f"창에서 준 프롬프트: {prompts_as_flags(*item[:2])}" for item in objects] if args.interactive else []
     number, _, score = objects[0].best(title)
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
-    lines.append(f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}")
-    return [*lines, saved_line(args.output, [f"{name}_result.png", *pictures])]
+    return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
+        "result.png": partial(save_result, image=image, name=path.name, objects=objects, rough=args.mask),
+        **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
 
 
 def run_annotation(path, name, image, predictors, args):
@@ -417,16 +407,16 @@ def run_annotation(path, name, image, predictors, args):
         return [] if window.closed_by == "s" else None
     objects = window.objects()
     labels = number_objects(objects, title)
-    write_png(args.annotate / f"{name}.png", labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
-    return [f"객체 {len(objects)}개, " + saved_line(args.annotate, [f"{name}.png"])]
+    mask_path = args.annotate / f"{name}.png"
+    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
+    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
 
 
 class Segmented(NamedTuple):
-    """An object: its prompts, and what each model made of them.
+    """An object: its prompts in pixels, points (x, y, label) and box [x1, y1, x2, y2] or None, and what was found.
 
-    points: (x, y, label) in pixels; box: [x1, y1, x2, y2] in pixels, or None;
-    candidates: {title of the model: (masks bool N x H x W, scores N)};
-    choice: the number of the candidate that was picked, or None for the one with the highest score.
+    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: the number of the candidate that was
+    picked, or None for the one with the highest score.
     """
     points: list
     box: list | None
@@ -441,15 +431,11 @@ class Segmented(NamedTuple):
 
 
 def split_prompts(points, boxes):
-    """(points, box) of each object: several boxes are several objects, each with the points inside it."""
+    """(points, box) of each object: several boxes are several objects, each with the points in it."""
     if len(boxes) > 1:
-        return [([point for point in points if is_inside(point, box)], box) for box in boxes]
+        return [([(x, y, label) for x, y, label in points if x1 <= x <= x2 and y1 <= y <= y2], [x1, y1, x2, y2])
+                for x1, y1, x2, y2 in boxes]
     return [(points, boxes[0] if boxes else None)]
-
-
-def segment_with_all(models, points, box):
-    """Segment one object with every model of {title: function of (points, box)}."""
-    return Segmented(points, box, {title: predict(points, box) for title, predict in models.items()})
 
 
 def segment(predictor, points, box, rough=None, refine=0):
@@ -474,10 +460,7 @@ def segment(predictor, points, box, rough=None, refine=0):
 
 
 def number_objects(objects, title):
-    """The objects' masks of one model as a numbered mask: uint16 H x W, 0 the background, k where the k-th object is.
-
-    Where masks overlap, the smaller one is on top, as prepare_data.py draws COCO's.
-    """
+    """The objects' masks of one model as uint16 H x W: 0 background, k the k-th object; smaller ones lie on top."""
     masks = [item.best(title)[1] for item in objects]
     labels = np.zeros(masks[0].shape, np.uint16)
     for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
@@ -490,8 +473,7 @@ class Window:
 
     models: {title: function of (points, box) that returns masks 3 x H x W and scores 3}; one panel each.
     title: of the window. can_skip: whether "s" closes the window too.
-    When plt.show() returns, objects() are those that were segmented, and closed_by is "enter", "s" or, for a window
-    that was closed in another way, None.
+    When plt.show() returns, objects() are those that were segmented, and closed_by is the key that closed it or None.
     """
 
     def __init__(self, image, models, title, can_skip=False):
@@ -501,7 +483,7 @@ class Window:
         height, width = image.shape[:2]
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
         self.figure = plt.figure(layout="constrained", figsize=(
-            max(panel_width * len(models), 8), panel_width * height / width + 1))
+            max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
         self.panels = self.figure.subplots(1, len(models), squeeze=False)[0]
         canvas = self.figure.canvas
         canvas.manager.set_window_title(title)
@@ -573,10 +555,8 @@ class Window:
             self.remember()
             self.finished = [*self.finished, self.current]
             self.set_prompts([], None)
-        elif (key == "enter" and self.objects()) or (key == "s" and self.can_skip):
+        elif key == "enter" and self.objects() or key == "s" and self.can_skip or key in plt.rcParams["keymap.quit"]:
             self.closed_by = key
-            plt.close(self.figure)
-        elif key in plt.rcParams["keymap.quit"]:
             plt.close(self.figure)
 
     def remember(self):
@@ -585,9 +565,8 @@ class Window:
 
     def set_prompts(self, points, box, choice=None):
         """Take new prompts for the current object, segment with them and show the result."""
-        self.current = Segmented(points, box, {})
-        if points or box:
-            self.current = segment_with_all(self.models, points, box)._replace(choice=choice)
+        candidates = {title: predict(points, box) for title, predict in self.models.items()} if points or box else {}
+        self.current = Segmented(points, box, candidates, choice)
         self.update()
 
     def draw_markers(self, points, box):
@@ -634,7 +613,8 @@ def save_result(path, image, name, objects, rough):
     height = min(max(width / flatness, 1), 9) + 0.4
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
                                 layout="constrained")
-    for axis, (title, masks, framed) in zip(axes.flat, [(printable(heading), [], False), *panels]):
+    heading = textwrap.fill(printable(heading), int(5 * width))  # a Korean letter is up to 1/6 inch wide
+    for axis, (title, masks, framed) in zip(axes.flat, [(heading, [], False), *panels]):
         show(axis, image, masks)
         axis.set_title(title)
         axis.spines[:].set(visible=framed, color="lime", linewidth=4)
@@ -647,8 +627,25 @@ def save_result(path, image, name, objects, rough):
     save_figure(figure, path)
 
 
-def saved_line(folder, names):
-    return "저장: " + ", ".join(str(folder / name) for name in names)
+def write_results(args, name, writers):
+    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that names them.
+
+    Removes what an earlier run wrote of other kinds, which the first of their group in RESULTS shows: a NAME_mask.png
+    alone is a user's own. Inputs stay, and NAME_original_mask.png if it is the mask of an image NAME_original.
+    """
+    paths = {kind: args.output / f"{name}_{kind}" for group in RESULTS for kind in group}
+    kept = {*args.inputs, *(paths[kind].resolve() for kind in writers)}
+    if (args.output / f"{name}_original_result.png").is_file():
+        kept.add(paths["original_mask.png"].resolve())
+    removed = [paths[kind] for group in RESULTS if paths[group[0]].is_file() for kind in group
+               if paths[kind].is_file() and paths[kind].resolve() not in kept]
+    for path in removed:
+        path.unlink()
+    if removed:
+        tqdm.write(f"이전 실행의 결과를 지웠습니다: {', '.join(path.name for path in removed)}")
+    for kind, write in writers.items():
+        write(paths[kind])
+    return "저장: " + ", ".join(str(paths[kind]) for kind in writers)
 
 
 def prompts_as_flags(points, box):
@@ -665,8 +662,8 @@ def coloured_masks(objects, title):
 
 
 def object_colour(number):
-    """A colour for the number-th object, RGB, 0 to 255; neighbours in number have distant hues (golden ratio)."""
-    return tuple(int(255 * part) for part in hsv_to_rgb((number * 0.618 % 1, 0.85, 1)))
+    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 
 def reduce_to(array, max_side, interpolation):
@@ -709,7 +706,7 @@ def show(axes, image, masks=()):
         axes.images[0].set_data(reduced)
     else:
         axes.imshow(reduced, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], anchor="N")  # anchored elsewhere, a title may be cut off
 
 
 def mark_prompts(axes, points, box):

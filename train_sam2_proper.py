@@ -228,7 +228,7 @@ def join_processes(requested):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
     if processes > 1 and device not in ("cuda", "cpu"):
-        fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
+        fail(f"torchrun에서는 쓸 수 없는 장치입니다: {device}. --device cuda나 cpu로 실행하세요")
     if processes > 1 and device == "cuda":
         device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if device.startswith("cuda:"):
@@ -1197,7 +1197,7 @@ def save(training, better):
         try:
             write(training.rows, folder)
         except PermissionError as error:  # on Windows, of a file that Excel has open; sam2_last.pt has the rows
-            tqdm.write(f"주의: {error.filename2 or error.filename}을 쓰지 못했습니다 ({error.strerror}). "
+            tqdm.write(f"주의: {error.filename2 or error.filename}: 쓰지 못했습니다 ({error.strerror}). "
                        "다른 프로그램에서 닫으세요", file=sys.stderr)
 
 

@@ -314,7 +314,7 @@ def open_folder(kind, folder):
         model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
                                            output_loading_info=True)
     except Exception as error:  # transformers and safetensors each raise their own kinds
-        fail(f"{folder}: {kind.__name__}로 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
+        fail(f"{folder}: {kind.__name__} 모델로 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
     if info["missing_keys"]:
         fail(f"{folder}: {kind.__name__}에 필요한 가중치가 없습니다: {', '.join(sorted(info['missing_keys'])[:3])}")
     return model.eval()
@@ -375,7 +375,7 @@ def to_official(args):
              f"({textwrap.shorten(str(error), 100)})")
     if "maskmem_tpos_enc" not in weights:
         weights = {**memory_part(args), **weights}
-    check_shapes(weights, official_shapes(args.model_cfg), f"{args.source}: 설정 {args.model_cfg}와 맞지 않습니다")
+    check_shapes(weights, official_shapes(args.model_cfg), f"{args.source}: 맞지 않는 설정 {args.model_cfg}")
     content = io.BytesIO()  # torch.save to a path raises RuntimeError, not OSError, if it cannot write
     torch.save({"model": weights, "image_size": image_size}, content)
     args.target.parent.mkdir(parents=True, exist_ok=True)

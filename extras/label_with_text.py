@@ -142,7 +142,7 @@ def join_processes(requested):
     device = detect_device(requested)
     if processes > 1:
         if device not in ("cuda", "cpu"):
-            fail(f"torchrun에서는 장치 '{device}'를 쓸 수 없습니다. --device cuda나 cpu로 실행하세요")
+            fail(f"torchrun에서는 쓸 수 없는 장치입니다: {device}. --device cuda나 cpu로 실행하세요")
         device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}") if device == "cuda" else device
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # for the slowest process
     if rank:
@@ -205,7 +205,7 @@ def load_detector(model_class, processor_class, kinds, folder, device):
         # e.g. microsoft/Florence-2-base, whose config only its own code can read
         reason = ("자기 코드로 여는 저장소의 폴더인데, 그 코드는 실행하지 않습니다" if "auto_map" in config
                   else textwrap.shorten(str(error), 200))
-        fail(f"{folder}: {kind}를 열 수 없습니다 ({reason}). {fetch}")
+        fail(f"{folder}: {kind} 모델을 열 수 없습니다 ({reason}). {fetch}")
     if info["missing_keys"]:  # transformers initializes them with random numbers
         fail(f"{folder}: transformers의 {kind} 가중치가 아닙니다. 없는 항목 {len(info['missing_keys'])}개: "
              f"{', '.join(sorted(info['missing_keys'])[:2])}. {fetch}")

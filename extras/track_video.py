@@ -157,7 +157,7 @@ def check_output(args, prompts):
         names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
         print(f"이전 결과를 덮어씁니다: {folder} ({', '.join(names)})")
     if not args.to_data and (folder / "to_data").exists():
-        print(f"주의: {folder / 'to_data'}는 이전에 남긴 것입니다. --to-data가 없어 그대로 둡니다")
+        print(f"주의: {folder / 'to_data'}: 이전에 남긴 것입니다. --to-data가 없어 그대로 둡니다")
 
 
 def earlier_results(folder, name, to_data):
@@ -284,7 +284,7 @@ class VideoFile:
         if not self.times:
             raise ImageError(f"{path}: 읽을 수 있는 프레임이 없습니다")
         if not is_whole:
-            print(f"주의: {path}는 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 {len(self.times)}프레임만 씁니다")
+            print(f"주의: {path}: 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 {len(self.times)}프레임만 씁니다")
         has_times = None not in self.times and all(map(int.__lt__, self.times, self.times[1:]))
         if not has_times:
             self.times, self.time_base = range(len(self.times)), 1 / (self.rate or Fraction(FOLDER_RATE))

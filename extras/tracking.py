@@ -151,7 +151,7 @@ def parse_numbers(text, lengths, form):
         except ValueError:
             numbers = []
         if len(numbers) not in lengths or not np.isfinite(numbers).all():
-            raise argparse.ArgumentTypeError(f"'{part}'는 {form} 형식이 아닙니다")
+            raise argparse.ArgumentTypeError(f"'{part}': {form} 형식이 아닙니다")
         found.append(numbers)
     return found
 
@@ -179,7 +179,7 @@ def check_prompts(prompts, frames, source, unit):
         if not 0 <= frame < len(frames):
             raise ImageError(f"{source}: {unit} {frame}: 없는 번호입니다. 0부터 {len(frames) - 1}까지 있습니다")
         if not 1 <= number <= MAX_OBJECTS:
-            raise ImageError(f"{source}: 대상 번호 {number}는 쓸 수 없습니다. 1부터 {MAX_OBJECTS}까지입니다")
+            raise ImageError(f"{source}: 대상 번호 {number}: 쓸 수 없습니다. 1부터 {MAX_OBJECTS}까지입니다")
         corners = [box[:2], box[2:]] if box else []
         outside = [*((x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)),
                    *((x, y) for x, y in corners if not (0 <= x <= width and 0 <= y <= height))]
@@ -196,8 +196,11 @@ def check_prompts(prompts, frames, source, unit):
 # ----------------------------------------------------------------------------- drawing
 
 def object_colour(number):
-    """A bright colour (RGB, 0 to 255) for an object; consecutive numbers differ widely in hue (golden ratio)."""
-    return tuple(int(255 * part) for part in hsv_to_rgb(((0.6 + 0.618 * (number - 1)) % 1, 0.9, 1)))
+    """A bright colour (RGB, 0 to 255) for an object, from yellow to violet, as red is invisible on tissue.
+
+    Consecutive numbers differ widely in hue (golden ratio).
+    """
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * ((0.65 + 0.618 * (number - 1)) % 1), 0.9, 1)))
 
 
 def overlay(image, labels):
@@ -229,7 +232,7 @@ def require_display(flags):
         is_interactive = False
     if not is_interactive:
         advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-        fail(f"창을 띄울 수 없습니다. 대신 {flags}를 쓰세요{advice}")
+        fail(f"창을 띄울 수 없습니다. 대신 쓸 옵션: {flags}{advice}")
 
 
 # ----------------------------------------------------------------------------- window

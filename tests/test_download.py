@@ -1,5 +1,6 @@
 """download_dataset.py against a server on loopback and with local archives, as a user runs it."""
 
+import contextlib
 import errno
 import http.server
 import io
@@ -85,14 +86,34 @@ class Site(http.server.ThreadingHTTPServer):
             pass
 
 
-@pytest.fixture
-def server():
-    site = Site()
+@contextlib.contextmanager
+def serve(site):
     threading.Thread(target=site.serve_forever, daemon=True).start()
     yield site
     site.over.set()
     site.shutdown()
     site.server_close()
+
+
+@pytest.fixture
+def server():
+    with serve(Site()) as site:
+        yield site
+
+
+@pytest.fixture
+def secure_server(tmp_path):
+    """A Site with a certificate; trusted: the environment in which a download trusts it."""
+    site, authority = Site(), trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    site.socket = context.wrap_socket(site.socket, server_side=True)
+    site.url = site.url.replace("http:", "https:")
+    (tmp_path / "source").mkdir(exist_ok=True)
+    authority.cert_pem.write_to_path(tmp_path / "source/authority.pem")
+    site.trusted = {"REQUESTS_CA_BUNDLE": str(tmp_path / "source/authority.pem")}
+    with serve(site):
+        yield site
 
 
 def count(folder):
@@ -263,6 +284,32 @@ def test_a_redirect_is_followed(tmp_path, archive, server):
     assert_whole(tmp_path)
 
 
+def test_a_redirect_to_no_address_ends_in_one_line(tmp_path, server, monkeypatch):
+    server.codes, server.location = [302] * 3, "http://["
+    monkeypatch.setattr(download_dataset, "WAIT", 0)
+    with pytest.raises(SystemExit, match="받지 못했습니다"):
+        download_dataset.download(server.url, tmp_path / "nowhere.zip.part")
+
+
+def test_a_redirect_from_https_to_http_is_never_followed(tmp_path, archive, server, secure_server):
+    server.content = secure_server.content = archive.read_bytes()
+    first = (server.url, secure_server.url.replace("https:", "HTTPS:"))  # also where the first address is http
+    server.codes, server.location = [302], secure_server.url
+    for url in first:
+        server.requests, secure_server.codes, secure_server.location = [], [302], server.url.replace("http:", "HTTP:")
+        done = run("download_dataset.py", "--url", url, cwd=tmp_path, env=secure_server.trusted, code=1)
+        assert_fails_in_one_line(done, "암호화되지 않은", server.url.partition(":")[2])
+        assert len(server.requests) == (url == server.url)  # no answer beyond the one that leads to https
+    assert {path.name for path in tmp_path.iterdir()} == {"source", ".Kvasir-SEG.lock"}
+
+
+def test_a_redirect_from_https_to_https_is_followed(tmp_path, archive, secure_server):
+    secure_server.content, secure_server.codes = archive.read_bytes(), [302]
+    secure_server.location = "/elsewhere/kvasir-seg.zip"
+    run("download_dataset.py", "--url", secure_server.url, cwd=tmp_path, env=secure_server.trusted)
+    assert_whole(tmp_path)
+
+
 def test_an_endless_slow_drip_is_given_up(tmp_path, monkeypatch):
     """With a clock on which every byte takes a second."""
     class Drip:
@@ -348,14 +395,10 @@ def test_an_archive_of_something_else_from_a_server_is_not_kept(tmp_path, archiv
     download_again(tmp_path, archive, server)
 
 
-def test_an_untrusted_certificate_is_refused(tmp_path, archive, server):
-    certificate = trustme.CA().issue_cert("127.0.0.1")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    certificate.configure_cert(context)
-    server.content = archive.read_bytes()
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    url = server.url.replace("http:", "https:")
-    assert_fails_in_one_line(run("download_dataset.py", "--url", url, cwd=tmp_path, code=1), "인증서")
+def test_an_untrusted_certificate_is_refused(tmp_path, archive, secure_server):
+    secure_server.content = archive.read_bytes()
+    done = run("download_dataset.py", "--url", secure_server.url, cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "인증서")
     assert not list(tmp_path.glob("*.zip*"))
 
 

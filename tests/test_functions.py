@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import tracking
 from conftest import ROOT, display_width, draw_pair, write_image
 from pycocotools import mask as coco_mask
 
@@ -194,6 +195,15 @@ def test_box_lines_up_for_every_value():
     assert "-100.0%p" in compare_models.result_box(1.0, 0.0)  # a drop is shown as a drop
 
 
+def test_a_file_name_in_a_table_is_no_formula_of_a_spreadsheet():
+    mask = np.ones((1, 2, 2), bool)
+    for name in ("=cmd|' /C calc'!A0.png", "+1.png", "-1.png", "@SUM(A1).png", "\t=1.png", "\r=1.png"):
+        row, = compare_models.measure(name, [1], mask, {"original": (mask, None), "fine-tuned": (mask, None)})
+        assert row["image"] == f"'{name}"
+    for name in ("a=1.png", "'=1.png", "용종.png"):
+        assert compare_models.text_cell(name) == name
+
+
 @pytest.mark.parametrize("count, ratio, train, val", [(1000, 0.2, 800, 200), (10, 0.2, 8, 2), (3, 0.2, 2, 1),
                                                       (2, 0.2, 2, 0), (7, 0.5, 3, 4), (5, 0.0, 5, 0)])
 def test_split_takes_the_first_names_to_train(count, ratio, train, val):
@@ -227,9 +237,43 @@ def test_boxes_are_parsed_and_put_in_order():
             test_my_image.parse_boxes(wrong)
 
 
+DEUTERANOPIA = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+
+
+def lab(rgb, simulated=None):
+    """CIE L*a*b* of an sRGB colour, 0 to 255; simulated: Machado et al. (2009), on linear RGB, severity 1."""
+    linear = (np.asarray(rgb) / 255) ** 2.2
+    linear = np.clip(linear if simulated is None else simulated @ linear, 0, 1)
+    return cv2.cvtColor((linear ** (1 / 2.2)).astype(np.float32)[None, None], cv2.COLOR_RGB2Lab)[0, 0]
+
+
+@pytest.mark.parametrize("script", [test_my_image, compare_models])
+@pytest.mark.parametrize("simulated", [None, np.array(DEUTERANOPIA)], ids=["all colours", "no red and green"])
+def test_masks_of_either_model_are_seen_on_tissue_and_told_apart(script, simulated):
+    def distance(first, second):
+        return np.linalg.norm(lab(first, simulated) - lab(second, simulated))
+
+    for tissue in ((145, 67, 46), (180, 100, 80), (205, 130, 115), (90, 30, 20), (150, 15, 12)):
+        image, mask = np.full((40, 40, 3), tissue, np.uint8), np.zeros((40, 40), bool)
+        mask[10:30, 10:30] = True
+        for colour in script.COLOURS.values():
+            drawn = script.overlay(image, mask, colour)
+            assert distance(drawn[20, 20], tissue) > 25 and distance(drawn[10, 20], tissue) > 45, (tissue, colour)
+    assert distance(*script.COLOURS.values()) > 100
+
+
+@pytest.mark.parametrize("object_colour", [test_my_image.object_colour, compare_models.object_colour,
+                                           tracking.object_colour])
+def test_no_object_is_drawn_in_red(object_colour):
+    colours = [object_colour(number) for number in range(1, 60)]
+    assert all(max(green, blue) == 255 for _, green, blue in colours) and len(set(colours)) > 50
+
+
 def test_results_of_images_with_the_same_stem_get_names_of_their_own():
     paths = [Path(name) for name in ("a.jpg", "b.png", "a.png", "other/a.png")]
     assert test_my_image.result_names(paths) == ["a_jpg", "b", "a_png", "a_png_"]
+    paths = [Path("b_original.png"), *paths]  # --compare writes b_original_mask.png for b
+    assert test_my_image.result_names(paths)[0] == "b_original_"
 
 
 def test_prompts_are_written_as_the_flags_that_give_them_again():

@@ -358,7 +358,7 @@ def test_a_detector_folder_that_lacks_weights_or_holds_a_pickle_only_is_refused(
         label_with_text.Florence2(other, ["polyp"], "cpu")
     (other / "model.safetensors").unlink()
     torch.save({}, other / "pytorch_model.bin")
-    with pytest.raises(SystemExit, match="florence2를 열 수 없습니다"):
+    with pytest.raises(SystemExit, match="florence2 모델을 열 수 없습니다"):
         label_with_text.Florence2(other, ["polyp"], "cpu")
 
 

@@ -433,6 +433,8 @@ def test_a_file_that_is_not_coco_is_named(tmp_path):
         (tmp_path / "a.json").write_text(content)
         done = run("prepare_data.py", "--images", "images", "--coco", "a.json", cwd=tmp_path, code=1)
         assert_fails_in_one_line(done, "a.json", "COCO")
+    done = run("prepare_data.py", "--images", "images", "--coco", "none.json", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "파일이 없습니다: none.json")
 
 
 def test_check_counts_and_names_every_problem(data):

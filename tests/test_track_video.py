@@ -238,7 +238,7 @@ def test_a_mask_corrected_by_hand_stops_and_other_files_beside_the_results_stay(
     for path in kept:
         path.write_bytes(b"by hand")
     done = track(clip, visible, "--prompts", "out/prompts.json", "-o", "out")
-    assert "주의: out/to_data는 이전에 남긴 것입니다" in done.stdout
+    assert "주의: out/to_data: 이전에 남긴 것입니다" in done.stdout
     assert all(path.read_bytes() == b"by hand" for path in kept)
     again = "--point", "20,20", "--to-data", 3, "-o", "out"
     assert_fails_in_one_line(track(clip, visible, *again, code=1), "out/to_data/masks/frames_00000.png")
@@ -413,7 +413,7 @@ def test_a_video_that_ends_in_the_middle_is_used_up_to_there(tmp_path, visible):
         video = track_video.VideoFile(path)
         assert 10 < len(video) < 22 and video[len(video) - 1].shape == (48, 64, 3)
     done = track(tmp_path, visible, "--point", "20,20", video="cut.avi")
-    assert re.search(r"주의: cut.avi는 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 \d+프레임만 씁니다", done.stdout)
+    assert re.search(r"주의: cut.avi: 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 \d+프레임만 씁니다", done.stdout)
 
 
 def test_frames_of_a_damaged_video_are_those_that_reading_through_gives(tmp_path):

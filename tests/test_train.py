@@ -431,7 +431,7 @@ def replace(self, target, original=pathlib.Path.replace, refused=[]):
 
 pathlib.Path.replace = replace"""
     done = train(data, weights, "--iterations", 4, "--save-every", 2, before=opened)
-    assert done.stderr.count("주의: output/train_log.csv을 쓰지 못했습니다") == 1
+    assert done.stderr.count("주의: output/train_log.csv: 쓰지 못했습니다") == 1
     assert [row["iteration"] for row in read_log(data)] == ["0", "1", "2", "4"]
 
 

@@ -1,5 +1,6 @@
 """test_my_image.py: prompts on the command line, and the window they replace."""
 
+import argparse
 import contextlib
 import json
 import re
@@ -20,7 +21,9 @@ from matplotlib import pyplot as plt
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from pycocotools import mask as coco_mask
 from sam2.build_sam import build_sam2
+from sam2.utils.amg import remove_small_regions
 
+import compare_models
 import test_my_image
 
 matplotlib.use("Agg")
@@ -220,6 +223,36 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
     assert "0개" in done.stdout and "--pred-iou-thresh" in done.stdout
 
 
+def test_everything_is_the_same_as_if_each_mask_were_enlarged_first(tmp_path, monkeypatch):
+    """A photo of twice the size for the generator: 24 of its pixels are 96 of the photo's, 25 are 100."""
+    image = np.random.default_rng(0).integers(0, 255, (1536, 2048, 3), dtype=np.uint8)
+    large, small = np.zeros((768, 1024), np.uint8), np.zeros((768, 1024), np.uint8)
+    cv2.circle(large, (400, 300), 200, 1, -1)
+    cv2.circle(small, (500, 350), 60, 1, -1)
+    for x, filled, width in ((300, 0, 24), (340, 0, 25), (800, 1, 24), (850, 1, 25)):  # holes and islands
+        large[250, x:x + width] = small[700, x:x + width] = filled
+    found = [{"segmentation": mask > 0, "predicted_iou": 0.9, "stability_score": 0.95} for mask in (small, large)]
+    monkeypatch.setattr(test_my_image, "SAM2AutomaticMaskGenerator", lambda *_, **__: Mock(generate=lambda _: found))
+    args = Mock(output=tmp_path, inputs=set(), min_mask_region_area=100)
+    test_my_image.run_everything(tmp_path / "a.png", "a", image, {"model": Mock()}, args)
+
+    labels, drawn, edges = np.zeros((1536, 2048), np.uint16), image, np.zeros((1536, 2048), np.uint8)
+    annotations = json.loads((tmp_path / "a_everything.json").read_text())["annotations"]
+    for number, mask in enumerate((large, small)):
+        mask = cv2.resize(mask, (2048, 1536), interpolation=cv2.INTER_NEAREST_EXACT) > 0
+        for kind in ("holes", "islands"):
+            mask, _ = remove_small_regions(mask, 100, kind)
+        assert (coco_mask.decode(annotations[number]["segmentation"]) == mask).all()
+        assert annotations[number]["area"] == mask.sum()
+        labels[mask] = number + 1
+        drawn = test_my_image.overlay(drawn, mask, test_my_image.object_colour(number + 1))
+        edges |= cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((21, 21)))
+    assert (read_png(tmp_path / "a_labels.png") == labels).all()
+    assert [labels[500, x] for x in (610, 690)] == [1, 0] and [labels[500, x] for x in (1610, 1710)] == [0, 1]
+    difference = read_png(tmp_path / "a_everything.png")[..., ::-1].astype(int) - drawn
+    assert np.abs(difference[edges == 0]).max() <= 3 and (edges == 0).mean() > 0.8  # outlines are a little coarser
+
+
 def test_compare_shows_both_models(photo, weights, tmp_path_factory):
     other = save_small_model(tmp_path_factory.mktemp("other") / "other.pt", seed=1)
     done = segment(photo, weights, "--checkpoint", other, "--compare", "--point", "40,30")
@@ -262,6 +295,48 @@ def test_compare_builds_one_model_and_compares_the_frozen_weights_once(tmp_path,
         assert (objects[40, 40], objects[80, 110]) == (1, 2)
 
 
+def test_results_of_an_earlier_run_do_not_stay_beside_the_new_ones(tmp_path, monkeypatch, capsys):
+    draw_discs(tmp_path / "a.png")
+    demo = ("--image", "a.png", "--checkpoint", ROOT / "demo/sam2_demo.pt", "-o", "out")
+    main(monkeypatch, tmp_path, *demo, "--compare", "--box", "15,15,65,65;85,55,135,105")
+    assert set(masks_in(tmp_path / "out")) == {"a_result", "a_mask", "a_objects", "a_original_mask"}
+    assert "지웠습니다" not in capsys.readouterr().out
+    main(monkeypatch, tmp_path, *demo, "--box", "15,15,65,65")
+    assert set(masks_in(tmp_path / "out")) == {"a_result", "a_mask"}
+    assert "이전 실행의 결과를 지웠습니다: a_objects.png, a_original_mask.png\n" in capsys.readouterr().out
+    main(monkeypatch, tmp_path, *demo, "--everything", "--points-per-side", 2)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a_everything.png", "a_labels.png", "a_everything.json"}
+
+
+def test_only_what_an_earlier_run_wrote_for_this_image_is_removed(tmp_path):
+    def write(name, *kinds, inputs=()):
+        args = argparse.Namespace(output=tmp_path, inputs={(tmp_path / path).resolve() for path in inputs})
+        test_my_image.write_results(args, name, dict.fromkeys(kinds, partial(test_my_image.write_file, content=b"")))
+        return {path.name for path in tmp_path.iterdir()}
+
+    own = {"a_mask.png", "a_objects.png", "a_labels.png"}  # no earlier run has written a_result.png: a user's own
+    for name in own:
+        (tmp_path / name).touch()
+    everything = {"a_everything.png", "a_everything.json", "a_labels.png"}
+    assert write("a", "everything.png", "everything.json", "labels.png") == own | everything
+    assert write("a", "result.png", "mask.png") == {"a_result.png", "a_mask.png", "a_objects.png"}
+    assert write("a", "result.png", "mask.png", inputs=["a_objects.png"]) == {
+        "a_result.png", "a_mask.png", "a_objects.png"}  # the rough mask of --mask
+    others = {"a_original_result.png", "a_original_mask.png", "ab_result.png", "ab_objects.png"}  # of other images
+    for name in others:
+        (tmp_path / name).touch()
+    assert write("a", "result.png", "mask.png") == {"a_result.png", "a_mask.png"} | others
+
+
+@pytest.mark.parametrize("arguments", [["--image", "none.png"], ["--image", "a.png", "none.png"],
+                                       ["--image", "a.png", "--mask", "none.png"]])
+def test_a_file_that_does_not_exist_is_named_in_korean_before_the_model_is_loaded(tmp_path, monkeypatch, arguments):
+    draw_discs(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="^오류: 파일이 없습니다: none.png$"):
+        main(monkeypatch, tmp_path, "--point", "5,5", "--finetuned", "none.pt", *arguments)
+
+
 def test_smaller_objects_are_numbered_on_top_of_larger_ones():
     small, large, other = np.zeros((3, 4, 6), bool)
     small[0, :2], large[:3, :4], other[3, 5] = True, True, True
@@ -283,6 +358,36 @@ def test_the_result_picture_suits_images_of_every_shape(tmp_path, height, width)
     assert blue > 3 * 300
     lime = ((result[..., 1] > 240) & (result[..., 2] < 20)).sum()  # and one frame
     assert lime > 500
+
+
+LONG_NAME = "KakaoTalk_20261128_사진_" + "폴립" * 12 + ".jpg"
+
+
+def assert_whole_titles(figure):
+    """Every title of a figure as it is saved lies inside it, in its own column."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        title, columns = axes.title.get_window_extent(), figure.bbox.width / axes.get_gridspec().ncols
+        assert title.ymax <= figure.bbox.height and title.width <= columns
+        assert title.xmin >= 0 and title.xmax <= figure.bbox.width
+
+
+@pytest.mark.parametrize("height, width", [(1000, 426), (600, 300), (1000, 748), (100, 533)])
+def test_titles_of_result_pictures_are_not_cut_off(monkeypatch, height, width):
+    """Without the panels' anchor, the layout cuts titles off at one of these shapes or another."""
+    def save_figure(figure, path):
+        assert_whole_titles(figure)
+        plt.close(figure)
+
+    monkeypatch.setattr(test_my_image, "save_figure", save_figure)
+    monkeypatch.setattr(compare_models, "save_figure", save_figure)
+    image, masks = np.zeros((height, width, 3), np.uint8), np.ones((3, height, width), bool)
+    for titles in (["fine-tuned model"], ["original model", "fine-tuned model"]):
+        item = test_my_image.Segmented([], None, {title: (masks, np.array([0.2, 0.9, 0.4])) for title in titles})
+        test_my_image.save_result("", image, LONG_NAME, [item], None)
+    prompts = np.ones((3, 1, 2)), np.ones((3, 1), int)
+    compare_models.save_comparison("", LONG_NAME, image, masks, {title: (masks, prompts) for title in
+                                                                 ("original", "fine-tuned")})
 
 
 # ----------------------------------------------------------------------------- the window
@@ -523,11 +628,14 @@ def test_clicks_while_the_toolbar_zooms_place_nothing(window):
 
 def test_two_models_share_the_prompts():
     def find(points, box):
-        return np.ones((3, 60, 80), bool), np.array([0.1, 0.2, 0.3 * len(points)])
-    both = test_my_image.Window(draw_pair(3)[0], {"original model": find, "fine-tuned model": find},
+        return np.ones((3, 120, 80), bool), np.array([0.1, 0.2, 0.3 * len(points)])
+    both = test_my_image.Window(draw_pair(3, 120, 80)[0], {"original model": find, "fine-tuned model": find},
                                 "photo")
     click(both.figure, 40, 30)
     titles = [axes.get_title() for axes in both.figure.axes]
+    press(both.figure, "n")
+    click(both.figure, 40, 30)
+    assert_whole_titles(both.figure)
     plt.close(both.figure)
     assert titles == ["original model: mask 3 of 3, score 0.300", "fine-tuned model: mask 3 of 3, score 0.300"]
 

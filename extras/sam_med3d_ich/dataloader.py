@@ -145,7 +145,7 @@ def check_patients(train, val):
     patients = {row.patient_id: row.place for row in reversed(train)}
     for patient_id in dict.fromkeys(row.patient_id for row in val if row.patient_id in patients):
         place = next(row.place for row in val if row.patient_id == patient_id)
-        problems.append(f"{place}: 환자 {patient_id}가 학습에도 있습니다 ({patients[patient_id]}). "
+        problems.append(f"{place}: 환자 {patient_id}: 학습에도 있습니다 ({patients[patient_id]}). "
                         "한 환자의 볼륨은 모두 한쪽에 있어야 합니다")
     seen = {}
     for row in [*train, *val]:

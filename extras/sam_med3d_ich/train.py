@@ -160,7 +160,7 @@ def system_check(args):
     def required(name):
         value = getattr(args, name)
         if value is None:
-            fail(f"--{name}가 없습니다")
+            fail(f"--{name} 옵션이 없습니다")
         if not (value.is_dir() if name == "mask_dir" else value.is_file()):
             fail(f"{'폴더가' if name == 'mask_dir' else '파일이'} 없습니다: {value}")
         return str(value)

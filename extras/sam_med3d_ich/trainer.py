@@ -328,7 +328,7 @@ class Trainer:
             fail(f"이 스크립트가 쓴 latest_model.pth가 아니거나 다른 버전이 쓴 것이라 이어서 할 수 없습니다: {path}")
         differing = differing_settings(self.args, state["settings"])
         if differing:
-            fail(f"{path}는 다른 설정으로 한 학습입니다. 이어서 하려면 그때와 같게 주세요: {', '.join(differing)}")
+            fail(f"{path}: 다른 설정으로 한 학습입니다. 이어서 하려면 그때와 같게 주세요: {', '.join(differing)}")
         self.model.sam.load_state_dict(state["model_state_dict"])
         self.model.head.load_state_dict(state["head_state_dict"])
         self.optimizer.load_state_dict(state["optimizer_state_dict"])
