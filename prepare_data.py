@@ -403,7 +403,7 @@ def pairs_from_coco(args, notes):
             if note in (None, "kept_crowds"):
                 objects[annotation["image_id"]].append(annotation["segmentation"])
     except FileNotFoundError:
-        fail(f"파일이 없습니다: {coco_file}")
+        fail(f"파일이 없습니다: {args.coco}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{args.coco}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
     if missing := set(args.category or ()) - set(known.values()):

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import atheris
@@ -48,9 +49,11 @@ def image(data):
     starts = [b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"GIF89a", b"BM", b"II*\x00",
               b""]
     path.write_bytes(data.PickValueInList(starts) + data.ConsumeBytes(4096))
-    how = [data.ConsumeBool() for _ in range(3)]  # numbered, colours, merge
+    args = argparse.Namespace(threshold=data.PickValueInList([None, 0, 127.5]), void=[[255]] * data.ConsumeBool(),
+                              **{name: data.ConsumeBool() for name in ("numbered", "classes", "merge")})
     for read, error in ((test_my_image.read_image, test_my_image.ImageError),
-                        (lambda path: prepare_data.read_source_mask(path, *how), prepare_data.BadPair)):
+                        (lambda path: prepare_data.read_source_mask(path, args, defaultdict(list)),
+                         (prepare_data.ImageError, SystemExit))):
         try:
             pixels = read(path)
             assert pixels.shape[0] and pixels.shape[1]
@@ -66,11 +69,11 @@ def labels(data):
         shape.append(data.ConsumeIntInRange(1, 4))
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     values = np.frombuffer(data.ConsumeBytes(size).ljust(size, b"\0"), kind).reshape(shape)
-    for read in (prepare_data.numbers_to_labels, prepare_data.colours_to_labels):
+    for classes in (False, True):
         try:
-            result = read(values)
+            result = prepare_data.to_labels(values[..., :3] if values.ndim == 3 else values, classes)
             assert result.dtype == np.uint16 and result.shape == values.shape[:2]
-        except prepare_data.BadPair:
+        except prepare_data.ImageError:
             pass
 
 
@@ -105,11 +108,13 @@ def coco(data):
     (FOLDER / "images" / "a.png").write_bytes(b"")
     (FOLDER / "coco.json").write_bytes(content)
     try:
-        readers, _ = prepare_data.pairs_from_coco(FOLDER / "images", FOLDER / "coco.json",
-                                                  [None, ["a.png"]][data.ConsumeBool()], data.ConsumeBool())
+        args = argparse.Namespace(images=FOLDER / "images", coco=FOLDER / "coco.json",
+                                  category=[None, ["a.png"]][data.ConsumeBool()], merge=data.ConsumeBool(),
+                                  keep_crowd=data.ConsumeBool())
+        readers, _ = prepare_data.pairs_from_coco(args, defaultdict(list))
         for read_mask in readers.values():
-            read_mask()
-    except (SystemExit, prepare_data.BadPair):
+            read_mask((40, 40))
+    except (SystemExit, prepare_data.ImageError):
         pass
 
 
