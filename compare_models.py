@@ -486,47 +486,56 @@ def decode_file(path, flags):
         pages = ()
     if len(pages) != 1:
         raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
-                                        "이미지 파일이 아니거나 손상되었습니다 (HEIC와 AVIF는 JPEG나 PNG로 바꾸세요)"))
+                                        "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
     return pages[0]
 
 
 def read_image(path):
     """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
 
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: 0.1 % of the file's values are black, 0.1 % white.
+    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
+    white.
     """
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype != np.uint8:
-        pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
-        low, high = np.percentile(pixels, (0.1, 99.9))
-        pixels = (255 * np.clip((pixels - low) / (high - low or 1), 0, 1)).round().astype(np.uint8)
+        numbers = pixels[np.isfinite(pixels)]
+        low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
+        scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
+        pixels = np.nan_to_num(scaled).round().astype(np.uint8)
     return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
 
 
 def read_mask(path):
     """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
-    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127; one of
-    other values, such as a map of classes, is an ImageError.
+    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127; see
+    is_label_map for those that raise an ImageError. So do colors and transparency.
     """
-    mask = decode_file(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-    if mask.dtype == np.uint16:
-        return mask
-    if 0 < mask.max() <= 127 or has_many_values(mask):
-        raise ImageError(f"{path}: 8비트 마스크의 값이 0과 255가 아닙니다. 확인: python prepare_data.py --check")
-    return (mask > 127).astype(np.uint16)
+    mask = decode_file(path, cv2.IMREAD_UNCHANGED)
+    if mask.ndim == 3 and (mask == mask[..., :1]).all():
+        mask = mask[..., 0]
+    if mask.ndim == 3 or mask.dtype not in (np.uint8, np.uint16) or mask.dtype == np.uint8 and is_label_map(mask):
+        raise ImageError(f"{path}: 0과 255의 8비트나 16비트 마스크가 아닙니다. 확인: python prepare_data.py --check")
+    return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
 
 
-def has_many_values(mask):
-    """Whether more than two values of a mask (uint8 or uint16, H x W) fill areas, as in a map of classes or objects.
+def is_label_map(mask):
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
 
-    The greys of an antialiased or JPEG-compressed edge fill none: few such pixels have neighbours of their own value.
+    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
+    nearly black or white.
     """
     if not ((mask > 0) & (mask < 255)).any():
         return False
-    inside = cv2.erode(mask, np.ones((3, 3))) == cv2.dilate(mask, np.ones((3, 3)))
-    pixels, inner = (np.bincount(values, minlength=2**16) for values in (mask.ravel(), mask[inside]))
-    return np.count_nonzero((pixels >= 9) & (inner >= pixels / 6)) > 2
+    if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
+        mask = np.where(mask < 24, 0, np.where(mask > 231, 255, mask)).astype(np.uint8)
+    low, high = cv2.erode(mask, np.ones((3, 3))), cv2.dilate(mask, np.ones((3, 3)))
+    pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
+    fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
+    middle = (mask >= 24) & (mask <= 231)
+    flat = middle & ((mask == low) | (mask == high))
+    return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
+            or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
 
 def read_config(model_cfg):

@@ -40,18 +40,20 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 KEPT_AS_IS = (".jpg", ".jpeg", ".png")
-IMAGE_SUFFIXES = (*KEPT_AS_IS, ".bmp", ".tif", ".tiff", ".webp")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".svg", ".psd", ".dng", ".dcm", ".npy", ".nii")
-LOSSLESS_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*KEPT_AS_IS, ".jfif", ".jpe", ".bmp", ".tif", ".tiff", ".webp")
+TEXT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml")  # lie beside images and are not named as unread
 VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # its first three colors; PASCAL VOC, DAVIS and LabelMe write it
 SPLITS = ("train", "val")
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden, of a NAS, of Windows
-UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")  # that Label Studio puts before the name of an uploaded file
-NOTES = {  # what prepare() did beyond pairing, by the key under which it is counted
+UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio's, before an uploaded file's name; no date
+NOTES = {  # messages about what was done to some files, by the key under which they are collected
+    "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다: 배경인 값은 --void로 알려 주세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
     "crowds": "iscrowd 영역 {:,}개를 뺐습니다 (객체로 쓰려면 --keep-crowd)",
-    "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --category로 다른 범주만 고르세요)",
+    "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --keep-crowd 없이, 또는 --category로 다른 범주만)",
     "boxes": "상자뿐인 객체 {:,}개를 뺐습니다 (마스크 만들기: python extras/label_with_text.py --boxes)",
+    "orphans": "images에 없는 이미지의 객체 {:,}개를 뺐습니다",
+    "prefixes": "Label Studio가 이름 앞에 붙인 글자를 이미지 {:,}장에서 떼고 찾았습니다",
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
@@ -92,9 +94,9 @@ def parse_args():
                       help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
     kind.add_argument("--classes", action="store_true",
                       help="--masks의 값이나 색이 클래스 (0과 검은색은 배경): 클래스마다 이어진 영역 하나가 객체 하나")
-    kind.add_argument("--threshold", type=int, metavar="N", help="--masks에서 N보다 밝은 곳이 객체 하나 (기본: 127)")
-    add("--void", type=int, nargs="+", metavar="N",
-        help="--masks에서 배경으로 바꿀 값 N, 또는 색 R G B (VOC와 DAVIS 팔레트의 255는 저절로 바꿈)")
+    kind.add_argument("--threshold", type=float, metavar="N", help="--masks에서 N보다 밝은 곳이 객체 하나 (기본: 127)")
+    add("--void", type=int, nargs="+", action="append", default=[], metavar="N",
+        help="--masks에서 배경으로 바꿀 값 N이나 색 R G B, 여러 번 가능 (VOC와 DAVIS 팔레트의 255는 저절로 바꿈)")
     add("--category", action="append", metavar="NAME", help="--coco에서 이 범주만 씀 (여러 번 가능)")
     add("--keep-crowd", action="store_true", help="--coco의 iscrowd 영역도 객체로 씀")
     add("--merge", action="store_true", help="이미지의 객체를 모두 8비트 마스크 하나로 합침")
@@ -112,7 +114,7 @@ def parse_args():
     if any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco:
         parser.error("--numbered, --classes, --threshold, --void는 --masks와, "
                      "--category와 --keep-crowd는 --coco와 함께 씁니다")
-    if len(args.void or [0]) not in (1, 3):
+    if any(len(void) not in (1, 3) for void in args.void):
         parser.error("--void는 값 하나나 색 R G B여야 합니다")
     if not 0 <= args.val_ratio < 1:
         parser.error("--val-ratio는 0 이상 1 미만이어야 합니다")
@@ -123,17 +125,19 @@ def parse_args():
 
 def prepare(args):
     """Pair, check, read the masks, split and write data/; prints what was done."""
-    target, counts = args.data_dir, Counter()
+    target, notes = args.data_dir, defaultdict(list)
     if target.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
-    readers, problems = (pairs_from_coco if args.coco else pairs_from_masks)(args, counts)
-    sources = [*readers, *([args.coco] if args.coco else image_files(args.masks, {}))]
+    readers, problems = (pairs_from_coco if args.coco else pairs_from_masks)(args, notes)
+    sources = sorted([*readers, *([args.coco] if args.coco else image_files(args.masks, {}))])
 
     lock(target / ".lock")
-    settings = {name: getattr(args, name) for name in (
-        "val_ratio", "shuffle_seed", "numbered", "classes", "threshold", "void", "category", "keep_crowd", "merge")}
-    record = {"fingerprint": fingerprint(sources, settings), "complete": True, **settings}
-    earlier_record, files = read_record(target), checksums(target)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("images", "masks", "coco", "data_dir", "check", "preview")}
+    record = {"sources": [[path.name, zlib.crc32(path.read_bytes())] for path in sources], "complete": True, **settings}
+    earlier_record, files = {}, checksums(target)
+    with contextlib.suppress(OSError, ValueError):
+        earlier_record = json.loads((target / "split.json").read_text(encoding="utf-8"))
     if earlier_record == {**record, "checksums": files}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
@@ -143,13 +147,16 @@ def prepare(args):
              "옮기거나 다른 --data-dir을 쓰세요")
 
     staging = target / ".part"
-    contents = write_pairs(readers, problems, staging, counts)
-    print_notes(counts)
-    for name, problem in sorted(problems.items()):
-        print(f"  제외: {name} - {problem}")
-    if not contents:
+    try:
+        contents = write_pairs(readers, problems, staging, notes)
+        print_notes(notes)
+        for name, problem in sorted(problems.items()):
+            print(f"  제외: {name} - {problem}")
+        if not contents:
+            fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}")
+    except SystemExit:
         shutil.rmtree(staging)
-        fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}")
+        raise
     splits = split_names(contents, args.val_ratio, args.shuffle_seed)
     for pair in same_images(*({name: contents[name] for name in splits[split]} for split in SPLITS)):
         print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {pair}")
@@ -159,20 +166,15 @@ def prepare(args):
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 
-def pairs_from_masks(args, counts):
+def pairs_from_masks(args, notes):
     """Pair images and mask files by stem.
 
-    Returns: {image path: a function of the image's (H, W) that returns what read_source_mask does}, and {name: problem}
-    for the others.
+    Returns: {image path: a function of its (H, W) that reads its mask, see read_source_mask}, and {name: problem}.
     """
     if args.images.resolve() == args.masks.resolve():
         fail(f"--images와 --masks가 같은 폴더입니다: {args.images}. 마스크를 다른 폴더로 옮기세요")
     pairs, problems = pair_by_stem(args.images, args.masks)
-    for _, mask_path in pairs:
-        if (args.numbered or args.classes) and mask_path.suffix.lower() not in LOSSLESS_SUFFIXES:
-            fail(f"{mask_path}: 손실 압축은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. "
-                 "PNG, TIFF, BMP로 저장한 원본을 쓰세요")
-    return {image: partial(read_source_mask, mask, args, counts) for image, mask in pairs}, problems
+    return {image: partial(read_source_mask, mask, args, notes) for image, mask in pairs}, problems
 
 
 def pair_by_stem(image_dir, mask_dir):
@@ -194,20 +196,21 @@ def pair_by_stem(image_dir, mask_dir):
 
 
 def image_files(folder, problems):
-    """The image files of a folder, sorted by name; those of formats that are not read here go into `problems`."""
+    """The image files of a folder, sorted by name; other files but texts go into `problems`, {name: problem}."""
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
     paths = sorted(path for path in folder.iterdir()  # glob() would pass over a folder that cannot be read
-                   if path.is_file() and not path.name.startswith("."))
+                   if path.is_file() and not SYSTEM_FILES.search(f"/{path.name}"))
     problems.update({path.name: "읽지 않는 형식 (PNG나 JPEG로 바꾸세요)" for path in paths
-                     if path.suffix.lower() in UNREAD_SUFFIXES})
+                     if path.suffix.lower() not in IMAGE_SUFFIXES + TEXT_SUFFIXES})
     return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def print_notes(counts):
-    for key, text in NOTES.items():
-        if counts.get(key):
-            print("  " + text.format(counts[key]))
+def print_notes(notes):
+    """Print the NOTES of {key: [(file name, count), ...]} with their totals and the first names."""
+    for key, found in notes.items():
+        named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
+        print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
 
 
 def composed(name):
@@ -215,81 +218,99 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
-def read_source_mask(path, args, counts, _shape=None):
+def read_source_mask(path, args, notes, _shape=None):
     """Read a mask that any tool wrote: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
 
-    Grey with more than 8 bits is numbered, as microscopy tools write it (16 or 32 bits, also as floats), and so is a
-    PNG with the palette of VOC. With --numbered every value or color but black is one object, with --classes every
-    connected region of one. Otherwise the foreground is what is brighter than 127 in any channel, so a red mask counts
-    as well as a white one, and what rings around the edge of a JPEG is removed. A mask of 0 and 1 is taken as such.
-    Fails if other values fill areas and no flag says what they are.
+    Grey with more than 8 bits is numbered, as microscopy tools write it, and so is a PNG with the palette of VOC. With
+    --numbered every value or color but black is one object, with --classes every connected region of one. Otherwise the
+    foreground is what is brighter than 127 in any channel; a mask of 0 and 1 is taken as such. Fails if 127 would lose
+    objects and no flag says how to read the file.
     """
-    values, is_voc = read_pixels(path, args)
-    if void := args.void or is_voc * [255]:
-        is_void = (np.atleast_3d(values) == void[::-1]).all(axis=2)
-        values[is_void] = 0
-        counts["void"] += int(is_void.sum())
+    values, is_voc, void = read_pixels(path, args)
+    if args.void or void.any():
+        values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
+        notes["void"].append((path.name, int(void.sum())))
     is_deep = values.ndim == 2 and values.itemsize > 1
     if args.numbered or args.classes or args.threshold is None and (is_voc or is_deep):
         labels = to_labels(values, args.classes)
+        if labels.all():
+            notes["no_background"].append((path.name, 1))
         return labels > 0 if args.merge else labels
     brightness = np.atleast_3d(values).max(axis=2)
     if args.threshold is not None:
         return brightness > args.threshold
-    if brightness.max() == 1:
-        return brightness > 0
-    if 0 < brightness.max() <= 127 or has_many_values(values if values.ndim == 2 else to_labels(values)):
-        fail(f"{path}: 값이나 색이 여럿인 마스크라 밝기로 나누면 객체를 잃습니다. 값이나 색마다 객체면 --numbered, "
-             "클래스면 --classes, 밝기로 나누려면 --threshold 127, 무시할 값은 --void N")
+    if values.ndim == 2 and values.max() == 1:
+        return values > 0
+    colors = np.unique(values[::2, ::2].astype(np.int64) @ [1, 2**16, 2**32]) if values.ndim == 3 else ()
+    if 2 < len(colors) < 9 or is_label_map(brightness):  # an antialiased edge has more colors
+        fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
+             f"--classes, 밝기로 나누려면 --threshold {min(127, brightness.max() // 2)}, 무시할 값은 --void N")
     return brightness > 127
 
 
 def read_pixels(path, args):
-    """The pixels of a mask file, H x W or H x W x 3 (BGR), and whether they are numbers in the palette of VOC.
+    """The pixels of a mask file, H x W or H x W x 3 (BGR); whether they are numbers in the palette of VOC; the void.
 
     Transparent pixels are black; in a picture of one color, transparency is the mask.
     """
-    values = decode_file(path, cv2.IMREAD_UNCHANGED)
-    with contextlib.suppress(Exception), Image.open(path) as file:  # kinds that Pillow cannot read have no palette
-        if file.mode == "P":
-            palette = file.getpalette()[:9]
-            is_voc = palette == VOC_PALETTE[:len(palette)] and len(palette) > 3
-            if is_voc or args.numbered or args.classes:
-                return np.array(file), is_voc
-        if getattr(file, "tag_v2", {}).get(262) == 0 and args.threshold is None:  # a TIFF that shows 0 as white
-            if not (args.numbered or str(file.tag_v2.get(305)).startswith("tifffile")):  # so it writes boolean arrays
-                fail(f"{path}: 0을 흰색으로 보이는 TIFF(MINISWHITE)라 객체가 0인지 알 수 없습니다. "
-                     "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
-            values = 255 - values
+    values, is_voc = decode_file(path, cv2.IMREAD_UNCHANGED), False
+    values = turn(values, read_orientation(path)) if path.suffix.lower() not in (".tif", ".tiff") else values
     if values.ndim == 3 and values.shape[2] == 4:
-        values, alpha = values[..., :3], values[..., 3]
-        is_plain = (values == values[0, 0]).all() and (alpha != alpha[0, 0]).any()
-        values = alpha if is_plain else np.where(alpha[..., None] > 0, values, 0)
-    is_grey = values.ndim == 3 and (values == values[..., :1]).all()
-    return values[..., 0].copy() if is_grey else values, False
+        values, alpha = values[..., :3], values[..., 3] > values[..., 3].max() // 2
+        is_plain = (values == values[0, 0]).all() and not alpha.all()
+        values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], values, 0)
+    colors = np.atleast_3d(values)
+    values = values[..., 0].copy() if values.ndim == 3 and (colors == colors[..., :1]).all() else values
+    with contextlib.suppress(Exception), Image.open(path) as file:  # kinds that Pillow cannot read have no palette
+        if (file.format == "JPEG" or file.info.get("compression") == "jpeg") and (args.numbered or args.classes):
+            fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
+        palette = file.getpalette()[:9] if file.mode == "P" and args.threshold is None else []
+        is_voc = len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
+        is_inverted = palette[:3] == [255] * 3 or getattr(file, "tag_v2", {}).get(262) == 0 and values.dtype == np.uint8
+        if is_inverted and not (args.numbered or args.classes or args.threshold is not None):
+            if not str(getattr(file, "tag_v2", {}).get(305)).startswith("tifffile"):  # so it writes boolean arrays
+                fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
+                     "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
+        if palette and (is_voc or args.numbered or args.classes):
+            indices = np.array(file)
+            if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else black has another index than 0
+                values = indices
+        elif is_inverted and args.threshold is None:
+            values = 255 - values
+    void = is_voc & (values == 255) if values.ndim == 2 else np.zeros(values.shape[:2], bool)
+    for value in args.void:
+        void = void | ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
+    return values, is_voc, void
 
 
 def to_labels(values, classes=False):
     """Object numbers (H x W, any type) or colors (H x W x 3) as uint16 labels H x W; 0 and black are the background.
 
     Numbers that fit into 16 bits stay. classes: values are classes, and each of their connected regions is an object.
-    ImageError if the values are no numbers, or too many.
+    ImageError if the values are no numbers, too many, or brightnesses.
     """
     if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
-        raise ImageError("번호가 0 이상의 정수가 아님")
+        raise ImageError("번호가 0 이상의 정수가 아님 (밝기면 --threshold N)")
     if values.ndim == 3:
         values = sum(values[..., channel].astype(np.int64) << 16 * channel for channel in range(3))
-    if classes:
-        labels = np.zeros(values.shape, np.int32)
-        for value in np.unique(values[values > 0]):
-            _, regions = cv2.connectedComponents((values == value).astype(np.uint8))
-            labels[regions > 0] = regions[regions > 0] + labels.max()
-    elif (labels := values).max() > 65535:
+    if (labels := values).max() > 65535:
         found, indices = np.unique(values, return_inverse=True)
         labels = indices.reshape(values.shape) + (found[0] != 0)
     if labels.max() > 65535:
         raise ImageError("객체가 65,535개보다 많음")
-    return labels.astype(np.uint16)
+    labels = labels.astype(np.uint16)
+    between = (cv2.erode(labels, np.ones((3, 3))) < labels) & (labels < cv2.dilate(labels, np.ones((3, 3))))
+    found, elsewhere = np.unique(labels), np.unique(labels[~between])
+    if len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values only occur on slopes
+        raise ImageError("번호가 아니라 밝기나 번진 색인 마스크 (밝기로 나누려면 --threshold N)")
+    if classes:
+        regions, count = np.zeros(labels.shape, np.int32), 0
+        for value in found[found > 0]:
+            number, own = cv2.connectedComponents((labels == value).astype(np.uint8))
+            regions[own > 0] = own[own > 0] + count
+            count += number - 1
+        return to_labels(regions)
+    return labels
 
 
 def decode_file(path, flags):
@@ -308,85 +329,102 @@ def decode_file(path, flags):
         pages = ()
     if len(pages) != 1:
         raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
-                                        "이미지 파일이 아니거나 손상되었습니다 (HEIC와 AVIF는 JPEG나 PNG로 바꾸세요)"))
+                                        "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
     return pages[0]
 
 
 def read_image(path):
     """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
 
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: 0.1 % of the file's values are black, 0.1 % white.
+    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
+    white.
     """
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype != np.uint8:
-        pixels = np.nan_to_num(pixels, posinf=0, neginf=0)
-        low, high = np.percentile(pixels, (0.1, 99.9))
-        pixels = (255 * np.clip((pixels - low) / (high - low or 1), 0, 1)).round().astype(np.uint8)
+        numbers = pixels[np.isfinite(pixels)]
+        low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
+        scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
+        pixels = np.nan_to_num(scaled).round().astype(np.uint8)
     return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
 
 
-def has_many_values(mask):
-    """Whether more than two values of a mask (uint8 or uint16, H x W) fill areas, as in a map of classes or objects.
+def is_label_map(mask):
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
 
-    The greys of an antialiased or JPEG-compressed edge fill none: few such pixels have neighbours of their own value.
+    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
+    nearly black or white.
     """
     if not ((mask > 0) & (mask < 255)).any():
         return False
-    inside = cv2.erode(mask, np.ones((3, 3))) == cv2.dilate(mask, np.ones((3, 3)))
-    pixels, inner = (np.bincount(values, minlength=2**16) for values in (mask.ravel(), mask[inside]))
-    return np.count_nonzero((pixels >= 9) & (inner >= pixels / 6)) > 2
+    if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
+        mask = np.where(mask < 24, 0, np.where(mask > 231, 255, mask)).astype(np.uint8)
+    low, high = cv2.erode(mask, np.ones((3, 3))), cv2.dilate(mask, np.ones((3, 3)))
+    pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
+    fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
+    middle = (mask >= 24) & (mask <= 231)
+    flat = middle & ((mask == low) | (mask == high))
+    return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
+            or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
 
-def pairs_from_coco(args, counts):
+def pairs_from_coco(args, notes):
     """As pairs_from_masks, with the objects of a COCO file, or only those of the named categories.
 
     A region marked iscrowd may be several objects in one: it is left out if its category has single objects as well.
     """
-    objects, entries, readers, problems = defaultdict(list), defaultdict(list), {}, {}
+    objects, entries, names, readers, problems = defaultdict(list), defaultdict(list), {}, {}, {}
     files = {composed(path.name): path for path in image_files(args.images, problems)}
     try:
         coco = json.loads(args.coco.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
             fail(f"{args.coco}: COCO 형식이 아닙니다 (images와 annotations 목록이 없음). "
                  "내보낼 때 CVAT와 Label Studio에서는 COCO, VIA에서는 Export Annotations (COCO format)을 고르세요")
+        for image in coco["images"]:
+            path = str(image.get("file_name") or image["coco_url"]).replace("\\", "/")
+            name = composed(path.rsplit("/", 1)[-1])  # without the folders that CVAT writes
+            if name not in files and (prefix := UPLOAD_PREFIX.match(name)) and name[prefix.end():] in files:
+                name = name[prefix.end():]
+                notes["prefixes"].append((name, 1))
+            if image["id"] in names:
+                fail(f"{args.coco}: 이미지 번호 {image['id']}가 두 번 나옵니다 ({names[image['id']]}, {path}). "
+                     "파일을 합쳤다면 번호를 다시 매기세요")
+            names[image["id"]] = path
+            entries[name].append((path, image["id"], (image.get("height"), image.get("width"))))
         known = {category["id"]: str(category["name"]) for category in coco["categories"]} if args.category else {}
         chosen = [annotation for annotation in coco["annotations"]
                   if not args.category or known.get(annotation["category_id"]) in args.category]
         with_singles = {annotation.get("category_id") for annotation in chosen if not annotation.get("iscrowd")}
         for annotation in chosen:
-            is_crowd = bool(annotation.get("iscrowd")) and not args.merge
+            is_crowd = annotation.get("iscrowd") and not args.merge
             is_kept = not is_crowd or args.keep_crowd or annotation.get("category_id") not in with_singles
-            if not annotation.get("segmentation"):
-                counts["boxes"] += 1
-            elif is_kept:
+            note = ("orphans" if annotation["image_id"] not in names else "boxes" if not annotation.get("segmentation")
+                    else ("kept_crowds" if is_kept else "crowds") if is_crowd else None)
+            if note:
+                notes[note].append((names.get(annotation["image_id"], str(annotation["image_id"])), 1))
+            if note in (None, "kept_crowds"):
                 objects[annotation["image_id"]].append(annotation["segmentation"])
-            counts["kept_crowds" if is_kept else "crowds"] += is_crowd
-        for image in coco["images"]:
-            path = str(image["file_name"]).replace("\\", "/")
-            name = composed(path.rsplit("/", 1)[-1])  # without the folders that CVAT writes
-            name = name if name in files else UPLOAD_PREFIX.sub("", name, count=1)
-            entries[name].append((path, image["id"], image.get("height"), image.get("width")))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{args.coco}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
     if missing := set(args.category or ()) - set(known.values()):
         fail(f"{args.coco}에 없는 범주입니다: {', '.join(sorted(missing))} (있는 것: {', '.join(known.values())})")
-    if counts["boxes"] and not objects:
-        fail(f"{args.coco}: 상자만 있고 segmentation이 없습니다. 마스크 만들기: "
+    if "boxes" in notes and not objects:
+        fail(f"{args.coco}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {args.images} --boxes {args.coco}")
 
     stems = Counter(Path(name).stem for name in files)
     problems.update({name: "마스크 없음 (COCO 파일에 없음)" for name in files if name not in entries})
-    for name, ((path, identity, height, width), *others) in entries.items():
+    for name, found in entries.items():
+        path, identity, size = found[0]
         if name not in files:
-            problems[path] = "이미지 없음"
-        elif others:
-            problems[name] = f"COCO 파일에 두 번 나옴 ({path}, {others[0][0]})"
+            problems.update({path: "이미지 없음" for path, *_ in found if name not in problems})
+        elif len(found) > 1:
+            problems[name] = f"COCO 파일에 두 번 나옴 ({path}, {found[1][0]})"
         elif stems[Path(name).stem] > 1:
             problems[name] = "이름이 같은 파일이 여럿"
         elif not objects[identity]:
             problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
         else:
-            readers[files[name]] = partial(draw_objects, objects[identity], (height, width), args.merge, name)
+            readers[files[name]] = partial(draw_objects, objects[identity], size, args.merge, name)
     return readers, problems
 
 
@@ -396,7 +434,8 @@ def draw_objects(segmentations, size, merge, name, shape=None):
     With `merge`, or for one segmentation: bool H x W, their union. What cannot be used is left out and named;
     ImageError if nothing is left. size: the file's (H, W); without it, the image's own `shape` counts.
     """
-    height, width = shape if None in size else size
+    height, width = (int(side) if isinstance(side, float) and side.is_integer() else side
+                     for side in (shape if None in size else size))
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
         raise ImageError(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
     if len(segmentations) > 65535 and not merge:
@@ -432,13 +471,16 @@ def to_rle(segmentation, height, width):
         counts = np.array(uncompress(counts) if isinstance(counts, str) else counts, np.int64)
         if segmentation["size"] != [height, width] or counts.ndim != 1 or (counts < 0).any() or \
                 counts.sum() != height * width:
-            raise ValueError("RLE does not cover the image")
+            raise ValueError("RLE가 이미지 크기와 다름")
         rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         return coco_mask.encode(coco_mask.decode(rle))  # without runs of no length, at which merge() goes wrong
-    polygons = [np.array(polygon, float) for polygon in segmentation]
+    parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list
+    polygons = [np.array(part, float) for part in parts if len(part) >= 6 or len(parts) == 1]  # fewer have no area
     for points in polygons:
+        if points.max() <= 1:
+            raise ValueError("좌표가 픽셀이 아니라 0~1의 비율")
         if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) < 1e5).all():
-            raise ValueError("not a polygon")
+            raise ValueError("다각형이 아님")
     return coco_mask.merge(coco_mask.frPyObjects([points.tolist() for points in polygons], height, width))
 
 
@@ -456,23 +498,6 @@ def uncompress(text):
     return counts
 
 
-def fingerprint(files, settings):
-    """A hash of the files' names and contents and of the settings: the same input gives the same one."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for path in sorted(files):
-        digest.update(os.fsencode(f"\0{path.name}\0"))
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def read_record(target):
-    """What data/split.json says; {} if there is none."""
-    try:
-        return json.loads((target / "split.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def checksums(data_dir):
     """{path relative to data_dir: CRC-32} of the files of images/ and masks/, without SYSTEM_FILES."""
     paths = [path for part in ("images", "masks") for path in (data_dir / part).rglob("*") if path.is_file()]
@@ -480,7 +505,7 @@ def checksums(data_dir):
     return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
 
 
-def write_pairs(readers, problems, folder, counts):
+def write_pairs(readers, problems, folder, notes):
     """Write the good pairs as folder/images/STEM.* and folder/masks/STEM.png; the bad ones go into `problems`.
 
     Returns {file name of an image that was written: a hash of its pixels}.
@@ -492,7 +517,7 @@ def write_pairs(readers, problems, folder, counts):
     for image_path, read_mask in tqdm(sorted(readers.items()), "준비", disable=None):
         try:
             image = read_image(image_path)
-            mask = fit_to_image(read_mask(image.shape[:2]), image_path, image.shape[:2], counts)
+            mask = fit_to_image(read_mask(image.shape[:2]), image_path, image.shape[:2], notes)
         except ImageError as problem:
             problems[image_path.name] = str(problem)
             continue
@@ -505,21 +530,16 @@ def write_pairs(readers, problems, folder, counts):
     return contents
 
 
-def fit_to_image(mask, image_path, shape, counts):
+def fit_to_image(mask, image_path, shape, notes):
     """The mask of an image of the (H, W) `shape`; ImageError if it cannot be used.
 
     If the image has an EXIF orientation, and the mask only fits its pixels as they are stored, it is turned likewise.
     """
-    orientation = 1
-    with contextlib.suppress(Exception), Image.open(image_path) as file:  # damaged metadata raise several kinds
-        if "exif" in file.info or file.format == "TIFF":  # asking a PNG without them would decode all of it
-            orientation = file.getexif().get(0x0112, 1)
-    turned = mask.T if orientation >= 5 else mask
-    turned = turned[::-1] if orientation in (3, 4, 7, 8) else turned
-    turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
+    orientation = read_orientation(image_path)
+    turned = turn(mask, orientation)
     if orientation > 1 and turned.shape == shape:
-        counts["either" if mask.shape == shape else "turned"] += 1
-        mask = mask if mask.shape == shape else np.ascontiguousarray(turned)
+        notes["either" if mask.shape == shape else "turned"].append((image_path.name, 1))
+        mask = mask if mask.shape == shape else turned
     if mask.shape != shape:
         raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape))
     if not mask.any():
@@ -527,6 +547,22 @@ def fit_to_image(mask, image_path, shape, counts):
     if mask.min() == mask.max():
         raise ImageError("마스크가 이미지 전체를 덮음")
     return mask
+
+
+def read_orientation(path):
+    """The EXIF orientation of an image file: 1 (upright, or not stated) to 8."""
+    with contextlib.suppress(Exception), Image.open(path) as file:  # damaged metadata raise several kinds
+        exif = Image.Exif()
+        exif.load(file.info.get("exif"))  # not getexif(): it would decode a PNG without EXIF, and it reads XMP
+        return file.tag_v2.get(0x0112, 1) if file.format == "TIFF" else exif.get(0x0112, 1)
+    return 1
+
+
+def turn(pixels, orientation):
+    """Pixels (H x W ...) as they are stored, turned upright as the EXIF orientation says."""
+    pixels = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+    return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
 
 
 def same_images(train, val):
@@ -567,7 +603,7 @@ def put_in_place(staging, target, splits, record):
 
 def check(data_dir):
     """Print what there is in data/, and every problem, by file; returns the number of problems."""
-    problems, contents, counts = [], {"train": {}, "val": {}}, Counter()
+    problems, contents, notes = [], {"train": {}, "val": {}}, defaultdict(list)
     for split in SPLITS:
         folders = data_dir / "images" / split, data_dir / "masks" / split
         if split == "val" and not any(folder.is_dir() for folder in folders):
@@ -577,14 +613,15 @@ def check(data_dir):
         good = {}
         for image_path, mask_path in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
             try:
-                good[image_path.name], contents[split][image_path.name] = measure_pair(image_path, mask_path, counts)
+                good[image_path.name], contents[split][image_path.name] = measure_pair(image_path, mask_path, notes)
             except ImageError as problem:
                 bad[image_path.name] = problem
         problems += [f"{split}/{name}: {problem}" for name, problem in sorted(bad.items())]
         print(f"{split}: {len(good)}쌍")
         if good:
             print_statistics(good)
-    print_notes({"either": counts["either"]})
+    notes.pop("turned", None)  # a problem here
+    print_notes(notes)
     problems += [f"학습과 검증에 같은 이미지: {pair}" for pair in same_images(*contents.values())]
     if not any(contents.values()):
         problems.append(f"{data_dir}에 이미지-마스크 쌍이 하나도 없습니다")
@@ -594,7 +631,7 @@ def check(data_dir):
     return len(problems)
 
 
-def measure_pair(image_path, mask_path, counts):
+def measure_pair(image_path, mask_path, notes):
     """Size "WxH", share of foreground, and pixels of each object (at the size of training) of a pair of data/.
 
     Returns these three, and a hash of the image's pixels; ImageError if the pair cannot be trained on.
@@ -604,7 +641,7 @@ def measure_pair(image_path, mask_path, counts):
     if mask_path.name != f"{image_path.stem}.png":
         raise ImageError(f"마스크 없음 ({image_path.stem}.png이어야 함)")
     image, labels = read_image(image_path), read_labels(mask_path)
-    if fit_to_image(labels, image_path, image.shape[:2], counts) is not labels:
+    if fit_to_image(labels, image_path, image.shape[:2], notes) is not labels:
         raise ImageError("마스크가 돌리기 전의 픽셀에 맞음 (이미지의 EXIF 방향대로 돌려야 함)")
     pixels = np.bincount(labels.ravel())[1:]
     pixels = (pixels[pixels > 0] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
@@ -612,12 +649,14 @@ def measure_pair(image_path, mask_path, counts):
 
 
 def read_labels(path):
-    """Read a mask of data/ as uint16 H x W: 0 is the background, every other value one object."""
-    mask = decode_file(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-    if mask.dtype != np.uint16 and (0 < mask.max() <= 127 or has_many_values(mask)):
-        values = ", ".join(map(str, np.unique(mask)[:5]))
-        raise ImageError(f"8비트 마스크의 값이 0과 255가 아님 ({values}{' 등' if mask.max() > 4 else ''}): "
-                         "다른 폴더에 두고 --images, --masks로 다시 준비 (번호면 --numbered, 클래스면 --classes)")
+    """Read a mask of data/ as uint16 H x W, as training does: 0 is the background, every other value one object."""
+    mask = decode_file(path, cv2.IMREAD_UNCHANGED)
+    if mask.ndim == 3 and (mask == mask[..., :1]).all():
+        mask = mask[..., 0]
+    if mask.ndim == 3 or mask.dtype not in (np.uint8, np.uint16) or mask.dtype == np.uint8 and is_label_map(mask):
+        values = "색이나 투명도" if mask.ndim == 3 else ", ".join(map(str, np.unique(mask)[:5]))
+        raise ImageError(f"8비트 마스크의 값이 0과 255가 아님 ({values}): 다른 폴더에 두고 --images와 --masks로 준비 "
+                         "(번호면 --numbered, 클래스면 --classes)")
     return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
 
 

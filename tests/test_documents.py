@@ -21,6 +21,7 @@ import segment_volume
 import torch
 import track_video
 import train
+import yaml
 from conftest import ROOT, SMALL_CFG, draw_pair
 from hydra.errors import MissingConfigException
 from sam2.build_sam import build_sam2
@@ -33,6 +34,7 @@ import train_sam2_proper
 
 GUIDE, EXTRAS_GUIDE = "SAM2_FINETUNING_GUIDE.md", "extras/GUIDE.md"
 DOCUMENTS = ["README.md", GUIDE, EXTRAS_GUIDE]
+BENCHMARKS, CONTRIBUTING, WORKFLOW = "benchmarks/README.md", "CONTRIBUTING.md", ".github/workflows/ci.yml"
 SECTIONS = {  # path of a script: the document that explains it, and the beginnings of the headings where
     "download_dataset.py": (GUIDE, "2. 체크포인트", "3. 데이터"),
     "prepare_data.py": (GUIDE, "3. 데이터"),
@@ -51,7 +53,8 @@ SCRIPTS = dict(zip(SECTIONS, (
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
                   for path in sorted((ROOT / folder).glob("*.py")))
 # what they write under a name that they put together, or through a package, and folders that appear when they run
-WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/output|output/comparison|plots|to_data|"
+WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/output|output/comparison|output/kvasir|"
+                     r"plots|to_data|"
                      r"output/my_(tracks|volumes)/이름|extras/demo/output/ich|models/(florence2|grounding-dino)|"
                      r"data/(images|masks)/(train|val))/|checkpoints/sam2\.1_hiera_(small|base_plus)\.pt|"
                      r"(output/comparison/)?compare_1\.png|masks/00000\.png|training_summary_(\*|날짜_시각)\.json|"
@@ -89,7 +92,13 @@ def flags_in_source(path):
 
 
 def code(document):
-    """Every line of a document's code: blocks, fenced or indented, and what stands in a text between backticks."""
+    """Every line of a document's code: blocks, fenced or indented, and what stands in a text between backticks.
+
+    Of the workflow: every command.
+    """
+    if document == WORKFLOW:
+        jobs = yaml.safe_load(text(document))["jobs"].values()
+        return [line for job in jobs for step in job["steps"] for line in step.get("run", "").splitlines()]
     joined = re.sub(r" *\\\n *", " ", text(document))
     fenced = re.findall(r"^```\w*\n(.*?)^```$", joined, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```\w*\n.*?^```$", "", joined, flags=re.MULTILINE | re.DOTALL)
@@ -116,10 +125,10 @@ def named_flags(words):
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9_-]*(?<!-)", words))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, WORKFLOW])
 def test_every_command_line_parses(document, monkeypatch):
     lines = list(command_lines(document))
-    assert len(lines) >= 10
+    assert len(lines) >= (4 if document == WORKFLOW else 10)
     monkeypatch.setattr(train_sam2_proper, "load_last", lambda _: {"settings": train_sam2_proper.CONFIG})  # of --resume
     for path, arguments in lines:
         if path in SCRIPTS:
@@ -139,20 +148,27 @@ def test_flags_behind_a_script_are_its_own(document):
         assert named_flags(match[2]) <= help_of(scripts[match[1]]).keys(), match[0]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING, WORKFLOW])
 def test_every_make_pip_and_hf_command_has_what_it_names(document):
     targets = re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE)
     lines = code(document)
     made = [target for line in lines for target in re.findall(r"^make ([\w-]+)", line)]
     assert made and set(made) <= set(targets), set(made) - set(targets)
     for line in lines:
-        if line.startswith("pip install"):
-            assert all((ROOT / name).is_file() for name in re.findall(r"-r (\S+)", line)), line
+        if re.match("(sudo )?(pip install|sh|venv/bin/python -m pip install) ", line):
+            assert all((ROOT / name).is_file() for name in re.findall(r"(?:-r|sh) (\S+)", line)), line
         if found := re.match(r"hf download (\S+) --local-dir models/(\S+)$", line):
             assert label_with_text.REPOSITORIES[found[2]] == found[1]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_workflow_runs_the_scripts_tests_that_the_makefile_names():
+    names = re.search(r"^SCRIPT_TESTS := \$\(foreach name,([\w ]+),", text("Makefile"), re.MULTILINE)[1].split()
+    command, = (line for line in code(WORKFLOW) if "-m pytest" in line)
+    assert command.split()[3:] == [f"tests/test_{name}.py" for name in names]
+    assert all((ROOT / name).is_file() for name in command.split()[3:])
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING])
 def test_every_flag_that_is_named_exists(document):
     known = {flag for script in SCRIPTS for flag in help_of(script)} | {
         "--nproc-per-node", "--no-build-isolation", "--help", "--local-dir"}
@@ -201,13 +217,13 @@ def as_value(words):
         return words.strip("`")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING])
 def test_every_file_that_is_named_exists_or_is_written_by_a_script(document):
     suffixes = "py|md|txt|pt|pth|png|jpg|yaml|json|csv|mp4|nii\\.gz|safetensors"
     named = set(re.findall(rf"[`(]((?:[\w.*-]+/)*(?:[\w.*-]+/|[\w.*+-]+\.(?:{suffixes})))[`)]", text(document)))
     named |= {name for line in re.findall(r"^[├└]── (.*?)(?:  |$)", text(document), re.MULTILINE)
               for name in line.split(", ")}
-    assert len(named) >= 10
+    assert len(named) >= (10 if document in DOCUMENTS else 4)
     package = {name for name in named if name.startswith("configs/sam2.1/")}
     missing = [name for name in named - package if not (is_there(name, document) or is_written(name)
                                                         or name in BROUGHT)]
@@ -321,7 +337,7 @@ def test_nothing_is_learnt_through_predict_and_something_through_features_as_the
     assert predictor.model.sam_mask_decoder.mask_tokens.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING, "CHANGELOG.md"])
 def test_links_inside_the_repository_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(document)):
         assert ((ROOT / document).parent / target).exists(), target

@@ -326,10 +326,12 @@ def test_nan_and_constant_pixels_are_read_without_a_failure(tmp_path):
     from PIL import Image
     deep = np.full((10, 10), np.nan, np.float32)
     Image.fromarray(deep).save(tmp_path / "nan.tif")
-    deep[:, 5:], deep[0, 0] = 0.5, np.inf
+    Image.fromarray(np.full((10, 10), 0.5, np.float32)).save(tmp_path / "plain.tif")
+    deep[:, 5:], deep[0, 0] = np.linspace(290, 310, 5), np.inf  # half of it has no value
     Image.fromarray(deep).save(tmp_path / "half.tif")
     assert not train_sam2_proper.read_image(tmp_path / "nan.tif").any()
-    assert (train_sam2_proper.read_image(tmp_path / "half.tif")[:, 5:] == 255).all()
+    assert not train_sam2_proper.read_image(tmp_path / "plain.tif").any()
+    assert train_sam2_proper.read_image(tmp_path / "half.tif")[5, :, 0].tolist() == [0] * 6 + [64, 128, 191, 255]
 
 
 @pytest.mark.parametrize("name", ["stack.tif", "film.gif", "moving.png", "photo.heic"])
@@ -340,7 +342,7 @@ def test_files_of_several_pictures_and_heic_are_refused(tmp_path, name):
     else:
         frames = [Image.new("RGB", (20, 10), color) for color in ("black", "red")]
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    with pytest.raises(train_sam2_proper.ImageError, match="HEIC" if name == "photo.heic" else "여러 장"):
+    with pytest.raises(train_sam2_proper.ImageError, match="형식" if name == "photo.heic" else "여러 장"):
         train_sam2_proper.read_image(tmp_path / name)
 
 
@@ -354,9 +356,11 @@ def test_training_refuses_an_8_bit_mask_of_other_values(tmp_path, values):
 
 
 def test_masks_are_cut_at_127(tmp_path):
-    write_image(tmp_path / "mask.png", np.array([[0, 127, 128, 255]], np.uint8))
+    grey = np.zeros((20, 20), np.uint8)
+    grey[:, 8:12], grey[:, 12:] = [60, 127, 128, 200], 255
+    write_image(tmp_path / "mask.png", grey)
     mask = train_sam2_proper.read_mask(tmp_path / "mask.png")
-    assert mask.dtype == np.uint16 and mask.tolist() == [[0, 0, 1, 1]]
+    assert mask.dtype == np.uint16 and (mask == (grey > 127)).all()
 
 
 def test_sixteen_bit_masks_hold_the_numbers_of_their_objects(tmp_path):

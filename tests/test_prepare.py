@@ -342,9 +342,12 @@ def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
     for bad in ([[0.5, 1]], [[-1, 1]], [[np.nan, 1]], [[np.inf, 1]]):
         with pytest.raises(prepare_data.ImageError):
             prepare_data.to_labels(np.array(bad))
-    assert prepare_data.to_labels(np.arange(65536)[None]).max() == 65535
+    numbers = np.random.default_rng(0).permutation(65536)[None]
+    assert prepare_data.to_labels(numbers).max() == 65535
     with pytest.raises(prepare_data.ImageError, match="65,535"):
-        prepare_data.to_labels(2 * np.arange(65537)[None])
+        prepare_data.to_labels(2 * np.append(numbers, [[65536]], 1))
+    with pytest.raises(prepare_data.ImageError, match="밝기"):
+        prepare_data.to_labels(np.arange(100)[None])  # a slope
 
 
 def test_a_tiff_of_several_slices_is_named(tmp_path):
@@ -375,7 +378,7 @@ def test_each_colour_is_an_object_in_any_number_of_pieces(tmp_path):
 def test_a_jpeg_of_numbers_or_colours_is_refused_in_one_line(tmp_path, flag):
     make_source(tmp_path, 3)
     done = prepare_masks(tmp_path, flag, code=1)
-    assert_fails_in_one_line(done, "masks/polyp_00.jpg".replace("/", os.sep), "--numbered", "손실 압축")
+    assert_fails_in_one_line(done, "masks/polyp_00.jpg".replace("/", os.sep), "--numbered", "JPEG")
     assert not done.stdout
 
 
@@ -483,13 +486,17 @@ def save_voc(path, indices):
 def class_maps():
     """Masks whose values 127 cannot part, by name: classes, a trimap, numbered cells, void, colors."""
     two = np.where(SMALL, 3, np.where(LARGE, 11, 0))
-    cells = np.zeros((60, 80))
+    cells, lines = np.zeros((60, 80)), np.zeros((60, 80), np.uint8)
     for number in range(1, 201):
         y, x = divmod(number - 1, 20)
-        cells[6 * y:6 * y + 4, 4 * x:4 * x + 3] = number
+        cells[6 * y:6 * y + 3, 4 * x:4 * x + 2] = number
+    cv2.line(lines, (5, 5), (70, 30), 100)
+    cv2.line(lines, (5, 50), (70, 40), 200)
     return {"coco-stuff": two, "train-ids": np.where(two, two, 255), "cells": cells,
             "trimap": np.where(SMALL, 1, np.where(LARGE, 3, 2)), "void": np.where(SMALL, 1, np.where(LARGE, 255, 0)),
+            "thin-void": np.where(SMALL, 1, np.where(cv2.dilate(SMALL, np.ones((3, 3))), 255, 0)),
             "bright": np.where(SMALL, 100, np.where(LARGE, 200, 0)),
+            "lines": lines, "red and blue lines": np.dstack([lines * (lines < 150), lines * 0, lines * (lines > 150)]),
             "dark-color": np.dstack([two * 0, two * 0, np.where(two, 64, 0)]),
             "colors": np.dstack([SMALL, SMALL * 0, LARGE])}
 
@@ -510,13 +517,15 @@ def test_a_map_of_classes_or_objects_is_refused_with_the_flags_and_never_cut_at_
         assert (written == values).all()
 
 
-@pytest.mark.parametrize("kind", ["antialiased", "jpeg saved as png", "enlarged", "tiny"])
+@pytest.mark.parametrize("kind", ["antialiased", "jpeg 20", "jpeg 50", "jpeg 90", "enlarged", "tiny", "thin"])
 def test_a_mask_with_grey_edges_is_no_map_of_classes(tmp_path, kind):
     size = 24 if kind == "tiny" else 200
     mask = np.zeros((size, size), np.uint8)
-    cv2.ellipse(mask, (size // 2, size // 2), (size // 3, size // 5), 25, 0, 360, 255, -1, cv2.LINE_AA)
-    if kind == "jpeg saved as png":
-        mask = cv2.imdecode(cv2.imencode(".jpg", mask, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_GRAYSCALE)
+    thickness = 2 if kind == "thin" else -1
+    cv2.ellipse(mask, (size // 2, size // 2), (size // 3, size // 5), 25, 0, 360, 255, thickness, cv2.LINE_AA)
+    if kind.startswith("jpeg"):  # saved as PNG again
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(kind.split()[1])]
+        mask = cv2.imdecode(cv2.imencode(".jpg", mask, quality)[1], cv2.IMREAD_GRAYSCALE)
     if kind == "enlarged":
         mask = cv2.resize(mask, (700, 700), interpolation=cv2.INTER_CUBIC)
     assert len(np.unique(mask)) > 5
@@ -563,6 +572,40 @@ def test_void_is_background_and_zero_and_one_are_then_a_mask(tmp_path):
     assert "void 픽셀" in done.stdout
 
 
+def test_the_line_about_void_shows_a_value_that_does_not_occur_and_255_of_voc_is_always_void(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    write_image(tmp_path / "masks/a.png", SMALL)
+    assert "void 픽셀 0개" in prepare_masks(tmp_path, "--void", 9).stdout
+    save_voc(tmp_path / "masks/a.png", class_maps()["void"])
+    for void in ((9,), (224, 224, 192)):
+        prepare_masks(tmp_path, "--void", *void)
+        assert (read_grey(tmp_path / "data/masks/train/a.png") == (SMALL > 0)).all()
+
+
+def test_indices_of_a_palette_without_black_first_are_no_numbers(tmp_path):
+    write_image(tmp_path / "images/a.png", draw_pair(0)[0])
+    (tmp_path / "masks").mkdir()
+    drawn = np.zeros((60, 80, 3), np.uint8)
+    drawn[SMALL > 0], drawn[OTHER > 0] = (0, 0, 255), (0, 255, 0)
+    Image.fromarray(drawn).quantize(8).save(tmp_path / "masks/a.png")
+    assert Image.open(tmp_path / "masks/a.png").getpalette()[:3] != [0, 0, 0]
+    prepare_masks(tmp_path, "--numbered")
+    labels = read_grey(tmp_path / "data/masks/train/a.png")
+    assert ((labels > 0) == drawn.any(2)).all() and len(np.unique(labels)) == 3
+
+
+def test_a_feathered_edge_is_cut_in_the_middle_and_16_bit_brightness_is_no_number(tmp_path):
+    soft = cv2.GaussianBlur(SMALL, (0, 0), 3)
+    for name, mask in (("soft", np.dstack([np.full((60, 80, 3), 255, np.uint8), soft])),
+                       ("deep", soft.astype(np.uint16) * 257)):
+        write_image(tmp_path / f"images/{name}.png", draw_pair(len(name))[0])
+        write_image(tmp_path / f"masks/{name}.png", mask)
+    done = prepare_masks(tmp_path)
+    assert (read_grey(tmp_path / "data/masks/train/soft.png") == np.where(soft > soft.max() // 2, 255, 0)).all()
+    line, = (line for line in done.stdout.splitlines() if "제외: deep.png" in line)
+    assert "--threshold" in line
+
+
 def test_transparency_is_the_mask_of_a_white_picture_and_a_mask_of_everything_is_named(tmp_path):
     for name, alpha in (("cut", SMALL), ("full", np.full((60, 80), 255, np.uint8))):
         write_image(tmp_path / f"images/{name}.png", draw_pair(len(name))[0])
@@ -581,7 +624,7 @@ def test_a_boolean_tiff_that_shows_zero_as_white_is_read_by_its_values_or_refuse
         Image.fromarray(SMALL == 0).save(tmp_path / "masks/a.tif", tiffinfo={262: 0, 305: software})  # bit 1: SMALL
         done = prepare_masks(tmp_path, code=code)
         if code:
-            assert_fails_in_one_line(done, "MINISWHITE", "--numbered", "--threshold")
+            assert_fails_in_one_line(done, "흰색", "--numbered", "--threshold")
             prepare_masks(tmp_path, "--numbered")
         assert ((read_grey(tmp_path / "data/masks/train/a.png") > 0) == (SMALL > 0)).all()
     prepare_masks(tmp_path, "--threshold", 127)
@@ -593,9 +636,12 @@ def test_the_two_folders_must_differ_and_unread_formats_are_named(tmp_path):
     done = run("prepare_data.py", "--images", "images", "--masks", "images", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "같은 폴더")
     (tmp_path / "images/phone.HEIC").write_bytes(b"....ftypheic")
-    (tmp_path / "images/film.gif").write_bytes(b"GIF89a")
+    (tmp_path / "images/scan.tga").write_bytes(b"anything")
+    (tmp_path / "images/labels.txt").write_text("a text is no image that was forgotten")
+    shutil.move(tmp_path / "images/polyp_00.jpg", tmp_path / "images/polyp_00.jfif")
     done = prepare_masks(tmp_path)
-    assert "제외: phone.HEIC" in done.stdout and "제외: film.gif" in done.stdout
+    assert "제외: phone.HEIC" in done.stdout and "제외: scan.tga" in done.stdout and "labels.txt" not in done.stdout
+    assert "학습 3쌍" in done.stdout
 
 
 def test_replaced_pairs_are_counted_and_existing_folders_are_not_claimed(tmp_path):
@@ -634,6 +680,7 @@ def test_a_mask_drawn_on_the_stored_pixels_is_turned_with_the_image(tmp_path, su
         image, = (tmp_path / "data/images/train").glob(f"o{orientation}.*")
         assert prepare_data.read_image(image).shape[:2] == wanted.shape
     assert "이미지 4장의 마스크를 돌렸습니다" in done.stdout and "이미지 3장은 마스크의 방향을" in done.stdout
+    assert f"확인하세요: o2.{suffix}" in done.stdout
     checked = run("prepare_data.py", "--check", cwd=tmp_path).stdout
     assert ("이미지 3장은 마스크의 방향을" in checked) == (suffix in ("jpg", "png"))  # the others became upright PNGs
 
@@ -657,7 +704,23 @@ def test_coco_names_in_two_folders_are_never_confused(tmp_path):
         "annotations": [{"image_id": number, "category_id": 1, "segmentation": polygon} for number in range(3)]}))
     done = prepare_coco(tmp_path)
     assert "제외: 1.png - COCO 파일에 두 번 나옴 (a/1.png, b/1.png)" in done.stdout
+    assert "Label Studio가 이름 앞에 붙인 글자를 이미지 1장" in done.stdout
     assert names(tmp_path / "data/masks/train") == ["2.png"]
+
+
+def test_a_date_is_no_prefix_and_repeated_or_unknown_ids_are_named(tmp_path):
+    polygon = [[10, 10, 40, 10, 40, 40, 10, 40]]
+    write_image(tmp_path / "images/patient_2.png", draw_pair(0)[0])
+    write_image(tmp_path / "images/b.png", draw_pair(1)[0])
+    coco = {"images": [{"id": 1, "file_name": "patient_20240101-2.png"}, {"id": 2, "file_name": "b.png"}],
+            "annotations": [{"image_id": number, "segmentation": polygon} for number in (1, 2, 7)]}
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    done = prepare_coco(tmp_path)
+    assert "제외: patient_2.png" in done.stdout and "제외: patient_20240101-2.png - 이미지 없음" in done.stdout
+    assert "이미지의 객체 1개를 뺐습니다" in done.stdout
+    coco["images"][1]["id"] = 1
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "두 번", "b.png")
 
 
 def test_coco_without_sizes_takes_the_image_s_and_a_bad_polygon_costs_only_its_object(tmp_path):
@@ -687,11 +750,12 @@ def test_check_reports_what_by_hand_masks_are_and_takes_number_65535(data):
     write_image(data / "data/masks/train/pair_000.png", (draw_pair(0)[1] > 0).astype(np.uint8))
     write_image(data / "data/masks/train/pair_001.png", class_maps()["void"].astype(np.uint8))
     write_image(data / "data/masks/train/pair_002.png", np.where(SMALL, 65535, 0).astype(np.uint16))
+    write_image(data / "data/masks/train/pair_003.png", np.dstack([np.full((60, 80, 3), 255, np.uint8), SMALL]))
     done = run("prepare_data.py", "--check", cwd=data, code=1)
-    for name, values in (("pair_000.png", "(0, 1)"), ("pair_001.png", "(0, 1, 255")):
+    for name, values in (("pair_000.png", "(0, 1)"), ("pair_001.png", "(0, 1, 255)"), ("pair_003.png", "투명도")):
         line, = (line for line in done.stdout.splitlines() if name in line)
         assert "0과 255가 아님" in line and values in line
-    assert "문제 2개" in done.stdout
+    assert "문제 3개" in done.stdout
 
 
 @pytest.mark.parametrize("script, arguments, word", [
