@@ -631,7 +631,7 @@ def check_header(path, shape):
         with Image.open(path) as image:
             size = image.size
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or '이미지 파일이 아니거나 손상되었습니다'}") from None
+        raise ImageError(f"{path}: {error.strerror or '손상되었거나 읽지 못하는 형식의 이미지입니다'}") from None
     if shape not in (size, size[::-1]):
         raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
 
