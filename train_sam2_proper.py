@@ -1238,8 +1238,8 @@ def load_last(output_dir):
     except FileNotFoundError:
         fail(f"이어서 할 학습이 없습니다: {path}")
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"{path}를 읽을 수 없습니다 ({type(error).__name__})")
-    fail(f"{path}는 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
+        fail(f"{path}: 읽을 수 없습니다 ({type(error).__name__})")
+    fail(f"{path}: 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
 
 
 def restore(training, last):
