@@ -240,9 +240,9 @@ def is_there(name, document):
 
 def is_written(name):
     """Whether a script's source has the name of a file, in quotes, or what follows an image's or a volume's name."""
-    file = Path(name).name
-    quoted = re.sub("^(이름|NAME)_", "}_", file) + '"' if file.startswith(("이름_", "NAME_")) else f'"{file}"'
-    return WRITTEN.fullmatch(name) or not name.endswith("/") and quoted in SOURCES
+    file = re.sub("^(이름|NAME)_", "}_", Path(name).name)
+    quoted = [f'{file}"', f'"{file[2:]}"'] if file.startswith("}_") else [f'"{file}"']
+    return WRITTEN.fullmatch(name) or not name.endswith("/") and any(words in SOURCES for words in quoted)
 
 
 def test_prompts_as_the_guide_shows_them_are_read(tmp_path):
