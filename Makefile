@@ -1,12 +1,12 @@
-# make demo · make kvasir · make test · make lint: each sets up venv/ first, from nothing.
+# make demo · make kvasir · make test · make lint: each creates venv/ first if it does not exist.
 PYTHON ?= python3
 VENV := venv
 PY := $(VENV)/bin/python
 
 .PHONY: demo demo-video demo-volume demo-ich kvasir kvasir-data test test-lowest lint system-packages
 
-# torch first, then the rest without build isolation: sam2 comes as source, and an isolated build would download and
-# install torch a second time. SAM2_BUILD_CUDA=0: the CUDA extension only fills holes in masks, which nothing here does.
+# Install torch first, then the rest without build isolation: sam2 is built from source, and an isolated build would
+# install torch a second time. SAM2_BUILD_CUDA=0: the CUDA extension only fills holes in masks and is not used here.
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install torch torchvision setuptools wheel
@@ -21,8 +21,8 @@ $(VENV)/.installed-extras: $(VENV)/.installed-dev extras/requirements.txt
 	$(PY) -m pip install -r extras/requirements.txt
 	touch $@
 
-# The whole pipeline on drawn images with a model of 3.7 M parameters: no download, no GPU, a few minutes.
-# Everything is written below demo/.
+# Run the whole pipeline on synthetic images with a 3.7 M-parameter model: no download, no GPU, a few minutes.
+# All files are written to demo/.
 DEMO_MODEL := --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
 DEMO_VAL := demo/data/images/val
 demo: $(VENV)/.installed
@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	@echo "  demo/output/training_curve.png                           학습 곡선"
 	@echo "  demo/output/my_results/demo_0160_result.png              이미지 한 장 분할"
 
-# extras/ on drawn data with the demo's model: a polyp followed through a clip, a bleeding through a CT volume.
+# Run extras/ on synthetic data with the demo model: track a polyp through a clip, segment a haemorrhage in a CT volume.
 demo-video: $(VENV)/.installed-extras
 	$(PY) extras/demo/make_demo_clip.py
 	$(PY) extras/track_video.py $(DEMO_MODEL) --original --video extras/demo/data/clip.mp4 --box "97,61,214,184" \
@@ -54,7 +54,7 @@ demo-volume: $(VENV)/.installed-extras
 	  --point "25,145,146" \
 	  --truth extras/demo/data/ct_truth.nii.gz --output extras/demo/output/ct
 
-# extras/sam_med3d_ich on drawn head CTs with a model of 3.4 M parameters: no download, no GPU, a few minutes.
+# Train extras/sam_med3d_ich on synthetic head CTs with a 3.4 M-parameter model: no download, no GPU, a few minutes.
 ICH_DATA := extras/demo/data/ich
 ICH_OUTPUT := extras/demo/output/ich
 demo-ich: $(VENV)/.installed-extras
@@ -68,10 +68,10 @@ demo-ich: $(VENV)/.installed-extras
 	@echo "  $(ICH_OUTPUT)/patients.png         Dice가 가장 낮은, 중간, 가장 높은 환자"
 	@echo "  $(ICH_OUTPUT)/patients.csv         환자마다의 Dice, IoU, 부피 오차, 라벨"
 
-# The result with the official weights: download them (184 MB) and Kvasir-SEG (46 MB), train, compare, and print the
-# result beside the reference guide's. Everything is written below output/kvasir/. The same command continues after an
-# interruption and does nothing twice. RECIPE=improved or RECIPE=strongest trains with another recipe. MODEL adds flags
-# to training and comparison, TRAIN to training, of those that --resume allows: make kvasir MODEL="--device cpu".
+# Measure with the official weights: download them (184 MB) and Kvasir-SEG (46 MB), train, compare, and print the result
+# beside that of the reference guide. Everything goes to output/kvasir/ (the weights to checkpoints/). After an
+# interruption the same command continues and repeats no finished step. RECIPE=improved or strongest selects another
+# recipe. MODEL adds flags to training and comparison, TRAIN to training; --resume must accept them.
 RECIPE := reference
 KVASIR_DATA := output/kvasir/data
 KVASIR_RUN := output/kvasir/$(RECIPE)
@@ -92,7 +92,7 @@ $(KVASIR_RUN)/comparison/summary.json: $(KVASIR_RUN)/sam2_final.pt
 	$(PY) compare_models.py $(MODEL) --finetuned $(KVASIR_RUN)/sam2_best.pt \
 	  --image-dir $(KVASIR_DATA)/images/val --mask-dir $(KVASIR_DATA)/masks/val --output-dir $(KVASIR_RUN)/comparison
 
-# The tests drive a real window; as root on Debian they install what that takes.
+# The tests drive a real window. As root on Debian, this installs the packages that they need.
 system-packages:
 	@sh tests/install_system_packages.sh
 
@@ -102,8 +102,8 @@ test: system-packages lint $(VENV)/.installed-extras
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 
-# The demo and the scripts' tests with exactly the lowest versions that requirements.txt allows (they have wheels for
-# Python 3.10 to 3.12). Not part of `make test`.
+# Run the demo and the scripts' tests with exactly the lowest versions that requirements.txt allows (they have wheels
+# for Python 3.10 to 3.12). Not part of `make test`.
 LOWEST := venv-lowest
 SCRIPT_TESTS := $(foreach name,functions prepare download train compare window robust demo,tests/test_$(name).py)
 test-lowest: system-packages
