@@ -2,8 +2,8 @@
 
     python compare_models.py
 
-Both models get the same prompt, and of the three masks that each returns the one with the highest
-predicted score counts. They share a frozen encoder, so an image is encoded once for both.
+Both models get the same prompt. Of each model's three masks, the one with the highest predicted score is
+compared. If the models share a frozen encoder, each image is encoded once for both.
 """
 
 import argparse
@@ -34,7 +34,7 @@ try:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
-except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
+except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a folder of the same name
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
@@ -67,7 +67,7 @@ def main():
     print("고정된 가중치가 같아 이미지를 한 번만 인코딩합니다." if shared else
           "고정된 가중치가 서로 달라 이미지를 모델마다 인코딩합니다.")
 
-    for old in args.output_dir.glob("compare_[0-9]*.png"):  # of an earlier run
+    for old in args.output_dir.glob("compare_[0-9]*.png"):  # left by an earlier run
         old.unlink()
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
     rows, unsampled = [], 0
@@ -140,10 +140,10 @@ def find_pairs(image_dir, mask_dir):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that make an image's features are equal in both models.
+    """Whether all weights that compute an image's features are equal in both models.
 
-    Those are all but the prompt encoder and the mask decoder; the decoder's conv_s0 and conv_s1 run in
-    set_image and count as frozen.
+    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
+    conv_s1, which run in set_image.
     """
     ours, theirs = original.state_dict(), finetuned.state_dict()
     trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
@@ -159,9 +159,9 @@ def read_pair(image_path, mask_path):
 
 
 def split_objects(labels, max_objects):
-    """The objects of a numbered mask (uint16 H x W), see sample_objects.
+    """Split a numbered mask (uint16 H x W) into objects, see sample_objects.
 
-    Returns: their numbers, their masks, bool N x H x W, and how many objects are not among them.
+    Returns: their numbers, their masks (bool N x H x W), and the number of objects left out.
     """
     numbers = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
     sample = sample_objects(numbers, max_objects)
@@ -176,7 +176,7 @@ def sample_objects(numbers, max_objects):
 
 
 def set_image_in_all(predictors, image, shared):
-    """Set `image` in every predictor; it is encoded once if they share what encodes it."""
+    """Set `image` in every predictor; with `shared` (equal image encoders), it is encoded only once."""
     first, *others = predictors
     first.set_image(image)
     for other in others:
@@ -192,7 +192,7 @@ def prompt_kind(kind, number):
 
 
 def predict_objects(predictor, kind, gt_masks):
-    """The mask with the highest score for each object of the image that is set: see predict_prompted.
+    """Predict the highest-scored mask for each object in the current image, see predict_prompted.
 
     Returns: masks bool N x H x W, and the prompts (coordinates N x P x 2 in pixels, labels N x P).
     """
@@ -212,12 +212,12 @@ def in_parts(objects, shape):
 
 
 def predict_prompted(predictor, kind, gt_masks):
-    """Masks for the image that is set, with a prompt made from each of gt_masks (bool N x H x W).
+    """Predict masks for the current image, with a prompt made from each of gt_masks (bool N x H x W).
 
     kind: "point", the mask's middle pixel; "box", its tight box; "points", its middle pixel and then two
         clicks, one after the other, each on the largest error of the mask with the highest score.
     Returns: logits N x 3 x H x W, scores N x 3, and the prompts as (coordinates N x P x 2 in pixels, labels
-        N x P): 1 for a click on the object, 0 beside it, 2 and 3 for a box's corners, as SAM has them.
+        N x P): 1 for a click on the object, 0 outside it, 2 and 3 for a box's corners, as in SAM.
     """
     def predict(coords, labels):
         logits, scores, _ = predictor.predict(coords, labels, multimask_output=True, return_logits=True)
@@ -238,7 +238,7 @@ def predict_prompted(predictor, kind, gt_masks):
 
 
 def middle_point(mask):
-    """The middle one of the mask's foreground pixels in row-major order: float32 1 x 2, (x, y) in pixels."""
+    """The middle foreground pixel of the mask in row-major order: float32 1 x 2, (x, y) in pixels."""
     rows, columns = np.nonzero(mask)
     middle = len(rows) // 2
     return np.array([[columns[middle], rows[middle]]], np.float32)
@@ -251,7 +251,7 @@ def mask_box(mask):
 
 
 def error_click(predicted, gt_mask):
-    """The click that corrects most: the pixel deepest inside what is missed (label 1) or too much (label 0).
+    """The most useful click: the pixel deepest inside the missed (label 1) or false (label 0) foreground.
 
     predicted, gt_mask: bool H x W. Returns ([[x, y]] in pixels, label). Source: the evaluation of SAM 2
     with clicks (sam2.modeling.sam2_utils.sample_one_point_from_error_center).
@@ -275,7 +275,7 @@ def measure(name, objects, gt_masks, results):
 
 
 def text_cell(text):
-    """A table's cell that no spreadsheet takes for a formula: before = + - @, a tab or a CR comes an apostrophe."""
+    """A table cell that no spreadsheet evaluates: a text that begins with = + - @, tab or CR gets an apostrophe."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
@@ -285,10 +285,10 @@ def calculate_dice(pred_mask, gt_mask):
 
 
 def save_comparison(path, name, image, gt_masks, results):
-    """One row of four panels: the input with its prompts, the ground truth, and both models' masks.
+    """Save one row of four panels: the input with its prompts, the ground truth, and both models' masks.
 
-    results: {"original": (masks bool N x H x W, prompts), "fine-tuned": ...}. Clicks after the first are each model's
-    own, and so drawn on its masks. One object has the model's colour, several have one colour each.
+    results: {"original": (masks bool N x H x W, prompts), "fine-tuned": ...}. Later clicks depend on the model and are
+    drawn on its masks. A single object has the model's colour; several objects have one colour each.
     """
     height, width = image.shape[:2]
     figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained",
@@ -312,7 +312,7 @@ def save_comparison(path, name, image, gt_masks, results):
 
 
 def draw_prompts(panel, coords, labels):
-    """Mark clicks with stars, green on the object and red beside it, and boxes; N x P x 2 and N x P."""
+    """Draw boxes, and clicks as stars (green on the object, red outside); coords N x P x 2, labels N x P."""
     for own_coords, own_labels in zip(coords, labels):
         if 2 in own_labels:
             (x1, y1), (x2, y2) = own_coords
@@ -350,7 +350,7 @@ def overlay(image, mask, colour):
 
 
 def save_results(rows, images, args, device, image_size):
-    """Write per_image.csv, scatter.png and summary.json; returns the mean of each column of measures."""
+    """Write per_image.csv, scatter.png and summary.json; returns the mean of each measure."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -367,7 +367,7 @@ def save_results(rows, images, args, device, image_size):
 
 
 def save_scatter(path, rows):
-    """Original IoU against fine-tuned IoU, one dot an object; above the diagonal is better."""
+    """Plot fine-tuned IoU against original IoU, one dot per object; dots above the diagonal are better."""
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
     axes.scatter([row["original_iou"] for row in rows], [row["finetuned_iou"] for row in rows], s=18, alpha=0.6)
@@ -379,9 +379,9 @@ def save_scatter(path, rows):
 
 
 def result_box(original_iou, finetuned_iou):
-    """The box that the guide shows; IoU from 0 to 1. A drop shows as a negative difference.
+    """The result box that the guide shows; IoU from 0 to 1. A drop is shown as a negative difference.
 
-    A Korean letter is two columns wide: the frame lines up on a terminal.
+    Korean letters count as two columns, so that the frame lines up on a terminal.
     """
     return f"""\
 ┌─────────────────────────────────────────┐

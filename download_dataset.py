@@ -1,10 +1,10 @@
-"""Download Kvasir-SEG and make data/ from it, or download an official SAM 2.1 checkpoint.
+"""Download Kvasir-SEG and convert it to data/, or download an official SAM 2.1 checkpoint.
 
     python download_dataset.py                       download, unpack to Kvasir-SEG/, split into data/
-    python download_dataset.py --zip kvasir-seg.zip  the same from an archive that is already here
-    python download_dataset.py --checkpoint small    the weights, into checkpoints/
+    python download_dataset.py --zip kvasir-seg.zip  the same, from a local archive
+    python download_dataset.py --checkpoint small    download the weights to checkpoints/
 
-An interrupted download continues where it stopped. What is already done is not done again.
+An interrupted download continues where it stopped. Finished steps are not repeated.
 """
 
 import argparse
@@ -31,17 +31,17 @@ KVASIR_DIR = Path("Kvasir-SEG")
 TRIES = 3
 WAIT = 1                # seconds before the second try; doubled before each further one
 TIMEOUT = (10, 30)      # seconds to connect, and seconds without a byte arriving
-SLOW_SECONDS, SLOW_BYTES = 60, 20_000  # a connection that brings fewer bytes in so many seconds is given up
-CHUNK = 8192            # the most bytes that are read at once
-BOMB_RATIO, BOMB_BYTES = 20, 10**9  # refused: what unpacks to more than so many times its size and so many bytes
+SLOW_SECONDS, SLOW_BYTES = 60, 20_000  # give up a connection that delivers fewer bytes in this many seconds
+CHUNK = 8192            # bytes read at once
+BOMB_RATIO, BOMB_BYTES = 20, 10**9  # refuse an archive that exceeds this ratio and this size when unpacked
 
 for _stream in (sys.stdout, sys.stderr):
-    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+    if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 
 
 class BadDownload(Exception):
-    """What was received cannot be used; the message says why, in Korean."""
+    """The downloaded file cannot be used; the message gives the reason, in Korean."""
 
 
 def main():
@@ -81,7 +81,7 @@ def download_checkpoint(name):
 
 
 def make_kvasir_folder(args):
-    """Make Kvasir-SEG/ from the archive that the arguments name, unless it is there already."""
+    """Create Kvasir-SEG/ from the archive given by the arguments, unless it already exists."""
     lock(Path(f".{KVASIR_DIR}.lock"))
     if args.zip and not args.zip.is_file():
         fail(f"파일이 없습니다: {args.zip}")
@@ -100,7 +100,7 @@ def make_kvasir_folder(args):
 
 
 def unpack_new_archive(args, archive, source):
-    """Unpack `archive`, which is downloaded first unless it is the user's own (--zip, or already in this folder)."""
+    """Unpack `archive`; download it first unless the user provides it (with --zip, or in this folder)."""
     is_users_own = archive.is_file()
     try:
         if is_users_own:
@@ -119,7 +119,7 @@ def unpack_new_archive(args, archive, source):
 
 
 def read_source(target):
-    """What `target` was unpacked from, as unpack() recorded it; {} if unknown."""
+    """The source of `target`, as recorded by unpack(); {} if unknown."""
     try:
         return json.loads((target / ".source.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -127,16 +127,16 @@ def read_source(target):
 
 
 def part_of(path):
-    """The path of a file or folder until it is complete."""
+    """The temporary path of a file or folder until it is complete."""
     return path.with_name(path.name + ".part")
 
 
 def download(url, part):
-    """Download `url` to `part`, after what is there already, until it is complete. Gives up after TRIES tries."""
+    """Download `url` to `part`, continuing after the bytes already received. Gives up after TRIES tries."""
     part.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(BadDownload):
         check_archive(part)
-        return  # an earlier run received it and was stopped before it used it
+        return  # complete: an earlier run was stopped after the download
     for attempt in range(TRIES):
         if attempt:
             time.sleep(WAIT * 2 ** (attempt - 1))
@@ -156,21 +156,21 @@ def download(url, part):
             problem = "응답이 없습니다 (시간 초과)"
         except (requests.ConnectionError, urllib3.exceptions.HTTPError):
             problem = "연결할 수 없거나 끊겼습니다"
-        except (requests.RequestException, BadDownload, ValueError) as error:  # ValueError: a redirect to no address
+        except (requests.RequestException, BadDownload, ValueError) as error:  # ValueError: redirect without address
             problem = str(error)
         print(f"받지 못했습니다 ({attempt + 1}/{TRIES}): {problem}")
     fail(f"{url} 을 받지 못했습니다. 네트워크를 확인하고 같은 명령을 다시 실행하면 이어서 받습니다")
 
 
 def download_once(url, part):
-    """One try at `url`: append to `part` what is missing. BadDownload, a requests or a urllib3 error if it fails."""
+    """Try `url` once and append the missing bytes to `part`. Raises BadDownload or an error of requests or urllib3."""
     received = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}  # Range and Content-Length count the bytes as they are stored
     if received:
         headers["Range"] = f"bytes={received}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT,
                       hooks={"response": refuse_downgrade}) as response:
-        if response.status_code == 416:  # nothing left to send, or another file than the one that was begun
+        if response.status_code == 416:  # nothing left to send, or `part` belongs to another file
             part.unlink()
             raise BadDownload("서버가 이어받기를 거절했습니다")
         response.raise_for_status()
@@ -192,15 +192,15 @@ def download_once(url, part):
 
 
 def refuse_downgrade(response, **_):
-    """Fail if an answer redirects from https to http. requests calls this for every answer, before it follows."""
+    """Fail on a redirect from https to http. requests calls this for every response, before following it."""
     target = urljoin(response.url, response.headers.get("Location", ""))
     if response.is_redirect and urlsplit(response.url).scheme == "https" and urlsplit(target).scheme != "https":
         fail(f"{response.url} 이 암호화되지 않은 주소로 넘겨 받지 않았습니다: {target}")
 
 
 def receive(raw, file, bar):
-    """Write what arrives to `file`; BadDownload if it comes too slowly (a timeout sees only complete silence)."""
-    read = getattr(raw, "read1", raw.read)  # read1 (urllib3 2) returns what has arrived and does not wait for more
+    """Write the received bytes to `file`; BadDownload if they arrive too slowly (a timeout detects only silence)."""
+    read = getattr(raw, "read1", raw.read)  # read1 (urllib3 2) returns the available bytes without waiting
     arrived, since = 0, time.monotonic()
     while chunk := read(CHUNK):
         file.write(chunk)
@@ -213,7 +213,7 @@ def receive(raw, file, bar):
 
 
 def check_archive(path):
-    """BadDownload unless `path` is a zip (as .pt files are) of plausible size whose every member passes its CRC."""
+    """Raise BadDownload unless `path` is a zip (as .pt files are) of plausible size whose members pass their CRC."""
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
@@ -221,15 +221,15 @@ def check_archive(path):
                 raise zipfile.BadZipFile(f"풀면 {unpacked / 1e9:,.1f} GB가 되는 의심스러운 파일")
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"손상된 파일: {damaged}")
-    except Exception as error:  # what zipfile and the decompressors raise on damaged files differs between versions
+    except Exception as error:  # zipfile and decompressors raise different errors in different versions
         raise BadDownload(f"zip 파일이 아니거나 손상되었습니다 ({error})") from None
 
 
 def unpack(archive_path, target, source):
-    """Unpack a Kvasir-SEG archive so that `target`/images and `target`/masks appear, both or neither.
+    """Unpack a Kvasir-SEG archive: create both `target`/images and `target`/masks, or neither.
 
-    source: what read_source() will return for `target` from then on. BadDownload if it is another archive.
-    ZipFile.extract keeps every member inside: it drops drives, leading slashes and "..", and makes no links.
+    source: the value that read_source() will return for `target`. Raises BadDownload for any other archive.
+    ZipFile.extract keeps members in the folder: it drops drives, leading slashes and "..", and creates no links.
     """
     staging = part_of(target)
     shutil.rmtree(staging, ignore_errors=True)
@@ -247,14 +247,14 @@ def unpack(archive_path, target, source):
         root.rename(target)
     except (BadDownload, OSError):
         raise
-    except Exception as error:  # zipfile: a member without a name, a damaged one that another of its name hides
+    except Exception as error:  # zipfile: a member without a name, or a damaged one hidden by its namesake
         raise BadDownload(f"풀 수 없는 압축 파일입니다 ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def prepare_data(args):
-    """Run prepare_data.py, which pairs and splits; returns its exit code."""
+    """Run prepare_data.py, which pairs and splits the files; returns its exit code."""
     command = [sys.executable, Path(__file__).with_name("prepare_data.py"), "--images", KVASIR_DIR / "images",
                "--masks", KVASIR_DIR / "masks", "--data-dir", args.data_dir, "--val-ratio", args.val_ratio]
     if args.shuffle_seed is not None:
@@ -265,7 +265,7 @@ def prepare_data(args):
 def lock(path):
     """Hold the lock file `path` until the process ends, however it ends; fail if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
+    path.touch()  # raises if the folder is read-only; errors below come from the locking itself
     file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
     try:
         file_lock.acquire(blocking=False)
@@ -274,7 +274,7 @@ def lock(path):
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
+    atexit.register(file_lock.release)  # also keeps a reference, without which the lock is released
 
 
 def fail(message):
@@ -283,7 +283,7 @@ def fail(message):
 
 
 def run_main(interrupted):
-    """Call main(). An OSError ends it in one line and exit code 1, and Ctrl-C in the line `interrupted`."""
+    """Call main(). An OSError prints one line and gives exit code 1; Ctrl-C prints the line `interrupted`."""
     try:
         main()
     except KeyboardInterrupt:

@@ -1,17 +1,17 @@
-"""Bring images and masks into data/, or look through what is there.
+"""Convert images and masks to data/, or check and preview data/.
 
-    python prepare_data.py --images DIR --masks DIR      pairs by file name; masks of one or of numbered objects
+    python prepare_data.py --images DIR --masks DIR      pair by file name; masks of one object or numbered objects
     python prepare_data.py --images DIR --coco FILE      COCO polygons or RLE (CVAT, Roboflow, Label Studio)
-    python prepare_data.py --check                       every problem in data/, by file
-    python prepare_data.py --preview 12                  a contact sheet of 12 pairs
-    python prepare_data.py                               empty folders, and how to fill them
+    python prepare_data.py --check                       report every problem in data/ by file
+    python prepare_data.py --preview 12                  draw a contact sheet of 12 pairs
+    python prepare_data.py                               create empty folders and explain how to fill them
 
-What it writes:
+Output:
 
     data/images/{train,val}/NAME.jpg|.jpeg|.png    the image's own bytes (other formats become PNG)
-    data/masks/{train,val}/NAME.png                the size of the image; 8-bit, 0 or 255: one object;
+    data/masks/{train,val}/NAME.png                of the image's size; 8-bit, 0 or 255: one object;
                                                    16-bit: numbered objects, 0 is the background
-    data/split.json                                what it was made from, so that it is not made twice
+    data/split.json                                the source of data/, so that it is not written twice
 """
 
 import argparse
@@ -41,11 +41,11 @@ from tqdm import tqdm
 
 KEPT_AS_IS = (".jpg", ".jpeg", ".png")
 IMAGE_SUFFIXES = (*KEPT_AS_IS, ".jfif", ".jpe", ".bmp", ".tif", ".tiff", ".webp")
-TEXT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml")  # lie beside images and are not named as unread
-VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # its first three colors; PASCAL VOC, DAVIS and LabelMe write it
+TEXT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml")  # common beside images, not reported as unread
+VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by PASCAL VOC, DAVIS and LabelMe
 SPLITS = ("train", "val")
-SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden, of a NAS, of Windows
-UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio's, before an uploaded file's name; no date
+SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files of a NAS or Windows
+UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
 NOTES = {  # messages about what was done to some files, by the key under which they are collected
     "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다: 배경인 값은 --void로 알려 주세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
@@ -58,11 +58,11 @@ NOTES = {  # messages about what was done to some files, by the key under which 
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
-MIN_FOREGROUND = 100   # ... and then leaves out objects with fewer pixels
+MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
 
 for _stream in (sys.stdout, sys.stderr):
-    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+    if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 Image.MAX_IMAGE_PIXELS = None  # Pillow only looks at headers and palettes; OpenCV has a limit of its own
@@ -141,7 +141,7 @@ def prepare(args):
     if earlier_record == {**record, "checksums": files}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
-    own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all that is there
+    own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all files
     if by_hand := sorted(files.items() - own.items()):
         fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
              "옮기거나 다른 --data-dir을 쓰세요")
@@ -169,7 +169,7 @@ def prepare(args):
 def pairs_from_masks(args, notes):
     """Pair images and mask files by stem.
 
-    Returns: {image path: a function of its (H, W) that reads its mask, see read_source_mask}, and {name: problem}.
+    Returns: {image path: function of (H, W) that reads the image's mask, see read_source_mask}, and {name: problem}.
     """
     if args.images.resolve() == args.masks.resolve():
         fail(f"--images와 --masks가 같은 폴더입니다: {args.images}. 마스크를 다른 폴더로 옮기세요")
@@ -196,10 +196,10 @@ def pair_by_stem(image_dir, mask_dir):
 
 
 def image_files(folder, problems):
-    """The image files of a folder, sorted by name; other files but texts go into `problems`, {name: problem}."""
+    """The image files of a folder, sorted by name; adds other files, except texts, to `problems`, {name: problem}."""
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    paths = sorted(path for path in folder.iterdir()  # glob() would pass over a folder that cannot be read
+    paths = sorted(path for path in folder.iterdir()  # glob() would silently skip an unreadable folder
                    if path.is_file() and not SYSTEM_FILES.search(f"/{path.name}"))
     problems.update({path.name: "읽지 않는 형식 (PNG나 JPEG로 바꾸세요)" for path in paths
                      if path.suffix.lower() not in IMAGE_SUFFIXES + TEXT_SUFFIXES})
@@ -207,24 +207,24 @@ def image_files(folder, problems):
 
 
 def print_notes(notes):
-    """Print the NOTES of {key: [(file name, count), ...]} with their totals and the first names."""
+    """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
     for key, found in notes.items():
         named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
         print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
 
 
 def composed(name):
-    """A file name with each Korean letter as one character (NFC); macOS and its zip files decompose them."""
+    """A file name in NFC form, with one character per Korean syllable; macOS and its zip files decompose them."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_source_mask(path, args, notes, _shape=None):
-    """Read a mask that any tool wrote: bool H x W is one object, uint16 H x W numbered objects (0 is the background).
+    """Read a mask written by any tool: bool H x W for one object, uint16 H x W for numbered objects (0: background).
 
-    Grey with more than 8 bits is numbered, as microscopy tools write it, and so is a PNG with the palette of VOC. With
-    --numbered every value or color but black is one object, with --classes every connected region of one. Otherwise the
-    foreground is what is brighter than 127 in any channel; a mask of 0 and 1 is taken as such. Fails if 127 would lose
-    objects and no flag says how to read the file.
+    Grey masks with more than 8 bits (microscopy tools) and PNGs with the VOC palette hold object numbers. With
+    --numbered, each value or color except black is an object; with --classes, each connected region of one is. In other
+    masks, pixels above 127 in any channel are foreground; in a mask of 0 and 1, pixels of 1 are. Fails if a threshold
+    of 127 would lose objects and no flag selects another reading.
     """
     values, is_voc, void = read_pixels(path, args)
     if args.void or void.any():
@@ -249,9 +249,9 @@ def read_source_mask(path, args, notes, _shape=None):
 
 
 def read_pixels(path, args):
-    """The pixels of a mask file, H x W or H x W x 3 (BGR); whether they are numbers in the palette of VOC; the void.
+    """The pixels of a mask file, H x W or H x W x 3 (BGR); whether they are indices of the VOC palette; void pixels.
 
-    Transparent pixels are black; in a picture of one color, transparency is the mask.
+    Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
     values, is_voc = decode_file(path, cv2.IMREAD_UNCHANGED), False
     values = turn(values, read_orientation(path)) if path.suffix.lower() not in (".tif", ".tiff") else values
@@ -261,19 +261,19 @@ def read_pixels(path, args):
         values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], values, 0)
     colors = np.atleast_3d(values)
     values = values[..., 0].copy() if values.ndim == 3 and (colors == colors[..., :1]).all() else values
-    with contextlib.suppress(Exception), Image.open(path) as file:  # kinds that Pillow cannot read have no palette
+    with contextlib.suppress(Exception), Image.open(path) as file:  # formats that Pillow cannot read have no palette
         if (file.format == "JPEG" or file.info.get("compression") == "jpeg") and (args.numbered or args.classes):
             fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
         palette = file.getpalette()[:9] if file.mode == "P" and args.threshold is None else []
         is_voc = len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
         is_inverted = palette[:3] == [255] * 3 or getattr(file, "tag_v2", {}).get(262) == 0 and values.dtype == np.uint8
         if is_inverted and not (args.numbered or args.classes or args.threshold is not None):
-            if not str(getattr(file, "tag_v2", {}).get(305)).startswith("tifffile"):  # so it writes boolean arrays
+            if not str(getattr(file, "tag_v2", {}).get(305)).startswith("tifffile"):  # which stores boolean arrays so
                 fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
                      "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
         if palette and (is_voc or args.numbered or args.classes):
             indices = np.array(file)
-            if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else black has another index than 0
+            if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
                 values = indices
         elif is_inverted and args.threshold is None:
             values = 255 - values
@@ -284,10 +284,10 @@ def read_pixels(path, args):
 
 
 def to_labels(values, classes=False):
-    """Object numbers (H x W, any type) or colors (H x W x 3) as uint16 labels H x W; 0 and black are the background.
+    """Convert object numbers (H x W) or colors (H x W x 3) to uint16 labels H x W; 0 and black are background.
 
-    Numbers that fit into 16 bits stay. classes: values are classes, and each of their connected regions is an object.
-    ImageError if the values are no numbers, too many, or brightnesses.
+    Numbers that fit into 16 bits are kept. classes: values are classes, and each connected region is an object.
+    Raises ImageError if the values are not numbers, are too many, or are brightness values.
     """
     if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
         raise ImageError("번호가 0 이상의 정수가 아님 (밝기면 --threshold N)")
@@ -301,7 +301,7 @@ def to_labels(values, classes=False):
     labels = labels.astype(np.uint16)
     between = (cv2.erode(labels, np.ones((3, 3))) < labels) & (labels < cv2.dilate(labels, np.ones((3, 3))))
     found, elsewhere = np.unique(labels), np.unique(labels[~between])
-    if len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values only occur on slopes
+    if len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values occur only on gradients
         raise ImageError("번호가 아니라 밝기나 번진 색인 마스크 (밝기로 나누려면 --threshold N)")
     if classes:
         regions, count = np.zeros(labels.shape, np.int32), 0
@@ -367,9 +367,9 @@ def is_label_map(mask):
 
 
 def pairs_from_coco(args, notes):
-    """As pairs_from_masks, with the objects of a COCO file, or only those of the named categories.
+    """Like pairs_from_masks, for the objects of a COCO file or of the given categories only.
 
-    A region marked iscrowd may be several objects in one: it is left out if its category has single objects as well.
+    A region marked iscrowd may contain several objects; it is skipped if its category also has single objects.
     """
     objects, entries, names, readers, problems = defaultdict(list), defaultdict(list), {}, {}, {}
     files = {composed(path.name): path for path in image_files(args.images, problems)}
@@ -430,10 +430,10 @@ def pairs_from_coco(args, notes):
 
 
 def draw_objects(segmentations, size, merge, name, shape=None):
-    """COCO segmentations as uint16 labels H x W, 1 for the first, larger objects below smaller ones.
+    """Draw COCO segmentations as uint16 labels H x W: 1 for the first; smaller objects cover larger ones.
 
-    With `merge`, or for one segmentation: bool H x W, their union. What cannot be used is left out and named;
-    ImageError if nothing is left. size: the file's (H, W); without it, the image's own `shape` counts.
+    With `merge`, or for one segmentation, returns their union, bool H x W. Invalid segmentations are skipped and
+    reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape` is used.
     """
     height, width = (int(side) if isinstance(side, float) and side.is_integer() else side
                      for side in (shape if None in size else size))
@@ -454,7 +454,7 @@ def draw_objects(segmentations, size, merge, name, shape=None):
     if merge or len(rles) == 1:
         return coco_mask.decode(coco_mask.merge(rles)) > 0
     labels = np.zeros((height, width), np.uint16)
-    areas = [coco_mask.area(rle) for rle in rles]  # of more than 255 at once it fails (pycocotools 2.0.11)
+    areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
     for index in np.argsort(areas, kind="stable")[::-1]:
         labels[coco_mask.decode(rles[index]) > 0] = index + 1
     if hidden := len(rles) - np.count_nonzero(np.bincount(labels.ravel())[1:]):
@@ -463,9 +463,9 @@ def draw_objects(segmentations, size, merge, name, shape=None):
 
 
 def to_rle(segmentation, height, width):
-    """A COCO segmentation (polygons, or RLE, plain or compressed) as pycocotools' RLE; ValueError if it is invalid.
+    """Convert a COCO segmentation (polygons, plain or compressed RLE) to pycocotools' RLE; ValueError if invalid.
 
-    Checked here, because pycocotools crashes on polygons with NaN, and leaves pixels that runs do not reach undefined.
+    It is checked here because pycocotools crashes on polygons with NaN and leaves pixels beyond the runs undefined.
     """
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
@@ -474,7 +474,7 @@ def to_rle(segmentation, height, width):
                 counts.sum() != height * width:
             raise ValueError("RLE가 이미지 크기와 다름")
         rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        return coco_mask.encode(coco_mask.decode(rle))  # without runs of no length, at which merge() goes wrong
+        return coco_mask.encode(coco_mask.decode(rle))  # removes empty runs, on which merge() goes wrong
     parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list
     polygons = [np.array(part, float) for part in parts if len(part) >= 6 or len(parts) == 1]  # fewer have no area
     for points in polygons:
@@ -486,7 +486,7 @@ def to_rle(segmentation, height, width):
 
 
 def uncompress(text):
-    """The run lengths in COCO's compressed RLE string (cocoapi, rleFrString): 5 bits a letter, differences."""
+    """Decode COCO's compressed RLE string (cocoapi, rleFrString) to run lengths: 5 bits per letter, differences."""
     counts, value, shift = [], 0, 0
     for letter in text:
         bits = ord(letter) - 48
@@ -507,9 +507,9 @@ def checksums(data_dir):
 
 
 def write_pairs(readers, problems, folder, notes):
-    """Write the good pairs as folder/images/STEM.* and folder/masks/STEM.png; the bad ones go into `problems`.
+    """Write valid pairs as folder/images/STEM.* and folder/masks/STEM.png; add invalid ones to `problems`.
 
-    Returns {file name of an image that was written: a hash of its pixels}.
+    Returns {file name of a written image: hash of its pixels}.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("images", "masks"):
@@ -532,9 +532,9 @@ def write_pairs(readers, problems, folder, notes):
 
 
 def fit_to_image(mask, image_path, shape, notes):
-    """The mask of an image of the (H, W) `shape`; ImageError if it cannot be used.
+    """The mask, fitted to an image of (H, W) `shape`; ImageError if it cannot be used.
 
-    If the image has an EXIF orientation, and the mask only fits its pixels as they are stored, it is turned likewise.
+    If the image has an EXIF orientation and the mask fits only its stored pixels, the mask is turned as well.
     """
     orientation = read_orientation(image_path)
     turned = turn(mask, orientation)
@@ -552,7 +552,7 @@ def fit_to_image(mask, image_path, shape, notes):
 
 def read_orientation(path):
     """The EXIF orientation of an image file: 1 (upright, or not stated) to 8."""
-    with contextlib.suppress(Exception), Image.open(path) as file:  # damaged metadata raise several kinds
+    with contextlib.suppress(Exception), Image.open(path) as file:  # damaged metadata raise various errors
         exif = Image.Exif()
         exif.load(file.info.get("exif"))  # not getexif(): it would decode a PNG without EXIF, and it reads XMP
         return file.tag_v2.get(0x0112, 1) if file.format == "TIFF" else exif.get(0x0112, 1)
@@ -560,14 +560,14 @@ def read_orientation(path):
 
 
 def turn(pixels, orientation):
-    """Pixels (H x W ...) as they are stored, turned upright as the EXIF orientation says."""
+    """Turn stored pixels (H x W ...) upright according to the EXIF orientation."""
     pixels = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
     pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
     return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
 
 
 def same_images(train, val):
-    """The images of {name: content} that stand in both splits, as "train name = val name"."""
+    """The images of {name: content} that are in both splits, as "train name = val name"."""
     names = {content: name for name, content in train.items()}
     return [f"train/{names[content]} = val/{name}" for name, content in val.items() if content in names]
 
@@ -589,7 +589,7 @@ def split_names(names, val_ratio, shuffle_seed):
 
 
 def put_in_place(staging, target, splits, record):
-    """Move the new pairs to `target`, in place of the old ones; until all are there, its split.json says so."""
+    """Replace the old pairs in `target` with the new ones; until all are moved, split.json marks it as unfinished."""
     split_file = target / "split.json"
     write_json(split_file, {"complete": False})
     for part in ("images", "masks"):
@@ -603,7 +603,7 @@ def put_in_place(staging, target, splits, record):
 
 
 def check(data_dir):
-    """Print what there is in data/, and every problem, by file; returns the number of problems."""
+    """Print the contents of data/ and every problem by file; returns the number of problems."""
     problems, contents, notes = [], {"train": {}, "val": {}}, defaultdict(list)
     for split in SPLITS:
         folders = data_dir / "images" / split, data_dir / "masks" / split
@@ -633,9 +633,9 @@ def check(data_dir):
 
 
 def measure_pair(image_path, mask_path, notes):
-    """Size "WxH", share of foreground, and pixels of each object (at the size of training) of a pair of data/.
+    """Measure a pair of data/: size "WxH", share of foreground, and pixels of each object (at training size).
 
-    Returns these three, and a hash of the image's pixels; ImageError if the pair cannot be trained on.
+    Returns these three and a hash of the image's pixels; raises ImageError if the pair cannot be used for training.
     """
     if image_path.suffix.lower() not in KEPT_AS_IS:
         raise ImageError("이미지 없음 (jpg, jpeg, png)")
@@ -706,7 +706,7 @@ def preview(data_dir, count):
 
 
 def draw_tile(image_path, mask_path):
-    """The image, in a size that fits into a tile, with each object in a color of its own, the first in green."""
+    """The image, reduced to fit a tile, with each object in its own color, the first in green."""
     image, labels = cv2.cvtColor(read_image(image_path), cv2.COLOR_RGB2BGR), read_labels(mask_path)
     scale = (TILE - 8) / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
@@ -744,7 +744,7 @@ Kvasir-SEG 받기:
 def lock(path):
     """Hold the lock file `path` until the process ends, however it ends; fail if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
+    path.touch()  # raises if the folder is read-only; errors below come from the locking itself
     file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
     try:
         file_lock.acquire(blocking=False)
@@ -753,7 +753,7 @@ def lock(path):
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
+    atexit.register(file_lock.release)  # also keeps a reference, without which the lock is released
 
 
 def write_file(path, content):
@@ -780,7 +780,7 @@ def fail(message):
 
 
 def run_main(interrupted):
-    """Call main(). An OSError ends it in one line and exit code 1, and Ctrl-C in the line `interrupted`."""
+    """Call main(). An OSError prints one line and gives exit code 1; Ctrl-C prints the line `interrupted`."""
     try:
         main()
     except KeyboardInterrupt:

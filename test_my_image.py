@@ -3,7 +3,7 @@
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg                    # a window
     python test_my_image.py --image test_images --everything
-    python test_my_image.py --image photos --annotate masks                # label a folder, window by window
+    python test_my_image.py --image photos --annotate masks                # label a folder, one window per image
 """
 
 import argparse
@@ -26,7 +26,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imp
 
 import cv2
 
-if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # OpenCV's own Qt, in which matplotlib's cannot start
+if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
     del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
 
 import numpy as np
@@ -44,15 +44,15 @@ try:
     from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.utils.amg import remove_small_regions
-except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
+except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a folder of the same name
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # read from folders
 DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
-EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
-RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts, and of --everything;
+EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
+RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts; of --everything;
            ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
 COLOURS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
@@ -74,7 +74,7 @@ def main():
         plt.switch_backend("Agg")
     args.inputs = {Path(path).resolve() for path in [*paths, args.mask or paths[0]]}
     args.mask = read_rough_mask(args.mask) if args.mask else None
-    if len(paths) == 1:  # what is wrong with a single image is reported before the model is loaded
+    if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
     if args.interactive:
@@ -190,7 +190,7 @@ def parse_boxes(text):
 
 
 def find_images(names):
-    """The image files that --image names: files as they are, folders as the images in them, sorted."""
+    """The image files given by --image: files as they are, folders as the sorted images in them."""
     paths = []
     for path in map(Path, names):
         if path.is_dir():  # macOS writes ._a.jpg beside a.jpg
@@ -206,7 +206,7 @@ def find_images(names):
 def without_mask(paths, mask_dir):
     """The images that have no mask mask_dir/STEM.png yet.
 
-    Fails if a mask would lie among the images, or could belong to either of two, and ends if there are none.
+    Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
     """
     stems = Counter(path.stem for path in paths)
     for path in paths:
@@ -241,8 +241,8 @@ def read_rough_mask(path):
 def check_prompts(path, image, points, boxes, rough):
     """Raise ImageError, with the image's size, if a prompt does not fit the image.
 
-    A box may end at the image's very edge (x2 = width), a point may not: there is no pixel. With several
-    boxes each point must lie in one, to say which of the objects it belongs to.
+    A box may end at the image's edge (x2 = width); a point may not, because there is no pixel. With several
+    boxes, each point must lie in a box, which determines its object.
     """
     height, width = image.shape[:2]
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
@@ -260,9 +260,9 @@ def check_prompts(path, image, points, boxes, rough):
 
 
 def load_models(args):
-    """The models to use, {title: SAM2ImagePredictor}, and whether they share what encodes an image.
+    """Load the models, {title: SAM2ImagePredictor}; also returns whether their image encoders are equal.
 
-    With --compare there are two. If there is no fine-tuned one yet, this is reported and the original is used alone.
+    With --compare there are two. If no fine-tuned model exists, this is reported and only the original is used.
     """
     if not args.original and not Path(args.finetuned).is_file():
         print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
@@ -281,10 +281,10 @@ def load_models(args):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that make an image's features are equal in both models.
+    """Whether all weights that compute an image's features are equal in both models.
 
-    Those are all but the prompt encoder and the mask decoder; the decoder's conv_s0 and conv_s1 run in
-    set_image and count as frozen.
+    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
+    conv_s1, which run in set_image.
     """
     ours, theirs = original.state_dict(), finetuned.state_dict()
     trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
@@ -292,7 +292,7 @@ def same_frozen_weights(original, finetuned):
 
 
 def result_names(paths):
-    """A name for each image's results: its stem, or, where several have the same, one that tells them apart."""
+    """A name for each image's results: its stem, made unique if several images share it."""
     stems, names = Counter(path.stem for path in paths), {}
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
@@ -303,7 +303,7 @@ def result_names(paths):
 
 
 def set_image_in_all(predictors, image, shared):
-    """Set `image` in every predictor; it is encoded once if they share what encodes it."""
+    """Set `image` in every predictor; with `shared` (equal image encoders), it is encoded only once."""
     first, *others = predictors
     first.set_image(image)
     for other in others:
@@ -314,7 +314,7 @@ def set_image_in_all(predictors, image, shared):
 
 
 def run_everything(path, name, image, predictors, args):
-    """Segment everything in one image: an overlay, a label map (k: annotation k), a COCO file; the lines to print."""
+    """Segment everything in one image; write overlay, label map (k: annotation k), COCO file; return lines to print."""
     height, width = image.shape[:2]
     reduced = reduce_to(image, EVERYTHING_SIDE, cv2.INTER_AREA)
     found = segment_everything(*predictors.values(), reduced, (height, width), args)
@@ -323,7 +323,7 @@ def run_everything(path, name, image, predictors, args):
     for annotation, mask in found:  # smaller ones are drawn over larger ones
         labels[mask] = annotation["id"]
         black, white = (overlay(ground, mask, object_colour(annotation["id"])) for ground in (black, white))
-    # an overlay is share * image + tint; what it makes of black and of white gives both, at the size of the masks
+    # an overlay is share * image + tint; overlays of black and of white give both, at the size of the masks
     labels, tint, share = (cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
                            for array in (labels, black, white - black))
     coco = {"images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
@@ -335,23 +335,23 @@ def run_everything(path, name, image, predictors, args):
 
 
 def segment_everything(predictor, reduced, size, args):
-    """What SAM 2's automatic mask generator finds: [(COCO annotation, mask bool h x w)], the largest first.
+    """Run SAM 2's automatic mask generator: [(COCO annotation, mask bool h x w)], the largest first.
 
-    reduced: the image, uint8 h x w x 3, at the size for the generator; size: (H, W) of the image itself, in whose
-    pixels are bbox [x, y, width, height], area and segmentation (compressed RLE). score is the predicted IoU.
+    reduced: the image, uint8 h x w x 3, at the generator's size; size: (H, W) of the full image. bbox [x, y, width,
+    height], area and segmentation (compressed RLE) are in full-image pixels; score is the predicted IoU.
     """
     generator = SAM2AutomaticMaskGenerator(
         predictor.model, points_per_side=args.points_per_side, pred_iou_thresh=args.pred_iou_thresh,
         stability_score_thresh=args.stability_score_thresh)
-    generator.predictor = predictor  # its own would take the model's image_size for 1024
+    generator.predictor = predictor  # its own assumes an image_size of 1024
     least = args.min_mask_region_area * reduced[..., 0].size / math.prod(size)  # in pixels of `reduced`
     found = []
     for item in generator.generate(reduced):
         mask = item["segmentation"]
-        for kind in ("holes", "islands"):  # what the generator's own min_mask_region_area does on CUDA only
+        for kind in ("holes", "islands"):  # the generator's own min_mask_region_area needs CUDA
             mask, _ = remove_small_regions(mask, least, kind)
         columns = cv2.resize(mask.T.astype(np.uint8, order="C"), size, interpolation=cv2.INTER_NEAREST_EXACT)
-        rle = coco_mask.encode(columns.T)  # which goes down the columns
+        rle = coco_mask.encode(columns.T)  # RLE runs down the columns
         found.append(({
             "bbox": [int(number) for number in coco_mask.toBbox(rle)], "area": int(coco_mask.area(rle)),
             "score": round(item["predicted_iou"], 4), "stability_score": round(item["stability_score"], 4),
@@ -362,10 +362,10 @@ def segment_everything(predictor, reduced, size, args):
 
 
 def run_prompts(path, name, image, predictors, args):
-    """Segment one image with every model, as the arguments or the window say, and write the results.
+    """Segment one image with every model, with prompts from the arguments or the window, and write the results.
 
-    The image is set in `predictors`. The masks that are written are those of the last one, with --compare those of
-    the original too. Returns the lines to print.
+    The image must be set in `predictors`. The masks of the last model are written, with --compare also those of the
+    original. Returns the lines to print.
     """
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
@@ -395,7 +395,7 @@ def run_prompts(path, name, image, predictors, args):
 
 
 def run_annotation(path, name, image, predictors, args):
-    """Label one image in the window, and write its mask as data/ has it: 8-bit for one object, numbered for more.
+    """Label one image in the window and write its mask in the format of data/: 8-bit for one object, else numbered.
 
     Returns the lines to print: none for an image that was skipped, None if the window was closed.
     """
@@ -413,10 +413,10 @@ def run_annotation(path, name, image, predictors, args):
 
 
 class Segmented(NamedTuple):
-    """An object: its prompts in pixels, points (x, y, label) and box [x1, y1, x2, y2] or None, and what was found.
+    """An object: its prompts in pixels, points (x, y, label) and box [x1, y1, x2, y2] or None, and its predictions.
 
-    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: the number of the candidate that was
-    picked, or None for the one with the highest score.
+    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: the index of the picked candidate, or
+    None for the one with the highest score.
     """
     points: list
     box: list | None
@@ -442,14 +442,14 @@ def segment(predictor, points, box, rough=None, refine=0):
     """Segment one object in the image that is set: bool masks 3 x H x W and scores 3.
 
     points: (x, y, label) in pixels; box: [x1, y1, x2, y2] or None; rough: a mask to start from, bool H x W, or None;
-    refine: how often the best mask is given back to the model as a prompt.
+    refine: how many times the best mask is fed back to the model as a prompt.
     """
     logits = None
-    if rough is not None:  # as logits, the way SAM 2 itself writes a given mask (SAM2Base._use_mask_as_output)
+    if rough is not None:  # as logits, with the values of SAM2Base._use_mask_as_output
         height, width = predictor.model.sam_prompt_encoder.mask_input_size
         logits = 20 * cv2.resize(rough.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)[None] - 10
     for _ in range(refine + 1):
-        # always three masks: fine-tuning trains those, not the single one that SAM 2 would give instead
+        # always three masks: fine-tuning trains these, not SAM 2's single-mask output
         masks, scores, low_res = predictor.predict(
             point_coords=np.array([point[:2] for point in points], np.float32) if points else None,
             point_labels=np.array([point[2] for point in points]) if points else None,
@@ -469,11 +469,11 @@ def number_objects(objects, title):
 
 
 class Window:
-    """A matplotlib window in which each click and each dragged box segments the image anew.
+    """A matplotlib window in which each click and each dragged box segments the image again.
 
     models: {title: function of (points, box) that returns masks 3 x H x W and scores 3}; one panel each.
-    title: of the window. can_skip: whether "s" closes the window too.
-    When plt.show() returns, objects() are those that were segmented, and closed_by is the key that closed it or None.
+    title: title of the window. can_skip: whether "s" also closes the window.
+    After plt.show(), objects() returns the segmented objects; closed_by is the key that closed the window, or None.
     """
 
     def __init__(self, image, models, title, can_skip=False):
@@ -488,27 +488,27 @@ class Window:
         canvas = self.figure.canvas
         canvas.manager.set_window_title(title)
         self.figure.supxlabel(WINDOW_HELP + ("    s: skip" if can_skip else ""), fontsize=10)
-        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # matplotlib's own keys
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # disables matplotlib's own keys
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key)):
             canvas.mpl_connect(name, handler)
         self.update()
 
     def objects(self):
-        """The finished objects and the current one, if any model has found a pixel of it."""
+        """The finished objects, and the current one if any model predicts a pixel of it."""
         is_found = any(self.current.best(title)[1].any() for title in self.current.candidates)
         return [*self.finished, self.current] if is_found else self.finished
 
     def position(self, event):
-        """Where an event is in the image that was pressed on: (x, y) to one decimal, clipped to the image."""
+        """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
         height, width = self.image.shape[:2]
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
         return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
 
     def on_press(self, event):
-        toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # it zooms or pans
+        toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
         if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode:
-            height, width = self.image.shape[:2]  # beside it there is room after the toolbar's pan
+            height, width = self.image.shape[:2]  # after panning, there is space beside it
             if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
                 self.pressed = event
 
@@ -527,7 +527,7 @@ class Window:
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
-        # on macOS a Ctrl-click presses button 3 and releases button 1; the press says which it is
+        # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
         if not self.pressed or event.button not in (self.pressed.button, 1):
             return
         points, box = self.current.points, self.current.box
@@ -560,7 +560,7 @@ class Window:
             plt.close(self.figure)
 
     def remember(self):
-        """Keep what "u" goes back to."""
+        """Save the state that "u" restores."""
         self.history.append((self.finished, (self.current.points, self.current.box, self.current.choice)))
 
     def set_prompts(self, points, box, choice=None):
@@ -589,9 +589,9 @@ class Window:
 
 
 def save_result(path, image, name, objects, rough):
-    """Write a picture of the image with all prompts, and beside it what `objects` (each a Segmented) are.
+    """Write a picture of the image with all prompts and, beside it, the masks of `objects` (a list of Segmented).
 
-    Of one object and one model these are the candidates, the best in a green frame; else a panel for each model.
+    For one object and one model these are its candidates, the best in a green frame; else one panel per model.
     """
     panels, heading = [], name
     if len(objects) == 1 and len(objects[0].candidates) == 1:
@@ -628,10 +628,10 @@ def save_result(path, image, name, objects, rough):
 
 
 def write_results(args, name, writers):
-    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that names them.
+    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them.
 
-    Removes what an earlier run wrote of other kinds, which the first of their group in RESULTS shows: a NAME_mask.png
-    alone is a user's own. Inputs stay, and NAME_original_mask.png if it is the mask of an image NAME_original.
+    Removes other kinds left by an earlier run, if the first file of their group in RESULTS exists: a NAME_mask.png
+    alone belongs to the user. Keeps inputs, and NAME_original_mask.png if it is the mask of an image NAME_original.
     """
     paths = {kind: args.output / f"{name}_{kind}" for group in RESULTS for kind in group}
     kept = {*args.inputs, *(paths[kind].resolve() for kind in writers)}
@@ -649,7 +649,7 @@ def write_results(args, name, writers):
 
 
 def prompts_as_flags(points, box):
-    """The points and the box of an object as they would be written on the command line."""
+    """The points and the box of an object as command-line flags."""
     flags = ["--point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"'] if points else []
     flags += ["--box \"" + ",".join(f"{number:g}" for number in box) + '"'] if box else []
     return " ".join(flags)

@@ -1,8 +1,8 @@
-"""Time compare_models.py against the same comparison with two encodings an image.
+"""Time compare_models.py against the same comparison with two encodings per image.
 
     python benchmarks/bench_compare.py
 
-Turn by turn in one run, on the same weights and images. The model is sam2.1_hiera_s at 1024 px with random
+Both alternate in one run, with the same weights and images. The model is sam2.1_hiera_s at 1024 px with random
 weights: right for speed, meaningless for quality.
 """
 

@@ -1,8 +1,8 @@
-"""Time ways to encode an image: what of them is worth having on this device.
+"""Time several ways to encode an image on this device.
 
     python benchmarks/bench_encoder.py
 
-Each way is timed turn by turn with plain float32, so that a busy machine slows both. The model is
+Each way alternates with plain float32, so that a busy machine slows both. The model is
 sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality.
 """
 

@@ -1,9 +1,9 @@
-"""Time the masks of an image's boxes: one decoder call for all of them, beside a call for each box.
+"""Time the masks of an image's boxes with one decoder call for all boxes and with one call per box.
 
     python benchmarks/bench_labels.py
 
 Both encode the image once. The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless
-for quality. On the CPU the seconds are the process's own, which a busy machine changes little.
+for quality. On the CPU it measures process time, which a busy machine changes little.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main():
 
 
 def timed(device, function, *arguments):
-    """Seconds that a call takes: of the processor's time on the CPU, else of the clock."""
+    """Seconds that a call takes: process time on the CPU, else wall time."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     started = clock()
     function(*arguments)
@@ -70,7 +70,7 @@ def timed(device, function, *arguments):
 
 
 class GivenBoxes:
-    """In the place of a detector."""
+    """Stands in for a detector."""
 
     categories = {1: "object"}
 

@@ -1,12 +1,12 @@
-"""Memory and speed of extras/track_video.py beside sam2's own video predictor, on the same JPEG frames.
+"""Measure memory and speed of extras/track_video.py and of sam2's own video predictor on the same JPEG frames.
 
     python benchmarks/bench_tracking.py                  peak memory at 200 and 2,000 frames, frames a second
     python benchmarks/bench_tracking.py --model-cfg configs/sam2.1/sam2.1_hiera_t.yaml --frames 12
 
-Frames of 960 x 540 are drawn, two objects are prompted on the first one. Each run is a process of its own, and its
-peak is that process's resident memory, with Python, torch and the model. On the CPU the seconds are the process's own,
-with one thread, which a busy machine changes little. Weights are the demo's, or random for another config: right for
-memory and speed, meaningless for quality.
+It draws frames of 960 x 540 and prompts two objects on the first one. Each run is a separate process; its peak is that
+process's resident memory, including Python, torch and the model. On the CPU it measures the process time of one thread,
+which a busy machine changes little. Weights are the demo's, or random for another config: right for memory and speed,
+meaningless for quality.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def save_random_weights(args, path):
 
 
 def draw_frames(folder, count, width, height):
-    """Write JPEG frames: smooth noise and two discs that move. Those that are there already are kept."""
+    """Write JPEG frames of smooth noise and two moving discs. Existing frames are kept."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     grid = rng.integers(0, 120, (9, 16, 3)).astype(np.uint8)
@@ -85,7 +85,7 @@ def draw_frames(folder, count, width, height):
 
 
 def measure(args, kind, frames, checkpoint):
-    """Run one of KINDS in a process of its own: (peak resident memory in MB, frames a second, decoding included)."""
+    """Run one of KINDS in a separate process: (peak resident memory in MB, frames per second, decoding included)."""
     done = subprocess.run([sys.executable, __file__, "--child", f"{kind},{frames},{checkpoint}", "--model-cfg",
                            args.model_cfg, "--device", args.device], stdout=subprocess.PIPE, text=True, check=True)
     peak, rate = map(float, done.stdout.split()[-2:])
@@ -93,7 +93,7 @@ def measure(args, kind, frames, checkpoint):
 
 
 def child(args):
-    """Track, as --child says, and print the peak in MB and the frames a second."""
+    """Track with the method of --child and print the peak in MB and the frames per second."""
     kind, folder, checkpoint = args.child.split(",")
     device = common.detect_device(args.device)
     torch.set_num_threads(1)

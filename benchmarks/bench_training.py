@@ -2,12 +2,12 @@
 
     python benchmarks/bench_training.py
 
-Both start from the same weights and visit the same images in the same order, turn by turn in one run, so
-that a busy machine slows both. The plain loop encodes the image at every iteration, enlarges all three
-masks and hands all weights to a plain AdamW; this project's keeps the features, and its AdamW is fused. The
-model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Images are
-drawn if none are named. With --batch-size the project's loop takes so many images at once; the plain loop
-knows only one at a time.
+Both start from the same weights, visit the same images in the same order and alternate in one run, so that
+a busy machine slows both. The plain loop encodes the image at every iteration, enlarges all three masks and
+passes all weights to a plain AdamW; this project's loop caches the features and uses fused AdamW. The model
+is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Images are drawn
+if none are given. --batch-size applies to the project's loop only; the plain loop takes one image at a
+time.
 """
 
 import argparse
@@ -61,14 +61,14 @@ def main():
 
 
 def save_random_weights(model_cfg, path):
-    """A checkpoint in the official form for a config of the sam2 package or a YAML of one's own."""
+    """Save a checkpoint in the official form for a config of the sam2 package or a YAML file."""
     torch.manual_seed(0)
     torch.save({"model": instantiate(project.read_config(model_cfg), _recursive_=True).state_dict()}, path)
     return path
 
 
 def draw_pairs(folder, count):
-    """`count` pairs of the demo's drawn images: [(image path, mask path)]."""
+    """Write `count` pairs of the demo's synthetic images: [(image path, mask path)]."""
     pairs = []
     for number in range(count):
         image, mask = make_demo_data.draw_image(np.random.default_rng([0, number]))

@@ -1,9 +1,9 @@
-"""Time from a click in test_my_image.py's window to the redrawn mask.
+"""Measure the time from a click in test_my_image.py's window to the redrawn mask.
 
     python benchmarks/bench_window.py
 
-sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. The events go through
-matplotlib's own chain into its Agg canvas, which draws at once; a real window adds the copy to the screen.
+The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Events go through
+matplotlib's own event chain to its Agg canvas, which draws at once; a real window adds the copy to the screen.
 """
 
 import argparse

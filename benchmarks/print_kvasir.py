@@ -1,4 +1,4 @@
-"""Print the result of `make kvasir` beside the one that the reference guide reports.
+"""Print the result of `make kvasir` beside that of the reference guide.
 
     python benchmarks/print_kvasir.py output/kvasir/reference/comparison/summary.json
 """

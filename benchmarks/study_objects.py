@@ -1,10 +1,10 @@
-"""Train on numbered masks and on the same masks merged, and compare both on every single object.
+"""Train on numbered masks and on the same masks merged, and compare both models on each object.
 
     python benchmarks/study_objects.py
 
-60 drawn images (48 to train on, 12 to compare on) of 3 to 8 ellipses each, of two sizes and two colours, many of which
-touch. Both trainings take the same number of decoder passes from the same weights; compare_models.py then asks each
-model for every object of the 12 images, with a click in its middle.
+It draws 60 images (48 to train on, 12 to compare on) of 3 to 8 ellipses in two sizes and two colours, many of which
+touch. Both trainings start from the same weights and take the same number of decoder passes; compare_models.py then
+prompts both models for each object of the 12 images with a click in its middle.
 """
 
 import argparse

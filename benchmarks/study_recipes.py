@@ -1,13 +1,13 @@
-"""Train recipes at an equal budget and compare their IoU: how --recipe improved and strongest were chosen.
+"""Train recipes at an equal budget and compare their IoU. --recipe improved and strongest were chosen with it.
 
     python benchmarks/study_recipes.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
     python benchmarks/study_recipes.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt --final
 
 The budget is a number of decoder passes: one prompt on one image, forward and backward. Encoder passes are
-counted apart. The study trains on four fifths of data/images/train and measures on the held-back fifth;
+counted separately. The study trains on four fifths of data/images/train and measures on the held-back fifth;
 --final, to be run once, trains only the recipes of train_sam2_proper.py, on all training images, and measures
-on data/images/val. Always the model after the last iteration, the mask with the highest score, one click in
-the middle or the box. As many runs go on side by side as there are cores, each on one.
+on data/images/val. It measures the model after the last iteration on the highest-scored mask, for one click
+in the middle and for the box. It runs one training per core in parallel.
 """
 
 import argparse
@@ -34,16 +34,16 @@ BASE = "--dice-weight 1 --supervise all --batch-size 4 --lr 3e-4 --scheduler cos
 MIXED = f"{BASE} --prompt mixed"
 
 
-# name: what is trained, and why it might help. From "base" on, each is the base with one change.
+# name: settings, with the reason for trying them. From "base" on, each is the base with one change.
 STUDY = {
     "reference": {"flags": ""},
     "reference, lr 1e-4": {"flags": "--lr 1e-4"},  # the default 1e-5 is made for long trainings of a large model
-    "base": {"flags": BASE},  # less noisy steps, and overlap itself in the loss
+    "base": {"flags": BASE},  # less noisy steps, and overlap in the loss
     "no Dice": {"flags": f"{BASE} --dice-weight 0"},
     "Dice x 3": {"flags": f"{BASE} --dice-weight 3"},
-    "focal (x 20) + Dice": {"flags": BASE, "focal": 20},  # SAM 2's own loss: sure pixels count less
-    "first mask": {"flags": f"{BASE} --supervise first"},  # the others stay as they were, and may be shown
-    "score x 1": {"flags": BASE, "score_weight": 1.0},  # SAM 2's own: choose the shown mask better
+    "focal (x 20) + Dice": {"flags": BASE, "focal": 20},  # SAM 2's own loss: easy pixels count less
+    "first mask": {"flags": f"{BASE} --supervise first"},  # the others stay untrained, and may be chosen
+    "score x 1": {"flags": BASE, "score_weight": 1.0},  # SAM 2's own: better choice of the mask
     "batch 1": {"flags": f"{BASE} --batch-size 1 --lr 1e-4"},
     "batch 8": {"flags": f"{BASE} --batch-size 8"},
     "lr 1e-4": {"flags": f"{BASE} --lr 1e-4"},
@@ -56,12 +56,12 @@ STUDY = {
     "mixed": {"flags": MIXED},  # and boxes
     "mixed, lr 6e-4": {"flags": f"{MIXED} --lr 6e-4"},
     "mixed, lr 1e-3": {"flags": f"{MIXED} --lr 1e-3"},
-    "average of weights": {"flags": BASE, "average": 0.99},  # a smoother end
+    "average of weights": {"flags": BASE, "average": 0.99},  # less noise at the end
     "flips": {"flags": BASE, "views": (0, 2, 4, 6)},  # more images for the same labels; 4x to encode
     "flips and turns": {"flags": BASE, "views": tuple(range(8))},  # 8x to encode
     "mixed, neck too": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4",
                         "trained": r"image_encoder\.neck|sam_prompt_encoder|sam_mask_decoder"},
-    "mixed, lora 3e-4": {"flags": f"{MIXED} --encoder lora --encoder-lr 3e-4"},  # the features learn too; no cache
+    "mixed, lora 3e-4": {"flags": f"{MIXED} --encoder lora --encoder-lr 3e-4"},  # trains the features too; no cache
     "mixed, lora 1e-3": {"flags": f"{MIXED} --encoder lora --encoder-lr 1e-3"},
     "mixed, full 3e-5": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-5"},
     "mixed, full 1e-4": {"flags": f"{MIXED} --encoder full --encoder-lr 1e-4"},
@@ -126,7 +126,7 @@ def run(job):
     flags = ["--model-cfg", args.model_cfg, "--checkpoint", args.checkpoint, "--device", args.device,
              "--workers", "0", "--seed", str(seed), *options["flags"].split()]
     if not any(word in options["flags"] for word in ("strongest", "--encoder")):
-        # in --final each run encodes for itself, because its time is told
+        # in --final each run encodes its own images, because its time is reported
         flags += ["--cache-gb", "2", *([] if args.final else ["--cache-dir", str(args.cache_dir)])]
     patches = [mock.patch.object(sys, "argv", ["study", *flags])]
     if "focal" in options:
@@ -166,7 +166,7 @@ def run(job):
 
 
 def focal_loss(weight, logits, scores, gt_masks, dice_weight, supervise):
-    """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) for the cross-entropy."""
+    """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) instead of cross-entropy."""
     del supervise  # all
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     right = prob * gt + (1 - prob) * (1 - gt)
@@ -209,7 +209,7 @@ def view(array, number):
 
 
 def measure(training):
-    """Mean IoU and Dice on the validation masks for a click and for the box, and the click's first mask: percent."""
+    """Mean IoU and Dice in percent on the validation masks for a click, for the box, and for the click's first mask."""
     predictor, masks, values = training.predictor, training.val_masks, []
     for index in range(len(masks)):
         gt_masks, size, columns = masks.decode(index), masks.sizes[index], []

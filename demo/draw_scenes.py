@@ -1,7 +1,7 @@
-"""Draw what the demo's model learns from: still scenes and clips of shapes on textured grounds.
+"""Draw the training data of the demo model: still scenes and clips of shapes on textured grounds.
 
 A scene holds one to eight overlapping things of any colour, texture, outline and softness of edge: blobs, polygons,
-crescents, bent strips; some carry parts of another colour, some are of the same make as their neighbour. In a clip
+crescents, bent strips; some carry parts of another colour, some look like their neighbour. In a clip
 they move, turn, deform, shrink to nothing, pass behind each other, leave and come back, and the camera moves too. A
 still scene is a clip of one frame. Highlights, thin lines and a dark surround occur here as in the images of
 make_demo_data.py; its colours and its polyps do not.
@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-MIN_PIXELS = 50     # an object with less left in sight is never asked for (at 128 px)
+MIN_PIXELS = 50     # an object with fewer visible pixels is never prompted (at 128 px)
 MAX_THINGS = 8      # a part counts as one
 
 
@@ -37,12 +37,12 @@ def main():
 def draw_clip(rng, size, times):
     """Draw one clip; with times = 1, a still scene.
 
-    times: how many frames, or the times (in frames) of those to draw.
+    times: the number of frames, or the times (in frames) to draw.
 
     Returns:
         frames: uint8 count x size x size x 3, RGB.
-        labels: uint8 count x size x size; 0 is background, k the part of thing k that is in sight.
-        groups: for each object that can be asked for, the labels that are its mask: (k,), or a whole and its parts.
+        labels: uint8 count x size x size; 0 is background, k the visible part of thing k.
+        groups: for each object that can be prompted, the labels that form its mask: (k,), or a whole and its parts.
     """
     times = np.arange(times) if np.isscalar(times) else times
     count, pace = len(times), rng.uniform(0.2, 1.6)  # pace: of everything that moves
@@ -94,7 +94,7 @@ class Thing:
 
 
 def new_thing(rng, size, ground, roughness, pace, model=None, whole=None):
-    """A thing anywhere; of the surface and outline of `model`, or a part on `whole`, if one is given."""
+    """A new thing at a random place; if given, with the surface and outline of `model`, or as a part of `whole`."""
     if whole is None:
         radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.4)))
         centre = rng.uniform(0.05, 0.95, 2) * size
@@ -222,8 +222,8 @@ def value_noise(rng, side, cells):
 class Motion:
     """Where something is at time t (frames): a drift, a swing, a turn and a change of size.
 
-    leaves: the chance of a swing so wide that the thing leaves the picture and comes back; as often it shrinks
-        to nothing, as the slices of a round body do.
+    leaves: probability of a swing so wide that the thing leaves the picture and comes back. With the same
+        probability it shrinks to nothing, as the slices of a round body do.
     """
 
     def __init__(self, rng, size, pace, leaves):
@@ -245,7 +245,7 @@ class Motion:
         return np.sqrt(max(0, 1 - (t / self.end) ** 2))
 
     def matrix(self, t, centre, about=0):
-        """3 x 3: the thing's own pixels, around `about`, to the scene's, at time t."""
+        """3 x 3 matrix from the thing's own pixels, around `about`, to the scene's, at time t."""
         scale = (1 + self.growth * np.sin(2 * np.pi * t / self.period)) * self.section(t)
         linear = scale * rotation(self.turn * t)
         place = centre + self.drift * t + self.swing * (np.sin(2 * np.pi * t / self.period + self.phase) - self.start)
@@ -255,7 +255,7 @@ class Motion:
 def paste(image, labels, thing, view, t, number, within=None):
     """Draw a thing, then its parts, into `image` and `labels` (both changed in place).
 
-    view: 3 x 3, the carrier's pixels to the image's. within: the alpha of the thing that carries this part.
+    view: 3 x 3 matrix from the carrier's pixels to the image's. within: the alpha of the thing that carries this part.
     Returns: the highest number used.
     """
     if thing.motion.section(t) < 0.05:
@@ -303,7 +303,7 @@ def paste(image, labels, thing, view, t, number, within=None):
 
 
 class Finish:
-    """The camera's part, the same in all frames of a clip: light, highlights, field of view, blur, noise,
+    """Camera effects, the same in all frames of a clip: light, highlights, field of view, blur, noise,
     compression."""
 
     def __init__(self, rng, size):

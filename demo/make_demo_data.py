@@ -2,10 +2,10 @@
 
     python demo/make_demo_data.py
 
-A reddish wall with folds around a dark opening, blood vessels, wet highlights and the black corners of
-an endoscope's picture; on it one polyp, sometimes two: a dome of nearly the wall's own colour, with a
-soft border. How much of the image polyps cover follows Kvasir-SEG (median 11 %, from 0.5 % to 81 %,
-counted by prepare_data.py --check). Each number of an image has its own seed: the same every time.
+An image shows a reddish wall with folds around a dark opening, blood vessels, wet highlights and the black
+corners of an endoscope's picture, and one or two polyps: domes of nearly the wall's colour, with a soft border.
+The share of the image that polyps cover follows Kvasir-SEG (median 11 %, from 0.5 % to 81 %, counted by
+prepare_data.py --check). The seed depends on the image's number, so the images are the same every time.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def draw_polyp(rng, image, colour, x, y, share):
     shade = 0.84 + 0.3 * height - 0.14 * np.clip(slope_x * np.cos(lamp) + slope_y * np.sin(lamp), -1, 1)
     tint = colour * rng.uniform(1.0, 1.2) * rng.uniform(0.95, 1.06, 3)
     pits = 0.08 * smooth_noise(rng, int(rng.integers(30, 50))) + 0.05 * smooth_noise(rng, 12)
-    ground = blur(image, 12)  # the polyp lies in the light that falls on its place
+    ground = blur(image, 12)  # the polyp has the brightness of the wall behind it
     ambient = ground.mean(axis=2, keepdims=True) / colour.mean()
     ambient = np.clip(0.3 * ambient + 0.7 * ambient[mask].mean(), 0.6, 1.1)
     surface = tint * ambient * (shade + pits)[..., None]
@@ -85,7 +85,7 @@ def draw_polyp(rng, image, colour, x, y, share):
 
 
 def draw_highlights(rng, image, height):
-    """Wet spots: small, white, more of them where the surface faces the lamp."""
+    """Draw wet spots: small, white, and more frequent where the surface faces the lamp."""
     wish = smooth_noise(rng, 45) + 0.5 * smooth_noise(rng, 8) + 0.25 * height
     spots = blur((wish > np.quantile(wish, 1 - rng.uniform(0.002, 0.012))).astype(np.float32), 0.9)[..., None]
     image[:] = spots * 250 + (1 - spots) * image

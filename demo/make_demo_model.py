@@ -1,41 +1,41 @@
-"""Pre-train demo/sam2_demo.pt: a 3.7 M-parameter SAM 2 that segments what one clicks on, and follows it.
+"""Pre-train demo/sam2_demo.pt: a 3.7 M-parameter SAM 2 that segments and tracks the clicked object.
 
     python demo/make_demo_model.py                 # from random weights
-    python demo/make_demo_model.py --resume        # go on from demo/sam2_demo.pt: the last phases only
+    python demo/make_demo_model.py --resume        # continue from demo/sam2_demo.pt: the last phases only
     python demo/make_demo_model.py --evaluate      # held-out scenes and clips, fixed seeds
 
 The demo must run without a network, so its model cannot be one of Meta's. This script trains a small
 one from random weights, out of the classes in the sam2 package (demo/sam2_demo.yaml), on scenes and clips
-that demo/draw_scenes.py draws. A scene holds several objects, so the picture alone does not say what to
-segment; only the prompt does. That is what makes the model promptable.
+that demo/draw_scenes.py draws. A scene holds several objects, so only the prompt determines what to
+segment. This makes the model promptable.
 
-First still scenes alone, then scenes and clips in turn. In a step on clips the image encoder is not
-trained: its features are computed once, then SAM 2's own tracking step runs over the frames, with
+It trains on still scenes first, then on scenes and clips in turn. In a step on clips the image encoder is
+not trained: its features are computed once, then SAM 2's own tracking step runs over the frames, with
 gradients through the memory. SAM 2's weights do not depend on the image size, and a step at 256 px costs
 four times as much as one at 128 px, so the large size comes last.
 
-How the tracked file came about, 2026-11-21 and 22. On a 2-core CPU machine: a model of 64 instead of 128 channels and
-8 instead of 13 blocks, STILL_PHASES on simpler scenes in 101 minutes on two threads, then 50 minutes on scenes and
-clips on one. It was widened (each channel twice, what reads them halved, noise that cancels; the memory began anew),
-trained for two hours of one thread, deepened (the new blocks began as identities) and trained with Grouping by two
-processes of one thread each for two hours of a busy machine, 5,100 and 5,050 steps. Then for 16 minutes on one H100,
-by a loop of its own around this file's functions: 3,747 steps on 192 scenes (in bfloat16), 814 on 128 clips of 128 px
-and 525 on 48 of 256 px, of 8 frames (in TF32; bfloat16 gave gradients that were not finite), from 230,000 drawn scenes
-and 61,000 clips that were used again turned, flipped and with their channels swapped; learning rate 1e-3, falling to 0
-in a straight line. Last, the bias of the object score was raised by log(4): until then the loss did not take back what
-ABSENT_WEIGHT does to the logit. Chosen on 40 clips that are not held out; on the held-out ones J rose from 0.687 to
-0.709 by it, and the frames with the object on which it is seen from 92 to 97 %, those without it on which nothing is
-seen fell from 95 to 82 %. --resume goes on with CLIP_PHASES; with a GPU, --device cuda --larger 16 --workers 8.
+The committed file was made on 2026-11-21 and 22, first on a 2-core CPU machine. A model of 64 instead of 128 channels
+and 8 instead of 13 blocks ran STILL_PHASES on simpler scenes (101 minutes, two threads), then scenes and clips (50
+minutes, one thread). It was widened (channels duplicated, the weights that read them halved, noise that cancels added,
+memory reinitialized), trained for two hours (one thread), deepened (new blocks start as identities) and trained with
+Grouping for two hours by two one-thread processes on a busy machine (5,100 and 5,050 steps). A separate loop around
+this file's functions then trained it for 16 minutes on one H100: 3,747 steps on 192 scenes (bfloat16), 814 on 128 clips
+of 128 px and 525 on 48 clips of 256 px, of 8 frames (TF32; gradients in bfloat16 were not finite). The 230,000 scenes
+and 61,000 clips were reused with rotations, flips and swapped channels; the learning rate fell linearly from 1e-3 to 0.
+Finally the bias of the object score was raised by log(4), because the loss did not yet compensate for the effect of
+ABSENT_WEIGHT on the logit. This was chosen on 40 clips that are not held out; on the held-out clips it raised J from
+0.687 to 0.709 and the share of frames with a detected object from 92 to 97 %, and lowered the share of correctly empty
+frames from 95 to 82 %. --resume continues with CLIP_PHASES; with a GPU, use --device cuda --larger 16 --workers 8.
 
-On 200 held-out scenes at 256 px it reaches IoU 0.683 with a click and 0.777 with a box, and its score misses the IoU
-by 0.106; before the GPU 0.547, 0.685 and 0.144. The mask generator finds 20 of 64 objects (6 before). On 200 held-out
-clips of 32 frames, with a box on the first: J 0.709 (0.566), mask empty on 82 % of the frames without the object, not
-empty on 97 % of those with it (--evaluate, 16 minutes on one thread of a busy machine; the clips once more after the
-bias was raised).
+On 200 held-out scenes at 256 px, the IoU is 0.683 with a click and 0.777 with a box, and the score differs from the IoU
+by 0.106 (before the GPU: 0.547, 0.685, 0.144). The mask generator finds 20 of 64 objects (6 before). On 200 held-out
+clips of 32 frames with a box on the first frame, J is 0.709 (0.566 before); the mask is empty on 82 % of the frames
+without the object and not empty on 97 % of those with it (--evaluate, 16 minutes on one thread of a busy machine; the
+clips were measured again after the bias was raised).
 
-What limits it: things that are small or hardly stand out. On 80 of these scenes the click's IoU is 0.56 on the quarter
-of objects below 1,070 pixels and on the quarter whose mean colour is less than 23 of 255 from what is around them, and
-0.75 on the halves above the median. The best of the three masks has 0.746 where the one with the highest score has
+The model is weakest on small or low-contrast objects. On 80 of these scenes, the click IoU is 0.56 on the quarter of
+objects below 1,070 pixels and on the quarter whose mean colour differs by less than 23 of 255 from its surroundings,
+and 0.75 on the halves above the median. The best of the three masks reaches 0.746, the one with the highest score
 0.689.
 """
 
@@ -63,30 +63,30 @@ STILL_PHASES = ((10000, 128, 128, 0, 1e-3, 1e-3, 1e-3), (3500, 256, 256, 0, 1e-3
 CLIP_PHASES = ((2000, 256, 128, 0.2, 5e-4, 5e-4, 8e-4), (2000, 256, 128, 0.6, 5e-4, 5e-4, 8e-4),
                (1000, 256, 256, 0.4, 5e-4, 5e-4, 8e-4))
 SCENES = 4          # still scenes in a step: each is encoded once
-PROMPTS = 8         # objects asked for in each scene: each is decoded once
+PROMPTS = 8         # objects prompted in each scene: each is decoded once
 CLIPS = 4           # clips in a step
-FOLLOWED = 2        # objects followed in each clip
+FOLLOWED = 2        # objects tracked in each clip
 FRAMES = 6          # of a clip in training
-WARMUP = 100        # steps over which the learning rate grows to its highest
-DISC_STEPS = 400    # first of all: segment a disc around the click, see disc_around
+WARMUP = 100        # steps over which the learning rate rises to its maximum
+DISC_STEPS = 400    # at the start: segment a disc around the click, see disc_around
 DISC_RADIUS = 20    # pixels
-GROUPING_WEIGHT = 0.5  # of the loss of Grouping beside those of the masks
-SHARPNESS = 3       # the loss is on logits over this: for the stability score they pass from -1 to 1 within a pixel
-ABSENT_WEIGHT = 4.0  # of the frames without the object in the object score's loss: they are few
+GROUPING_WEIGHT = 0.5  # of the loss of Grouping relative to the mask losses
+SHARPNESS = 3       # the loss divides logits by this: they rise from -1 to 1 within a pixel (for the stability score)
+ABSENT_WEIGHT = 4.0  # of frames without the object in the object score's loss: they are rare
 WEIGHT_DECAY = 0.01
-EMA = 0.998         # per step, of the averaged weights, which are what is saved
+EMA = 0.998         # per step, of the averaged weights, which are saved
 SAVE_EVERY = 100    # steps
 HELD_OUT_SEED = 10**9  # training uses seeds from 0 up; the held-out scenes start here
 EVALUATE_SIZE = 256
 FOLLOW_FRAMES = 32  # of a held-out clip
-TRACKER = {  # what sam2.build_sam.build_sam2_video_predictor changes in a config; holes are filled on CUDA only
+TRACKER = {  # config changes of sam2.build_sam.build_sam2_video_predictor; holes are filled on CUDA only
     "_target_": "sam2.sam2_video_predictor.SAM2VideoPredictor",
     "binarize_mask_from_pts_for_mem_enc": True,
     "sam_mask_decoder_extra_args": {"dynamic_multimask_via_stability": True,
                                     "dynamic_multimask_stability_delta": 0.05,
                                     "dynamic_multimask_stability_thresh": 0.98},
 }
-FAST_PARTS = (  # what only video uses, and the head that predicts the IoU
+FAST_PARTS = (  # the parts that only video uses, and the IoU head
     "memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample", "no_mem_pos", "iou_prediction_head")
 
 
@@ -150,7 +150,7 @@ def parse_args():
 
 
 def build(size, **changes):
-    """The model of sam2_demo.yaml for images of size x size; changes: of its config."""
+    """The model of sam2_demo.yaml for images of size x size; changes: changes to its config."""
     config = OmegaConf.load(HERE / "sam2_demo.yaml").model
     return instantiate(config, image_size=size, **changes, _recursive_=True)
 
@@ -181,7 +181,7 @@ def set_learning_rates(optimizer, rates, step, all_steps):
 
 @torch.no_grad()
 def average_into(averaged, model, step):
-    decay = min(EMA, step / (step + 10))  # a long memory of the first steps would only hold it back
+    decay = min(EMA, step / (step + 10))  # a longer average would keep the poor weights of the first steps
     for mean, value in zip(averaged.state_dict().values(), model.state_dict().values()):
         mean.lerp_(value, 1 - decay)
 
@@ -195,7 +195,7 @@ def save(model, path):
 # ----------------------------------------------------------------------------- data
 
 def batches(steps, still_size, clip_size, clip_share, seed, larger=1, workers=1):
-    """`steps` batches: stills (see Scenes, SCENES x larger of them) or clips (see Clips). Each drawn once."""
+    """`steps` batches of stills (SCENES x larger of them, see Scenes) or clips (see Clips). Each is drawn once."""
     on_clips = np.random.default_rng(seed).random(steps) < clip_share
     scenes = Scenes(still_size, int((~on_clips).sum()) * SCENES * larger, seed * SCENES * larger)
     clips = Clips(clip_size, int(on_clips.sum()) * CLIPS * larger, FRAMES, seed * CLIPS * larger)
@@ -224,7 +224,7 @@ class Scenes(Dataset):
 class Clips(Dataset):
     """Item i: (frames T x 3 x S x S float32 in [0, 1], masks FOLLOWED x T x S x S bool), drawn from seed + i.
 
-    The clips are as long as FRAMES times a random step, of which every so-many-th frame is kept.
+    A clip spans FRAMES times a random step, and every step-th frame is kept.
     """
 
     def __init__(self, size, count, frames, seed, strides=(1, 2, 3, 6)):
@@ -244,7 +244,7 @@ def draw_objects(rng, size, times, count):
 
     Returns: frames T x 3 x S x S float32 in [0, 1], masks count x T x S x S bool, labels T x S x S uint8 (draw_clip).
     """
-    cv2.setNumThreads(1)  # the other cores belong to the training
+    cv2.setNumThreads(1)  # leaves the other cores to the training
     objects, enough = [], MIN_PIXELS * (size / 128) ** 2
     while not objects:
         frames, labels, groups = draw_clip(rng, size, times)
@@ -258,7 +258,7 @@ def draw_objects(rng, size, times, count):
 # ----------------------------------------------------------------------------- still scenes
 
 def still_loss(model, grouping, images, masks, labels, discs):
-    """One step on still scenes; discs: ask for a disc around the click instead of the object."""
+    """The loss of a step on still scenes; discs: the target is a disc around the click instead of the object."""
     masks = masks.flatten(0, 1)
     features, _ = encode(model, images)
     if discs:
@@ -273,11 +273,11 @@ def still_loss(model, grouping, images, masks, labels, discs):
 
 
 class Grouping(torch.nn.Module):
-    """Asks each feature map which of its cells lie on the same thing, and gives the loss of the answer.
+    """Auxiliary loss: predicts from each feature map which of its cells lie on the same thing.
 
-    The prompts of a step ask for a few masks; this teaches the image encoder from all of the scene. It serves the
-    training alone and is not saved. Of each map a window of 16 x 16 cells at a random place is asked, all pairs in it:
-    two cells are said to be of one thing with probability sigmoid(4 - squared distance of their projected features).
+    The prompts of a step cover a few masks only; this loss trains the image encoder on the whole scene. It is used in
+    training only and is not saved. It covers all pairs of cells in a random window of 16 x 16 cells of each map: two
+    cells lie on one thing with probability sigmoid(4 - squared distance of their projected features).
     """
 
     def __init__(self, model):
@@ -338,9 +338,9 @@ def decode(model, features, coords, labels, mask_input=None):
 def disc_around(coords, size):
     """Discs of DISC_RADIUS around the clicks N x 1 x 2: masks N x size x size.
 
-    From random weights the model first learns what an object looks like and stops listening to its
-    prompt: in a run without discs (lr 1.5e-3) the masks of two clicks differed by 1e-7 after 2,000 steps.
-    Asked for a disc around the click it has to listen.
+    From random weights the model first learns what an object looks like and ignores its prompt: in a run
+    without discs (lr 1.5e-3) the masks of two clicks differed by 1e-7 after 2,000 steps. A disc around the
+    click as the target forces the model to use the prompt.
     """
     side = torch.arange(size, device=coords.device)
     y, x = torch.meshgrid(side, side, indexing="ij")
@@ -363,7 +363,7 @@ def training_prompt(model, features, masks):
 
 
 def click_prompt(masks, clicks):
-    """The first click on the object; the others one half on it, one half (label 0) beside it."""
+    """The first click lies on the object; half of the others lie on it, half (label 0) outside."""
     coords, labels = [random_pixels(masks)], [torch.ones(len(masks), device=masks.device)]
     for _ in range(clicks - 1):
         positive = torch.rand(len(masks), device=masks.device) < 0.5
@@ -402,7 +402,7 @@ def mask_loss(logits, scores, masks):
     """4 BCE + Dice of the best mask and a little of the mean, at the logits' own size, plus |score - IoU| of all.
 
     logits: N x M x h x w; scores: N x M; masks: N x S x S bool. Only the best of three is trained in full: one click
-    on a part may mean the part or the whole, and one mask for both would be neither.
+    on a part may mean the part or the whole, and one mask for both would fit neither.
     """
     target = F.interpolate(masks[:, None].float(), logits.shape[-2:], mode="area").expand_as(logits)
     bce = F.binary_cross_entropy_with_logits(logits / SHARPNESS, target, reduction="none").mean((2, 3))
@@ -422,7 +422,7 @@ def iou_of(a, b):
 # ----------------------------------------------------------------------------- clips
 
 def clip_loss(model, frames, masks):
-    """One step on clips: frames B x T x 3 x S x S, masks B x FOLLOWED x T x S x S; mean over the frames."""
+    """The loss of a step on clips: frames B x T x 3 x S x S, masks B x FOLLOWED x T x S x S; mean over the frames."""
     masks = masks.flatten(0, 1)
     kind, count = torch.rand(1).item(), frames.shape[1]
     mask_prompt = kind < 0.15
@@ -434,9 +434,9 @@ def clip_loss(model, frames, masks):
         sight = masks[:, t].flatten(1).any(1)
         if t > 0 or not mask_prompt:
             weight = torch.where(sight, 1.0, ABSENT_WEIGHT)
-            weighted = present[:, 0] - np.log(ABSENT_WEIGHT)  # the weight lowers the best logit by so much
+            weighted = present[:, 0] - np.log(ABSENT_WEIGHT)  # compensates for the weight's effect on the logit
             total = total + F.binary_cross_entropy_with_logits(weighted, sight.float(), weight)
-            drawn = sight & (present[:, 0] > 0)  # where the model sees nothing, its masks are a constant
+            drawn = sight & (present[:, 0] > 0)  # where the model predicts no object, its masks are constant
             if drawn.any():
                 total = total + drawn.float().mean() * mask_loss(logits[drawn], scores[drawn], masks[drawn, t])
     return total / count
@@ -466,7 +466,7 @@ def follow(model, frames, masks, prompt, corrected=None):
             coords, labels = click_prompt(masks[:, t], 1)
             labels[~masks[:, t].flatten(1).any(1)] = -1  # nothing to click on
             points = {"point_coords": coords, "point_labels": labels.int()}
-        # what track_step does, which keeps the three masks and the presence to itself
+        # the steps of track_step, which does not return the three masks and the presence
         out, found, _, _ = model._track_step(t, t == 0, feats, poses, sizes, points, mask_input, memory, count,
                                              track_in_reverse=False, prev_sam_mask_logits=None)
         logits, _, scores, _, full, out["obj_ptr"], present = found
@@ -497,8 +497,8 @@ def evaluate_all(args):
 
 @torch.inference_mode()
 def evaluate_stills(model, size, count):
-    """On `count` held-out scenes x PROMPTS prompts, of the highest-scored of the three masks: the mean IoU with a click
-    and with a box, and the mean distance between score and IoU."""
+    """Mean IoU of the highest-scored mask with a click and with a box, and mean distance between score and IoU, on
+    `count` held-out scenes x PROMPTS prompts."""
     results = {}
     for kind in ("click", "box"):
         with torch.random.fork_rng():
@@ -520,8 +520,8 @@ def evaluate_stills(model, size, count):
 
 @torch.inference_mode()
 def follow_short_clips(model, size, count=8):
-    """Mean IoU with the object where it is in sight, after the first of 8 frames, box on the first, in training's own
-    loop: a cheap sign of progress."""
+    """Mean IoU on the visible object after the first of 8 frames, with a box on the first, in the loop of the training:
+    a cheap measure of progress."""
     ious = []
     with torch.random.fork_rng():
         torch.manual_seed(HELD_OUT_SEED)
@@ -542,7 +542,7 @@ def evaluate_everything(model, count):
     Returns: found, all; over `count` held-out scenes.
     """
     generator = SAM2AutomaticMaskGenerator(model, pred_iou_thresh=0.88)
-    generator.predictor = predictor_of(model)  # its own would take the model's image_size for 1024
+    generator.predictor = predictor_of(model)  # its own assumes an image_size of 1024
     found = objects = 0
     for index in range(count):
         frames, labels, groups = draw_clip(np.random.default_rng(HELD_OUT_SEED + index), EVALUATE_SIZE, 1)

@@ -1,8 +1,8 @@
-"""What the scripts of extras/ share: device, loading a SAM 2, reading and writing files, failures in one line.
+"""Shared code of the scripts in extras/: device, loading SAM 2, reading and writing files, one-line errors.
 
     from common import read_image, load_predictor      Python finds this file beside the script
 
-Most of it is the shared block of the five scripts at the top level, and a test fails when they differ.
+Most of it is a copy of the shared block of the scripts at the top level; a test fails if they differ.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imp
 
 import cv2
 
-if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # OpenCV's own Qt, in which matplotlib's cannot start
+if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
     del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
 
 import numpy as np
@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 for _stream in (sys.stdout, sys.stderr):
-    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+    if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
@@ -43,7 +43,7 @@ cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by the scri
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
-FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images, by suffix in lower case
+FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images: suffixes in lower case
 
 
 class ImageError(OSError):
@@ -235,13 +235,13 @@ def load_weights(model, checkpoint, model_cfg):
 
 
 def list_images(folder):
-    """Paths of the images in a folder, sorted; hidden files are left out (macOS writes ._a.jpg beside a.jpg)."""
+    """Paths of the images in a folder, sorted; hidden files are skipped (macOS writes ._a.jpg beside a.jpg)."""
     return sorted(path for path in Path(folder).iterdir()
                   if path.is_file() and path.suffix.lower() in FORMATS and not path.name.startswith("."))
 
 
 def write_csv(path, rows):
-    """Write rows, the first of them the column names, as a CSV file in UTF-8; cells as in as_cell()."""
+    """Write rows, of which the first holds the column names, as a UTF-8 CSV file; cells as in as_cell()."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([as_cell(value) for value in row] for row in rows)
     write_file(path, text.getvalue().encode())
@@ -283,7 +283,7 @@ def convert_memory(_, args, kwargs):
 
 
 def add_model_flags(parser, output):
-    """Add the flags that every script with a SAM 2 has. output: default of --output."""
+    """Add the flags of every script that runs SAM 2. output: default of --output."""
     parser.add_argument("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
     parser.add_argument("--output", "-o", type=Path, default=Path(output), help=f"결과 폴더 (기본: {output})")
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",

@@ -3,8 +3,8 @@
     python extras/convert_checkpoint.py output/sam2_best.pt hf_model/        to Hugging Face
     python extras/convert_checkpoint.py hf_model/ sam2_from_hf.pt            and back
 
-The folder opens with Sam2Model.from_pretrained, Sam2VideoModel.from_pretrained and pipeline("mask-generation"). The
-weights are the same bits in both forms. Nothing is written unless both models give the same masks for a drawn image.
+Sam2Model.from_pretrained, Sam2VideoModel.from_pretrained and pipeline("mask-generation") open the folder. The weights
+are bit-identical in both forms. Nothing is written unless both models give the same masks for a synthetic image.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def parse_args():
 
 
 def to_huggingface(args):
-    """Convert an official checkpoint to a folder, which gets its name only after the check."""
+    """Convert an official checkpoint to a folder, which gets its final name only after the check."""
     if args.target.exists() and not args.target.is_dir():
         fail(f"{args.target}: 폴더여야 하는데 파일이 있습니다")
     predictor = load_predictor(args.model_cfg, args.source, "cpu", args.image_size or trained_image_size(args.source))
@@ -296,7 +296,7 @@ def huggingface_config(model):
 
 
 def check_video_model(model, folder):
-    """Whether Sam2VideoModel can open the folder: not with other memory channels than its own, which is a warning.
+    """Whether Sam2VideoModel can open the folder; prints a warning if the number of memory channels differs.
 
     Fails if it cannot open the folder for another reason.
     """
@@ -313,7 +313,7 @@ def open_folder(kind, folder):
     try:
         model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
                                            output_loading_info=True)
-    except Exception as error:  # transformers and safetensors each raise their own kinds
+    except Exception as error:  # transformers and safetensors each raise their own errors
         fail(f"{folder}: {kind.__name__} 모델로 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
     if info["missing_keys"]:
         fail(f"{folder}: {kind.__name__}에 필요한 가중치가 없습니다: {', '.join(sorted(info['missing_keys'])[:3])}")
@@ -321,7 +321,7 @@ def open_folder(kind, folder):
 
 
 def report_difference(predictor, folder, target):
-    """Print the largest difference between both forms on a drawn image; fail if it is above LIMIT."""
+    """Print the largest difference between both forms on a synthetic image; fail if it is above LIMIT."""
     difference = largest_difference(predictor, folder)
     print(f"두 모델의 로짓과 점수의 최대 차이 (점, 상자): {difference:.1e}")
     if not difference <= LIMIT:  # also if it is NaN
@@ -331,7 +331,7 @@ def report_difference(predictor, folder, target):
 
 @torch.inference_mode()
 def largest_difference(predictor, folder):
-    """Segment a drawn image with the official model and with that of the folder, by point and by box.
+    """Segment a synthetic image with the official model and the folder's model, from a point and from a box.
 
     Returns the largest absolute difference of the low-resolution logits (clamped to ±32, as sam2 returns them) and
     of the predicted scores. The image has the model's input size, because resizing differs: sam2 resizes
@@ -362,7 +362,7 @@ def probe_image(side):
 
 
 def to_official(args):
-    """Convert a Hugging Face folder to an official checkpoint, which gets its name only after the check."""
+    """Convert a Hugging Face folder to an official checkpoint, which gets its final name only after the check."""
     if args.target.is_dir():
         fail(f"{args.target}: 파일이어야 하는데 폴더가 있습니다")
     image_size = read_image_size(args.source)
@@ -407,7 +407,7 @@ def read_image_size(folder):
         fail(f"{folder}: SAM 2가 아니라 {kind}의 폴더입니다 (sam2, sam2_video만 변환합니다)")
     try:
         config = (Sam2Config if kind == "sam2" else Sam2VideoConfig).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # each class of the config's parts raises its own kinds
+    except Exception as error:  # each class of the config's parts raises its own errors
         fail(f"{folder / 'config.json'}: 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
     return config.prompt_encoder_config.image_size
 

@@ -66,7 +66,7 @@ REPOSITORIES = {"florence2": "florence-community/Florence-2-base",
 OPTIONS = {"florence2": ["detector_dir", "task"],  # flags that only this detector has
            "grounding-dino": ["detector_dir", "box_threshold", "text_threshold"]}
 TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}
-NMS_IOU = 0.7       # of two boxes of one category with a higher IoU, the one with the lower score is dropped
+NMS_IOU = 0.7       # if boxes of one category overlap more, the one with the lower score is dropped
 MAX_TOKENS = 1024   # of Florence-2's answer: the length of its decoder's context, enough for some 200 boxes
 DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
 
@@ -81,7 +81,7 @@ def main():
     if rank == 0:
         command = ["prepare_data.py", "--images", str(args.images), "--coco", str(annotations)]
         if args.preprocess:
-            sys.stdout.flush()  # what this process printed comes before what that one prints
+            sys.stdout.flush()  # keeps the output of both processes in order
             sys.exit(subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode)
         print(f"다음: {shlex.join(['python', *command])}")
 
@@ -118,7 +118,7 @@ def parse_args():
 
 
 def parse_categories(text):
-    """Split "polyp. instrument." into ["polyp", "instrument"]; a name that occurs twice is taken once."""
+    """Split "polyp. instrument." into ["polyp", "instrument"]; duplicates are dropped."""
     names = list(dict.fromkeys(name.strip() for name in text.split(".") if name.strip()))
     if not names:
         raise argparse.ArgumentTypeError("찾을 것이 없습니다")
@@ -134,9 +134,9 @@ def parse_score(text):
 
 
 def join_processes(requested):
-    """Join the processes of torchrun; returns (rank, number of processes, device), with 0 and 1 without torchrun.
+    """Join the processes of torchrun; returns (rank, number of processes, device), (0, 1, device) without torchrun.
 
-    Each process gets a GPU of its own with CUDA, and only rank 0 prints.
+    With CUDA, each process gets its own GPU. Only rank 0 prints.
     """
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
@@ -144,14 +144,14 @@ def join_processes(requested):
         if device not in ("cuda", "cpu"):
             fail(f"torchrun에서는 쓸 수 없는 장치입니다: {device}. --device cuda나 cpu로 실행하세요")
         device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}") if device == "cuda" else device
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # for the slowest process
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # waits for the slowest process
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open until the process ends)
     return rank, processes, device
 
 
 def make_detector(args, device):
-    """The detector that the flags choose: an object with the method find()."""
+    """The detector selected by the flags: an object with the method find()."""
     if args.boxes:
         return CocoBoxes(args.boxes)
     if not all(name.isascii() for name in args.category):
@@ -184,8 +184,8 @@ def load_detector(model_class, processor_class, kinds, folder, device):
     """Load a detector's model and processor from a folder that save_pretrained wrote.
 
     kinds: model types that config.json may name, the first one a key of REPOSITORIES. No code from the folder is run
-    (trust_remote_code=False) and only safetensors are read. A folder of another model or without all weights is an
-    error, which names the command that downloads the right one.
+    (trust_remote_code=False) and only safetensors are read. A folder of another model or with missing weights is an
+    error that names the command to download the right one.
     """
     fetch = how_to_fetch(kinds[0])
     try:
@@ -201,7 +201,7 @@ def load_detector(model_class, processor_class, kinds, folder, device):
         model, info = model_class.from_pretrained(folder, use_safetensors=True, dtype=torch.float32,
                                                   output_loading_info=True, **local)
         processor = processor_class.from_pretrained(folder, **local)
-    except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
+    except Exception as error:  # transformers, tokenizers and safetensors each raise their own errors
         # e.g. microsoft/Florence-2-base, whose config only its own code can read
         reason = ("자기 코드로 여는 저장소의 폴더인데, 그 코드는 실행하지 않습니다" if "auto_map" in config
                   else textwrap.shorten(str(error), 200))
@@ -256,7 +256,7 @@ class GroundingDino:
     """Boxes from Grounding DINO, one forward pass for all categories.
 
     folder: weights of model type grounding-dino or mm-grounding-dino; categories: list of names in English;
-    box_threshold: a box needs a higher score, 0 to 1; text_threshold: so does the best token of its category.
+    box_threshold, text_threshold: scores, 0 to 1, that a box and the best token of its category must exceed.
     """
 
     def __init__(self, folder, categories, device, box_threshold=0.3, text_threshold=0.25):
@@ -264,7 +264,7 @@ class GroundingDino:
                                                    ["grounding-dino", "mm-grounding-dino"], folder, device)
         self.categories = dict(enumerate(categories, 1))
         self.box_threshold, self.text_threshold = box_threshold, text_threshold
-        # lower case and a full stop after each category, as it was trained
+        # lower case and a full stop after each category, as in its training
         self.text = "".join(f"{category.lower()}. " for category in categories).strip()
         tokens = len(self.processor.tokenizer(self.text)["input_ids"])
         if tokens > self.model.config.max_text_len:
@@ -272,7 +272,7 @@ class GroundingDino:
 
     @torch.inference_mode()
     def find(self, image, name=""):
-        """As Florence2.find, with the scores as confidence."""
+        """Like Florence2.find, with the scores as confidence."""
         inputs = self.processor(images=image, text=self.text, return_tensors="pt").to(self.model.device)
         return self.read_outputs(self.model(**inputs), inputs["input_ids"], image.shape)
 
@@ -286,7 +286,7 @@ class GroundingDino:
             outputs, input_ids, threshold=self.box_threshold, text_threshold=self.text_threshold,
             target_sizes=[shape[:2]])[0]
         scores = outputs.logits[0].sigmoid()
-        scores = scores[scores.amax(1) > self.box_threshold]  # the boxes that are in the result
+        scores = scores[scores.amax(1) > self.box_threshold]  # of the boxes in the result
         of_category = torch.stack([scores[:, tokens].amax(1) for tokens in self.tokens_of_categories()], 1)
         best, index = of_category.max(1)
         detections = sv.Detections(xyxy=result["boxes"].float().cpu().numpy().reshape(-1, 4),
@@ -308,8 +308,8 @@ class GroundingDino:
 class CocoBoxes:
     """Boxes from a COCO file, made by any detector or by hand, without those marked iscrowd.
 
-    If every box has a score, the boxes count as detected and NMS is applied to them; if not, all of them are kept. A
-    box with a number that is not finite becomes one without area, so that it is dropped and counted.
+    If every box has a score, the boxes are treated as detections and NMS is applied; if not, all of them are kept. A
+    box with a non-finite number is replaced by one without area, so that it is dropped and counted.
     """
 
     def __init__(self, path):
@@ -323,10 +323,10 @@ class CocoBoxes:
                 self.boxes[image["id"]] = []
             for annotation in coco["annotations"]:
                 bbox = np.array(annotation["bbox"], float)
-                bbox = bbox.clip(-1e9, 1e9) if np.isfinite(bbox).all() else np.zeros_like(bbox)  # float32 can hold it
+                bbox = bbox.clip(-1e9, 1e9) if np.isfinite(bbox).all() else np.zeros_like(bbox)  # fits into float32
                 x, y, width, height = bbox.tolist()
                 class_id, score = int(annotation["category_id"]), annotation.get("score")
-                self.categories[class_id]  # one that is not listed is an error of the file
+                self.categories[class_id]  # raises if the file does not list the category
                 crowds += bool(annotation.get("iscrowd"))
                 if not annotation.get("iscrowd"):
                     self.boxes[annotation["image_id"]].append(([x, y, x + width, y + height], class_id, score))
@@ -351,7 +351,7 @@ class CocoBoxes:
             print(f"주의: COCO 파일에 있지만 폴더에 없는 이미지 {len(absent)}장: {', '.join(absent[:5])}{more}")
 
     def find(self, image, name):
-        """As Florence2.find, for the image of this file name. Raises ImageError if the file does not fit the image."""
+        """Like Florence2.find, for the image of this file name. Raises ImageError if the boxes do not fit the image."""
         entries = self.images.get(base_name(name), [])
         if len(entries) != 1:
             raise ImageError(f"COCO 파일에 {'두 번 나옴' if entries else '없음'}")
@@ -371,7 +371,7 @@ def base_name(file_name):
 
 
 class GroundedSAM2:
-    """Boxes from a detector, masks from SAM 2.
+    """Gets boxes from a detector and masks from SAM 2.
 
     predictor: a SAM2ImagePredictor. detector: Florence2, GroundingDino, CocoBoxes, or an object of your own with
     `categories` ({class_id: name}) and `find(image, name)`, which returns sv.Detections with xyxy, class_id and, if
@@ -394,8 +394,8 @@ class GroundedSAM2:
     def segment(self, image, detections):
         """Add masks to the boxes of sv.Detections; returns what predict() does.
 
-        The image is encoded once and up to DECODER_BATCH boxes are decoded in one call. Of the three masks of a box
-        the one with the highest score is taken.
+        The image is encoded once, and up to DECODER_BATCH boxes are decoded in one call. For each box, the mask with
+        the highest score is used.
         """
         predictor, height, width = self.predictor, *image.shape[:2]
         masks, scores = np.zeros((len(detections), height, width), bool), np.zeros(len(detections), np.float32)
@@ -416,7 +416,7 @@ class GroundedSAM2:
     def decode(self, boxes):
         """Decode boxes, N x 4 in pixels of the current image: logits N x 3 x h x w and scores N x 3.
 
-        The steps of SAM2ImagePredictor.predict() before it resizes the masks.
+        These are the steps of SAM2ImagePredictor.predict() before it resizes the masks.
         """
         predictor, model = self.predictor, self.predictor.model
         _, _, _, corners = predictor._prep_prompts(None, None, boxes, None, True)

@@ -1,4 +1,4 @@
-"""Segment an object in a CT or MR volume with SAM 2.1: prompt one slice, follow the object through the others.
+"""Segment an object in a CT or MR volume with SAM 2.1: prompt one slice, track the object through the others.
 
     python extras/segment_volume.py --volume ct.nii.gz --point "24,310,205"      slice, x, y
     python extras/segment_volume.py --volume ct.nii.gz                           a window with a slice slider
@@ -65,8 +65,8 @@ AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
 WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
            "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
 MONTAGE_SLICES = 20
-MARK = "segment_volume.py"  # in the header field "descrip" of every mask written here, so that no other is overwritten;
-# with a checksum of the voxels, because not every program that saves a corrected mask replaces this field
+MARK = "segment_volume.py"  # header field "descrip" of every mask written here; files without it are not overwritten.
+# A checksum of the voxels follows, because some programs keep this field when they save an edited mask.
 
 
 def main():
@@ -172,11 +172,11 @@ def check_output(args):
 
 
 def is_marked(path):
-    """Whether a mask is as this script wrote it."""
+    """Whether a mask is unchanged since this script wrote it."""
     try:
         image = load_nifti(path)
         return bytes(image.header["descrip"]).rstrip(b"\0") == mark(np.asarray(image.dataobj))
-    except Exception:  # nibabel, gzip and zlib each raise their own kinds
+    except Exception:  # nibabel, gzip and zlib each raise their own errors
         return False
 
 
@@ -186,7 +186,7 @@ def mark(voxels):
 
 
 def is_of_volume(summary_path, volume):
-    """Whether an earlier summary is of this volume; True if there is none to tell."""
+    """Whether an earlier summary belongs to this volume; True if there is no summary."""
     try:
         return Path(json.loads(summary_path.read_text("utf-8"))["volume"]).resolve() == Path(volume).resolve()
     except (OSError, ValueError, KeyError, TypeError):
@@ -254,7 +254,7 @@ class Volume:
             matrix = affine_in_mm(self.image)
         except (ImageError, MemoryError):
             raise
-        except Exception as error:  # nibabel, gzip and zlib each raise their own kinds
+        except Exception as error:  # nibabel, gzip and zlib each raise their own errors
             raise ImageError(f"{path}: 읽을 수 없습니다 ({textwrap.shorten(str(error), 150)})") from None
         if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-12 or not data.size:
             raise ImageError(f"{path}: 복셀이 공간에 놓인 방향과 크기(affine)가 올바르지 않습니다")
@@ -272,7 +272,7 @@ class Volume:
         back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), self.orientation)
         kind = nib.Nifti2Image if isinstance(self.image, nib.Nifti2Pair) else nib.Nifti1Image
         source = self.image.header
-        header = kind.header_class(source.binaryblock, source.endianness, check=False)  # also for a .hdr/.img pair
+        header = kind.header_class(source.binaryblock, source.endianness, check=False)  # works for a .hdr/.img pair too
         header.set_data_dtype(np.uint8)
         header.set_slope_inter(1, 0)
         header.set_intent("none")
@@ -334,7 +334,7 @@ class Slices:
 def mirror(prompts, size):
     """Convert prompts from indices of the volume to pixels of the slice, or back: both axes are reversed.
 
-    size: (H, W). What would lie outside is moved to the border: a box that ends at x = W would begin at -1.
+    size: (H, W). Coordinates outside are clipped to the border: a box that ends at x = W would begin at -1.
     """
     height, width = size
     return {key: ([(max(0, width - 1 - x), max(0, height - 1 - y), label) for x, y, label in points],
@@ -367,8 +367,8 @@ def segment(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
     """Segment the volume; yields (slice, label map) and fills `mask` and `scores` in place.
 
     mask: bool slices x H x W; scores: float, one per slice, NaN where none was predicted.
-    each_slice: segment only the prompted slices, each without memory of the others. max_gap: see track(); unlike what
-    a video shows, what a volume holds rarely ends and begins again.
+    each_slice: segment only the prompted slices, each without memory of the others. max_gap: see track(); unlike
+    an object in a video, one in a volume rarely disappears and reappears.
     """
     mask[:], scores[:] = False, np.nan
     found = segment_each(predictor, slices, prompts) if each_slice else track(predictor, slices, prompts, max_gap)
@@ -394,13 +394,13 @@ def segment_each(predictor, slices, prompts):
 def save(args, volume, slices, prompts, mask, scores, truth, model):
     """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU.
 
-    model: {name: value} of what is to be said of the model in summary.json.
+    model: {name: value}, the entries about the model in summary.json.
     """
     mask_path, slices_path, summary_path, montage_path = paths = result_paths(args)
     restored = volume.restore(slices.from_pictures(mask))
     write_file(mask_path, gzip.compress(restored.to_bytes(), mtime=0))
 
-    voxel = abs(np.linalg.det(volume.affine[:3, :3]))  # mm³; oblique and sheared grids too
+    voxel = abs(np.linalg.det(volume.affine[:3, :3]))  # mm³; also for oblique and sheared grids
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
                "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
                "each_slice": args.each_slice, "max_gap": args.max_gap,

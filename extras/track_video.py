@@ -1,4 +1,4 @@
-"""Follow objects through a video with SAM 2.1: prompt some frames, get a mask for every frame.
+"""Track objects through a video with SAM 2.1: prompt some frames, get a mask for every frame.
 
     python extras/track_video.py --video clip.mp4 --point "320,200"
     python extras/track_video.py --video frames/ --prompts prompts.json
@@ -58,7 +58,7 @@ FOLDER_RATE = 25             # frames per second of the overlay, for a folder of
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
 CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h263,h264,hevc,vvc,vc1,av1,obu,ivf,flv,asf,ogg,mxf,gif,nut,"
               "wtv,dv,mjpeg,yuv4mpegpipe")  # FFmpeg's demuxers of videos; concat, hls and others open further files
-KEPT_BYTES = 64 * 2**20      # of decoded frames that are kept for going backwards
+KEPT_BYTES = 64 * 2**20      # of decoded frames, kept for the backward pass
 RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
 MARK = "track_video.py"      # see mark()
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad image file
@@ -138,8 +138,8 @@ def parse_args():
 def check_output(args, prompts):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
-    Results of an earlier run on this video are recognized by the mark() of its masks, also of those for training. The
-    prompts of a run that ended before its first mask may be overwritten by the same prompts.
+    Results of an earlier run on this video are recognized by the mark() in its masks, including training masks. The
+    prompts of a run that ended before its first mask may be overwritten by identical prompts.
     """
     folder = args.output
     if Path(args.video).resolve() in [(folder / name).resolve() for name in ("masks", "to_data/images", "overlay.mp4")]:
@@ -169,7 +169,7 @@ def earlier_results(folder, name, to_data):
 
 
 def has_prompts(path, prompts):
-    """Whether a file holds these prompts."""
+    """Whether a file contains these prompts."""
     try:
         return path.name == "prompts.json" and read_prompts(path) == prompts
     except OSError:
@@ -177,7 +177,7 @@ def has_prompts(path, prompts):
 
 
 def is_marked(path, video_hash):
-    """Whether a mask is as this script wrote it for a video with this hash_of()."""
+    """Whether a mask is unchanged since this script wrote it for a video with this hash_of()."""
     try:
         with Image.open(path) as image:
             return image.info.get("Software") == mark(np.asarray(image), video_hash)
@@ -186,13 +186,13 @@ def is_marked(path, video_hash):
 
 
 def mark(pixels, video_hash):
-    """The text chunk "Software" of every mask written here, so that no other is overwritten: MARK, a checksum of the
-    pixels, because editors may keep the chunk, and the video's hash_of(), because many videos are called "frames"."""
+    """The text chunk "Software" of every mask written here; files without it are not overwritten. It holds MARK, a
+    checksum of the pixels (editors may keep the chunk), and hash_of() the video (many are called "frames")."""
     return f"{MARK} {zlib.crc32(pixels.astype(np.uint16).tobytes()):08x} {video_hash:08x}"
 
 
 def hash_of(video):
-    """A number that tells videos apart, wherever they lie: of length, first and middle frame."""
+    """A hash of a video's length, first frame and middle frame, which identifies it in any folder."""
     frames = video[0].tobytes() + video[len(video) // 2].tobytes()
     return zlib.crc32(f"{len(video)} {video.size}".encode() + frames)
 
@@ -260,7 +260,7 @@ def image_size(path):
     try:
         with Image.open(path) as image:
             is_rotated = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 exchange width and height
-            # of a TIFF, new versions of Pillow have exchanged them already: its tags 256 and 257 say width and height
+            # new versions of Pillow have already exchanged those of a TIFF; its tags 256 and 257 are width and height
             width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
             return (width, height) if is_rotated else (height, width)
     except UNREADABLE:
@@ -289,9 +289,9 @@ class VideoFile:
         if not has_times:
             self.times, self.time_base = range(len(self.times)), 1 / (self.rate or Fraction(FOLDER_RATE))
             self.end = len(self.times)
-        elif self.end == self.times[-1]:  # some containers, such as AVI, do not tell how long a frame lasts
+        elif self.end == self.times[-1]:  # some containers, such as AVI, do not store how long a frame lasts
             self.end += round(1 / (self.rate or FOLDER_RATE) / self.time_base)
-        if not (has_times and is_whole):  # nothing to seek by, or an index that may be wrong
+        if not (has_times and is_whole):  # no times to seek by, or an index that may be wrong
             self.keys = []
         self.numbers = {time: number for number, time in enumerate(self.times)}
         height, width = self.size
@@ -342,7 +342,7 @@ class VideoFile:
             # an MP4 or MOV trimmed by its edit list has more packets than frames to show, but its full duration
             is_trimmed = "mp4" in container.format.name and \
                 self.end >= (stream.start_time or 0) + (stream.duration or math.inf)
-            return packets >= stream.frames or is_trimmed  # stream.frames is 0 if the container does not tell
+            return packets >= stream.frames or is_trimmed  # stream.frames is 0 if the container lacks it
 
     def __len__(self):
         return len(self.times)
@@ -383,7 +383,7 @@ class VideoFile:
                 frames = enumerate(container.decode(stream))
             try:
                 yield from ((number, frame) for number, frame in frames if number is not None)
-            except av.FFmpegError:  # the damage at which the first pass ended, too
+            except av.FFmpegError:  # the damage that also ended the first pass
                 return
 
 
@@ -433,11 +433,11 @@ def track_and_save(predictor, video, prompts, args):
     Yields (frame, label map), and (None, None) while it writes the overlay.
     """
     folder, rows = args.output, {}
-    write_prompts(folder / "prompts.json", prompts)  # clicks survive a tracking that fails
+    write_prompts(folder / "prompts.json", prompts)  # keeps the clicks if tracking fails
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):
             labels = label_map(objects, logits)
-            if not rows:  # earlier results are kept until there are new ones
+            if not rows:  # earlier results are kept until new ones exist
                 clear(folder, args.name, args.to_data)
             write_file(folder / "masks" / f"{frame:05}.png", palette_png(labels, args.video_hash))
             bar.update(frame not in rows)
@@ -522,7 +522,7 @@ def save_pictures(video, args, is_numbered):
                     else:
                         skipped += 1
                 yield
-            *packets, last = stream.encode()  # what x264 still holds
+            *packets, last = stream.encode()  # frames buffered by x264
             last.duration = video.end - video.times[-1]
             container.mux([*packets, last])
         temporary.replace(folder / "overlay.mp4")

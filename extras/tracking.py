@@ -1,4 +1,4 @@
-"""Track prompted objects with SAM 2's memory: what track_video.py and segment_volume.py share.
+"""Track prompted objects with SAM 2's memory; shared by track_video.py and segment_volume.py.
 
 A video is a sequence of frames, a volume a sequence of slices. Both are passed in as an object with len(),
 indexing (uint8 H x W x 3, RGB) and `size` (H, W), which reads an item when it is indexed.
@@ -27,8 +27,8 @@ from PIL import Image
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
-REDRAW_SECONDS = 0.3  # at least, between two redraws of the window while it tracks
-SAME_SHARE = 0.1    # two masks that share less of the smaller one are not of the same object
+REDRAW_SECONDS = 0.3  # minimum between two redraws of the window during tracking
+SAME_SHARE = 0.1    # two masks that overlap in less of the smaller one are different objects
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r"}  # the letters on the same keys
 WINDOW_HELP = ("left click: object    right click: background    drag: box    {digits}u: undo    r: clear this {unit}\n"
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
@@ -43,11 +43,11 @@ def track(predictor, frames, prompts, max_gap=0):
     frames before the first prompt, backwards from it to frame 0 (the first prompted frame a second time).
         objects: list of N object numbers; logits: float32 N x H x W tensor, above 0 inside the object;
         scores: list of N predicted probabilities, 0 to 1, that the object is visible.
-    max_gap: beyond the last prompt, and before the first, end after this many frames in a row without a pixel of any
-        object; 0: never.
-    With max_gap 0 the masks are those of SAM2VideoPredictor.propagate_in_video after all prompts have been added,
-    forwards and then with reverse=True; else the backward pass does not know the frames that the forward pass left
-    out. Source of what a frame attends to: SAM2Base._prepare_memory_conditioned_features.
+    max_gap: after the last prompt and before the first, stop after this many consecutive frames without a pixel of
+        any object; 0: never.
+    With max_gap 0 the masks equal those of SAM2VideoPredictor.propagate_in_video after all prompts have been added,
+    forwards and then with reverse=True; otherwise the backward pass lacks the frames that the forward pass skipped.
+    Source of the frames that a frame attends to: SAM2Base._prepare_memory_conditioned_features.
     """
     state = start_state(predictor, frames)
     add_prompts(predictor, state, prompts)
@@ -60,7 +60,7 @@ def track(predictor, frames, prompts, max_gap=0):
             for outputs in state["output_dict_per_obj"].values():
                 kept = outputs["non_cond_frame_outputs"]
                 for old in list(kept):
-                    # the backward pass begins by attending to what the forward pass found after the first prompt
+                    # the backward pass first attends to the forward pass's outputs after the first prompt
                     needed = old < frame + reach if reverse else old > frame - reach or 0 < first >= old - reach
                     if not needed:
                         del kept[old]
@@ -114,7 +114,7 @@ def add_prompts(predictor, state, prompts):
 
 
 def without_bar(propagation):
-    """The items of a generator of sam2, without the progress bar that it opens with its first item."""
+    """Iterate over a generator of sam2 without the progress bar that it opens with its first item."""
     with Path(os.devnull).open("w") as sink, contextlib.closing(propagation):
         with contextlib.redirect_stderr(sink):
             first = next(propagation)
@@ -244,13 +244,13 @@ class Window:
     when Enter is pressed.
     max_object: the highest object number; unit: the English word for a frame; aspect: height of a pixel / its width.
 
-    After show() there are prompts; tracked_prompts, those of the last complete tracking, or None; is_tracking,
-    whether the window was closed while it tracked.
+    After show(), prompts holds the current prompts; tracked_prompts, those of the last complete tracking, or None;
+    is_tracking, whether the window was closed during tracking.
 
     The first click on a tracked frame also adds the box around the object's tracked mask as a prompt, so that the
-    click corrects the object instead of choosing a new one; not if the click is on something that this mask does not
-    cover, because then the object had been lost. The mask shown after a click is the one that tracking will give for
-    this frame.
+    click corrects the object instead of selecting a new one. The box is omitted if the click selects something that
+    the mask does not cover, because then the object was lost. The mask shown after a click is the one that tracking
+    will give for this frame.
     """
 
     def __init__(self, frames, predictor, follow, title, max_object=MAX_OBJECTS, unit="frame", aspect=1):
@@ -259,7 +259,7 @@ class Window:
         self.state = start_state(predictor, frames)
         self.prompts, self.history, self.frame, self.object = {}, [], 0, 1
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
-        self.followed = {}  # the prompts that self.tracked comes from, also if it is not complete
+        self.followed = {}  # the prompts that produced self.tracked, even if incomplete
         self.pressed, self.drawn, self.error = None, [], None
         self.is_tracking, self.is_saving, self.is_stopped, self.is_closed = False, False, False, False
         # fits a laptop of 1280 x 720
@@ -274,7 +274,7 @@ class Window:
         digits = "1 ... 9 or [ ]: object number    " if max_object > 1 else ""
         self.figure.text(0.5, 0.02, WINDOW_HELP.format(digits=digits, unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
-        self.figure.canvas.mpl_disconnect(self.figure.canvas.manager.key_press_handler_id)  # matplotlib's own keys
+        self.figure.canvas.mpl_disconnect(self.figure.canvas.manager.key_press_handler_id)  # disables its own keys
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key),
                               ("close_event", self.on_close)):
@@ -315,7 +315,7 @@ class Window:
     def on_press(self, event):
         is_toolbar_busy = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
         if event.inaxes is self.axes and event.button in (1, 3) and not is_toolbar_busy and not self.is_tracking:
-            height, width = self.frames.size  # beside the frame there is room after the toolbar's pan
+            height, width = self.frames.size  # after panning, there is space beside it
             if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
                 self.pressed = event
 
@@ -334,9 +334,9 @@ class Window:
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
-        if self.is_tracking:  # a click that began before it
+        if self.is_tracking:  # a click that began before tracking
             self.pressed = None
-        # on macOS a Ctrl-click presses button 3 and releases button 1; the press says which it is
+        # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
         if not self.pressed or event.button not in (self.pressed.button, 1):
             return
         key = (self.frame, self.object)
@@ -351,7 +351,7 @@ class Window:
         self.set_prompts({**self.prompts, key: prompt})
 
     def is_outdated(self, number):
-        """Whether what was tracked of an object on this frame came from prompts that have been taken away since."""
+        """Whether an object's tracked mask on this frame came from prompts that have since been removed."""
         key = (self.frame, number)
         return (key in self.followed and key not in self.prompts
                 or all(number != prompted for _, prompted in self.prompts))
@@ -417,7 +417,7 @@ class Window:
     def run_tracking(self):
         """Track with the current prompts and show some of the frames; Esc or closing the window stops it.
 
-        While the results are saved, the window can be used for everything but tracking. Closing it does not stop that.
+        While the results are saved, everything but tracking is possible. Closing the window does not stop the saving.
         """
         shown, redrawn = self.frame, 0
         self.is_tracking, self.is_stopped, self.tracked, self.tracked_prompts = True, False, {}, None
@@ -450,7 +450,7 @@ class Window:
             self.update()
 
     def labels(self):
-        """The label map to show, uint8 H x W: the tracked one, overlaid with what the prompts on this frame give."""
+        """The label map to show, uint8 H x W: the tracked one, overlaid with the masks of the prompts on this frame."""
         found = decode_labels(self.tracked[self.frame]) if self.frame in self.tracked else \
             np.zeros(self.frames.size, np.uint8)
         found[np.isin(found, [number for number in np.unique(found) if self.is_outdated(number)])] = 0

@@ -1,4 +1,4 @@
-"""Reading NIfTI files and checking volumes and masks: what segment_volume.py and sam_med3d_ich share.
+"""Read NIfTI files and check volumes and masks; shared by segment_volume.py and sam_med3d_ich.
 
 A voxel of a mask is foreground if its value is above 0.5; its label is the value, rounded. This file does not import
 sam2, which sam_med3d_ich does not need.
@@ -7,16 +7,16 @@ sam2, which sam_med3d_ich does not need.
 import nibabel as nib
 import numpy as np
 
-MILLIMETRES = {"meter": 1000, "micron": 0.001}  # in one unit of a NIfTI header; else the unit is the millimetre
+MILLIMETRES = {"meter": 1000, "micron": 0.001}  # per unit of a NIfTI header; the default unit is the millimetre
 TOLERANCE = 0.1    # voxels: two grids that are this far apart, or further, are different
 SOFT = -150, 300   # Hounsfield units: between air and bone
-LEAST_AIR = 0.005  # share of the voxels of a CT that are air
-MOST_BONE = 0.4    # share of the other voxels that are bone
+LEAST_AIR = 0.005  # minimum share of air in the voxels of a CT
+MOST_BONE = 0.4    # maximum share of bone in the other voxels
 
 
 def load_nifti(path):
-    """A nibabel image. Its files are first read to the end, where a compressed file has its checksum: nibabel stops at
-    the last voxel. Raises what nibabel, gzip, bz2 and zlib raise for a damaged file.
+    """Load a nibabel image. First reads its files to the end, where a compressed file has its checksum (nibabel stops
+    at the last voxel). Raises the errors of nibabel, gzip, bz2 and zlib for a damaged file.
     """
     image = nib.load(path)
     for holder in image.file_map.values():
@@ -45,11 +45,11 @@ def labels_of(mask):
 
 
 def doubts_about_values(values, window):
-    """Sentences, in Korean, about whether the values of a volume, X x Y x Z, are in Hounsfield units like the window.
+    """Warnings, in Korean, if the values of a volume, X x Y x Z, seem not to be in Hounsfield units like the window.
 
-    window: (lowest, highest) value, or None, about which there is no doubt, as about one that is above soft tissue. A
-    CT has air, and most of the rest is soft tissue. An MR has no negative values; in Hounsfield units + 1024, which a
-    lost intercept leaves, soft tissue is at 1064.
+    window: (lowest, highest) value; None, or a window above soft tissue, gives no warning. A CT has air, and most of
+    the rest is soft tissue. An MR has no negative values. If the intercept was lost, values are in Hounsfield units +
+    1024, and soft tissue is at 1064.
     """
     sample = values[::2, ::2, ::2]
     is_air, is_bone = sample < SOFT[0], sample > SOFT[1]
@@ -61,15 +61,15 @@ def doubts_about_values(values, window):
 
 
 def doubts_about_affine(affine):
-    """Sentences, in Korean, about the affine of a volume, 4 x 4, in millimetres: an identity, also that of LPS axes
-    (SimpleITK), is what programs write that know neither the size of the voxels nor their place."""
+    """Warnings, in Korean, about the affine of a volume, 4 x 4, in millimetres: programs that know neither the size nor
+    the position of the voxels write an identity, possibly in LPS axes (SimpleITK)."""
     if not np.array_equal(np.abs(affine), np.eye(4)):
         return []
     return ["affine이 단위 행렬(복셀 1 mm, 원점 0)입니다. 실제 값이 아니면 부피와 방향이 틀립니다"]
 
 
 def doubts_about_header(path):
-    """Sentences, in Korean, about where the header of a NIfTI file places its voxels."""
+    """Warnings, in Korean, about the voxel positions in the header of a NIfTI file."""
     image = nib.load(path)
     header = image.header
     if not header["qform_code"] and not header["sform_code"]:
@@ -78,6 +78,6 @@ def doubts_about_header(path):
         return []
     try:
         apart = voxels_apart(header.get_sform(), header.get_qform(), image.shape[:3])
-    except ValueError:  # of a quaternion that is not one
+    except ValueError:  # an invalid quaternion
         apart = np.inf
     return ["qform과 sform이 서로 다릅니다. sform을 씁니다"] if apart >= TOLERANCE else []

@@ -1,8 +1,8 @@
-"""Draw the data set of `make demo-ich`: simplified head CTs, some with a haemorrhage, in the form that train.py reads.
+"""Draw the dataset of `make demo-ich`: simplified head CTs, some with a haemorrhage, in the format of train.py.
 
     python extras/demo/draw_ich_dataset.py
 
-A head is an ellipsoid of brain below a thin skull and a scalp, with ventricles, a falx, and calcified spots as bright
+A head is an ellipsoid of brain inside a thin skull and a scalp, with ventricles, a falx, and calcified spots as bright
 as blood, in Hounsfield units, of adult size and with thick slices. (A skull of realistic thickness would fill the
 32 mm patches of the demo's model, which would need more training than a demo allows to distinguish it from blood.) A
 haemorrhage is an irregular ball with a dark rim. Three of four patients have one; some have several scans. Volumes are

@@ -1,4 +1,4 @@
-"""Compare tracked masks of the demo's clip with the true ones: mean J (IoU), as DAVIS calls it.
+"""Compare tracked masks of the demo's clip with the true ones: mean IoU, called J in DAVIS.
 
     python extras/demo/score_clip.py extras/demo/output/clip [another result ...]
 

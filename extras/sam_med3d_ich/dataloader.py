@@ -1,9 +1,9 @@
-"""From a CSV to the input of the model: reading, checking, transforming and augmenting volumes and their masks.
+"""Read, check, transform and augment the volumes and masks of a CSV, up to the input of the model.
 
     read_rows -> check_patients -> Volumes -> TrainingSet, ValidationSet -> training_loader, validation_loader
 
 A case is a dict of MetaTensors [1, X, Y, Z] in nibabel's canonical axes (x to the right, y to the front, z up):
-"image" and "mask" with cubic voxels, "truth" the mask with the voxels of its file. The published weights expect the
+"image" and "mask" have cubic voxels, "truth" is the mask with the voxels of its file. The published weights expect the
 preprocessing of SAM-Med3D's training, which used torchio: 1.5 mm voxels, a crop around the target, padded with 0, and
 a z-score over the voxels above 0.
 """
@@ -55,7 +55,7 @@ SUFFIXES = (".nii", ".nii.gz", ".npy", ".pkl")
 NO_LABEL = -100    # the default ignore_index of torch's cross_entropy
 ROTATION = 0.17    # radians around each axis: 10 degrees
 NOISE = 0.1        # standard deviation; that of the image is 1
-MOST_LABELS = 10   # a file with more different values is not taken for a mask
+MOST_LABELS = 10   # a file with more different values is not a mask
 
 
 # ---- the CSV ----
@@ -163,7 +163,7 @@ class RefusedPickle(pickle.UnpicklingError):
 
 
 class StandIn:
-    """Base of the classes that replace what a pickle may name, so that it cannot reach the functions of numpy.
+    """Base of the classes that replace the names allowed in a pickle, so that it cannot call functions of numpy.
 
     All have a __setstate__. Without one a pickle could set attributes of the class itself.
     """
@@ -233,7 +233,7 @@ class VolumeUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """The volume of a .pkl and its affine or None. The file holds an array, or a dict of "image" and maybe "affine"."""
+    """The volume of a .pkl and its affine or None. It holds an array, or a dict of "image" and optionally "affine"."""
     with path.open("rb") as file:
         try:
             content = VolumeUnpickler(file).load()
@@ -267,7 +267,7 @@ def read_volume(path):
         affine = None if affine is None else np.require(affine, np.float64, "W")
     except DataError:
         raise
-    except Exception as error:  # nibabel, numpy, zlib and pickle raise a dozen kinds for damaged files
+    except Exception as error:  # nibabel, numpy, zlib and pickle raise many errors for damaged files
         raise DataError(f"{path}: 읽을 수 없습니다 ({reason(error).removeprefix(f'{path}: ')})") from None
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -310,7 +310,7 @@ def read_pair(row):
 
 
 def doubts_about(row, image, labels, affine, window):
-    """What may be wrong with the files of a Row although they can be read: (file, sentence) pairs."""
+    """Warnings about files of a Row that can be read but may be wrong: (file, sentence) pairs."""
     limits = window and (window[0] - window[1] / 2, window[0] + window[1] / 2)
     doubts = [(row.path, doubt) for doubt in doubts_about_values(image, limits)]
     files = [path for path in (row.path, row.mask) if path]
@@ -369,7 +369,7 @@ class Volumes:
     def check(self, title, threads, keep):
         """Read every volume once; returns a list of problems and a list of the haemorrhages' volumes in ml.
 
-        title: of the progress bar; keep: keep the cases in memory. self.doubts becomes {sentence: [files]}.
+        title: text of the progress bar; keep: keep the cases in memory. self.doubts becomes {sentence: [files]}.
         """
         def check(number):
             try:
@@ -451,8 +451,8 @@ class TrainingSet(Dataset):
     """Augmented crops: image and mask (float32 [1, S, S, S]), label (0, 1, or NO_LABEL), number.
 
     Indexed by (epoch, number). All random numbers depend only on these and the seed, not on workers or on resuming. The
-    label is learnt only from crops around the head's centre, which does not depend on the mask: a crop around the
-    target would reveal the label, because only volumes with a haemorrhage have a target. The label is not learnt either
+    label is trained only on crops around the head's centre, which does not depend on the mask: a crop around the
+    target would reveal the label, because only volumes with a haemorrhage have a target. The label is also ignored
     if the crop or the rotation has cut off the whole haemorrhage.
     """
 
@@ -518,7 +518,7 @@ class EpochOrder(Sampler):
 
 
 def training_loader(volumes, args, pin_memory):
-    """Batches of TrainingSet items, as args says. Set .sampler.epoch before each epoch."""
+    """Batches of TrainingSet items, according to args. Set .sampler.epoch before each epoch."""
     return DataLoader(TrainingSet(volumes, args), args.batch_size, sampler=EpochOrder(len(volumes), args.seed),
                       num_workers=args.num_workers, persistent_workers=args.num_workers > 0, pin_memory=pin_memory)
 

@@ -1,10 +1,10 @@
 """Fine-tune SAM-Med3D to segment brain haemorrhages in CT and to predict whether there is one.
 
     python train.py --train_csv train.csv --val_csv val.csv --mask_dir masks --sam_checkpoint sam_med3d_turbo.pth
-    python train.py --test                           check that everything for a training is there
+    python train.py --test                           check the setup without training
 
 config.py has the settings, dataloader.py reads and transforms volumes, model.py is SAM-Med3D with a representation
-head, trainer.py trains and validates, utils.py has what they share.
+head, trainer.py trains and validates, utils.py has shared functions.
 """
 
 import os
@@ -44,7 +44,7 @@ def main():
     if args.test:
         sys.exit(not system_check(args))
     lock(args.output_dir / ".lock")
-    for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
+    for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # left by a run that was killed while writing
         leftover.unlink()
     device = detect_device(args.device)
     for warning in warnings_about(args, device):
@@ -120,7 +120,7 @@ def print_setup(trainer):
 
 
 def save_summary(trainer, early):
-    """training_summary_DATE_TIME.json: settings, versions, scores of the best epoch, and the whole history."""
+    """Write training_summary_DATE_TIME.json: settings, versions, scores of the best epoch, and the whole history."""
     name = f"training_summary_{time.strftime('%Y%m%d_%H%M%S')}.json"
     write_json(trainer.args.output_dir / name, {
         "settings": settings_of(trainer.args), "device": trainer.device, "versions": versions(),

@@ -31,9 +31,9 @@ from utils import (
     write_file,
 )
 
-LABEL_WEIGHT = 1.0        # of the label loss; the mask loss has 1
-TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy in the label loss; the volume's has 1
-PLATEAU = {"mode": "max", "factor": 0.5, "patience": 5}  # reduce_on_plateau: half after 6 epochs without a better Dice
+LABEL_WEIGHT = 1.0        # of the label loss; that of the mask loss is 1
+TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy in the label loss; that of the volume's is 1
+PLATEAU = {"mode": "max", "factor": 0.5, "patience": 5}  # reduce_on_plateau: halve after 6 epochs without better Dice
 VALIDATION_SEED = 1       # of the validation clicks, which are the same in every epoch
 PATIENT_COLUMNS = ("patient_id", "volumes", "ich", "predicted_ich", "ich_probability", "dice", "iou", "true_ml",
                    "predicted_ml", "volume_error_ml")
@@ -188,7 +188,7 @@ class Trainer:
         return features.float()
 
     def click_losses(self, features, mask, generators):
-        """Mask loss of each volume, [B], mean over the clicks: the first in the target, the rest where it is wrong."""
+        """Mask loss of each volume, [B], mean over the clicks: the first in the target, the rest on its errors."""
         predicted, low_res, losses = torch.zeros_like(mask, dtype=torch.bool), None, []
         for _ in range(self.args.num_clicks):
             points, labels = next_clicks(predicted, mask > 0, generators)
@@ -361,7 +361,7 @@ def measure(probability, item):
 
 
 def picture_of(item, probability, points):
-    """What draw_patients shows of a volume: the axial slice with the click, as numpy X x Y arrays."""
+    """The data of a volume for draw_patients: the axial slice with the click, as numpy X x Y arrays."""
     x, y, axial = points[0, 0].long().tolist()
     return {"image": item["image"][0, 0, :, :, axial].numpy().copy(),
             "truth": item["mask"][0, 0, :, :, axial].numpy().copy(),

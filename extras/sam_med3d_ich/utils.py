@@ -1,4 +1,4 @@
-"""What the other modules share: one-line failures, writing files, checkpoints, the system, figures.
+"""Shared functions of the other modules: one-line errors, writing files, checkpoints, the system, figures.
 
 Some functions are copied from extras/common.py, because importing that file would make this folder depend on sam2.
 """
@@ -27,7 +27,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
 for _stream in (sys.stdout, sys.stderr):
-    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+    if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 _hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
@@ -119,7 +119,7 @@ def save_figure(figure, path):
 
 
 def save_checkpoint(path, value):
-    """torch.save to a temporary file beside `path`, not through memory as in write_file: it may have more than 1 GB.
+    """torch.save to a temporary file beside `path`, not through memory as in write_file: it may exceed 1 GB.
 
     Raises OSError, naming the file, if the disk is full or a quota is used up (torch.save raises RuntimeError).
     """
@@ -147,7 +147,7 @@ def load_checkpoint(path):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"가중치가 아닌 것이 들어 있습니다: {refused[1]}" if refused else "체크포인트가 아닙니다"
         fail(f"체크포인트를 열지 않았습니다: {path} ({what})")
-    except Exception as error:  # torch.load raises a dozen kinds for damaged files
+    except Exception as error:  # torch.load raises many kinds of errors for damaged files
         what = textwrap.shorten(str(error), 200) or type(error).__name__
         fail(f"체크포인트를 읽을 수 없습니다: {path} ({what})")
 
