@@ -55,9 +55,9 @@ class AsOnMPS(TorchDispatchMode):
 
 
 def watch(lacking):
-    """From here to the end of the process: as on MPS. Then print the names of the operators that were used."""
+    """Check operations as on MPS until the process ends, then print the names of the operators used."""
     to_the_end = contextlib.ExitStack()
-    to_the_end.enter_context(sdpa_kernel(SDPBackend.MATH))  # not the attention that only the CPU has
+    to_the_end.enter_context(sdpa_kernel(SDPBackend.MATH))  # not the attention kernel that only the CPU has
     mode = to_the_end.enter_context(AsOnMPS(lacking))
     atexit.register(to_the_end.close)
     to_the_end.callback(lambda: print("operators:", *sorted(mode.seen)))

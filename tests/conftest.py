@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_CFG = ROOT / "demo" / "sam2_demo.yaml"  # the demo's model; here with random weights
 
 
-torch.set_num_threads(1)  # as in the scripts below: sums in another order would make other bits
+torch.set_num_threads(1)  # as in the scripts below: sums in another order differ in their bits
 if not hasattr(signal, "SIGKILL"):
     signal.SIGKILL = 9  # on Windows, where the tests that name it are skipped: see ForkServer.run
 ENV = {**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
 class ForkServer:
-    """tests/fork_server.py, which has imported what takes long, and `modules`; started at the first job."""
+    """Client of tests/fork_server.py, which preloads large packages and `modules`; started at the first job."""
 
     def __init__(self, *modules):
         self.modules, self.process = modules, None
@@ -65,9 +65,9 @@ FORK_SERVER = ForkServer()
 def run(script, *arguments, cwd, env=None, code=0, timeout=600, before="", server=FORK_SERVER):
     """Run a script of the project in `cwd`; assert its exit code; return the finished process.
 
-    env: variables to set, None takes one away. On Linux the process is forked from one that has imported the large
-    packages; not if one of the variables is Python's own, which it reads at its start. before: code that such a
-    fork runs first; elsewhere the test is skipped. timeout: only ends a run that hangs.
+    env: variables to set; None removes one. On Linux the process is forked from one that has imported the large
+    packages, except if one of the variables is read by Python at its start. before: code that the fork runs first;
+    on other systems the test is skipped. timeout: only ends a run that hangs.
     """
     argv = [str(ROOT / script), *map(str, arguments)]
     variables = {name: value for name, value in {**ENV, **(env or {})}.items() if value is not None}
@@ -94,7 +94,7 @@ sys.stdout.write = print_and_signal"""
 
 
 def assert_fails_in_one_line(done, *words):
-    """The failure of a finished process is one line, without a traceback, that holds all `words`."""
+    """Assert that a finished process failed with one line, without a traceback, that contains all `words`."""
     line, = done.stderr.strip().splitlines()
     assert line.startswith("오류: ")
     for word in words:
@@ -147,7 +147,7 @@ def weights(tmp_path_factory):
 
 
 def make_visible(checkpoint):
-    """Raise the score by which the model says that an object is in sight: random weights often hide all of them."""
+    """Raise the object score: with random weights the model often predicts that no object is visible."""
     weights = torch.load(checkpoint, weights_only=True)
     weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 10
     torch.save(weights, checkpoint)

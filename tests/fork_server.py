@@ -1,7 +1,7 @@
-"""Runs scripts as processes of their own without importing torch anew for each (4 of the 5 seconds of a run).
+"""Runs scripts as separate processes without importing torch for each (4 of the 5 seconds of a run).
 
-Reads one JSON object a line: argv, cwd, env, stdout, stderr (paths) and before (code to run first). Forks a child that
-runs the script as __main__ to the interpreter's own end, and answers with its exit code.
+Reads one JSON object per line: argv, cwd, env, stdout, stderr (paths) and before (code to run first). Forks a child
+that runs the script as __main__ until the interpreter ends, and answers with its exit code.
 The arguments are further modules to import.
 """
 
@@ -15,7 +15,7 @@ import signal
 import sys
 
 import cv2  # noqa: F401
-import matplotlib.pyplot  # noqa: F401  (chooses its backend later, when the script has had its say)
+import matplotlib.pyplot  # noqa: F401  (chooses its backend later, after the script's settings)
 import psutil  # noqa: F401
 import sam2.sam2_image_predictor  # noqa: F401
 import torch.distributed  # noqa: F401
@@ -23,8 +23,8 @@ import torchvision.transforms.v2  # noqa: F401
 
 for name in sys.argv[1:]:
     importlib.import_module(name)
-gc.freeze()  # a child that ends need not take all this apart: half a second
-atexit.register(os.close, 2)  # first in, so last out: nanobind takes what is frozen for leaks, and lists it
+gc.freeze()  # saves half a second of cleanup at the end of each child
+atexit.register(os.close, 2)  # runs last: hides the frozen objects that nanobind reports as leaks
 
 
 for line in sys.stdin:
@@ -43,7 +43,7 @@ os.environ.update(job["env"])
 for stream, path in ((sys.stdin, os.devnull), (sys.stdout, job["stdout"]), (sys.stderr, job["stderr"])):
     opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(opened, stream.fileno())
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background processes
 sys.argv[:] = job["argv"]
 sys.path[0] = os.path.dirname(job["argv"][0])  # noqa: PTH120
 exec(job["before"])

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what reads foreign input. Not part of the tests: it never ends by itself.
+"""Coverage-guided fuzzing of the parsers of untrusted input. Not part of the tests: it never ends by itself.
 
     pip install atheris
     python tests/fuzz_parsers.py points|boxes|image|labels|coco|archive -max_total_time=120
@@ -20,7 +20,7 @@ from pathlib import Path
 import atheris
 import numpy as np
 
-os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(2**22)  # or it ends at the first header that claims 3 GB of pixels
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(2**22)  # else it ends at the first header that claims 3 GB of pixels
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports(include=["download_dataset", "prepare_data", "test_my_image", "zipfile", "json"]):
     import download_dataset
@@ -78,7 +78,7 @@ def labels(data):
 
 
 def coco(data):
-    """A COCO file of any values, and one of any bytes."""
+    """A COCO file with any values, and one with any bytes."""
     def value(depth=0):
         kind = data.ConsumeIntInRange(0, 7 if depth < 3 else 4)
         if kind < 5:

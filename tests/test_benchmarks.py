@@ -16,7 +16,7 @@ def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
     assert [row[:24].strip() for row in rows] == [
         "original", "reference", "focal (x 20) + Dice", "mixed", "flips", "mixed, neck too"]
     measured = [re.findall(r"[\d.]+ ± +[\d.]+", row) for row in rows]
-    assert any(values != measured[0] for values in measured[1:])  # the weights that are measured are the trained ones
+    assert any(values != measured[0] for values in measured[1:])  # the trained weights are measured
 
 
 def test_the_training_benchmark_prints_ratios(tmp_path):

@@ -62,7 +62,7 @@ def test_box_pictures_and_tables_agree(trained, weights):
 
 
 def test_iou_is_that_of_the_best_scored_mask_for_the_middle_click(trained, weights):
-    """Worked out again here, through sam2's own predictor."""
+    """Computed again here, with sam2's own predictor."""
     folder, _ = trained
     compare(folder, weights, "--output-dir", "again")
     predictor = compare_models.load_predictor(SMALL_CFG, folder / "output/sam2_best.pt", "cpu")

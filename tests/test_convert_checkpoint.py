@@ -33,8 +33,8 @@ def assert_same_bits(first, second):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with sam2.1_hiera_tiny at 256 px, all of its weights random (also what SAM 2 begins with 0 or 1):
-    tiny.yaml, tiny.pt, and hf/ and back.pt, which the script has made; and what it printed."""
+    """A folder with sam2.1_hiera_tiny at 256 px, all weights random (also those that SAM 2 initializes to 0 or 1):
+    tiny.yaml, tiny.pt, and hf/ and back.pt, which the script has written; and its output."""
     folder = tmp_path_factory.mktemp("tiny")
     config = compose(config_name="configs/sam2.1/sam2.1_hiera_t.yaml")
     OmegaConf.set_struct(config, False)
@@ -121,7 +121,7 @@ def test_the_config_holds_the_sizes_of_the_model(demo, tiny):
 
 @pytest.mark.parametrize("prompt", ["click", "box"])
 def test_sam2_model_gives_the_logits_of_sam2(demo, tiny, prompt):
-    image = cv2.resize(draw_pair(0)[0], (SIDE, SIDE))  # the models' size: sam2 and transformers resize differently
+    image = cv2.resize(draw_pair(0)[0], (SIDE, SIDE))  # the models' own size: sam2 and transformers resize differently
     point, box = [110.0, 140.0], [60.0, 70.0, 190.0, 200.0]
     for config, weights, folder in ((SMALL_CFG, DEMO, demo / "hf"),
                                     (tiny[0] / "tiny.yaml", tiny[0] / "tiny.pt", tiny[0] / "hf")):
@@ -137,7 +137,7 @@ def test_sam2_model_gives_the_logits_of_sam2(demo, tiny, prompt):
         with torch.inference_mode():
             outputs = model(**processor(images=image, return_tensors="pt", **theirs))
         masks = processor.post_process_masks(outputs.pred_masks, [[SIDE, SIDE]], binarize=False)[0][0]
-        assert np.abs(expected[0]).max() > 1  # logits of some size, so that 1e-3 says something
+        assert np.abs(expected[0]).max() > 1  # large logits, so that a tolerance of 1e-3 is meaningful
         assert np.abs(masks.numpy() - expected[0]).max() < 1e-3
         assert np.abs(outputs.iou_scores[0, 0].numpy() - expected[1]).max() < 1e-4
 
@@ -211,7 +211,7 @@ def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo, monkeyp
         other = "configs/sam2.1/sam2.1_hiera_t.yaml"
         with pytest.raises(SystemExit, match=rf"{re.escape(str(source))}(가 손상되었거나|:) 설정 {other}와 맞지"):
             convert(monkeypatch, source, target, "--model-cfg", other)
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # nothing half made
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # no partial files
 
 
 def test_flags_of_the_other_direction_are_refused(demo):
@@ -222,7 +222,7 @@ def test_flags_of_the_other_direction_are_refused(demo):
 def test_a_target_that_cannot_be_written_ends_in_one_line(tmp_path, demo, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(SystemExit, match="folder: 파일이어야 하는데 폴더가"):
-        convert(monkeypatch, demo, tmp_path / "folder")  # before it looks into the source
+        convert(monkeypatch, demo, tmp_path / "folder")  # before it reads the source
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
     done = run(SCRIPT, demo / "hf", "back.pt", "--model-cfg", SMALL_CFG, cwd=tmp_path, code=1, before=full)
     assert_fails_in_one_line(done, "File too large")

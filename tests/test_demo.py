@@ -1,4 +1,4 @@
-"""The embedded demo: its data, its model, what made them, and that fine-tuning gains on it."""
+"""The demo: its data, its model, the scripts that make them, and its gain from fine-tuning."""
 
 import json
 import re
@@ -110,7 +110,7 @@ def test_the_best_of_three_masks_counts_in_full_and_all_a_little():
 
 
 def test_grouping_loss_of_features_that_are_all_alike():
-    """At distance 0 two cells are of one thing with probability sigmoid(4): -log of it is 0.018, of the rest 4.018."""
+    """At distance 0 two cells lie on one thing with probability sigmoid(4): -log of it is 0.018, of the rest 4.018."""
     grouping = make_demo_model.Grouping(make_demo_model.build(256))
     for parameter in grouping.parameters():
         torch.nn.init.zeros_(parameter)

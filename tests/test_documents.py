@@ -1,4 +1,4 @@
-"""The guides and the README say what is there: command lines, flags, defaults, files, settings and messages."""
+"""The documents agree with the code: command lines, flags, defaults, files, settings and messages."""
 
 import ast
 import contextlib
@@ -35,7 +35,7 @@ import train_sam2_proper
 GUIDE, EXTRAS_GUIDE = "SAM2_FINETUNING_GUIDE.md", "extras/GUIDE.md"
 DOCUMENTS = ["README.md", GUIDE, EXTRAS_GUIDE]
 BENCHMARKS, CONTRIBUTING, WORKFLOW = "benchmarks/README.md", "CONTRIBUTING.md", ".github/workflows/ci.yml"
-SECTIONS = {  # path of a script: the document that explains it, and the beginnings of the headings where
+SECTIONS = {  # path of a script: the document that explains it, and the beginnings of its headings
     "download_dataset.py": (GUIDE, "2. 체크포인트", "3. 데이터"),
     "prepare_data.py": (GUIDE, "3. 데이터"),
     "train_sam2_proper.py": (GUIDE, "4. 파인튜닝"),
@@ -52,7 +52,7 @@ SCRIPTS = dict(zip(SECTIONS, (
     label_with_text, convert_checkpoint, train)))
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
                   for path in sorted((ROOT / folder).glob("*.py")))
-# what they write under a name that they put together, or through a package, and folders that appear when they run
+# files whose names the scripts compose or a package chooses, and folders that appear when they run
 WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/output|output/comparison|output/kvasir|"
                      r"plots|to_data|"
                      r"output/my_(tracks|volumes)/이름|extras/demo/output/ich|models/(florence2|grounding-dino)|"
@@ -68,8 +68,8 @@ def text(document):
 
 
 def section(document, *headings):
-    """The chapters of a document whose headings begin so."""
-    chapters = re.split("^## ", text(document), flags=re.MULTILINE)  # no block of code has a line that begins so
+    """The chapters of a document whose headings begin with one of `headings`."""
+    chapters = re.split("^## ", text(document), flags=re.MULTILINE)  # no code block has such a line
     found = [chapter for chapter in chapters if chapter.startswith(headings)]
     assert len(found) == len(headings)
     return "".join(found)
@@ -77,7 +77,7 @@ def section(document, *headings):
 
 @functools.cache
 def help_of(script):
-    """What --help says: {flag: the block of lines that explains it}."""
+    """The output of --help: {flag: the block of lines that explains it}."""
     with mock.patch.object(sys, "argv", [script, "--help"]), mock.patch.dict(os.environ, COLUMNS="1000"), \
             contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
         SCRIPTS[script].parse_args()
@@ -87,14 +87,14 @@ def help_of(script):
 
 
 def flags_in_source(path):
-    """The flags of a script that has no parse_args() to ask: those of demo/ and benchmarks/."""
+    """The flags of a script without parse_args(): those of demo/ and benchmarks/."""
     return set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / path).read_text(encoding="utf-8")))
 
 
 def code(document):
-    """Every line of a document's code: blocks, fenced or indented, and what stands in a text between backticks.
+    """Every line of code in a document: fenced and indented blocks, and text between backticks.
 
-    Of the workflow: every command.
+    For the workflow: every command.
     """
     if document == WORKFLOW:
         jobs = yaml.safe_load(text(document))["jobs"].values()
@@ -115,7 +115,7 @@ def command_lines(document):
 
 
 def options_in(chapter):
-    """The rows of its tables of options: {heading of the column: cell}; the last one says what the options mean."""
+    """The rows of its tables of options: {heading of the column: cell}; the last one explains the options."""
     for table in re.findall(r"^\| 옵션 .*\n\|[-|]+\n(?:\|.*\n)+", chapter, re.MULTILINE):
         heading, _, *rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines()]
         yield from ({column.split()[0]: cell for column, cell in zip(heading, row)} for row in rows)
@@ -133,7 +133,7 @@ def test_every_command_line_parses(document, monkeypatch):
     for path, arguments in lines:
         if path in SCRIPTS:
             monkeypatch.setattr(sys, "argv", [path, *arguments])
-            SCRIPTS[path].parse_args()  # exits if it does not
+            SCRIPTS[path].parse_args()  # exits if it does not parse
         else:
             assert (ROOT / path).is_file(), path
             assert named_flags(" ".join(arguments)) <= flags_in_source(path), path
@@ -312,7 +312,7 @@ def test_every_message_that_the_guide_shows_is_in_a_script():
 
 
 def test_torch_is_new_enough_for_what_the_documents_promise_about_checkpoints():
-    """Versions before the last fix run code or corrupt memory in spite of weights_only=True."""
+    """Versions before the last fix run code or corrupt memory despite weights_only=True."""
     lowest = {name: tuple(map(int, version.split("."))) for name, version in
               re.findall(r"^(torch|torchvision)>=([\d.]+)$", text("requirements.txt"), re.MULTILINE)}
     assert lowest["torch"] >= (2, 10, 0)
@@ -374,6 +374,6 @@ def test_links_inside_the_repository_lead_somewhere(document):
 
 
 def anchors(path):
-    """What GitHub makes of a document's headings, to link to them."""
+    """The anchors that GitHub makes from a document's headings."""
     return {re.sub(r"[^\w\- ]", "", line.lstrip("# ")).strip().replace(" ", "-").lower()
             for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")}

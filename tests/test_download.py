@@ -42,11 +42,11 @@ def archive(tmp_path):
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Serves `content` at any path, and misbehaves as its attributes say.
+    """Serves `content` at any path, and misbehaves according to its attributes.
 
     requests: the Range of each request so far, or None; cuts: the numbers of bytes after which the next answers
-    break off; codes: the status codes of the next answers, 200 when they are used up; ranges: whether it
-    knows Range; length: a Content-Length other than the true one; silent: after one byte nothing more comes.
+    break off; codes: the status codes of the next answers, then 200; ranges: whether it supports
+    Range; length: a wrong Content-Length; silent: it sends one byte and nothing more.
     """
 
     def __init__(self):
@@ -80,7 +80,7 @@ class Site(http.server.ThreadingHTTPServer):
                     site.over.wait()
                 self.wfile.write(body[:cut])
             except OSError:
-                pass  # the other side has hung up
+                pass  # the client has disconnected
 
         def log_message(self, *_):
             pass
@@ -193,7 +193,7 @@ def test_member_with_a_wrong_crc_is_not_accepted(tmp_path, archive):
 
 
 def test_hostile_members_stay_inside_and_are_no_links(tmp_path, archive):
-    """ZipFile.extract's own promise, on which unpack() relies: nothing is written outside, and no link is made."""
+    """unpack() relies on ZipFile.extract for this: nothing is written outside, and no link is created."""
     link = zipfile.ZipInfo("Kvasir-SEG/images/link.jpg")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     through_link = zipfile.ZipInfo("Kvasir-SEG/masks/folder")
@@ -209,7 +209,7 @@ def test_hostile_members_stay_inside_and_are_no_links(tmp_path, archive):
     folder = tmp_path / "one" / "two" / "three"
     folder.mkdir(parents=True)
     done = run("download_dataset.py", "--zip", archive, cwd=folder)
-    assert "제외: link.jpg" in done.stdout  # a file whose content is the link's target: no image
+    assert "제외: link.jpg" in done.stdout  # a file that contains the link's target: no image
     assert_whole(folder)
     assert {path.name for path in folder.iterdir()} == {"Kvasir-SEG", "data", ".Kvasir-SEG.lock"}
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == sorted(
@@ -237,7 +237,7 @@ def test_a_folder_of_the_users_own_is_not_replaced(tmp_path, archive):
 # ----------------------------------------------------------------------------- servers and archives that misbehave
 
 def download_again(tmp_path, archive, server):
-    """A plain second run, with the server well again, succeeds and the data is whole."""
+    """A plain second run, with the server working again, succeeds and the data is complete."""
     server.content, server.ranges, server.length, server.silent = archive.read_bytes(), True, None, False
     server.cuts, server.codes = [], []
     run("download_dataset.py", "--url", server.url, cwd=tmp_path)
@@ -299,7 +299,7 @@ def test_a_redirect_from_https_to_http_is_never_followed(tmp_path, archive, serv
         server.requests, secure_server.codes, secure_server.location = [], [302], server.url.replace("http:", "HTTP:")
         done = run("download_dataset.py", "--url", url, cwd=tmp_path, env=secure_server.trusted, code=1)
         assert_fails_in_one_line(done, "암호화되지 않은", server.url.partition(":")[2])
-        assert len(server.requests) == (url == server.url)  # no answer beyond the one that leads to https
+        assert len(server.requests) == (url == server.url)  # no request after the redirect to https
     assert {path.name for path in tmp_path.iterdir()} == {"source", ".Kvasir-SEG.lock"}
 
 
@@ -311,7 +311,7 @@ def test_a_redirect_from_https_to_https_is_followed(tmp_path, archive, secure_se
 
 
 def test_an_endless_slow_drip_is_given_up(tmp_path, monkeypatch):
-    """With a clock on which every byte takes a second."""
+    """On a simulated clock, every byte takes a second."""
     class Drip:
         read = read1 = staticmethod(lambda size: b"x")
 
@@ -336,7 +336,7 @@ EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
 
 
 def broken_archives():
-    """{name: (what turns the bytes of a good archive into a bad one, a word of the answer)}."""
+    """{name: (function that damages the bytes of a good archive, a word of the error message)}."""
     def with_member(add):
         def change(content):
             file = io.BytesIO(content)
@@ -351,7 +351,7 @@ def broken_archives():
 
     def bomb(archive):
         archive.writestr("Kvasir-SEG/bomb", bytes(2 * 10**7), zipfile.ZIP_DEFLATED, 9)
-        archive.infolist()[-1].file_size = 3 * 10**9  # as the directory at the end will say
+        archive.infolist()[-1].file_size = 3 * 10**9  # written to the directory at the end
 
     def lying_bomb(archive):
         archive.writestr("Kvasir-SEG/bomb", bytes(2 * 10**7), zipfile.ZIP_DEFLATED, 9)
@@ -403,7 +403,7 @@ def test_an_untrusted_certificate_is_refused(tmp_path, archive, secure_server):
 
 
 def test_a_secure_connection_that_fails_otherwise_is_tried_again(tmp_path, server):
-    url = server.url.replace("http:", "https:")  # the server speaks plain HTTP
+    url = server.url.replace("http:", "https:")  # the server uses plain HTTP
     done = run("download_dataset.py", "--url", url, cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "네트워크")
     assert done.stdout.count("보안 연결") == 3
@@ -441,7 +441,7 @@ def limited(*args, step={owner}.{step}, **kwargs):
 @pytest.mark.parametrize("owner, step", [("requests", "get"), ("time", "sleep"), ("zipfile.ZipFile", "testzip"),
                                          ("zipfile.ZipFile", "extract"), ("subprocess", "run")])
 def test_ctrl_c_at_any_step_ends_in_one_line_and_loses_nothing(tmp_path, archive, server, owner, step):
-    server.content, server.cuts = archive.read_bytes(), [2000]  # so that it also waits for its second try
+    server.content, server.cuts = archive.read_bytes(), [2000]  # so that it also waits before a second try
     interrupt = (f"import os, requests, signal, subprocess, time, zipfile\n"
                  f"{owner}.{step} = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)")
     done = run("download_dataset.py", "--url", server.url, cwd=tmp_path, code=1, before=interrupt)
@@ -455,7 +455,7 @@ def test_stopped_after_any_of_its_steps_it_leaves_and_loses_nothing(tmp_path, ar
     """In this process, so that Ctrl-C comes exactly after the first step, after the second, and so on."""
     server.content = archive.read_bytes()
     monkeypatch.setattr(sys, "argv", ["download_dataset.py", "--url", server.url, *keep])
-    monkeypatch.setattr(download_dataset, "lock", lambda path: None)  # which else lasts until this process ends
+    monkeypatch.setattr(download_dataset, "lock", lambda path: None)  # which is otherwise held until this process ends
     monkeypatch.setattr(download_dataset.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
     steps = [(download_dataset, "download_once"), (download_dataset, "check_archive"), (download_dataset, "unpack"),
              (shutil, "rmtree"), *((Path, name) for name in ("mkdir", "rename", "exists", "replace", "unlink"))]

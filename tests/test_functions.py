@@ -1,4 +1,4 @@
-"""Pure functions, on values worked out by hand."""
+"""Pure functions, on values computed by hand."""
 
 import argparse
 import importlib.metadata
@@ -142,7 +142,7 @@ def test_further_clicks_fall_on_errors_with_the_label_that_corrects_them():
     gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     gt_mask[2:9, 2:9] = True
     rng = np.random.default_rng(0)
-    (x, y), label = train_sam2_proper.correcting_click(predicted, gt_mask, rng)  # all is missed
+    (x, y), label = train_sam2_proper.correcting_click(predicted, gt_mask, rng)  # everything is missed
     assert gt_mask[int(y), int(x)] and label == 1
     predicted[2:9, 2:9] = predicted[12:17, 20:25] = True  # too much
     (x, y), label = train_sam2_proper.correcting_click(predicted, gt_mask, rng)
@@ -492,7 +492,7 @@ def test_versions_need_no_package_of_opencvs_own_name(monkeypatch):
 
 
 def test_versions_need_no_package_named_sam2(monkeypatch):
-    """Meta's own checkout installs under another name."""
+    """Meta's repository installs under another name."""
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

@@ -105,7 +105,7 @@ def project(tmp_path):
 def make(project, internet, *flags, stop=None, when=lambda line: False):
     """Run `make kvasir` with the small model; returns (exit code, output).
 
-    stop: a signal that everything that make has started gets when when(line) is true for a line of output.
+    stop: a signal to send to all processes that make has started, as soon as when(line) is true for a line of output.
     """
     env = {name: value for name, value in ENV.items() if name.lower() not in ("no_proxy", "makeflags", "mflags")}
     env.update(HTTPS_PROXY=f"http://127.0.0.1:{internet.server_port}",
@@ -152,7 +152,7 @@ def test_make_kvasir_continues_where_it_was_stopped(project, internet):
     assert "train_sam2_proper.py --resume" in output and "회까지 진행한 학습을 이어서 합니다" in output
     assert "[40/40]" in output and len(internet.requests) == 3
     assert len(list((project / "output/kvasir/data/images/train").iterdir())) == 8
-    assert not (project / "data").exists()  # the user's own
+    assert not (project / "data").exists()  # belongs to the user
 
     summary = json.loads((run / "comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["num_images"] == 2 and summary["finetuned"] == "output/kvasir/reference/sam2_best.pt"

@@ -1,4 +1,4 @@
-"""extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: what is tested is the way through."""
+"""extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: the tests check the pipeline."""
 
 import json
 import re
@@ -39,8 +39,8 @@ ANSWER = ["p", "o", "l", "y", "p", "<loc_250>", "<loc_100>", "<loc_749>", "<loc_
 
 @pytest.fixture(scope="session")
 def florence(tmp_path_factory):
-    """The folder of a tiny Florence-2 that answers ANSWER to every question: position n of the decoder leads to the
-    token n of it, whatever the image."""
+    """The folder of a tiny Florence-2 that answers ANSWER to every prompt: position n of the decoder gives token n of
+    the answer for any image."""
     folder = tmp_path_factory.mktemp("florence2")
     letters = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = BartTokenizer(vocab={token: number for number, token in enumerate(letters)}, merges=[],
@@ -123,7 +123,7 @@ def read_labels(folder):
 
 
 def assert_valid_coco(labels):
-    """What readers of COCO files rely on, beginning with pycocotools."""
+    """Assert the properties that readers of COCO files, such as pycocotools, rely on."""
     sizes = {image["id"]: [image["height"], image["width"]] for image in labels["images"]}
     for number, annotation in enumerate(labels["annotations"], 1):
         mask = coco_mask.decode(annotation["segmentation"])
@@ -179,7 +179,7 @@ def test_the_masks_are_those_of_sam2_and_good_on_a_drawn_ellipse(tmp_path, predi
     predictor.set_image(image)
     for box, mask, score in zip(boxes, detections.mask, detections["predicted_iou"]):
         masks, scores, _ = predictor.predict(box=box, multimask_output=True)
-        assert (masks[scores.argmax()].astype(bool) == mask).mean() > 0.999  # one by one or together: rounding
+        assert (masks[scores.argmax()].astype(bool) == mask).mean() > 0.999  # decoded one by one or together: rounding
         assert score == pytest.approx(scores.max(), abs=1e-5)
     assert calculate_iou(detections.mask[0], truth > 0) > 0.9
 
@@ -316,13 +316,13 @@ def test_weights_that_are_missing_or_not_fetched_to_the_end_name_the_command(tmp
         shutil.copy(whole / "config.json", cached / "snapshots" / ("0" * 40))
         with pytest.raises(SystemExit, match=command):
             detector_class(label_with_text.find_weights(name), ["polyp"], "cpu")
-        (tmp_path / "models" / name / ".cache").mkdir(parents=True)  # before the first file is there
+        (tmp_path / "models" / name / ".cache").mkdir(parents=True)  # before the first file exists
         with pytest.raises(SystemExit, match=command):
             detector_class(label_with_text.find_weights(name), ["polyp"], "cpu")
 
 
 def test_a_repository_with_code_of_its_own_is_told_from_the_right_one(tmp_path, florence):
-    """As microsoft/Florence-2-base has it: florence2 at the top, below it model types that transformers lacks."""
+    """As in microsoft/Florence-2-base: florence2 at the top, below it model types that transformers lacks."""
     config = json.loads((florence / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_florence2.Florence2Config"}
     config["text_config"]["model_type"] = "florence2_language"
@@ -350,7 +350,7 @@ def test_flags_that_would_do_nothing_are_refused(monkeypatch, capsys, flags, wor
 
 def test_a_detector_folder_that_lacks_weights_or_holds_a_pickle_only_is_refused(tmp_path, florence, capsys):
     config = json.loads((florence / "config.json").read_text())
-    config["text_config"]["decoder_layers"] = 2  # as with weights of another layout: transformers would draw the rest
+    config["text_config"]["decoder_layers"] = 2  # another layout: transformers would initialize the rest
     other = tmp_path / "other"
     shutil.copytree(florence, other)
     (other / "config.json").write_text(json.dumps(config))
@@ -385,7 +385,7 @@ def test_no_label_at_all_is_an_error(tmp_path):
 def test_an_output_that_cannot_be_made_is_found_before_the_first_image(tmp_path):
     draw_images(tmp_path)
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(FileExistsError):  # and not that there is no detector
+    with pytest.raises(FileExistsError):  # and not the error about the missing detector
         label_with_text.GroundedSAM2(None, None).label(tmp_path / "photos", tmp_path / "out")
 
 
@@ -433,7 +433,7 @@ def test_two_processes_write_the_json_that_one_writes(tmp_path):
     done = subprocess.run([*torchrun, str(ROOT / SCRIPT), *map(str, flags), "--output", "two"], cwd=tmp_path, env=ENV,
                           capture_output=True, encoding="utf-8", timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("image_4.png - ") == done.stdout.count("저장: ") == 1  # only one of them speaks
+    assert done.stdout.count("image_4.png - ") == done.stdout.count("저장: ") == 1  # only one process prints
     assert (tmp_path / "one" / "annotations.json").read_bytes() == (tmp_path / "two" / "annotations.json").read_bytes()
     assert len(list((tmp_path / "two" / "plots").iterdir())) == 4
 

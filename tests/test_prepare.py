@@ -183,7 +183,7 @@ def test_formats_that_the_scripts_do_not_read_become_png(tmp_path):
 
 
 def rle_plain(mask):
-    """Uncompressed RLE, worked out here: run lengths in column-major order, the first one of zeros."""
+    """Uncompressed RLE, computed here: run lengths in column-major order, the first one of zeros."""
     flat = mask.T.ravel() > 0
     changes = np.flatnonzero(np.diff(flat.astype(int))) + 1
     runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
@@ -254,7 +254,7 @@ def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
     labels = read_grey(tmp_path / "data/masks/train/scene.png")
     assert labels.dtype == np.uint16
     assert ((labels == 1) == (SMALL > 0)).all() and ((labels == 3) == (OTHER > 0)).all()
-    assert (labels == 2).sum() == 30 * 40 - 10 * 10 - 5 * 10  # what the smaller ones leave of it
+    assert (labels == 2).sum() == 30 * 40 - 10 * 10 - 5 * 10  # the part not covered by smaller ones
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     single = read_grey(tmp_path / "data/masks/train/single.png")
     assert single.dtype == np.uint8 and (single == SMALL).all()
@@ -347,7 +347,7 @@ def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
     with pytest.raises(prepare_data.ImageError, match="65,535"):
         prepare_data.to_labels(2 * np.append(numbers, [[65536]], 1))
     with pytest.raises(prepare_data.ImageError, match="밝기"):
-        prepare_data.to_labels(np.arange(100)[None])  # a slope
+        prepare_data.to_labels(np.arange(100)[None])  # a gradient
 
 
 def test_a_tiff_of_several_slices_is_named(tmp_path):
@@ -486,7 +486,7 @@ def save_voc(path, indices):
 
 
 def class_maps():
-    """Masks whose values 127 cannot part, by name: classes, a trimap, numbered cells, void, colors."""
+    """Masks that a threshold of 127 cannot separate, by name: classes, a trimap, numbered cells, void, colors."""
     two = np.where(SMALL, 3, np.where(LARGE, 11, 0))
     cells, lines = np.zeros((60, 80)), np.zeros((60, 80), np.uint8)
     for number in range(1, 201):

@@ -1,4 +1,4 @@
-"""What users, networks, disks and terminals do to the scripts: one clear line, and nothing lost."""
+"""Errors of users, networks, disks and terminals give one clear line and lose nothing."""
 
 import argparse
 import csv
@@ -94,7 +94,7 @@ def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path):
 
 
 def is_read(path, content):
-    """Whether read_image takes a file of this content."""
+    """Whether read_image accepts a file with this content."""
     path.write_bytes(content)
     try:
         return train_sam2_proper.read_image(path).size > 0
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_whole_image_is_named(tmp_path, weights, content):
         content = (tmp_path / content).read_bytes()[:-1000]
     (tmp_path / "bad.jpg").write_bytes(content)
     done = segment(tmp_path, weights, "bad.jpg", "-p", "1,1", code=1)
-    done.stderr = re.sub("^libpng error: .*\n", "", done.stderr)  # what libpng itself says, which OpenCV lets through
+    done.stderr = re.sub("^libpng error: .*\n", "", done.stderr)  # libpng's own message, which OpenCV passes on
     assert_fails_in_one_line(done, "bad.jpg", "손상")
 
 
@@ -151,7 +151,7 @@ def test_two_images_of_one_name_are_named(data, weights):
 
 def test_symbolic_links_and_any_names_work_in_every_script(tmp_path, weights):
     names = ["사 진.png", "emoji 🙂 $\\foo$.png", "link.png", "10% {0} [1].png", "-i.png"]
-    if sys.platform == "linux":  # a name from a Korean Windows, in letters that are no UTF-8
+    if sys.platform == "linux":  # a name from a Korean Windows, not valid UTF-8
         names.append(os.fsdecode("용종.png".encode("cp949")))
     for number, name in enumerate(names):
         image, mask = draw_pair(number)
@@ -170,7 +170,7 @@ def test_symbolic_links_and_any_names_work_in_every_script(tmp_path, weights):
     done = run("compare_models.py", *MODEL, "--checkpoint", weights, "--num-visualize", 9, cwd=tmp_path)
     assert "Warning" not in done.stderr
     with (tmp_path / "output/comparison/per_image.csv").open(encoding="utf-8", errors="surrogateescape") as file:
-        assert {row["image"] for row in csv.DictReader(file)} == {*names, "'-i.png"} - {"-i.png"}  # no formula
+        assert {row["image"] for row in csv.DictReader(file)} == {*names, "'-i.png"} - {"-i.png"}  # not a formula
     done = segment(tmp_path, weights, "images", "-p", "5,5", "--compare", "--checkpoint", weights)
     assert "Warning" not in done.stderr
     for name in names:
@@ -233,7 +233,7 @@ def test_killed_twenty_times_and_resumed_it_loses_nothing(tmp_path, weights):
     train(tmp_path, weights, "--iterations", reached + 5, "--resume")
     summary = json.loads((tmp_path / "output/training_summary.json").read_text(encoding="utf-8"))
     assert summary["best_iou"] >= best and not list((tmp_path / "output").glob("*.tmp"))
-    run("compare_models.py", *MODEL, "--checkpoint", weights, cwd=tmp_path)  # the best is the one it says it is
+    run("compare_models.py", *MODEL, "--checkpoint", weights, cwd=tmp_path)  # sam2_best.pt has the IoU in the summary
     compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["finetuned_iou"] == summary["best_iou"]
 
@@ -377,7 +377,7 @@ def test_any_terminal_degrades_and_never_raises(data, weights, terminal):
 
 
 def test_a_folder_named_sam2_is_found_out(tmp_path):
-    """As a copy of the official repository inside the project, or beside a package that is not installed."""
+    """Such as a copy of the official repository inside the project, with or without the installed package."""
     shutil.copy(ROOT / "compare_models.py", tmp_path)
     (tmp_path / "sam2").mkdir()
     (tmp_path / "sam2/__init__.py").write_text("")

@@ -54,7 +54,7 @@ def draw_scan(number, ich):
 
 
 def save_nifti(path, array, axes="RAS"):
-    """Write an array, given with its axes in RAS, as a NIfTI whose axes point as `axes` says."""
+    """Write an array in RAS order as a NIfTI file with the axis directions `axes`."""
     sign = np.array([1 if letter in "RAS" else -1 for letter in axes])
     array = array[tuple(slice(None, None, step) for step in sign)]
     affine = np.diag([*(sign * VOXEL), 1.0])
@@ -320,7 +320,7 @@ def test_resume_without_a_run(data):
 
 
 def test_early_stopping(data):
-    done = train(data, "--epochs", 9, "--lr", 0, "--patience", 2)  # nothing is learnt, so nothing gets better
+    done = train(data, "--epochs", 9, "--lr", 0, "--patience", 2)  # nothing is trained, so nothing improves
     assert "일찍 끝냅니다: 에포크 1 뒤로" in done.stdout
     summary = json.loads(next((data / "outputs").glob("training_summary_*.json")).read_text("utf-8"))
     assert summary["stopped_early"] and summary["epochs"] == 3
@@ -584,7 +584,7 @@ def test_a_perfect_prediction_has_dice_1_with_the_voxels_of_the_file(data):
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI"])
 @pytest.mark.parametrize("kind", [".nii.gz", ".npy", ".pkl"])
 def test_a_point_lands_on_the_voxel_it_means(axes, kind, tmp_path):
-    """One bright voxel, wherever the file puts it, is where the click falls, and at the same place in mm."""
+    """The click falls on the one bright voxel, and at the same place in mm, for any axes of the file."""
     volume, mask = np.full(SHAPE, 20, np.int16), np.zeros(SHAPE, np.uint8)
     volume[17, 9, 4], mask[17, 9, 4] = 75, 1
     mask_path = save_nifti(tmp_path / "mask.nii", mask, axes)
@@ -665,7 +665,7 @@ def test_no_label_is_learnt_from_a_crop_without_the_haemorrhage(data):
 
 
 def test_the_label_is_learnt_from_crops_that_do_not_depend_on_the_truth(data):
-    """The same scan with and without its mask: where the label counts, the network sees the same voxels."""
+    """With and without the mask of a scan, the network sees the same voxels wherever the label is trained."""
     (data / "empty").mkdir()
     without = save_nifti(data / "empty/scan_0.nii", np.zeros(SHAPE, np.uint8), "LPS")
     args = settings("--augmentation_prob", 0)
@@ -752,7 +752,7 @@ def test_pickled_arrays_are_read_as_they_are(protocol, dtype, tmp_path):
 
 
 def problems_of(folder, rows, mask_dir="masks"):
-    """What reading a CSV with these rows and all of its volumes finds to be wrong."""
+    """The problems found when reading a CSV with these rows and all of its volumes."""
     path = write_csv(folder / "test.csv", rows)
     found, problems = dataloader.read_rows(path, folder / mask_dir)
     if not problems:
@@ -793,7 +793,7 @@ def spoil(folder, what):
     if what == "wrong checksum":
         content = scan.read_bytes()
         scan.write_bytes(content[:-8] + bytes(4) + content[-4:])
-        assert nib.load(scan).get_fdata().any()  # which does not read so far
+        assert nib.load(scan).get_fdata().any()  # which does not read that far
         return ["scan_1.nii.gz", "읽을 수 없습니다", "CRC"]
     if what == "a tenth of a voxel off":
         affine = nib.load(mask).affine.copy()
@@ -970,7 +970,7 @@ def test_data_without_a_haemorrhage_is_refused(side, data):
 # ---- checkpoints ----
 
 def official(tmp_path, weights, **more):
-    """A file as SAM-Med3D's training writes it."""
+    """Write a checkpoint in the format of SAM-Med3D's training."""
     sam = create_model("SAM-Med3D", **config.MODELS["small"])
     optimizer = torch.optim.AdamW(sam.parameters())
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [120, 180])

@@ -146,7 +146,7 @@ def test_the_written_mask_has_shape_affine_and_codes_of_the_input(tmp_path, visi
 # ----------------------------------------------------------------------------- numbers
 
 class FakeArgs:
-    """What save() needs of the flags."""
+    """The flags that save() needs."""
 
     def __init__(self, output):
         self.name, self.output, self.volume, self.axis, self.each_slice, self.max_gap, self.truth = (

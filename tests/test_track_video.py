@@ -328,7 +328,7 @@ tracking.overlay = draw_and_die""")
 # ----------------------------------------------------------------------------- frames
 
 def numbered_frames(count=40, height=48, width=64):
-    """Frames that tell their number by how bright they are, even after lossy coding."""
+    """Frames whose brightness encodes their number, even after lossy compression."""
     return np.repeat(np.arange(count, dtype=np.uint8)[:, None, None, None] * 6 + 5, 3, axis=3) * np.ones(
         (1, height, width, 1), np.uint8)
 
@@ -384,7 +384,7 @@ def test_the_overlay_keeps_the_shape_of_the_pixels_and_how_long_the_last_frame_l
     assert shown == [(0, pytest.approx(0.02)), (pytest.approx(0.02), pytest.approx(0.14)), (pytest.approx(0.16), 3)]
     turned = track_video.VideoFile(save_video(tmp_path / "turned.mp4", frames, rotation=90, aspect=Fraction(4, 3)))
     assert turned.size == (80, 60) and turned.pixel_aspect == Fraction(3, 4)
-    plain = track_video.VideoFile(save_video(tmp_path / "plain.avi", frames, "mpeg4"))  # AVI tells no durations
+    plain = track_video.VideoFile(save_video(tmp_path / "plain.avi", frames, "mpeg4"))  # AVI stores no durations
     assert (plain.end - plain.times[-1]) * plain.time_base == Fraction(1, 25) and plain.pixel_aspect == 1
 
 
@@ -487,7 +487,7 @@ def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tm
     frames = numbered_frames(12)
     save_folder(tmp_path, frames, "frame {}.png")
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "._frame 1.png").write_text("no image")  # as macOS writes on other file systems
+    (tmp_path / "._frame 1.png").write_text("no image")  # written by macOS on other file systems
     (tmp_path / "folder.png").mkdir()
     video = track_video.open_video(tmp_path)
     assert [round((video[number].mean() - 5) / 6) for number in range(12)] == list(range(12))
@@ -901,7 +901,7 @@ class TrackingWindow(RealWindow):
         super().__init__(folder, screen, *arguments, driver=driver)
 
     def wait_for(self, name, frame=0, number=1, prompts=0, status="prompting"):
-        """Until the window has drawn this frame, with this object chosen, so many prompts and this status."""
+        """Wait until the window shows this frame, with this object selected, this many prompts and this status."""
         for line in self.script.stdout:
             self.output += line
             if line.startswith(f"drawn {name} {frame} {number} {prompts} {status} "):

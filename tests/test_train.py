@@ -52,8 +52,8 @@ def test_only_decoder_and_prompt_encoder_change(trained, weights):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(TRAINED.match(name) for name in changed)
-    # All that one click and the first of the three masks pass through has learnt. What has not: the other
-    # masks' heads, the object score, the embeddings of prompts that were not given, and the fixed Gaussian.
+    # All weights used for one click and the first of the three masks have changed. Unchanged are the other
+    # masks' heads, the object score, the embeddings of unused prompts, and the fixed Gaussian.
     idle = re.compile(r"sam_mask_decoder\.(output_hypernetworks_mlps\.[023]|pred_obj_score_head|obj_score_token)"
                       r"|sam_prompt_encoder\.(mask_downscaling|point_embeddings\.[023]|pe_layer)")
     must = {name for name in before if TRAINED.match(name) and not idle.match(name)}
@@ -165,17 +165,17 @@ def test_same_seed_gives_the_same_files(data, weights):
     ("--scheduler", "cosine", "--warmup", 3, "--prompt", "mixed", "--accumulate", 2, "--max-grad-norm", 1),
     ("--prompt", "points")], ids=["cosine-mixed", "points"])
 def test_resume_continues_bit_for_bit(data, weights, more):
-    """An interrupted training (here: killed by the system after its second validation) and one that was not."""
+    """Compares a training killed after its second validation and resumed with an uninterrupted one."""
     arguments = (*more, "--save-every", 4, "--lr", "1e-3", "--iterations", 13)
     train(data, weights, *arguments, "--output-dir", "whole")
     train(data, weights, *arguments, "--output-dir", "parts", code=-signal.SIGKILL,
           before=signal_at("[8/", signal.SIGKILL))
     last = torch.load(data / "parts/sam2_last.pt", weights_only=True)
     for group in last["optimizer"]["param_groups"]:
-        group["fused"] = not group["fused"]  # as a device writes it whose optimizer takes its steps differently
+        group["fused"] = not group["fused"]  # as saved on a device with another optimizer implementation
     torch.save(last, data / "parts/sam2_last.pt")
     done = train(data, weights, "--output-dir", "parts", "--resume")
-    assert "4회까지 진행한 학습을 이어서" in done.stdout  # the second validation was printed, and not saved yet
+    assert "4회까지 진행한 학습을 이어서" in done.stdout  # the second validation was printed but not yet saved
     for name in ("sam2_final.pt", "sam2_best.pt"):
         assert distance(load(data / "whole" / name), load(data / "parts" / name)) == 0
     logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "parts")]
@@ -207,7 +207,7 @@ def test_accumulated_batches_train_as_one_batch_does(data, weights):
 
 
 def test_max_grad_norm_shortens_the_gradients(data, weights):
-    """Below AdamW's epsilon of 1e-8 a gradient moves next to nothing."""
+    """Gradients below AdamW's epsilon of 1e-8 hardly change the weights."""
     arguments = ("--iterations", 3, "--lr", "1e-3", "--weight-decay", 0)
     train(data, weights, *arguments, "--output-dir", "free")
     train(data, weights, *arguments, "--max-grad-norm", "1e-10", "--output-dir", "short")
@@ -228,7 +228,7 @@ def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, pr
     names = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]  # 2, 3: a box's corners
     learnt = [(before[name] - after[name]).abs().max() > 1e-4 for name in names]
     assert learnt[2] == learnt[3] == (prompt != "points")
-    assert learnt[0] == (prompt == "points")  # a click beside the object, on what was too much
+    assert learnt[0] == (prompt == "points")  # a click outside the object, on false foreground
 
 
 def test_the_setup_is_checked_with_one_real_step(data, weights, tmp_path_factory):
@@ -257,7 +257,7 @@ def test_the_check_decodes_every_image_and_names_the_damaged_ones(data, weights)
 
 
 def without_libpng(done):
-    done.stderr = re.sub("^libpng error: .*\n", "", done.stderr, flags=re.MULTILINE)  # which OpenCV lets through
+    done.stderr = re.sub("^libpng error: .*\n", "", done.stderr, flags=re.MULTILINE)  # which OpenCV passes on
     return done
 
 
@@ -269,7 +269,7 @@ def test_a_file_that_is_no_image_is_named_before_anything_is_trained(data, weigh
 
 
 def test_a_damaged_image_loses_nothing_of_what_was_learned(data, weights):
-    """The training saves, and goes on bit for bit when the file is there again."""
+    """The training saves, and continues bit for bit when the file has been restored."""
     arguments = ("--iterations", 40, "--lr", "1e-3", "--save-every", 1000)
     train(data, weights, *arguments, "--output-dir", "whole")
     path = data / "data/images/train/pair_005.png"
@@ -327,7 +327,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder)
     done = subprocess.run([*torchrun, "keep_weights.py", *arguments, "--output-dir", "two"], cwd=data,
                           capture_output=True, encoding="utf-8", env={**ENV, "PYTHONPATH": str(ROOT)}, timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert "프로세스 2개" in done.stdout and done.stdout.count("[12/12]") == 1  # only one of them speaks
+    assert "프로세스 2개" in done.stdout and done.stdout.count("[12/12]") == 1  # only one process prints
     first, second, saved = load(data / "rank0.pt"), load(data / "rank1.pt"), load(data / "two/sam2_final.pt")
     assert distance(first, second) == distance(first, saved) == 0
     run("train_sam2_proper.py", *arguments, "--batch-size", 2, "--output-dir", "one", cwd=data)
@@ -817,7 +817,7 @@ def test_checkpointing_changes_no_bit_and_batches_read_ahead_are_the_same(data, 
 
 
 def make_training(data, weights, monkeypatch, *flags):
-    """The Training that the command line would start, in this process."""
+    """The Training that these flags would start, in this process."""
     monkeypatch.chdir(data)
     monkeypatch.setattr(sys, "argv", ["train", "--model-cfg", str(SMALL_CFG), "--checkpoint", str(weights), *flags])
     return train_sam2_proper.Training(train_sam2_proper.parse_args(), "cpu")

@@ -1,4 +1,4 @@
-"""test_my_image.py: prompts on the command line, and the window they replace."""
+"""test_my_image.py: prompts on the command line and in the window."""
 
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ def read_mask(folder, name="내 사진"):
 
 
 def predict_with_sam2(photo, weights, **prompt):
-    """The best mask as sam2's own predictor gives it, without this project's code but for the loading."""
+    """The best mask of sam2's own predictor; only the loading uses this project's code."""
     predictor = test_my_image.load_predictor(SMALL_CFG, weights, "cpu")
     image = cv2.imdecode(np.fromfile(photo, np.uint8), cv2.IMREAD_COLOR)[..., ::-1].copy()
     predictor.set_image(image)
@@ -115,7 +115,7 @@ def test_without_a_display_it_says_so_before_the_model_is_loaded(photo):
 
 
 def test_the_real_architecture_runs_through_its_official_name(photo, tmp_path):
-    """SAM 2.1 tiny at 1024 px with random weights: that it loads and runs, not what it finds."""
+    """Checks that SAM 2.1 tiny at 1024 px with random weights loads and runs, not its masks."""
     name = "configs/sam2.1/sam2.1_hiera_t.yaml"
     torch.save({"model": build_sam2(name, device="cpu").state_dict()}, tmp_path / "sam2.1_hiera_tiny.pt")
     run("test_my_image.py", "--image", photo.name, "--model-cfg", name, "--checkpoint", "sam2.1_hiera_tiny.pt",
@@ -209,7 +209,7 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
     assert (covered == labels).all()
     assert labels[40, 40] and labels[80, 110] and labels[40, 40] != labels[80, 110]  # both discs
     assert cv2.imdecode(np.fromfile(folder / "내 사진_everything.png", np.uint8), 1).shape == image.shape
-    # what is written, prepare_data.py reads
+    # prepare_data.py reads the result
     write_image(photo.parent / "images" / photo.name, image)
     done = run("prepare_data.py", "--images", "images", "--coco", folder / "내 사진_everything.json", "--val-ratio", 0,
                cwd=photo.parent)
@@ -224,7 +224,7 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
 
 
 def test_everything_is_the_same_as_if_each_mask_were_enlarged_first(tmp_path, monkeypatch):
-    """A photo of twice the size for the generator: 24 of its pixels are 96 of the photo's, 25 are 100."""
+    """The photo has twice the generator's size: 24 pixels of the generator are 96 of the photo, 25 are 100."""
     image = np.random.default_rng(0).integers(0, 255, (1536, 2048, 3), dtype=np.uint8)
     large, small = np.zeros((768, 1024), np.uint8), np.zeros((768, 1024), np.uint8)
     cv2.circle(large, (400, 300), 200, 1, -1)
@@ -315,7 +315,7 @@ def test_only_what_an_earlier_run_wrote_for_this_image_is_removed(tmp_path):
         test_my_image.write_results(args, name, dict.fromkeys(kinds, partial(test_my_image.write_file, content=b"")))
         return {path.name for path in tmp_path.iterdir()}
 
-    own = {"a_mask.png", "a_objects.png", "a_labels.png"}  # no earlier run has written a_result.png: a user's own
+    own = {"a_mask.png", "a_objects.png", "a_labels.png"}  # without a_result.png they are the user's own
     for name in own:
         (tmp_path / name).touch()
     everything = {"a_everything.png", "a_everything.json", "a_labels.png"}
@@ -354,7 +354,7 @@ def test_the_result_picture_suits_images_of_every_shape(tmp_path, height, width)
     test_my_image.save_result(tmp_path / "result.png", image, "photo.png", [item], None)
     result = cv2.imread(str(tmp_path / "result.png")).astype(int)
     assert 250 < result.shape[0] < 1000 and 1300 < result.shape[1] < 1700
-    blue = (result[..., 0] - result[..., 2] > 60).sum()  # three masks are to be seen
+    blue = (result[..., 0] - result[..., 2] > 60).sum()  # three masks are visible
     assert blue > 3 * 300
     lime = ((result[..., 1] > 240) & (result[..., 2] < 20)).sum()  # and one frame
     assert lime > 500
@@ -416,12 +416,12 @@ def press(figure, key):
 
 
 def rounded(points, box, *_):
-    """Prompts to whole image pixels; those of the screen are a tenth of one."""
+    """Prompts rounded to whole image pixels; a screen pixel is a tenth of one."""
     return [tuple(map(round, point)) for point in points], box and [round(number) for number in box]
 
 
 def find(points, box, asked):
-    """A model that tells what it was asked. Its masks are the upper 10, 20 and 30 rows, within a box's columns.
+    """A model that records its prompts. Its masks are the upper 10, 20 and 30 rows, within a box's columns.
 
     A point in the lowest rows finds nothing.
     """
@@ -495,7 +495,7 @@ def test_undo_takes_back_the_last_prompt(window, key):
     assert window.asked[-1] == rounded(*window.current) == ([(40, 30, 1)], None)
     press(window.figure, key)
     assert window.current == ([], None, {}, None) and tinted_rows(window) == 0
-    press(window.figure, key)  # nothing is left to take back
+    press(window.figure, key)  # nothing is left to undo
     assert not window.figure.axes[0].collections
 
 
@@ -506,7 +506,7 @@ def test_reset_takes_back_all(window, key):
     press(window.figure, key)
     assert window.current == ([], None, {}, None) and tinted_rows(window) == 0
     assert not window.figure.axes[0].collections and not window.figure.axes[0].patches
-    press(window.figure, "u")  # and that can be taken back
+    press(window.figure, "u")  # and that can be undone
     assert rounded(*window.current) == ([(40, 30, 1), (20, 30, 1)], None)
 
 
@@ -750,8 +750,8 @@ test_my_image.run(test_my_image.main, "")
 class RealWindow:
     """A script in a window on a virtual screen, driven with xdotool; driver: code that starts it.
 
-    The script tells what it has drawn. Every action is followed by a wait for the drawing that it leads to, so
-    that nothing depends on how fast the machine is.
+    The script reports what it has drawn. After every action the test waits for the resulting drawing, so that the
+    speed of the machine does not matter.
     """
 
     def __init__(self, folder, screen, *arguments, driver=DRIVER):
@@ -774,7 +774,7 @@ class RealWindow:
         self.script.stdout.close()
 
     def wait_for(self, name, finished=0, points=0, box=0):
-        """Until the window of the image `name` has drawn itself with so many objects, points and boxes."""
+        """Wait until the window of the image `name` shows this many objects, points and boxes."""
         for line in self.script.stdout:
             self.output += line
             if line.startswith(f"drawn {name} {finished} {points} {box} "):
@@ -783,7 +783,7 @@ class RealWindow:
         raise AssertionError(self.output)
 
     def wait_for_window(self, name):
-        """Until the window of the image `name` is on the screen and has the keyboard."""
+        """Wait until the window of the image `name` is on the screen and has the keyboard focus."""
         self.wait_for(name)
         self.id = self.xdotool("search", "--sync", "--onlyvisible", "--name", name).split()[0]
         self.xdotool("windowactivate", "--sync", self.id)
@@ -793,7 +793,7 @@ class RealWindow:
                               capture_output=True, text=True).stdout
 
     def at(self, x, y):
-        """xdotool's words for moving to image pixel (x, y)."""
+        """xdotool's arguments for moving to image pixel (x, y)."""
         left, top, right, bottom = self.corners
         return ["mousemove", "--window", self.id, round(left + x / 100 * (right - left)),
                 round(top + y / 100 * (bottom - top))]
@@ -808,7 +808,7 @@ class RealWindow:
     def close(self):
         """Ask the window manager to close the window, as its button does, until the script has ended.
 
-        On a busy machine openbox sometimes does not hear the keys.
+        On a busy machine openbox sometimes misses key presses.
         """
         while self.script.poll() is None:
             subprocess.run(["xdotool", "key", "alt+F4"], env=self.env, timeout=60)
