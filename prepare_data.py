@@ -46,7 +46,7 @@ VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by 
 SPLITS = ("train", "val")
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files of a NAS or Windows
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
-NOTES = {  # messages about what was done to some files, by the key under which they are collected
+NOTES = {  # messages about changes to some files, by the key under which they are collected
     "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다: 배경인 값은 --void로 알려 주세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
     "crowds": "iscrowd 영역 {:,}개를 뺐습니다 (객체로 쓰려면 --keep-crowd)",
@@ -124,7 +124,7 @@ def parse_args():
 
 
 def prepare(args):
-    """Pair, check, read the masks, split and write data/; prints what was done."""
+    """Pair, check, read the masks, split and write data/; print a summary."""
     target, notes = args.data_dir, defaultdict(list)
     if target.resolve() in (args.images.resolve(), *args.images.resolve().parents):
         fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
@@ -662,7 +662,7 @@ def read_labels(path):
 
 
 def print_statistics(good):
-    """Print sizes, shares of foreground and objects of {name: what measure_pair returned}."""
+    """Print sizes, shares of foreground and objects of {name: result of measure_pair}."""
     sizes, shares, objects = zip(*good.values())
     sizes = Counter(sizes)
     common = ", ".join(f"{size} ({count}장)" for size, count in sizes.most_common(3))

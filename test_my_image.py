@@ -297,7 +297,7 @@ def result_names(paths):
     for path in paths:
         name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
         while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
-            name += "_"  # NAME_original_mask.png is also what --compare writes for NAME
+            name += "_"  # --compare also writes NAME_original_mask.png for NAME
         names[name] = path
     return list(names)
 
@@ -439,7 +439,7 @@ def split_prompts(points, boxes):
 
 
 def segment(predictor, points, box, rough=None, refine=0):
-    """Segment one object in the image that is set: bool masks 3 x H x W and scores 3.
+    """Segment one object in the current image: bool masks 3 x H x W and scores 3.
 
     points: (x, y, label) in pixels; box: [x1, y1, x2, y2] or None; rough: a mask to start from, bool H x W, or None;
     refine: how many times the best mask is fed back to the model as a prompt.

@@ -129,7 +129,7 @@ def new_thing(rng, size, ground, roughness, pace, model=None, whole=None):
 
 
 def contrasting(rng, ground, roughness):
-    """A colour that can be told from `ground`: at a distance of 16 to 185, farther between rough surfaces."""
+    """A colour that contrasts with `ground`: at a distance of 16 to 185, farther between rough surfaces."""
     shift = rng.normal(0, 1, 3) if rng.random() < 0.75 else np.full(3, rng.choice([-1, 1]))  # or brightness alone
     contrast = np.exp(rng.uniform(np.log(12), np.log(160))) + 25 * roughness
     return np.clip(ground + contrast * shift / np.linalg.norm(shift), 5, 250)

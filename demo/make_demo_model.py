@@ -6,7 +6,7 @@
 
 The demo must run without a network, so its model cannot be one of Meta's. This script trains a small
 one from random weights, out of the classes in the sam2 package (demo/sam2_demo.yaml), on scenes and clips
-that demo/draw_scenes.py draws. A scene holds several objects, so only the prompt determines what to
+that demo/draw_scenes.py draws. A scene holds several objects, so that only the prompt determines what to
 segment. This makes the model promptable.
 
 It trains on still scenes first, then on scenes and clips in turn. In a step on clips the image encoder is
@@ -24,8 +24,8 @@ of 128 px and 525 on 48 clips of 256 px, of 8 frames (TF32; gradients in bfloat1
 and 61,000 clips were reused with rotations, flips and swapped channels; the learning rate fell linearly from 1e-3 to 0.
 Finally the bias of the object score was raised by log(4), because the loss did not yet compensate for the effect of
 ABSENT_WEIGHT on the logit. This was chosen on 40 clips that are not held out; on the held-out clips it raised J from
-0.687 to 0.709 and the share of frames with a detected object from 92 to 97 %, and lowered the share of correctly empty
-frames from 95 to 82 %. --resume continues with CLIP_PHASES; with a GPU, use --device cuda --larger 16 --workers 8.
+0.687 to 0.709 and detections on frames with the object from 92 to 97 %, and lowered empty masks on frames without it
+from 95 to 82 %. --resume continues with CLIP_PHASES; with a GPU, use --device cuda --larger 16 --workers 8.
 
 On 200 held-out scenes at 256 px, the IoU is 0.683 with a click and 0.777 with a box, and the score differs from the IoU
 by 0.106 (before the GPU: 0.547, 0.685, 0.144). The mask generator finds 20 of 64 objects (6 before). On 200 held-out
@@ -446,7 +446,7 @@ def follow(model, frames, masks, prompt, corrected=None):
     """SAM 2's tracking step over the frames of B clips, len(masks) / B objects in each.
 
     prompt: (coords, labels) on the first frame, or None for its mask itself; corrected: a frame on which each object
-    in sight is clicked again. Yields for each frame: logits N x 1 or 3 x S/4 x S/4, scores alike, presence N x 1.
+    in sight is clicked again. Yields for each frame: logits N x 1 or 3 x S/4 x S/4, scores N x 1 or 3, presence N x 1.
     """
     clips, count = frames.shape[:2]
     repeats = len(masks) // clips

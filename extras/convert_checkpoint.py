@@ -39,7 +39,7 @@ from transformers.models.sam2_video.configuration_sam2_video import (
 from transformers.utils import logging
 
 LIMIT = 1e-3  # largest difference of logits that float32 rounding explains: same operations in another order
-HF_MEMORY_CHANNELS = 64  # fixed in the code of Sam2VideoModel, whatever its config says
+HF_MEMORY_CHANNELS = 64  # fixed in the code of Sam2VideoModel, regardless of its config
 IMAGE_PARTS = ("image_encoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")  # parts of Sam2Model
 
 # (official name, Hugging Face name): whole components of a dotted name, "*" stands for a number. They are applied from

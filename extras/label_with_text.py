@@ -176,7 +176,7 @@ def find_weights(detector, folder=None):
 
 
 def how_to_fetch(detector):
-    """The sentence of an error message that says how to download a detector's weights."""
+    """The part of an error message that explains how to download a detector's weights."""
     return f"받기: hf download {REPOSITORIES[detector]} --local-dir models/{detector} (받은 폴더는 --detector-dir로)"
 
 
@@ -392,7 +392,7 @@ class GroundedSAM2:
 
     @torch.inference_mode()
     def segment(self, image, detections):
-        """Add masks to the boxes of sv.Detections; returns what predict() does.
+        """Add masks to the boxes of sv.Detections; returns the same as predict().
 
         The image is encoded once, and up to DECODER_BATCH boxes are decoded in one call. For each box, the mask with
         the highest score is used.
@@ -487,7 +487,7 @@ class GroundedSAM2:
     def write_coco(self, path, entries, problems):
         """Write the COCO JSON of label() and print a summary. Fails if there is no label at all.
 
-        entries: {file name: what label_image() returns first}; problems: {file name: note}.
+        entries: {file name: first value of label_image()}; problems: {file name: note}.
         """
         for name, problem in sorted(problems.items()):
             print(f"  {name} - {problem}")

@@ -61,7 +61,7 @@ CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h263,h264,hevc,vvc,vc1
 KEPT_BYTES = 64 * 2**20      # of decoded frames, kept for the backward pass
 RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
 MARK = "track_video.py"      # see mark()
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad image file
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # errors of PIL for a bad image file
 
 
 def main():

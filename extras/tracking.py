@@ -223,7 +223,7 @@ def reduce_to(array, max_side, interpolation):
 
 
 def require_display(flags):
-    """Fail if matplotlib cannot open a window. flags: what the message advises to use instead."""
+    """Fail if matplotlib cannot open a window. flags: the flags that the message suggests instead."""
     try:
         figure = plt.figure()
         is_interactive = figure.canvas.required_interactive_framework is not None
@@ -377,7 +377,7 @@ class Window:
         return [float(x1), float(y1), float(x2), float(y2)] if x1 < x2 and y1 < y2 else None
 
     def segment(self, prompts):
-        """The label map, uint8 H x W, that prompts on one frame give without tracking."""
+        """The label map, uint8 H x W, for prompts on one frame, without tracking."""
         self.predictor.reset_state(self.state)
         return label_map(*add_prompts(self.predictor, self.state, prompts))
 

@@ -32,7 +32,7 @@ class AsOnMPS(TorchDispatchMode):
     """Fails at a float64 tensor and at an operator in `lacking`; `seen`: the names of the operators so far.
 
     The scripts set PYTORCH_ENABLE_MPS_FALLBACK=1, with which an operator that MPS lacks runs on the CPU: slow, but no
-    error. A float64 tensor is an error. NumPy's float64 may come in through one call that names both the dtype and the
+    error. A float64 tensor is an error. NumPy's float64 may enter through one call that gives both the dtype and the
     device, as in torch.as_tensor(numbers, dtype=torch.float32, device=device): MPS converts before it copies
     (copy_to_mps_ in PyTorch's Copy.mm). Complex tensors of double precision count as float64.
     """

@@ -1,4 +1,4 @@
-"""The benchmarks run and print their tables; what they measure is not asserted."""
+"""The benchmarks run and print their tables; the measured values are not checked."""
 
 import re
 

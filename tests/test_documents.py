@@ -200,7 +200,7 @@ def test_every_default_in_a_table_of_options_is_that_of_the_parser(script):
     for row in options_in(section(*SECTIONS[script])):
         flags = [flag for flag in re.findall(r"`(--[\w-]+)", row["옵션"]) if flag in defaults]
         actual = [as_value(default) for flag in flags for default in defaults[flag]]
-        if "기본" in row:  # a column of its own, which names all of them
+        if "기본" in row:  # a separate column that lists all defaults
             named = [as_value(default) for default in row["기본"].split(", ") if default not in ("", "끔")]
             assert named == [default for default in actual if default != "None"], row
         elif flags:
@@ -233,13 +233,13 @@ def test_every_file_that_is_named_exists_or_is_written_by_a_script(document):
 
 
 def is_there(name, document):
-    """Whether a file is in the repository, named from its root, from the document or from a folder beside that."""
+    """Whether a file exists relative to the repository's root, the document's folder or a folder beside it."""
     beside = (ROOT / document).parent
     return any((folder / name).exists() for folder in (ROOT, beside, beside / "sam_med3d_ich"))
 
 
 def is_written(name):
-    """Whether a script's source has the name of a file, in quotes, or what follows an image's or a volume's name."""
+    """Whether a script's source contains a file's name in quotes, or the part after an image's or a volume's name."""
     file = re.sub("^(이름|NAME)_", "}_", Path(name).name)
     quoted = [f'{file}"', f'"{file[2:]}"'] if file.startswith("}_") else [f'"{file}"']
     return WRITTEN.fullmatch(name) or not name.endswith("/") and any(words in SOURCES for words in quoted)

@@ -452,7 +452,7 @@ def test_ctrl_c_at_any_step_ends_in_one_line_and_loses_nothing(tmp_path, archive
 
 @pytest.mark.parametrize("keep", [[], ["--keep-zip"]], ids=["deleted", "kept"])
 def test_stopped_after_any_of_its_steps_it_leaves_and_loses_nothing(tmp_path, archive, server, monkeypatch, keep):
-    """In this process, so that Ctrl-C comes exactly after the first step, after the second, and so on."""
+    """Runs in this process, so that Ctrl-C comes exactly after the first step, after the second, and so on."""
     server.content = archive.read_bytes()
     monkeypatch.setattr(sys, "argv", ["download_dataset.py", "--url", server.url, *keep])
     monkeypatch.setattr(download_dataset, "lock", lambda path: None)  # which is otherwise held until this process ends
@@ -461,7 +461,7 @@ def test_stopped_after_any_of_its_steps_it_leaves_and_loses_nothing(tmp_path, ar
              (shutil, "rmtree"), *((Path, name) for name in ("mkdir", "rename", "exists", "replace", "unlink"))]
 
     def run_until(stop):
-        """Run the script; KeyboardInterrupt after so many of its steps. Returns how many it took."""
+        """Run the script; KeyboardInterrupt after `stop` of its steps. Returns the number of steps."""
         taken = 0
 
         def counted(step):

@@ -378,7 +378,7 @@ def test_an_exif_rotated_photo_comes_out_upright(tmp_path):
     image.save(tmp_path / "phone.jpg", exif=exif)
     read = train_sam2_proper.read_image(tmp_path / "phone.jpg")
     assert read.shape == (40, 20, 3)
-    assert read[:15].min() > 200 and read[25:].max() < 50  # what was left is now on top
+    assert read[:15].min() > 200 and read[25:].max() < 50  # the left half is now on top
 
 
 @pytest.mark.parametrize("suffix, kind", [(".png", "uint16"), (".tif", "uint16"), (".tif", "int32"),

@@ -500,7 +500,7 @@ def test_click_on_a_right_prediction_falls_in_the_target():
 
 
 def test_medim_encodes_positions_with_the_first_two_axes_exchanged():
-    """What SamMed3dIch.decode says about the order of points. A medim without this would misread the weights."""
+    """SamMed3dIch.decode relies on this order of points. A medim without it would misread the weights."""
     encoder = model.SamMed3dIch("small", 16).sam.prompt_encoder.pe_layer
     dense = encoder((48, 48, 48))
     point = encoder.forward_with_coords(torch.tensor([[[5, 20, 33]]]) + 0.5, (48, 48, 48))[0, 0]
@@ -608,7 +608,7 @@ def test_a_point_lands_on_the_voxel_it_means(axes, kind, tmp_path):
 
 def test_the_window_comes_before_the_resampling(tmp_path):
     volume = np.full(SHAPE, -1000, np.int16)
-    volume[:, :, 6:8] = 3000  # metal: between it and air, resampling alone would make all the values of brain
+    volume[:, :, 6:8] = 3000  # metal: resampling alone would create brain values between it and air
     path = save_nifti(tmp_path / "a.nii.gz", volume)
     image = dataloader.load_case(Row("", path, 0, "a", None), (40, 80), 4)["image"]
     assert image.max().item() == pytest.approx(80) and image.min() == 0
@@ -642,7 +642,7 @@ def test_crop_around_pads_with_0_where_the_volume_ends():
 
 @pytest.mark.parametrize("length, first", [(4, 8), (5, 8), (6, 7), (7, 7)])
 def test_a_mask_of_an_odd_length_lies_where_torchio_puts_it(length, first):
-    """The middle of an odd length lies between two voxels of the crop: CropOrPad takes the lower one, always."""
+    """The middle of an odd length lies between two voxels of the crop: CropOrPad always takes the lower one."""
     mask = dataloader.MetaTensor(torch.zeros(1, 40, 40, 40), affine=np.eye(4))
     mask[0, 14:14 + length, 14, 14] = 1
     crop = dataloader.crop_around(mask, dataloader.target_centre(mask), 20)
@@ -679,7 +679,7 @@ def test_the_label_is_learnt_from_crops_that_do_not_depend_on_the_truth(data):
     assert not any(torch.equal(item["image"], other["image"]) for item, other in seen if item["label"] != 1)
 
 
-# ---- what is refused ----
+# ---- refused input ----
 
 class Call:
     """Pickles as a call of `function`."""

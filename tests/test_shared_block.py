@@ -1,4 +1,4 @@
-"""The scripts stand alone and carry copies; the copies must not drift apart."""
+"""The scripts stand alone and contain copies of functions, which must stay identical."""
 
 import ast
 import difflib

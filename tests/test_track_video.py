@@ -173,7 +173,7 @@ def test_no_more_is_kept_than_the_next_frames_need(tmp_path, visible):
     assert len(kept) == 25 and max(kept) <= 2 * 4 + 1
 
 
-# ----------------------------------------------------------------------------- what is written
+# ----------------------------------------------------------------------------- output
 
 def test_everything_is_written_and_its_own_prompts_give_it_again(clip, visible):
     done = track(clip, visible, "--prompts", "prompts.json")
@@ -559,7 +559,7 @@ def test_failures_are_one_line_before_the_model_is_loaded(clip):
 @pytest.mark.parametrize("max_gap, frames", [(0, [*range(5, 12), *range(5, -1, -1)]),
                                              (2, [5, 6, 7, 8, 9, 10, 5, 4, 3, 2])])
 def test_tracking_ends_after_a_gap_beyond_the_prompts(monkeypatch, max_gap, frames):
-    """The object is in sight on frames 4, 5, 6 and 8 of 12; frames 5 and 7 have prompts."""
+    """The object is visible on frames 4, 5, 6 and 8 of 12; frames 5 and 7 have prompts."""
     class Predictor:
         num_maskmem, memory_temporal_stride_for_eval, max_obj_ptrs_in_encoder = 7, 1, 16
 
@@ -628,7 +628,7 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     assert shown.any() and (first[0] == shown).all()
     hand.press("right", "pagedown", "left", "1")
     assert window.frame == 6 and window.slider.val == 6
-    hand.click((5, 50), button=3)  # a correction: the box around what was tracked comes with it
+    hand.click((5, 50), button=3)  # a correction: also adds the box around the tracked mask
     points, box = window.prompts[6, 1]
     assert points == [(pytest.approx(5, abs=0.3), pytest.approx(50, abs=0.3), 0)]
     rows, columns = np.nonzero(first[6] == 1)
@@ -736,7 +736,7 @@ def test_a_frame_that_is_cleared_after_tracking_starts_afresh(window):
     hand.press("r")
     assert not window.labels().any()
     hand.press("right")
-    assert not window.labels().any()  # no prompt is left that this could come from
+    assert not window.labels().any()  # no prompt is left that could give a mask
     hand.press("u")
     assert window.labels().any()
     hand.press("left", "r", "1")

@@ -667,7 +667,7 @@ def close(figure):
 
 @pytest.fixture
 def annotate(tmp_path, monkeypatch):
-    """Label images/ into masks/ in this process; windows: what the user does in one after the other."""
+    """Label images/ into masks/ in this process; windows: the user's actions, one entry per window."""
     def annotate(*windows, more=()):
         left = list(windows)
         monkeypatch.setattr(plt, "show", lambda: left.pop(0)(plt.gcf()))

@@ -323,7 +323,7 @@ def doubts_about(row, image, labels, affine, window):
 
 
 def apply_window(image, window):
-    """Clip Hounsfield units to (level, width) and subtract the lower end: what is above 0 is inside the window."""
+    """Clip Hounsfield units to (level, width) and subtract the lower end: values above 0 are inside the window."""
     if window is None:
         return image
     level, width = window
