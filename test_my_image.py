@@ -49,7 +49,7 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
 DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
 EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
 RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts, and of --everything;
@@ -190,14 +190,19 @@ def parse_boxes(text):
 
 
 def find_images(names):
-    """The image files that --image names: files as they are, folders as the images in them, sorted."""
-    paths = []
+    """The image files that --image names: files as they are, folders as the images in them, sorted.
+
+    Other files in a folder, such as HEIC photos, are named in one line.
+    """
+    paths, unread = [], []
     for path in map(Path, names):
-        if path.is_dir():  # macOS writes ._a.jpg beside a.jpg
-            paths += sorted(file for file in path.iterdir()
-                            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
-        else:
-            paths.append(path)
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        for file in files:  # macOS writes ._a.jpg beside a.jpg
+            if file.is_file() and not file.name.startswith("."):
+                (paths if file.suffix.lower() in IMAGE_SUFFIXES else unread).append(file)
+        paths += [] if path.is_dir() else [path]
+    if unread:
+        print(f"읽지 않는 파일 {len(unread)}개: {', '.join(file.name for file in unread[:5])}")
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
