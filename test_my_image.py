@@ -705,7 +705,7 @@ def show(axes, image, masks=()):
     height, width = image.shape[:2]
     reduced = reduce_to(image, DISPLAY_SIDE, cv2.INTER_AREA)
     for mask, colour in masks:
-        small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         reduced = overlay(reduced, small > 0, colour)
     if axes.images:
         axes.images[0].set_data(reduced)
