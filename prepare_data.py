@@ -385,7 +385,7 @@ def pairs_from_coco(args, notes):
                 name = name[prefix.end():]
                 notes["prefixes"].append((name, 1))
             if image["id"] in names:
-                fail(f"{args.coco}: 이미지 번호 {image['id']}가 두 번 나옵니다 ({names[image['id']]}, {path}). "
+                fail(f"{args.coco}: 두 이미지의 번호가 같습니다: {image['id']} ({names[image['id']]}, {path}). "
                      "파일을 합쳤다면 번호를 다시 매기세요")
             names[image["id"]] = path
             entries[name].append((path, image["id"], (image.get("height"), image.get("width"))))

@@ -49,7 +49,7 @@ except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a 
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # read from folders
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # read from folders
 DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
 EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
 RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts; of --everything;
@@ -190,14 +190,19 @@ def parse_boxes(text):
 
 
 def find_images(names):
-    """The image files given by --image: files as they are, folders as the sorted images in them."""
-    paths = []
+    """The image files given by --image: files as they are, folders as the sorted images in them.
+
+    Other files in a folder, such as HEIC photos, are listed in one line.
+    """
+    paths, unread = [], []
     for path in map(Path, names):
-        if path.is_dir():  # macOS writes ._a.jpg beside a.jpg
-            paths += sorted(file for file in path.iterdir()
-                            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
-        else:
-            paths.append(path)
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        for file in files:  # macOS writes ._a.jpg beside a.jpg
+            if file.is_file() and not file.name.startswith("."):
+                (paths if file.suffix.lower() in IMAGE_SUFFIXES else unread).append(file)
+        paths += [] if path.is_dir() else [path]
+    if unread:
+        print(f"읽지 않는 파일 {len(unread)}개: {', '.join(file.name for file in unread[:5])}")
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
@@ -700,7 +705,7 @@ def show(axes, image, masks=()):
     height, width = image.shape[:2]
     reduced = reduce_to(image, DISPLAY_SIDE, cv2.INTER_AREA)
     for mask, colour in masks:
-        small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         reduced = overlay(reduced, small > 0, colour)
     if axes.images:
         axes.images[0].set_data(reduced)

@@ -43,7 +43,7 @@ cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by the scri
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
-FORMATS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of images: suffixes in lower case
+FORMATS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # suffixes of images
 
 
 class ImageError(OSError):

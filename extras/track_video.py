@@ -536,7 +536,8 @@ def save_pictures(video, args, is_numbered):
 
 def overlay_frame(image, labels):
     """A frame of overlay.mp4, uint8 H x W x 3: reduced, masks drawn, padded to the even sides that H.264 requires."""
-    drawn = overlay(reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduce_to(labels, OVERLAY_SIDE, cv2.INTER_NEAREST))
+    reduced = reduce_to(labels, OVERLAY_SIDE, cv2.INTER_NEAREST_EXACT)
+    drawn = overlay(reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduced)
     height, width = drawn.shape[:2]
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 

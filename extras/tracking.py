@@ -479,7 +479,7 @@ class Window:
     def update(self):
         """Show the frame, the masks and the prompts."""
         image = reduce_to(self.frames[self.frame], SHOWN_SIDE, cv2.INTER_AREA)
-        labels = cv2.resize(self.labels(), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        labels = cv2.resize(self.labels(), image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         self.picture.set_data(overlay(image, labels))
         self.draw_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame})
         status = "tracking ..." if self.is_tracking else "saving ..." if self.is_saving else \

@@ -722,7 +722,7 @@ def test_a_date_is_no_prefix_and_repeated_or_unknown_ids_are_named(tmp_path):
     assert "이미지의 객체 1개를 뺐습니다" in done.stdout
     coco["images"][1]["id"] = 1
     (tmp_path / "a.json").write_text(json.dumps(coco))
-    assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "두 번", "b.png")
+    assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "번호가 같습니다", "b.png")
 
 
 def test_coco_without_sizes_takes_the_image_s_and_a_bad_polygon_costs_only_its_object(tmp_path):

@@ -174,7 +174,7 @@ def test_a_folder_of_images_is_segmented_and_a_bad_file_reported(photo, weights)
     write_image(folder / "1.jpg", draw_pair(4)[0])  # the same stem twice
     (folder / "broken.jpg").write_bytes(b"broken")
     write_image(folder / "tiny.png", draw_pair(5)[0][:20, :20])  # the point lies outside
-    (folder / "note.txt").write_text("no image")
+    (folder / "phone.heic").write_text("no image")
     done = run("test_my_image.py", "--image", "많은 사진", photo.name, "--point", "40,30", "--model-cfg", SMALL_CFG,
                "--finetuned", weights, "--device", "cpu", cwd=photo.parent, code=1)
     lines = [line for line in done.stderr.splitlines() if line.startswith("오류: ")]
