@@ -4,6 +4,17 @@
     python test_my_image.py --image test_images/dog.jpg                    # a window
     python test_my_image.py --image test_images --everything
     python test_my_image.py --image photos --annotate masks                # label a folder, window by window
+
+Chapters:
+    settings            sizes, file names, colors, the keys of the window
+    the run             main(), the command line, the two models
+    images and prompts  which images, what their results are called, checks of the prompts
+    every object        --everything: sam2's automatic mask generator
+    prompted objects    masks from points, boxes or a rough mask
+    the window          clicks, keys and --annotate
+    results             the files that are written
+    drawing             masks and prompts over an image
+    shared block        what train_sam2_proper.py and compare_models.py contain too
 """
 
 import argparse
@@ -49,6 +60,8 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
+# ---- settings ----
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # taken from a folder
 DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
 EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
@@ -58,6 +71,9 @@ COLOURS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)} 
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letters on the same keys
+
+
+# ---- the run ----
 
 
 def main():
@@ -189,6 +205,52 @@ def parse_boxes(text):
     return boxes
 
 
+def load_models(args):
+    """The models to use, {title: SAM2ImagePredictor}, and whether they share what encodes an image.
+
+    With --compare there are two. If there is no fine-tuned one yet, this is reported and the original is used alone.
+    """
+    if not args.original and not Path(args.finetuned).is_file():
+        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
+        args.original, args.compare = True, False
+    checkpoints = {"original model": args.checkpoint, "fine-tuned model": args.finetuned}
+    if not args.compare:
+        del checkpoints["fine-tuned model" if args.original else "original model"]
+    device = detect_device(args.device)
+    first, *others = checkpoints
+    predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
+    for title in others:
+        predictors[title] = copy.deepcopy(predictors[first])
+        load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
+    print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
+    return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
+
+
+def same_frozen_weights(original, finetuned):
+    """Whether all weights that make an image's features are equal in both models.
+
+    Those are all but the prompt encoder and the mask decoder; the decoder's conv_s0 and conv_s1 run in
+    set_image and count as frozen.
+    """
+    ours, theirs = original.state_dict(), finetuned.state_dict()
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
+
+
+def set_image_in_all(predictors, image, shared):
+    """Set `image` in every predictor; it is encoded once if they share what encodes it."""
+    first, *others = predictors
+    first.set_image(image)
+    for other in others:
+        if shared:
+            other._features, other._orig_hw, other._is_image_set = first._features, first._orig_hw, True
+        else:
+            other.set_image(image)
+
+
+# ---- images and prompts ----
+
+
 def find_images(names):
     """The image files that --image names: files as they are, folders as the images in them, sorted."""
     paths = []
@@ -217,6 +279,17 @@ def without_mask(paths, mask_dir):
     remaining = [path for path in paths if not (mask_dir / f"{path.stem}.png").exists()]
     print(f"이미지 {len(paths)}장 가운데 {len(paths) - len(remaining)}장은 마스크가 있습니다: {mask_dir}")
     return remaining or sys.exit()
+
+
+def result_names(paths):
+    """A name for each image's results: its stem, or, where several have the same, one that tells them apart."""
+    stems, names = Counter(path.stem for path in paths), {}
+    for path in paths:
+        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
+        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
+            name += "_"  # NAME_original_mask.png is also what --compare writes for NAME
+        names[name] = path
+    return list(names)
 
 
 def require_display(alternative):
@@ -259,58 +332,7 @@ def check_prompts(path, image, points, boxes, rough):
                          f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
 
 
-def load_models(args):
-    """The models to use, {title: SAM2ImagePredictor}, and whether they share what encodes an image.
-
-    With --compare there are two. If there is no fine-tuned one yet, this is reported and the original is used alone.
-    """
-    if not args.original and not Path(args.finetuned).is_file():
-        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
-        args.original, args.compare = True, False
-    checkpoints = {"original model": args.checkpoint, "fine-tuned model": args.finetuned}
-    if not args.compare:
-        del checkpoints["fine-tuned model" if args.original else "original model"]
-    device = detect_device(args.device)
-    first, *others = checkpoints
-    predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
-    for title in others:
-        predictors[title] = copy.deepcopy(predictors[first])
-        load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
-    print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
-    return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
-
-
-def same_frozen_weights(original, finetuned):
-    """Whether all weights that make an image's features are equal in both models.
-
-    Those are all but the prompt encoder and the mask decoder; the decoder's conv_s0 and conv_s1 run in
-    set_image and count as frozen.
-    """
-    ours, theirs = original.state_dict(), finetuned.state_dict()
-    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
-    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
-
-
-def result_names(paths):
-    """A name for each image's results: its stem, or, where several have the same, one that tells them apart."""
-    stems, names = Counter(path.stem for path in paths), {}
-    for path in paths:
-        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
-        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
-            name += "_"  # NAME_original_mask.png is also what --compare writes for NAME
-        names[name] = path
-    return list(names)
-
-
-def set_image_in_all(predictors, image, shared):
-    """Set `image` in every predictor; it is encoded once if they share what encodes it."""
-    first, *others = predictors
-    first.set_image(image)
-    for other in others:
-        if shared:
-            other._features, other._orig_hw, other._is_image_set = first._features, first._orig_hw, True
-        else:
-            other.set_image(image)
+# ---- every object ----
 
 
 def run_everything(path, name, image, predictors, args):
@@ -361,6 +383,9 @@ def segment_everything(predictor, reduced, size, args):
             for number, (annotation, mask) in enumerate(found, start=1)]
 
 
+# ---- prompted objects ----
+
+
 def run_prompts(path, name, image, predictors, args):
     """Segment one image with every model, as the arguments or the window say, and write the results.
 
@@ -392,24 +417,6 @@ def run_prompts(path, name, image, predictors, args):
     return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
         "result.png": partial(save_result, image=image, name=path.name, objects=objects, rough=args.mask),
         **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
-
-
-def run_annotation(path, name, image, predictors, args):
-    """Label one image in the window, and write its mask as data/ has it: 8-bit for one object, numbered for more.
-
-    Returns the lines to print: none for an image that was skipped, None if the window was closed.
-    """
-    (title, predictor), = predictors.items()
-    window = Window(image, {title: partial(segment, predictor, refine=args.refine)}, printable(path.name),
-                    can_skip=True)
-    plt.show()
-    if window.closed_by != "enter":
-        return [] if window.closed_by == "s" else None
-    objects = window.objects()
-    labels = number_objects(objects, title)
-    mask_path = args.annotate / f"{name}.png"
-    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
-    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
 
 
 class Segmented(NamedTuple):
@@ -466,6 +473,27 @@ def number_objects(objects, title):
     for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
         labels[masks[index]] = index + 1
     return labels
+
+
+# ---- the window ----
+
+
+def run_annotation(path, name, image, predictors, args):
+    """Label one image in the window, and write its mask as data/ has it: 8-bit for one object, numbered for more.
+
+    Returns the lines to print: none for an image that was skipped, None if the window was closed.
+    """
+    (title, predictor), = predictors.items()
+    window = Window(image, {title: partial(segment, predictor, refine=args.refine)}, printable(path.name),
+                    can_skip=True)
+    plt.show()
+    if window.closed_by != "enter":
+        return [] if window.closed_by == "s" else None
+    objects = window.objects()
+    labels = number_objects(objects, title)
+    mask_path = args.annotate / f"{name}.png"
+    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
+    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
 
 
 class Window:
@@ -588,6 +616,9 @@ class Window:
         self.figure.canvas.draw_idle()
 
 
+# ---- results ----
+
+
 def save_result(path, image, name, objects, rough):
     """Write a picture of the image with all prompts, and beside it what `objects` (each a Segmented) are.
 
@@ -655,44 +686,12 @@ def prompts_as_flags(points, box):
     return " ".join(flags)
 
 
-def coloured_masks(objects, title):
-    """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
-    return [(item.best(title)[1], object_colour(number) if len(objects) > 1 else COLOURS[title])
-            for number, item in enumerate(objects)]
-
-
-def object_colour(number):
-    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
-    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
-
-
-def reduce_to(array, max_side, interpolation):
-    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
-    height, width = array.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return array
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(array, size, interpolation=interpolation)
-
-
-def overlay(image, mask, colour):
-    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
-    inside = mask.astype(np.uint8)
-    tint = np.full_like(image, colour)
-    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
-    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
-
-
-def printable(name):
-    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
-    return name.encode(errors="replace").decode()
-
-
 def write_png(path, array):
     """Write uint8 or uint16 H x W, or uint8 H x W x 3 (BGR), as a PNG."""
     write_file(path, cv2.imencode(".png", array)[1].tobytes())
+
+
+# ---- drawing ----
 
 
 def show(axes, image, masks=()):
@@ -718,6 +717,41 @@ def mark_prompts(axes, points, box):
         drawn.append(axes.add_patch(
             plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2)))
     return drawn
+
+
+def coloured_masks(objects, title):
+    """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
+    return [(item.best(title)[1], object_colour(number) if len(objects) > 1 else COLOURS[title])
+            for number, item in enumerate(objects)]
+
+
+def object_colour(number):
+    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
+
+
+def overlay(image, mask, colour):
+    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+    inside = mask.astype(np.uint8)
+    tint = np.full_like(image, colour)
+    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
+    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+
+
+def reduce_to(array, max_side, interpolation):
+    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
+    height, width = array.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(array, size, interpolation=interpolation)
+
+
+def printable(name):
+    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
+    return name.encode(errors="replace").decode()
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----

@@ -7,6 +7,14 @@ still scene is a clip of one frame. Highlights, thin lines and a dark surround o
 make_demo_data.py; its colours and its polyps do not.
 
     python demo/draw_scenes.py        # a sheet of scenes and clips to look at: demo/output/scenes.png
+
+Chapters:
+    settings          limits
+    scenes and clips  main() and draw_clip()
+    things            what a scene is made of: outline, color, parts
+    textures          grounds, surfaces, highlights
+    motion            places over time, things pasted into the frames
+    the camera        blur, noise and light of the finished frames
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +23,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+# ---- settings ----
+
 MIN_PIXELS = 50     # an object with less left in sight is never asked for (at 128 px)
 MAX_THINGS = 8      # a part counts as one
+
+
+# ---- scenes and clips ----
 
 
 def main():
@@ -74,7 +87,15 @@ def draw_clip(rng, size, times):
     return frames, labels, groups
 
 
-# ----------------------------------------------------------------------------- things
+def colour_labels(labels):
+    """Labels S x S as distinct colours, uint8 S x S x 3, to look at."""
+    hue = (labels.astype(np.float32) * 67 % 180).astype(np.uint8)
+    lit = np.where(labels > 0, 230, 0).astype(np.uint8)
+    return cv2.cvtColor(np.stack([hue, lit, lit], -1), cv2.COLOR_HSV2RGB)
+
+
+# ---- things ----
+
 
 @dataclass
 class Thing:
@@ -169,6 +190,9 @@ def rotation(angle):
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
+# ---- textures ----
+
+
 def texture(rng, side, colour, roughness):
     """A textured field around `colour`: float32 side x side x 3, 0 to 255.
 
@@ -217,6 +241,9 @@ def value_noise(rng, side, cells):
     """Smooth noise, float32 side x side in about [-1, 1], with `cells` bumps along a side."""
     grid = rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32)
     return cv2.resize(grid, (side, side), interpolation=cv2.INTER_CUBIC)
+
+
+# ---- motion ----
 
 
 class Motion:
@@ -302,6 +329,9 @@ def paste(image, labels, thing, view, t, number, within=None):
     return number
 
 
+# ---- the camera ----
+
+
 class Finish:
     """The camera's part, the same in all frames of a clip: light, highlights, field of view, blur, noise,
     compression."""
@@ -346,13 +376,6 @@ class Finish:
         if self.quality:
             image = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1], 1)
         return image
-
-
-def colour_labels(labels):
-    """Labels S x S as distinct colours, uint8 S x S x 3, to look at."""
-    hue = (labels.astype(np.float32) * 67 % 180).astype(np.uint8)
-    lit = np.where(labels > 0, 230, 0).astype(np.uint8)
-    return cv2.cvtColor(np.stack([hue, lit, lit], -1), cv2.COLOR_HSV2RGB)
 
 
 if __name__ == "__main__":

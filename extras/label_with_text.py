@@ -13,6 +13,13 @@ Writes COCO JSON with boxes and masks, which prepare_data.py --coco reads. From 
     model = GroundedSAM2(predictor, Florence2("models/florence2", ["polyp"], "cuda"))
     detections = model.predict(read_image("photo.jpg"))   # sv.Detections with masks
     model.label("photos", "output/my_labels")
+
+Chapters:
+    settings          detectors, their flags, limits
+    the run           main(), the command line, several processes
+    detectors         boxes from words: Florence-2, Grounding DINO
+    boxes of a file   boxes from COCO JSON
+    masks and labels  SAM 2's masks in the boxes, the COCO file that is written
 """
 
 import argparse
@@ -60,6 +67,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+# ---- settings ----
+
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORIES = {"florence2": "florence-community/Florence-2-base",
                 "grounding-dino": "IDEA-Research/grounding-dino-tiny"}
@@ -69,6 +78,9 @@ TASKS = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_P
 NMS_IOU = 0.7       # of two boxes of one category with a higher IoU, the one with the lower score is dropped
 MAX_TOKENS = 1024   # of Florence-2's answer: the length of its decoder's context, enough for some 200 boxes
 DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
+
+
+# ---- the run ----
 
 
 def main():
@@ -148,6 +160,9 @@ def join_processes(requested):
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open until the process ends)
     return rank, processes, device
+
+
+# ---- detectors ----
 
 
 def make_detector(args, device):
@@ -305,6 +320,9 @@ class GroundingDino:
         return tokens
 
 
+# ---- boxes of a file ----
+
+
 class CocoBoxes:
     """Boxes from a COCO file, made by any detector or by hand, without those marked iscrowd.
 
@@ -368,6 +386,9 @@ class CocoBoxes:
 def base_name(file_name):
     """A file name without folders, which CVAT adds, and in Unicode's NFC form (macOS decomposes accents and Hangul)."""
     return unicodedata.normalize("NFC", PurePosixPath(str(file_name).replace("\\", "/")).name)
+
+
+# ---- masks and labels ----
 
 
 class GroundedSAM2:

@@ -6,6 +6,14 @@
 The slices are treated as the frames of a video. Indices are those of the volume in nibabel's closest canonical
 orientation (RAS): x increases towards the patient's right, y towards the front, z towards the head. The model and the
 window see slices in radiological view: front or head at the top, the patient's right on the left.
+
+Chapters:
+    settings         axes, windows of Hounsfield units, the mark of the masks
+    the run          main() and the command line
+    earlier results  which files in the output folder may be replaced
+    reading          the volume, and its slices as the frames of a video
+    segmenting       with the memory of the other slices, or each slice alone
+    writing          mask, table, summary, montage
 """
 
 import argparse
@@ -61,12 +69,17 @@ from volume_files import (
     voxels_apart,
 )
 
+# ---- settings ----
+
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
 WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
            "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
 MONTAGE_SLICES = 20
 MARK = "segment_volume.py"  # in the header field "descrip" of every mask written here, so that no other is overwritten;
 # with a checksum of the voxels, because not every program that saves a corrected mask replaces this field
+
+
+# ---- the run ----
 
 
 def main():
@@ -152,6 +165,63 @@ def parse_args():
     return args
 
 
+def parse_points(text):
+    """Parse "slice,x,y" or "slice,x,y,label;...": a list of (slice, (x, y, label)), in voxels."""
+    return [(slice_number(place), (x, y, as_label(*label or [1])))
+            for place, x, y, *label in parse_numbers(text, (3, 4), '"슬라이스,x,y" 또는 "슬라이스,x,y,라벨"')]
+
+
+def parse_boxes(text):
+    """Parse "slice,x1,y1,x2,y2;...": {slice: [x1, y1, x2, y2]}, in voxels, x1 <= x2 and y1 <= y2."""
+    boxes = {}
+    for place, x1, y1, x2, y2 in parse_numbers(text, (5,), '"슬라이스,x1,y1,x2,y2"'):
+        if slice_number(place) in boxes:
+            raise argparse.ArgumentTypeError(f"슬라이스 {place:g}에 상자가 둘입니다")
+        boxes[slice_number(place)] = sorted_box(x1, y1, x2, y2)
+    return boxes
+
+
+def slice_number(place):
+    """A slice's index as int. Raises argparse.ArgumentTypeError unless it is a whole number."""
+    if place != int(place):
+        raise argparse.ArgumentTypeError(f"슬라이스 번호는 정수여야 합니다: {place:g}")
+    return int(place)
+
+
+def parse_window(text):
+    """Parse a key of WINDOWS or "level,width": (lowest, highest) value to show in Hounsfield units; None for "none"."""
+    if text == "none":
+        return None
+    (level, width), *others = [WINDOWS[text]] if text in WINDOWS else \
+        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "레벨,폭"')
+    if others:
+        raise argparse.ArgumentTypeError(f"밝기 범위는 하나여야 합니다: {text}")
+    if width <= 0:
+        raise argparse.ArgumentTypeError(f"폭은 0보다 커야 합니다: {width:g}")
+    return level - width / 2, level + width / 2
+
+
+def settings_as_flags(args):
+    """The flags that set axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
+    window = "none" if args.window is None else f"{sum(args.window) / 2:g},{args.window[1] - args.window[0]:g}"
+    return "".join([f"--axis {args.axis} " if args.axis != "axial" else "",
+                    f'--window "{window}" ' if window != "40,80" else "",
+                    f"--max-gap {args.max_gap} " if args.max_gap != 3 else "",
+                    "--each-slice " if args.each_slice else ""])
+
+
+def as_flags(prompts):
+    """The flags --point and --box that give these prompts, which are in indices of the volume."""
+    points, boxes = [], []
+    for (number, _), (own_points, box) in sorted(prompts.items()):
+        points += [f"{number},{x:g},{y:g},{label}" for x, y, label in own_points]
+        boxes += [",".join(f"{value:g}" for value in (number, *box))] if box else []
+    return " ".join(f'--{name} "{";".join(found)}"' for name, found in (("point", points), ("box", boxes)) if found)
+
+
+# ---- earlier results ----
+
+
 def result_paths(args):
     """Paths of the four files that save() writes: mask, slices.csv, summary.json, montage."""
     names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
@@ -193,43 +263,8 @@ def is_of_volume(summary_path, volume):
         return True
 
 
-def parse_points(text):
-    """Parse "slice,x,y" or "slice,x,y,label;...": a list of (slice, (x, y, label)), in voxels."""
-    return [(slice_number(place), (x, y, as_label(*label or [1])))
-            for place, x, y, *label in parse_numbers(text, (3, 4), '"슬라이스,x,y" 또는 "슬라이스,x,y,라벨"')]
+# ---- reading ----
 
-
-def parse_boxes(text):
-    """Parse "slice,x1,y1,x2,y2;...": {slice: [x1, y1, x2, y2]}, in voxels, x1 <= x2 and y1 <= y2."""
-    boxes = {}
-    for place, x1, y1, x2, y2 in parse_numbers(text, (5,), '"슬라이스,x1,y1,x2,y2"'):
-        if slice_number(place) in boxes:
-            raise argparse.ArgumentTypeError(f"슬라이스 {place:g}에 상자가 둘입니다")
-        boxes[slice_number(place)] = sorted_box(x1, y1, x2, y2)
-    return boxes
-
-
-def slice_number(place):
-    """A slice's index as int. Raises argparse.ArgumentTypeError unless it is a whole number."""
-    if place != int(place):
-        raise argparse.ArgumentTypeError(f"슬라이스 번호는 정수여야 합니다: {place:g}")
-    return int(place)
-
-
-def parse_window(text):
-    """Parse a key of WINDOWS or "level,width": (lowest, highest) value to show in Hounsfield units; None for "none"."""
-    if text == "none":
-        return None
-    (level, width), *others = [WINDOWS[text]] if text in WINDOWS else \
-        parse_numbers(text, (2,), f'{", ".join(WINDOWS)}, none, "레벨,폭"')
-    if others:
-        raise argparse.ArgumentTypeError(f"밝기 범위는 하나여야 합니다: {text}")
-    if width <= 0:
-        raise argparse.ArgumentTypeError(f"폭은 0보다 커야 합니다: {width:g}")
-    return level - width / 2, level + width / 2
-
-
-# ----------------------------------------------------------------------------- reading
 
 class Volume:
     """A three-dimensional NIfTI file in canonical (RAS) orientation.
@@ -343,25 +378,8 @@ def mirror(prompts, size):
             for key, (points, box) in prompts.items()}
 
 
-def settings_as_flags(args):
-    """The flags that set axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
-    window = "none" if args.window is None else f"{sum(args.window) / 2:g},{args.window[1] - args.window[0]:g}"
-    return "".join([f"--axis {args.axis} " if args.axis != "axial" else "",
-                    f'--window "{window}" ' if window != "40,80" else "",
-                    f"--max-gap {args.max_gap} " if args.max_gap != 3 else "",
-                    "--each-slice " if args.each_slice else ""])
+# ---- segmenting ----
 
-
-def as_flags(prompts):
-    """The flags --point and --box that give these prompts, which are in indices of the volume."""
-    points, boxes = [], []
-    for (number, _), (own_points, box) in sorted(prompts.items()):
-        points += [f"{number},{x:g},{y:g},{label}" for x, y, label in own_points]
-        boxes += [",".join(f"{value:g}" for value in (number, *box))] if box else []
-    return " ".join(f'--{name} "{";".join(found)}"' for name, found in (("point", points), ("box", boxes)) if found)
-
-
-# ----------------------------------------------------------------------------- segmenting
 
 def segment(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
     """Segment the volume; yields (slice, label map) and fills `mask` and `scores` in place.
@@ -389,7 +407,8 @@ def segment_each(predictor, slices, prompts):
         yield key[0], objects, logits, object_scores(state, key[0])
 
 
-# ----------------------------------------------------------------------------- writing
+# ---- writing ----
+
 
 def save(args, volume, slices, prompts, mask, scores, truth, model):
     """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU.

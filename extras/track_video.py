@@ -6,6 +6,13 @@
 
 Frames are decoded when they are needed and old memories are dropped, so a long video takes no more memory than
 a short one.
+
+Chapters:
+    settings         sizes, containers, names of the results
+    the run          main() and the command line
+    earlier results  which files in the output folder may be replaced
+    reading          folders of images, video files, prompts.json
+    writing          masks, table, overlay, image and mask pairs
 """
 
 import argparse
@@ -54,6 +61,8 @@ from tracking import (
     track,
 )
 
+# ---- settings ----
+
 FOLDER_RATE = 25             # frames per second of the overlay, for a folder of images
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
 CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h263,h264,hevc,vvc,vc1,av1,obu,ivf,flv,asf,ogg,mxf,gif,nut,"
@@ -62,6 +71,9 @@ KEPT_BYTES = 64 * 2**20      # of decoded frames that are kept for going backwar
 RESULTS = ("overlay.mp4", "tracks.csv", "prompts.json")  # beside masks/
 MARK = "track_video.py"      # see mark()
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a bad image file
+
+
+# ---- the run ----
 
 
 def main():
@@ -135,6 +147,22 @@ def parse_args():
     return args
 
 
+def parse_points(text):
+    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels."""
+    return [(x, y, as_label(*label or [1])) for x, y, *label in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
+
+
+def parse_box(text):
+    """Parse "x1,y1,x2,y2": a list of floats, in pixels, x1 <= x2 and y1 <= y2."""
+    (x1, y1, x2, y2), *others = parse_numbers(text, (4,), '"x1,y1,x2,y2"')
+    if others:
+        raise argparse.ArgumentTypeError("상자는 하나여야 합니다. 대상이 여럿이면 --prompts를 쓰세요")
+    return sorted_box(x1, y1, x2, y2)
+
+
+# ---- earlier results ----
+
+
 def check_output(args, prompts):
     """Print which results of an earlier run will be overwritten; fail if any other file would be.
 
@@ -197,20 +225,8 @@ def hash_of(video):
     return zlib.crc32(f"{len(video)} {video.size}".encode() + frames)
 
 
-def parse_points(text):
-    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels."""
-    return [(x, y, as_label(*label or [1])) for x, y, *label in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
+# ---- reading ----
 
-
-def parse_box(text):
-    """Parse "x1,y1,x2,y2": a list of floats, in pixels, x1 <= x2 and y1 <= y2."""
-    (x1, y1, x2, y2), *others = parse_numbers(text, (4,), '"x1,y1,x2,y2"')
-    if others:
-        raise argparse.ArgumentTypeError("상자는 하나여야 합니다. 대상이 여럿이면 --prompts를 쓰세요")
-    return sorted_box(x1, y1, x2, y2)
-
-
-# ----------------------------------------------------------------------------- reading
 
 def open_video(path):
     """The frames of a video file or of a folder of images, as track() takes them. Raises ImageError."""
@@ -425,7 +441,8 @@ def read_prompts(path):
     return prompts
 
 
-# ----------------------------------------------------------------------------- writing
+# ---- writing ----
+
 
 def track_and_save(predictor, video, prompts, args):
     """Write the prompts, track, write each mask as soon as it is predicted and the other results at the end.

@@ -5,6 +5,13 @@ indexing (uint8 H x W x 3, RGB) and `size` (H, W), which reads an item when it i
 
 Prompts are {(frame, object): (points, box)}: points a list of (x, y, label) in pixels, label 1 (foreground) or
 0 (background); box [x1, y1, x2, y2] or None; objects are numbered from 1.
+
+Chapters:
+    settings    sizes, keys of the window
+    tracking    sam2's propagation with bounded memory
+    prompts     numbers from the command line, checks
+    drawing     colors of objects, overlays
+    the window  clicks, slider, tracking while one watches
 """
 
 import argparse
@@ -24,6 +31,8 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.widgets import Slider
 from PIL import Image
 
+# ---- settings ----
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
@@ -34,7 +43,8 @@ WINDOW_HELP = ("left click: object    right click: background    drag: box    {d
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
 
 
-# ----------------------------------------------------------------------------- tracking
+# ---- tracking ----
+
 
 def track(predictor, frames, prompts, max_gap=0):
     """Track the prompted objects through all frames, keeping only the outputs that later frames can attend to.
@@ -137,7 +147,8 @@ def label_map(objects, logits):
     return torch.where(best > 0, numbers[index], 0).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------- prompts
+# ---- prompts ----
+
 
 def parse_numbers(text, lengths, form):
     """Parse "1,2,3;4,5,6": a list of lists of floats, each of one of the given lengths.
@@ -193,7 +204,8 @@ def check_prompts(prompts, frames, source, unit):
             raise ImageError(f"{source}: {unit} {frame}: 상자는 x1 < x2, y1 < y2 여야 합니다")
 
 
-# ----------------------------------------------------------------------------- drawing
+# ---- drawing ----
+
 
 def object_colour(number):
     """A bright colour (RGB, 0 to 255) for an object, from yellow to violet, as red is invisible on tissue.
@@ -235,7 +247,8 @@ def require_display(flags):
         fail(f"창을 띄울 수 없습니다. 대신 쓸 옵션: {flags}{advice}")
 
 
-# ----------------------------------------------------------------------------- window
+# ---- the window ----
+
 
 class Window:
     """A matplotlib window: prompt objects on any frame, track them, correct any frame, track again.
