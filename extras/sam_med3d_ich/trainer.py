@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from config import differing_settings, settings_of
 from dataloader import NO_LABEL, training_loader, validation_loader
 from monai.data import MetaTensor
+from monai.losses import DiceLoss
 from monai.transforms import ResampleToMatch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
@@ -294,14 +295,12 @@ def next_clicks(predicted, truth, generators):
 def mask_losses(logits, truth):
     """Dice loss + binary cross-entropy of each volume, [B], from logits and a float mask [B, 1, S, S, S].
 
-    Dice has squared predictions in the denominator, as in SAM-Med3D's training (MONAI's DiceCELoss with sigmoid=True,
-    squared_pred=True), and is computed for each volume separately.
+    Dice has squared predictions in the denominator, as in SAM-Med3D's training, and is computed for each volume
+    separately.
     """
-    probability, axes = logits.sigmoid(), (1, 2, 3, 4)
-    overlap = (probability * truth).sum(axes)
-    size = (probability**2).sum(axes) + (truth**2).sum(axes)
-    dice = 1 - (2 * overlap + 1e-5) / (size + 1e-5)
-    return dice + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(axes)
+    dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")(logits, truth)  # [B, 1, 1, 1, 1]
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return dice.flatten() + cross_entropy.flatten(1).mean(1)
 
 
 def label_losses(logits, mask, label):
