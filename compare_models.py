@@ -56,7 +56,7 @@ from matplotlib.colors import hsv_to_rgb
 
 # ---- settings ----
 
-COLOURS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
+COLORS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
 
 
 # ---- the run ----
@@ -299,7 +299,7 @@ def measure(name, objects, gt_masks, results):
 
 
 def calculate_dice(pred_mask, gt_mask):
-    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
+    """Dice coefficient of two boolean masks of one shape, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 
@@ -324,7 +324,7 @@ def save_comparison(path, name, image, gt_masks, results):
     single = len(gt_masks) == 1
     panels[1].set_title("ground truth" if single else f"ground truth, {len(gt_masks)} objects")
     for panel, (title, (masks, (coords, labels))) in zip(panels[2:], results.items()):
-        panel.imshow(overlay_objects(image, masks, COLOURS[title]))
+        panel.imshow(overlay_objects(image, masks, COLORS[title]))
         draw_prompts(panel, coords[:, shared:], labels[:, shared:])
         iou = np.mean([calculate_iou(mask, gt_mask) for mask, gt_mask in zip(masks, gt_masks)])
         panel.set_title(f"{title}, {'' if single else 'mean '}IoU {iou:.1%}")
@@ -350,25 +350,25 @@ def printable(name):
     return name.encode(errors="replace").decode()
 
 
-def overlay_objects(image, masks, colour):
-    """`image` with masks (bool N x H x W) over it: a single one in `colour`, several in colours of their own."""
+def overlay_objects(image, masks, color):
+    """`image` with masks (bool N x H x W) over it: a single one in `color`, several in colours of their own."""
     for number, mask in enumerate(masks):
-        image = overlay(image, mask, colour if len(masks) == 1 else object_colour(number))
+        image = overlay(image, mask, color if len(masks) == 1 else object_color(number))
     return image
 
 
-def object_colour(number):
+def object_color(number):
     """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
     return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 
-def overlay(image, mask, colour):
-    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+def overlay(image, mask, color):
+    """`image` with `mask` tinted in `color` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
     inside = mask.astype(np.uint8)
-    tint = np.full_like(image, colour)
+    tint = np.full_like(image, color)
     tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
     edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+    return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
 
 
 # ---- results ----

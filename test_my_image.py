@@ -67,7 +67,7 @@ DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows a
 EVERYTHING_SIDE = 1024  # and to this for --everything, whose masks are no finer
 RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts, and of --everything;
            ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
-COLOURS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
+COLORS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letters on the same keys
@@ -344,7 +344,7 @@ def run_everything(path, name, image, predictors, args):
     black, white = np.zeros_like(reduced), np.full_like(reduced, 255)
     for annotation, mask in found:  # smaller ones are drawn over larger ones
         labels[mask] = annotation["id"]
-        black, white = (overlay(ground, mask, object_colour(annotation["id"])) for ground in (black, white))
+        black, white = (overlay(ground, mask, object_color(annotation["id"])) for ground in (black, white))
     # an overlay is share * image + tint; what it makes of black and of white gives both, at the size of the masks
     labels, tint, share = (cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
                            for array in (labels, black, white - black))
@@ -610,7 +610,7 @@ class Window:
             if self.current.candidates:
                 number, _, score = self.current.best(title)
                 text += f": mask {number + 1} of 3, score {score:.3f}"
-            show(axes, self.image, coloured_masks(objects, title))
+            show(axes, self.image, colored_masks(objects, title))
             axes.set_title(text, fontsize=10)
         self.draw_markers(self.current.points, self.current.box)
         self.figure.canvas.draw_idle()
@@ -630,11 +630,11 @@ def save_result(path, image, name, objects, rough):
         chosen, _, _ = objects[0].best(heading)
         for number, (mask, score) in enumerate(zip(*candidates)):
             text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
-            panels.append((text, [(mask, COLOURS[heading])], number == chosen))
+            panels.append((text, [(mask, COLORS[heading])], number == chosen))
     else:
         for title in objects[0].candidates:
             text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
-            panels.append((title + text, coloured_masks(objects, title), False))
+            panels.append((title + text, colored_masks(objects, title), False))
 
     flatness = image.shape[1] / image.shape[0]
     count = len(panels) + 1
@@ -695,12 +695,12 @@ def write_png(path, array):
 
 
 def show(axes, image, masks=()):
-    """Draw `image`, with `masks`, (bool H x W, colour), over it, in the image's own pixel coordinates."""
+    """Draw `image`, with `masks`, (bool H x W, color), over it, in the image's own pixel coordinates."""
     height, width = image.shape[:2]
     reduced = reduce_to(image, DISPLAY_SIDE, cv2.INTER_AREA)
-    for mask, colour in masks:
+    for mask, color in masks:
         small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        reduced = overlay(reduced, small > 0, colour)
+        reduced = overlay(reduced, small > 0, color)
     if axes.images:
         axes.images[0].set_data(reduced)
     else:
@@ -719,24 +719,24 @@ def mark_prompts(axes, points, box):
     return drawn
 
 
-def coloured_masks(objects, title):
+def colored_masks(objects, title):
     """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
-    return [(item.best(title)[1], object_colour(number) if len(objects) > 1 else COLOURS[title])
+    return [(item.best(title)[1], object_color(number) if len(objects) > 1 else COLORS[title])
             for number, item in enumerate(objects)]
 
 
-def object_colour(number):
+def object_color(number):
     """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
     return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 
-def overlay(image, mask, colour):
-    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+def overlay(image, mask, color):
+    """`image` with `mask` tinted in `color` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
     inside = mask.astype(np.uint8)
-    tint = np.full_like(image, colour)
+    tint = np.full_like(image, color)
     tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
     edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+    return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
 
 
 def reduce_to(array, max_side, interpolation):

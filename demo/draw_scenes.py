@@ -38,8 +38,8 @@ def main():
         rng = np.random.default_rng(seed)
         stills = [draw_clip(rng, 256, 1) for _ in range(3)]
         clip = draw_clip(rng, 256, 12)
-        tiles = [tile for frames, labels, _ in stills for tile in (frames[0], colour_labels(labels[0]))]
-        tiles += [tile for t in (0, 5, 11) for tile in (clip[0][t], colour_labels(clip[1][t]))]
+        tiles = [tile for frames, labels, _ in stills for tile in (frames[0], color_labels(labels[0]))]
+        tiles += [tile for t in (0, 5, 11) for tile in (clip[0][t], color_labels(clip[1][t]))]
         rows.append(np.concatenate(tiles, 1))
     path = Path(__file__).resolve().parent / "output" / "scenes.png"
     path.parent.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def draw_clip(rng, size, times):
     return frames, labels, groups
 
 
-def colour_labels(labels):
+def color_labels(labels):
     """Labels S x S as distinct colours, uint8 S x S x 3, to look at."""
     hue = (labels.astype(np.float32) * 67 % 180).astype(np.uint8)
     lit = np.where(labels > 0, 230, 0).astype(np.uint8)
@@ -144,8 +144,8 @@ def new_thing(rng, size, ground, roughness, pace, model=None, whole=None):
         waves=waves,
     )
     if whole is None and radius > 0.12 * size and rng.random() < 0.3:
-        colour = surface.mean((0, 1))
-        thing.parts = [new_thing(rng, size, colour, roughness, pace, whole=thing) for _ in range(rng.integers(1, 3))]
+        color = surface.mean((0, 1))
+        thing.parts = [new_thing(rng, size, color, roughness, pace, whole=thing) for _ in range(rng.integers(1, 3))]
     return thing
 
 
@@ -193,12 +193,12 @@ def rotation(angle):
 # ---- textures ----
 
 
-def texture(rng, side, colour, roughness):
-    """A textured field around `colour`: float32 side x side x 3, 0 to 255.
+def texture(rng, side, color, roughness):
+    """A textured field around `color`: float32 side x side x 3, 0 to 255.
 
     roughness: 0 (no texture) to 1.
     """
-    surface = np.broadcast_to(colour.astype(np.float32), (side, side, 3)).copy()
+    surface = np.broadcast_to(color.astype(np.float32), (side, side, 3)).copy()
     angle, slope = rng.uniform(0, 2 * np.pi), roughness * rng.uniform(0, 50)
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side - 0.5
     across = (x * np.cos(angle) + y * np.sin(angle)).astype(np.float32)

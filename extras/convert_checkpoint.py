@@ -269,7 +269,7 @@ def to_official(args):
         fail(f"{args.target}: 파일이어야 하는데 폴더가 있습니다")
     image_size = read_image_size(args.source)
     try:
-        weights = official_weights(load_file(args.source / "model.safetensors"))
+        weights = weights_from_huggingface(load_file(args.source / "model.safetensors"))
     except FileNotFoundError:
         fail(f"{args.source}: model.safetensors가 없습니다 (.bin 파일은 읽지 않습니다)")
     except (SafetensorError, KeyError) as error:
@@ -338,7 +338,7 @@ def huggingface_weights(official):
     return weights
 
 
-def official_weights(huggingface):
+def weights_from_huggingface(huggingface):
     """The inverse of huggingface_weights, in float32."""
     back = [(new, old) for old, new in reversed(RENAMED)]
     weights = {rename(name, back): tensor.float().contiguous() for name, tensor in huggingface.items()

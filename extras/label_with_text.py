@@ -85,7 +85,7 @@ DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
 
 def main():
     args = parse_args()
-    rank, processes, device = join_processes(args.device)
+    rank, processes, device = join_ranks(args.device)
     detector, checkpoint = make_detector(args, device), choose_checkpoint(args)
     predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
     print(f"모델: {checkpoint}, 장치: {device}")
@@ -145,7 +145,7 @@ def parse_score(text):
     return score
 
 
-def join_processes(requested):
+def join_ranks(requested):
     """Join the processes of torchrun; returns (rank, number of processes, device), with 0 and 1 without torchrun.
 
     Each process gets a GPU of its own with CUDA, and only rank 0 prints.
@@ -462,7 +462,7 @@ class GroundedSAM2:
         used are skipped and listed at the end; it is an error if there is no label at all. Returns the path of the
         JSON.
         """
-        paths, problems = find_images(folder)
+        paths, problems = images_to_label(folder)
         target = Path(output, "annotations.json")
         if rank == 0:
             Path(output).mkdir(parents=True, exist_ok=True)  # fails before any work is done, not at the end
@@ -544,7 +544,7 @@ def suppress(detections):
     return detections
 
 
-def find_images(folder):
+def images_to_label(folder):
     """List the images of a folder: (sorted paths, {name: problem} of images that share their stem with another one,
     because both would have the same mask file in data/). Fails without images."""
     if not Path(folder).is_dir():

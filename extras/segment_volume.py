@@ -49,11 +49,11 @@ from tracking import (
     Window,
     add_prompts,
     as_label,
-    check_prompts,
+    check_frame_prompts,
     object_scores,
-    overlay,
+    overlay_labels,
     parse_numbers,
-    require_display,
+    require_window,
     sorted_box,
     start_state,
     track,
@@ -85,16 +85,16 @@ MARK = "segment_volume.py"  # in the header field "descrip" of every mask writte
 def main():
     args = parse_args()
     if args.interactive:
-        require_display('--point "슬라이스,x,y"')
+        require_window('--point "슬라이스,x,y"')
     else:
         plt.switch_backend("Agg")
-    check_output(args)
+    check_results(args)
     volume = Volume(args.volume)
     for doubt in (*doubts_about_values(volume.data, args.window), *doubts_about_header(args.volume),
                   *doubts_about_affine(volume.image.affine)):
         print(f"주의: {args.volume}: {doubt}")
     slices = Slices(volume, args.axis, args.window)
-    check_prompts(args.prompts, slices, args.volume, "슬라이스")
+    check_frame_prompts(args.prompts, slices, args.volume, "슬라이스")
     prompts = mirror(args.prompts, slices.size)
     truth = slices.of_file(args.truth, volume, args.truth_label) if args.truth else None
 
@@ -105,7 +105,7 @@ def main():
     mask, scores = np.zeros((len(slices), height, width), bool), np.full(len(slices), np.nan)
 
     def follow(prompts):
-        return segment(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
+        return segment_slices(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
 
     is_done = False
     if args.interactive:
@@ -123,16 +123,16 @@ def main():
         for _ in follow(prompts):
             pass
     model = {"checkpoint": str(checkpoint), "model_cfg": args.model_cfg, "image_size": predictor.image_size}
-    save(args, volume, slices, prompts, mask, scores, truth, model)
+    save_volume_results(args, volume, slices, prompts, mask, scores, truth, model)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description="CT나 MR 볼륨의 대상을 SAM 2.1로 분할합니다. 프롬프트가 없으면 창을 엽니다.")
     parser.add_argument("--volume", "-v", required=True, metavar="FILE", help="NIfTI 파일 (.nii, .nii.gz)")
-    parser.add_argument("--point", "-p", type=parse_points, default=[],
+    parser.add_argument("--point", "-p", type=parse_slice_points, default=[],
                         help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
-    parser.add_argument("--box", type=parse_boxes, default={},
+    parser.add_argument("--box", type=parse_slice_boxes, default={},
                         help='상자: "슬라이스,x1,y1,x2,y2", 여러 슬라이스면 ";"로 이어서')
     parser.add_argument("--axis", choices=AXES, default="axial",
                         help="슬라이스의 방향 (기본: axial)")
@@ -165,13 +165,13 @@ def parse_args():
     return args
 
 
-def parse_points(text):
+def parse_slice_points(text):
     """Parse "slice,x,y" or "slice,x,y,label;...": a list of (slice, (x, y, label)), in voxels."""
     return [(slice_number(place), (x, y, as_label(*label or [1])))
             for place, x, y, *label in parse_numbers(text, (3, 4), '"슬라이스,x,y" 또는 "슬라이스,x,y,라벨"')]
 
 
-def parse_boxes(text):
+def parse_slice_boxes(text):
     """Parse "slice,x1,y1,x2,y2;...": {slice: [x1, y1, x2, y2]}, in voxels, x1 <= x2 and y1 <= y2."""
     boxes = {}
     for place, x1, y1, x2, y2 in parse_numbers(text, (5,), '"슬라이스,x1,y1,x2,y2"'):
@@ -223,34 +223,34 @@ def as_flags(prompts):
 
 
 def result_paths(args):
-    """Paths of the four files that save() writes: mask, slices.csv, summary.json, montage."""
+    """Paths of the four files that save_volume_results() writes: mask, slices.csv, summary.json, montage."""
     names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
     return [args.output / name for name in names]
 
 
-def check_output(args):
+def check_results(args):
     """Print which results of an earlier run on this volume will be overwritten; fail if any other file would be."""
     results = result_paths(args)
     for path in filter(None, (args.volume, args.truth)):
         if Path(path).resolve() in [result.resolve() for result in results]:
             fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
     found = [path for path in results if path.exists()]
-    if found and not (is_marked(results[0]) and is_of_volume(results[2], args.volume)):
+    if found and not (is_own_mask(results[0]) and is_of_volume(results[2], args.volume)):
         fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if found:
         print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
 
 
-def is_marked(path):
+def is_own_mask(path):
     """Whether a mask is as this script wrote it."""
     try:
         image = load_nifti(path)
-        return bytes(image.header["descrip"]).rstrip(b"\0") == mark(np.asarray(image.dataobj))
+        return bytes(image.header["descrip"]).rstrip(b"\0") == voxel_mark(np.asarray(image.dataobj))
     except Exception:  # nibabel, gzip and zlib each raise their own kinds
         return False
 
 
-def mark(voxels):
+def voxel_mark(voxels):
     """MARK and a checksum of a mask's voxels, as bytes."""
     return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}".encode()
 
@@ -312,7 +312,7 @@ class Volume:
         header.set_slope_inter(1, 0)
         header.set_intent("none")
         voxels = nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape)
-        header["descrip"] = mark(voxels)
+        header["descrip"] = voxel_mark(voxels)
         header["cal_min"] = header["cal_max"] = 0  # display range of the CT
         return kind(voxels, self.image.affine, header)
 
@@ -381,7 +381,7 @@ def mirror(prompts, size):
 # ---- segmenting ----
 
 
-def segment(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
+def segment_slices(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
     """Segment the volume; yields (slice, label map) and fills `mask` and `scores` in place.
 
     mask: bool slices x H x W; scores: float, one per slice, NaN where none was predicted.
@@ -410,7 +410,7 @@ def segment_each(predictor, slices, prompts):
 # ---- writing ----
 
 
-def save(args, volume, slices, prompts, mask, scores, truth, model):
+def save_volume_results(args, volume, slices, prompts, mask, scores, truth, model):
     """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU.
 
     model: {name: value} of what is to be said of the model in summary.json.
@@ -451,7 +451,7 @@ def save(args, volume, slices, prompts, mask, scores, truth, model):
 
 
 def calculate_dice(pred_mask, gt_mask):
-    """Dice of two boolean masks, 0 to 1: 2 |A∩B| / (|A| + |B| + 1e-6)."""
+    """Dice coefficient of two boolean masks of one shape, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 
@@ -469,7 +469,7 @@ def draw_montage(slices, mask, truth):
     for panel in panels.flat:
         panel.set_axis_off()
     for panel, number in zip(panels.flat, numbers):
-        drawn = overlay(slices[number], mask[number].astype(np.uint8))
+        drawn = overlay_labels(slices[number], mask[number].astype(np.uint8))
         if truth is not None:
             edges, _ = cv2.findContours(truth[number].astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
             drawn = cv2.drawContours(drawn, edges, -1, (0, 255, 0), 1)

@@ -51,12 +51,12 @@ from tqdm import tqdm
 from tracking import (
     Window,
     as_label,
-    check_prompts,
+    check_frame_prompts,
     label_map,
-    overlay,
+    overlay_labels,
     parse_numbers,
     reduce_to,
-    require_display,
+    require_window,
     sorted_box,
     track,
 )
@@ -79,7 +79,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 def main():
     args = parse_args()
     if args.interactive:
-        require_display('--point "x,y"나 --prompts')
+        require_window('--point "x,y"나 --prompts')
     else:
         plt.switch_backend("Agg")
     video = open_video(args.video)
@@ -87,7 +87,7 @@ def main():
     prompts = read_prompts(args.prompts) if args.prompts else \
         {(args.frame or 0, 1): (args.point, args.box)} if args.point or args.box else {}
     check_output(args, prompts)
-    check_prompts(prompts, video, args.prompts or args.video, "프레임")
+    check_frame_prompts(prompts, video, args.prompts or args.video, "프레임")
 
     checkpoint, device = choose_checkpoint(args), detect_device(args.device)
     predictor = load_video_predictor(args.model_cfg, checkpoint, device, args.image_size)
@@ -122,7 +122,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="영상에서 SAM 2.1로 대상을 추적합니다. 프롬프트가 없으면 창을 엽니다.")
     parser.add_argument("--video", "-v", required=True, metavar="PATH",
                         help="영상 파일, 또는 프레임 이미지가 든 폴더 (이름의 자연스러운 순서대로)")
-    parser.add_argument("--point", "-p", type=parse_points, default=[],
+    parser.add_argument("--point", "-p", type=parse_clicks, default=[],
                         help='대상 1의 점: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_box, help='대상 1의 상자: "x1,y1,x2,y2"')
     parser.add_argument("--frame", type=int, help="--point와 --box의 프레임 번호, 0부터 (기본: 0)")
@@ -147,7 +147,7 @@ def parse_args():
     return args
 
 
-def parse_points(text):
+def parse_clicks(text):
     """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels."""
     return [(x, y, as_label(*label or [1])) for x, y, *label in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
 
@@ -553,7 +553,8 @@ def save_pictures(video, args, is_numbered):
 
 def overlay_frame(image, labels):
     """A frame of overlay.mp4, uint8 H x W x 3: reduced, masks drawn, padded to the even sides that H.264 requires."""
-    drawn = overlay(reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduce_to(labels, OVERLAY_SIDE, cv2.INTER_NEAREST))
+    image, labels = reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduce_to(labels, OVERLAY_SIDE, cv2.INTER_NEAREST)
+    drawn = overlay_labels(image, labels)
     height, width = drawn.shape[:2]
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
