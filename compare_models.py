@@ -4,6 +4,16 @@
 
 Both models get the same prompt. Of each model's three masks, the one with the highest predicted score is
 compared. If the models share a frozen encoder, each image is encoded once for both.
+
+Chapters:
+    settings      the colors of the two models
+    the run       main() and the command line
+    data          pairs of image and mask, and the objects in them
+    prediction    both models' masks from the same simulated clicks and boxes
+    metrics       IoU and Dice of each object
+    figures       the panels of one image, the colors of objects
+    results       tables, the scatter plot, the message after it
+    shared block  what train_sam2_proper.py and test_my_image.py contain too
 """
 
 import argparse
@@ -44,7 +54,12 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
 
-COLOURS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
+# ---- settings ----
+
+COLORS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
+
+
+# ---- the run ----
 
 
 def main():
@@ -122,6 +137,9 @@ def parse_args():
     return args
 
 
+# ---- data ----
+
+
 def find_pairs(image_dir, mask_dir):
     """Images with a mask of the same stem (mask_dir/STEM.png), as sorted (image path, mask path).
 
@@ -137,17 +155,6 @@ def find_pairs(image_dir, mask_dir):
         if (other := by_stem.setdefault(image.stem, image)) != image:
             fail(f"이름이 같은 이미지가 둘입니다: {other}, {image.name}. 하나만 남기세요")
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
-
-
-def same_frozen_weights(original, finetuned):
-    """Whether all weights that compute an image's features are equal in both models.
-
-    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
-    conv_s1, which run in set_image.
-    """
-    ours, theirs = original.state_dict(), finetuned.state_dict()
-    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
-    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
 
 
 def read_pair(image_path, mask_path):
@@ -173,6 +180,20 @@ def sample_objects(numbers, max_objects):
     if max_objects is None or len(numbers) <= max_objects:
         return numbers
     return np.sort(np.random.default_rng(0).choice(numbers, max_objects, replace=False))
+
+
+# ---- prediction ----
+
+
+def same_frozen_weights(original, finetuned):
+    """Whether all weights that compute an image's features are equal in both models.
+
+    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
+    conv_s1, which run in set_image.
+    """
+    ours, theirs = original.state_dict(), finetuned.state_dict()
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
 
 
 def set_image_in_all(predictors, image, shared):
@@ -265,6 +286,9 @@ def error_click(predicted, gt_mask):
     return np.array([[x, y]], np.float32), label
 
 
+# ---- metrics ----
+
+
 def measure(name, objects, gt_masks, results):
     """The rows of per_image.csv for one image; results: {"original": (masks, prompts), "fine-tuned": ...}."""
     (original, _), (finetuned, _) = results.values()
@@ -274,14 +298,12 @@ def measure(name, objects, gt_masks, results):
             for number, gt_mask, before, after in zip(objects, gt_masks, original, finetuned)]
 
 
-def text_cell(text):
-    """A table cell that no spreadsheet evaluates: a text that begins with = + - @, tab or CR gets an apostrophe."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
 def calculate_dice(pred_mask, gt_mask):
-    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
+    """Dice coefficient of two boolean masks of one shape, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
+
+
+# ---- figures ----
 
 
 def save_comparison(path, name, image, gt_masks, results):
@@ -302,7 +324,7 @@ def save_comparison(path, name, image, gt_masks, results):
     single = len(gt_masks) == 1
     panels[1].set_title("ground truth" if single else f"ground truth, {len(gt_masks)} objects")
     for panel, (title, (masks, (coords, labels))) in zip(panels[2:], results.items()):
-        panel.imshow(overlay_objects(image, masks, COLOURS[title]))
+        panel.imshow(overlay_objects(image, masks, COLORS[title]))
         draw_prompts(panel, coords[:, shared:], labels[:, shared:])
         iou = np.mean([calculate_iou(mask, gt_mask) for mask, gt_mask in zip(masks, gt_masks)])
         panel.set_title(f"{title}, {'' if single else 'mean '}IoU {iou:.1%}")
@@ -328,25 +350,28 @@ def printable(name):
     return name.encode(errors="replace").decode()
 
 
-def overlay_objects(image, masks, colour):
-    """`image` with masks (bool N x H x W) over it: a single one in `colour`, several in colours of their own."""
+def overlay_objects(image, masks, color):
+    """`image` with masks (bool N x H x W) over it: a single one in `color`, several in colours of their own."""
     for number, mask in enumerate(masks):
-        image = overlay(image, mask, colour if len(masks) == 1 else object_colour(number))
+        image = overlay(image, mask, color if len(masks) == 1 else object_color(number))
     return image
 
 
-def object_colour(number):
+def object_color(number):
     """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
     return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 
-def overlay(image, mask, colour):
-    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+def overlay(image, mask, color):
+    """`image` with `mask` tinted in `color` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
     inside = mask.astype(np.uint8)
-    tint = np.full_like(image, colour)
+    tint = np.full_like(image, color)
     tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
     edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
+    return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
+
+
+# ---- results ----
 
 
 def save_results(rows, images, args, device, image_size):
@@ -364,6 +389,11 @@ def save_results(rows, images, args, device, image_size):
                "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
     write_json(args.output_dir / "summary.json", summary)
     return mean
+
+
+def text_cell(text):
+    """A table cell that no spreadsheet evaluates: a text that begins with = + - @, tab or CR gets an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def save_scatter(path, rows):

@@ -11,7 +11,17 @@ Output:
     data/images/{train,val}/NAME.jpg|.jpeg|.png    the image's own bytes (other formats become PNG)
     data/masks/{train,val}/NAME.png                of the image's size; 8-bit, 0 or 255: one object;
                                                    16-bit: numbered objects, 0 is the background
-    data/split.json                                the source of data/, so that it is not written twice
+    data/split.json                                what it was made from, so that it is not made twice
+
+Chapters:
+    settings               constants and messages
+    the run                main(), the command line, from two folders to data/
+    pairs by name          an image and the mask file of the same name
+    reading masks          from the pixels of a mask file to a label map
+    COCO                   polygons and RLE drawn as label maps
+    writing data/          both files of a pair, EXIF orientation, the split, notes
+    --check and --preview  every problem in data/, statistics, the contact sheet
+    files                  images, locks, files that are never half-written, failures
 """
 
 import argparse
@@ -38,6 +48,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
+
+# ---- settings ----
 
 KEPT_AS_IS = (".jpg", ".jpeg", ".png")
 IMAGE_SUFFIXES = (*KEPT_AS_IS, ".jfif", ".jpe", ".bmp", ".tif", ".tiff", ".webp")
@@ -70,6 +82,9 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow only looks at headers and palettes; Open
 
 class ImageError(OSError):
     """An image or mask that cannot be used; the message names the file."""
+
+
+# ---- the run ----
 
 
 def main():
@@ -166,6 +181,29 @@ def prepare(args):
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
 
 
+def make_empty_folders(data_dir):
+    folders = [data_dir / part / split for part in ("images", "masks") for split in SPLITS]
+    new = [folder for folder in folders if not folder.is_dir()]
+    for folder in new:
+        folder.mkdir(parents=True)
+    print(f"""{'폴더를 만들었습니다' if new else '폴더가 이미 있습니다'}: {', '.join(map(str, new or folders))}
+
+직접 채우기 (val은 검증용, 전체의 20% 정도. 확인: python prepare_data.py --check):
+  {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
+  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
+      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
+
+자동으로 나누기:
+  python prepare_data.py --images 이미지폴더 --masks 마스크폴더    (8비트 값이나 색이 객체의 번호면 --numbered)
+  python prepare_data.py --images 이미지폴더 --coco annotations.json
+
+Kvasir-SEG 받기:
+  python download_dataset.py""")
+
+
+# ---- pairs by name ----
+
+
 def pairs_from_masks(args, notes):
     """Pair images and mask files by stem.
 
@@ -206,16 +244,12 @@ def image_files(folder, problems):
     return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def print_notes(notes):
-    """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
-    for key, found in notes.items():
-        named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
-        print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
-
-
 def composed(name):
     """A file name in NFC form, with one character per Korean syllable; macOS and its zip files decompose them."""
     return unicodedata.normalize("NFC", name)
+
+
+# ---- reading masks ----
 
 
 def read_source_mask(path, args, notes, _shape=None):
@@ -313,57 +347,7 @@ def to_labels(values, classes=False):
     return labels
 
 
-def decode_file(path, flags):
-    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
-
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
-    """
-    try:
-        data, pages = np.fromfile(path, np.uint8), ()
-        if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
-            _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
-        pages = ()
-    if len(pages) == 1:
-        return pages[0]
-    raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
-                                    "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
-
-
-def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
-
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
-    white.
-    """
-    pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    if pixels.dtype != np.uint8:
-        numbers = pixels[np.isfinite(pixels)]
-        low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
-        scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
-        pixels = np.nan_to_num(scaled).round().astype(np.uint8)
-    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
-
-
-def is_label_map(mask):
-    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
-
-    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
-    nearly black or white.
-    """
-    if not ((mask > 0) & (mask < 255)).any():
-        return False
-    if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
-        mask = np.where(mask < 24, 0, np.where(mask > 231, 255, mask)).astype(np.uint8)
-    low, high = cv2.erode(mask, np.ones((3, 3))), cv2.dilate(mask, np.ones((3, 3)))
-    pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
-    fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
-    middle = (mask >= 24) & (mask <= 231)
-    flat = middle & ((mask == low) | (mask == high))
-    return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
-            or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
+# ---- COCO ----
 
 
 def pairs_from_coco(args, notes):
@@ -499,11 +483,7 @@ def uncompress(text):
     return counts
 
 
-def checksums(data_dir):
-    """{path relative to data_dir: CRC-32} of the files of images/ and masks/, without SYSTEM_FILES."""
-    paths = [path for part in ("images", "masks") for path in (data_dir / part).rglob("*") if path.is_file()]
-    names = {path.relative_to(data_dir).as_posix(): path for path in paths}
-    return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
+# ---- writing data/ ----
 
 
 def write_pairs(readers, problems, folder, notes):
@@ -600,6 +580,23 @@ def put_in_place(staging, target, splits, record):
                 (staging / part / name).rename(target / part / split / name)
     shutil.rmtree(staging)
     write_json(split_file, {**record, "checksums": checksums(target)})
+
+
+def checksums(data_dir):
+    """{path relative to data_dir: CRC-32} of the files of images/ and masks/, without SYSTEM_FILES."""
+    paths = [path for part in ("images", "masks") for path in (data_dir / part).rglob("*") if path.is_file()]
+    names = {path.relative_to(data_dir).as_posix(): path for path in paths}
+    return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
+
+
+def print_notes(notes):
+    """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
+    for key, found in notes.items():
+        named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
+        print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
+
+
+# ---- --check and --preview ----
 
 
 def check(data_dir):
@@ -721,24 +718,60 @@ def draw_tile(image_path, mask_path):
     return image
 
 
-def make_empty_folders(data_dir):
-    folders = [data_dir / part / split for part in ("images", "masks") for split in SPLITS]
-    new = [folder for folder in folders if not folder.is_dir()]
-    for folder in new:
-        folder.mkdir(parents=True)
-    print(f"""{'폴더를 만들었습니다' if new else '폴더가 이미 있습니다'}: {', '.join(map(str, new or folders))}
+# ---- files ----
 
-직접 채우기 (val은 검증용, 전체의 20% 정도. 확인: python prepare_data.py --check):
-  {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
-  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
-      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
 
-자동으로 나누기:
-  python prepare_data.py --images 이미지폴더 --masks 마스크폴더    (8비트 값이나 색이 객체의 번호면 --numbered)
-  python prepare_data.py --images 이미지폴더 --coco annotations.json
+def decode_file(path, flags):
+    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
 
-Kvasir-SEG 받기:
-  python download_dataset.py""")
+    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
+    """
+    try:
+        data, pages = np.fromfile(path, np.uint8), ()
+        if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
+            _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, cv2.error):  # a path with a NUL; an empty file; more pixels than OpenCV allows
+        pages = ()
+    if len(pages) == 1:
+        return pages[0]
+    raise ImageError(f"{path}: " + ("여러 장이 든 파일입니다. 한 장씩 나누세요" if pages else
+                                    "손상되었거나 읽지 못하는 형식의 이미지입니다 (JPEG나 PNG로 바꾸세요)"))
+
+
+def read_image(path):
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
+
+    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
+    white.
+    """
+    pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels.dtype != np.uint8:
+        numbers = pixels[np.isfinite(pixels)]
+        low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
+        scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
+        pixels = np.nan_to_num(scaled).round().astype(np.uint8)
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if pixels.ndim == 2 else cv2.COLOR_BGR2RGB)
+
+
+def is_label_map(mask):
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
+
+    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
+    nearly black or white.
+    """
+    if not ((mask > 0) & (mask < 255)).any():
+        return False
+    if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
+        mask = np.where(mask < 24, 0, np.where(mask > 231, 255, mask)).astype(np.uint8)
+    low, high = cv2.erode(mask, np.ones((3, 3))), cv2.dilate(mask, np.ones((3, 3)))
+    pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
+    fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
+    middle = (mask >= 24) & (mask <= 231)
+    flat = middle & ((mask == low) | (mask == high))
+    return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
+            or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
 
 def lock(path):

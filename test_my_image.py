@@ -4,6 +4,17 @@
     python test_my_image.py --image test_images/dog.jpg                    # a window
     python test_my_image.py --image test_images --everything
     python test_my_image.py --image photos --annotate masks                # label a folder, one window per image
+
+Chapters:
+    settings            sizes, file names, colors, the keys of the window
+    the run             main(), the command line, the two models
+    images and prompts  which images, what their results are called, checks of the prompts
+    every object        --everything: sam2's automatic mask generator
+    prompted objects    masks from points, boxes or a rough mask
+    the window          clicks, keys and --annotate
+    results             the files that are written
+    drawing             masks and prompts over an image
+    shared block        what train_sam2_proper.py and compare_models.py contain too
 """
 
 import argparse
@@ -49,15 +60,20 @@ except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a 
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
+# ---- settings ----
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # read from folders
 DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
 EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
 RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts; of --everything;
            ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
-COLOURS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
+COLORS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letters on the same keys
+
+
+# ---- the run ----
 
 
 def main():
@@ -189,6 +205,52 @@ def parse_boxes(text):
     return boxes
 
 
+def load_models(args):
+    """Load the models, {title: SAM2ImagePredictor}; also returns whether their image encoders are equal.
+
+    With --compare there are two. If no fine-tuned model exists, this is reported and only the original is used.
+    """
+    if not args.original and not Path(args.finetuned).is_file():
+        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
+        args.original, args.compare = True, False
+    checkpoints = {"original model": args.checkpoint, "fine-tuned model": args.finetuned}
+    if not args.compare:
+        del checkpoints["fine-tuned model" if args.original else "original model"]
+    device = detect_device(args.device)
+    first, *others = checkpoints
+    predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
+    for title in others:
+        predictors[title] = copy.deepcopy(predictors[first])
+        load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
+    print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
+    return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
+
+
+def same_frozen_weights(original, finetuned):
+    """Whether all weights that compute an image's features are equal in both models.
+
+    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
+    conv_s1, which run in set_image.
+    """
+    ours, theirs = original.state_dict(), finetuned.state_dict()
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
+
+
+def set_image_in_all(predictors, image, shared):
+    """Set `image` in every predictor; with `shared` (equal image encoders), it is encoded only once."""
+    first, *others = predictors
+    first.set_image(image)
+    for other in others:
+        if shared:
+            other._features, other._orig_hw, other._is_image_set = first._features, first._orig_hw, True
+        else:
+            other.set_image(image)
+
+
+# ---- images and prompts ----
+
+
 def find_images(names):
     """The image files given by --image: files as they are, folders as the sorted images in them.
 
@@ -222,6 +284,17 @@ def without_mask(paths, mask_dir):
     remaining = [path for path in paths if not (mask_dir / f"{path.stem}.png").exists()]
     print(f"이미지 {len(paths)}장 가운데 {len(paths) - len(remaining)}장은 마스크가 있습니다: {mask_dir}")
     return remaining or sys.exit()
+
+
+def result_names(paths):
+    """A name for each image's results: its stem, made unique if several images share it."""
+    stems, names = Counter(path.stem for path in paths), {}
+    for path in paths:
+        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
+        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
+            name += "_"  # --compare also writes NAME_original_mask.png for NAME
+        names[name] = path
+    return list(names)
 
 
 def require_display(alternative):
@@ -264,58 +337,7 @@ def check_prompts(path, image, points, boxes, rough):
                          f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
 
 
-def load_models(args):
-    """Load the models, {title: SAM2ImagePredictor}; also returns whether their image encoders are equal.
-
-    With --compare there are two. If no fine-tuned model exists, this is reported and only the original is used.
-    """
-    if not args.original and not Path(args.finetuned).is_file():
-        print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
-        args.original, args.compare = True, False
-    checkpoints = {"original model": args.checkpoint, "fine-tuned model": args.finetuned}
-    if not args.compare:
-        del checkpoints["fine-tuned model" if args.original else "original model"]
-    device = detect_device(args.device)
-    first, *others = checkpoints
-    predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
-    for title in others:
-        predictors[title] = copy.deepcopy(predictors[first])
-        load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
-    print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
-    return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
-
-
-def same_frozen_weights(original, finetuned):
-    """Whether all weights that compute an image's features are equal in both models.
-
-    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
-    conv_s1, which run in set_image.
-    """
-    ours, theirs = original.state_dict(), finetuned.state_dict()
-    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
-    return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
-
-
-def result_names(paths):
-    """A name for each image's results: its stem, made unique if several images share it."""
-    stems, names = Counter(path.stem for path in paths), {}
-    for path in paths:
-        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
-        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
-            name += "_"  # --compare also writes NAME_original_mask.png for NAME
-        names[name] = path
-    return list(names)
-
-
-def set_image_in_all(predictors, image, shared):
-    """Set `image` in every predictor; with `shared` (equal image encoders), it is encoded only once."""
-    first, *others = predictors
-    first.set_image(image)
-    for other in others:
-        if shared:
-            other._features, other._orig_hw, other._is_image_set = first._features, first._orig_hw, True
-        else:
-            other.set_image(image)
+# ---- every object ----
 
 
 def run_everything(path, name, image, predictors, args):
@@ -327,7 +349,7 @@ def run_everything(path, name, image, predictors, args):
     black, white = np.zeros_like(reduced), np.full_like(reduced, 255)
     for annotation, mask in found:  # smaller ones are drawn over larger ones
         labels[mask] = annotation["id"]
-        black, white = (overlay(ground, mask, object_colour(annotation["id"])) for ground in (black, white))
+        black, white = (overlay(ground, mask, object_color(annotation["id"])) for ground in (black, white))
     # an overlay is share * image + tint; overlays of black and of white give both, at the size of the masks
     labels, tint, share = (cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
                            for array in (labels, black, white - black))
@@ -366,6 +388,9 @@ def segment_everything(predictor, reduced, size, args):
             for number, (annotation, mask) in enumerate(found, start=1)]
 
 
+# ---- prompted objects ----
+
+
 def run_prompts(path, name, image, predictors, args):
     """Segment one image with every model, with prompts from the arguments or the window, and write the results.
 
@@ -397,24 +422,6 @@ def run_prompts(path, name, image, predictors, args):
     return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
         "result.png": partial(save_result, image=image, name=path.name, objects=objects, rough=args.mask),
         **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
-
-
-def run_annotation(path, name, image, predictors, args):
-    """Label one image in the window and write its mask in the format of data/: 8-bit for one object, else numbered.
-
-    Returns the lines to print: none for an image that was skipped, None if the window was closed.
-    """
-    (title, predictor), = predictors.items()
-    window = Window(image, {title: partial(segment, predictor, refine=args.refine)}, printable(path.name),
-                    can_skip=True)
-    plt.show()
-    if window.closed_by != "enter":
-        return [] if window.closed_by == "s" else None
-    objects = window.objects()
-    labels = number_objects(objects, title)
-    mask_path = args.annotate / f"{name}.png"
-    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
-    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
 
 
 class Segmented(NamedTuple):
@@ -471,6 +478,27 @@ def number_objects(objects, title):
     for index in np.argsort([-mask.sum() for mask in masks], kind="stable"):
         labels[masks[index]] = index + 1
     return labels
+
+
+# ---- the window ----
+
+
+def run_annotation(path, name, image, predictors, args):
+    """Label one image in the window and write its mask in the format of data/: 8-bit for one object, else numbered.
+
+    Returns the lines to print: none for an image that was skipped, None if the window was closed.
+    """
+    (title, predictor), = predictors.items()
+    window = Window(image, {title: partial(segment, predictor, refine=args.refine)}, printable(path.name),
+                    can_skip=True)
+    plt.show()
+    if window.closed_by != "enter":
+        return [] if window.closed_by == "s" else None
+    objects = window.objects()
+    labels = number_objects(objects, title)
+    mask_path = args.annotate / f"{name}.png"
+    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
+    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
 
 
 class Window:
@@ -587,10 +615,13 @@ class Window:
             if self.current.candidates:
                 number, _, score = self.current.best(title)
                 text += f": mask {number + 1} of 3, score {score:.3f}"
-            show(axes, self.image, coloured_masks(objects, title))
+            show(axes, self.image, colored_masks(objects, title))
             axes.set_title(text, fontsize=10)
         self.draw_markers(self.current.points, self.current.box)
         self.figure.canvas.draw_idle()
+
+
+# ---- results ----
 
 
 def save_result(path, image, name, objects, rough):
@@ -604,11 +635,11 @@ def save_result(path, image, name, objects, rough):
         chosen, _, _ = objects[0].best(heading)
         for number, (mask, score) in enumerate(zip(*candidates)):
             text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
-            panels.append((text, [(mask, COLOURS[heading])], number == chosen))
+            panels.append((text, [(mask, COLORS[heading])], number == chosen))
     else:
         for title in objects[0].candidates:
             text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
-            panels.append((title + text, coloured_masks(objects, title), False))
+            panels.append((title + text, colored_masks(objects, title), False))
 
     flatness = image.shape[1] / image.shape[0]
     count = len(panels) + 1
@@ -660,53 +691,21 @@ def prompts_as_flags(points, box):
     return " ".join(flags)
 
 
-def coloured_masks(objects, title):
-    """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
-    return [(item.best(title)[1], object_colour(number) if len(objects) > 1 else COLOURS[title])
-            for number, item in enumerate(objects)]
-
-
-def object_colour(number):
-    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
-    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
-
-
-def reduce_to(array, max_side, interpolation):
-    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
-    height, width = array.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return array
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(array, size, interpolation=interpolation)
-
-
-def overlay(image, mask, colour):
-    """`image` with `mask` tinted in `colour` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
-    inside = mask.astype(np.uint8)
-    tint = np.full_like(image, colour)
-    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
-    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(tinted, edges, -1, colour, max(1, round(max(mask.shape) / 300)))
-
-
-def printable(name):
-    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
-    return name.encode(errors="replace").decode()
-
-
 def write_png(path, array):
     """Write uint8 or uint16 H x W, or uint8 H x W x 3 (BGR), as a PNG."""
     write_file(path, cv2.imencode(".png", array)[1].tobytes())
 
 
+# ---- drawing ----
+
+
 def show(axes, image, masks=()):
-    """Draw `image`, with `masks`, (bool H x W, colour), over it, in the image's own pixel coordinates."""
+    """Draw `image`, with `masks`, (bool H x W, color), over it, in the image's own pixel coordinates."""
     height, width = image.shape[:2]
     reduced = reduce_to(image, DISPLAY_SIDE, cv2.INTER_AREA)
-    for mask, colour in masks:
+    for mask, color in masks:
         small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        reduced = overlay(reduced, small > 0, colour)
+        reduced = overlay(reduced, small > 0, color)
     if axes.images:
         axes.images[0].set_data(reduced)
     else:
@@ -723,6 +722,41 @@ def mark_prompts(axes, points, box):
         drawn.append(axes.add_patch(
             plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2)))
     return drawn
+
+
+def colored_masks(objects, title):
+    """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
+    return [(item.best(title)[1], object_color(number) if len(objects) > 1 else COLORS[title])
+            for number, item in enumerate(objects)]
+
+
+def object_color(number):
+    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
+
+
+def overlay(image, mask, color):
+    """`image` with `mask` tinted in `color` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+    inside = mask.astype(np.uint8)
+    tint = np.full_like(image, color)
+    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
+    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
+
+
+def reduce_to(array, max_side, interpolation):
+    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
+    height, width = array.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(array, size, interpolation=interpolation)
+
+
+def printable(name):
+    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
+    return name.encode(errors="replace").decode()
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----

@@ -792,7 +792,7 @@ def augment_example(rng, image, gt_masks):
     then nothing is changed.
     """
     height, width = image.shape[1:]
-    recolour = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
+    recolor = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
     move = v2.Compose([
         v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
         v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
@@ -801,7 +801,7 @@ def augment_example(rng, image, gt_masks):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
         for _ in range(5):
-            moved = move(torch.cat([recolour(image), layers]))
+            moved = move(torch.cat([recolor(image), layers]))
             masks = (moved[3:] > 127).numpy()
             if (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
                 return moved[:3], masks
@@ -1173,7 +1173,7 @@ def in_parts(objects, shape):
 
 
 def calculate_dice(pred_mask, gt_mask):
-    """Dice coefficient of two boolean H x W masks, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
+    """Dice coefficient of two boolean masks of one shape, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 

@@ -78,9 +78,9 @@ def draw_frames(folder, count, width, height):
     ground = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
     for number in range(len(list(folder.iterdir())), count):
         image = np.roll(ground, number, axis=1)
-        for colour, x, y in (((90, 160, 220), 210, 350), ((120, 200, 90), 600, 200)):
+        for color, x, y in (((90, 160, 220), 210, 350), ((120, 200, 90), 600, 200)):
             place = round(x + 80 * np.sin(number / 15)), round(y + 60 * np.cos(number / 20) - 60)
-            cv2.circle(image, place, height // 8, colour, -1)
+            cv2.circle(image, place, height // 8, color, -1)
         cv2.imwrite(str(folder / f"{number:05}.jpg"), image)
 
 

@@ -59,14 +59,14 @@ def draw_image(rng):
     """Ellipses that touch: (uint8 H x W x 3, numbered mask uint16 H x W). Later ones lie over earlier ones."""
     image = np.full((HEIGHT, WIDTH, 3), rng.uniform(60, 110, 3)) + rng.normal(0, 6, (HEIGHT, WIDTH, 3))
     labels = np.zeros((HEIGHT, WIDTH), np.uint16)
-    colours = rng.uniform(120, 220, (2, 3))
+    colors = rng.uniform(120, 220, (2, 3))
     centre = rng.uniform(0.3, 0.7, 2) * (WIDTH, HEIGHT)
     for number in range(1, rng.integers(3, 9) + 1):
         size = (34, 26) if rng.random() < 0.5 else (20, 15)
         inside = np.zeros((HEIGHT, WIDTH), np.uint8)
         cv2.ellipse(inside, centre.astype(int).tolist(), size, rng.uniform(0, 180), 0, 360, 1, -1)
         shade = cv2.GaussianBlur(inside.astype(np.float32), (0, 0), 4)[..., None]
-        image = np.where(inside[..., None] > 0, colours[rng.integers(2)] * (0.55 + 0.45 * shade), image)
+        image = np.where(inside[..., None] > 0, colors[rng.integers(2)] * (0.55 + 0.45 * shade), image)
         labels[inside > 0] = number
         step = rng.uniform(0, 2 * np.pi)
         centre = centre + 44 * np.array([np.cos(step), np.sin(step)])

@@ -7,6 +7,14 @@ still scene is a clip of one frame. Highlights, thin lines and a dark surround o
 make_demo_data.py; its colours and its polyps do not.
 
     python demo/draw_scenes.py        # a sheet of scenes and clips to look at: demo/output/scenes.png
+
+Chapters:
+    settings          limits
+    scenes and clips  main() and draw_clip()
+    things            what a scene is made of: outline, color, parts
+    textures          grounds, surfaces, highlights
+    motion            places over time, things pasted into the frames
+    the camera        blur, noise and light of the finished frames
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +23,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+# ---- settings ----
+
 MIN_PIXELS = 50     # an object with fewer visible pixels is never prompted (at 128 px)
 MAX_THINGS = 8      # a part counts as one
+
+
+# ---- scenes and clips ----
 
 
 def main():
@@ -25,8 +38,8 @@ def main():
         rng = np.random.default_rng(seed)
         stills = [draw_clip(rng, 256, 1) for _ in range(3)]
         clip = draw_clip(rng, 256, 12)
-        tiles = [tile for frames, labels, _ in stills for tile in (frames[0], colour_labels(labels[0]))]
-        tiles += [tile for t in (0, 5, 11) for tile in (clip[0][t], colour_labels(clip[1][t]))]
+        tiles = [tile for frames, labels, _ in stills for tile in (frames[0], color_labels(labels[0]))]
+        tiles += [tile for t in (0, 5, 11) for tile in (clip[0][t], color_labels(clip[1][t]))]
         rows.append(np.concatenate(tiles, 1))
     path = Path(__file__).resolve().parent / "output" / "scenes.png"
     path.parent.mkdir(exist_ok=True)
@@ -74,7 +87,15 @@ def draw_clip(rng, size, times):
     return frames, labels, groups
 
 
-# ----------------------------------------------------------------------------- things
+def color_labels(labels):
+    """Labels S x S as distinct colours, uint8 S x S x 3, to look at."""
+    hue = (labels.astype(np.float32) * 67 % 180).astype(np.uint8)
+    lit = np.where(labels > 0, 230, 0).astype(np.uint8)
+    return cv2.cvtColor(np.stack([hue, lit, lit], -1), cv2.COLOR_HSV2RGB)
+
+
+# ---- things ----
+
 
 @dataclass
 class Thing:
@@ -123,8 +144,8 @@ def new_thing(rng, size, ground, roughness, pace, model=None, whole=None):
         waves=waves,
     )
     if whole is None and radius > 0.12 * size and rng.random() < 0.3:
-        colour = surface.mean((0, 1))
-        thing.parts = [new_thing(rng, size, colour, roughness, pace, whole=thing) for _ in range(rng.integers(1, 3))]
+        color = surface.mean((0, 1))
+        thing.parts = [new_thing(rng, size, color, roughness, pace, whole=thing) for _ in range(rng.integers(1, 3))]
     return thing
 
 
@@ -169,12 +190,15 @@ def rotation(angle):
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-def texture(rng, side, colour, roughness):
-    """A textured field around `colour`: float32 side x side x 3, 0 to 255.
+# ---- textures ----
+
+
+def texture(rng, side, color, roughness):
+    """A textured field around `color`: float32 side x side x 3, 0 to 255.
 
     roughness: 0 (no texture) to 1.
     """
-    surface = np.broadcast_to(colour.astype(np.float32), (side, side, 3)).copy()
+    surface = np.broadcast_to(color.astype(np.float32), (side, side, 3)).copy()
     angle, slope = rng.uniform(0, 2 * np.pi), roughness * rng.uniform(0, 50)
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side - 0.5
     across = (x * np.cos(angle) + y * np.sin(angle)).astype(np.float32)
@@ -217,6 +241,9 @@ def value_noise(rng, side, cells):
     """Smooth noise, float32 side x side in about [-1, 1], with `cells` bumps along a side."""
     grid = rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32)
     return cv2.resize(grid, (side, side), interpolation=cv2.INTER_CUBIC)
+
+
+# ---- motion ----
 
 
 class Motion:
@@ -302,6 +329,9 @@ def paste(image, labels, thing, view, t, number, within=None):
     return number
 
 
+# ---- the camera ----
+
+
 class Finish:
     """Camera effects, the same in all frames of a clip: light, highlights, field of view, blur, noise,
     compression."""
@@ -346,13 +376,6 @@ class Finish:
         if self.quality:
             image = cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1], 1)
         return image
-
-
-def colour_labels(labels):
-    """Labels S x S as distinct colours, uint8 S x S x 3, to look at."""
-    hue = (labels.astype(np.float32) * 67 % 180).astype(np.uint8)
-    lit = np.where(labels > 0, 230, 0).astype(np.uint8)
-    return cv2.cvtColor(np.stack([hue, lit, lit], -1), cv2.COLOR_HSV2RGB)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def blur(field, sigma):
 def draw_wall(rng, x, y):
     """The wall of the bowel: float32 H x W x 3, RGB, 0 to 255."""
     red = rng.uniform(165, 215)
-    colour = np.array([red, red * rng.uniform(0.42, 0.58), red * rng.uniform(0.3, 0.46)], np.float32)
+    color = np.array([red, red * rng.uniform(0.42, 0.58), red * rng.uniform(0.3, 0.46)], np.float32)
     opening_x, opening_y = rng.uniform(0.1, 0.9) * WIDTH, rng.uniform(0.1, 0.9) * HEIGHT
     distance = np.hypot(x - opening_x, (y - opening_y) * rng.uniform(0.8, 1.3)) / WIDTH
     light = 1 - rng.uniform(0.5, 0.95) * np.exp(-(distance / rng.uniform(0.12, 0.3)) ** 2)  # dark in the opening
@@ -44,15 +44,15 @@ def draw_wall(rng, x, y):
     rings = distance * rng.uniform(14, 30) + 1.6 * smooth_noise(rng, 5) + 0.5 * smooth_noise(rng, 11)
     depth = rng.uniform(0.05, 0.2) * (0.5 + 0.5 * smooth_noise(rng, 4))
     light += depth * (np.abs(np.sin(rings)) ** 0.6 + 0.6 * np.sin(rings) - 0.7)
-    wall = colour * (light * (1 + 0.08 * smooth_noise(rng, 7) + 0.04 * smooth_noise(rng, 40)))[..., None]
+    wall = color * (light * (1 + 0.08 * smooth_noise(rng, 7) + 0.04 * smooth_noise(rng, 40)))[..., None]
     # vessels: the zero lines of smooth noise, thin and darker
     for cells in (9, 16):
         vessels = np.exp(-(smooth_noise(rng, cells) / 0.035) ** 2) * (smooth_noise(rng, 5) > 0)
         wall *= 1 - (blur(vessels.astype(np.float32), 0.8) * rng.uniform(0, 0.22))[..., None] * [0.6, 1, 1]
-    return wall, colour
+    return wall, color
 
 
-def draw_polyp(rng, image, colour, x, y, share):
+def draw_polyp(rng, image, color, x, y, share):
     """Put a dome over `image` (changed in place); returns its mask, bool H x W."""
     radius = np.sqrt(share * WIDTH * HEIGHT / np.pi)
     squeeze, turn = rng.uniform(0.65, 1), rng.uniform(0, np.pi)
@@ -69,10 +69,10 @@ def draw_polyp(rng, image, colour, x, y, share):
     slope_y, slope_x = np.gradient(blur(height.astype(np.float32), 0.02 * radius + 1) * radius * 0.5)
     lamp = rng.uniform(0, 2 * np.pi)
     shade = 0.84 + 0.3 * height - 0.14 * np.clip(slope_x * np.cos(lamp) + slope_y * np.sin(lamp), -1, 1)
-    tint = colour * rng.uniform(1.0, 1.2) * rng.uniform(0.95, 1.06, 3)
+    tint = color * rng.uniform(1.0, 1.2) * rng.uniform(0.95, 1.06, 3)
     pits = 0.08 * smooth_noise(rng, int(rng.integers(30, 50))) + 0.05 * smooth_noise(rng, 12)
     ground = blur(image, 12)  # the polyp has the brightness of the wall behind it
-    ambient = ground.mean(axis=2, keepdims=True) / colour.mean()
+    ambient = ground.mean(axis=2, keepdims=True) / color.mean()
     ambient = np.clip(0.3 * ambient + 0.7 * ambient[mask].mean(), 0.6, 1.1)
     surface = tint * ambient * (shade + pits)[..., None]
     # a shadow beside the polyp, then the polyp with a soft border
@@ -97,11 +97,11 @@ def draw_image(rng):
     Returns: uint8 HEIGHT x WIDTH x 3, RGB, and its mask, uint8 HEIGHT x WIDTH, 0 or 255.
     """
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
-    image, colour = draw_wall(rng, x, y)
+    image, color = draw_wall(rng, x, y)
     mask, heights = np.zeros((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), np.float32)
     for number in range(2 if rng.random() < 0.12 else 1):
         share = np.clip(MEDIAN_SHARE * np.exp(rng.normal(0, SPREAD)), 0.006, 0.6) / (1 + 2 * number)
-        polyp, height = draw_polyp(rng, image, colour, x, y, share)
+        polyp, height = draw_polyp(rng, image, color, x, y, share)
         mask |= polyp
         heights = np.maximum(heights, height)
     draw_highlights(rng, image, heights)

@@ -37,6 +37,14 @@ The model is weakest on small or low-contrast objects. On 80 of these scenes, th
 objects below 1,070 pixels and on the quarter whose mean colour differs by less than 23 of 255 from its surroundings,
 and 0.75 on the halves above the median. The best of the three masks reaches 0.746, the one with the highest score
 0.689.
+
+Chapters:
+    settings      phases, batch sizes, weights of the losses
+    the run       main(), the command line, the model and its optimizer
+    data          drawn scenes and clips in batches
+    still scenes  the step on images: prompts, decoder, losses
+    clips         the step on videos: SAM 2's tracking with gradients
+    evaluation    held-out scenes and clips
 """
 
 import argparse
@@ -55,6 +63,8 @@ from omegaconf import OmegaConf
 from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 from torch.utils.data import DataLoader, Dataset
+
+# ---- settings ----
 
 HERE = Path(__file__).resolve().parent
 # steps, size of the scenes and of the clips in pixels, share of the steps that are on clips, and highest learning
@@ -88,6 +98,9 @@ TRACKER = {  # config changes of sam2.build_sam.build_sam2_video_predictor; hole
 }
 FAST_PARTS = (  # the parts that only video uses, and the IoU head
     "memory", "maskmem", "obj_ptr", "no_obj", "obj_score", "mask_downsample", "no_mem_pos", "iou_prediction_head")
+
+
+# ---- the run ----
 
 
 def main():
@@ -192,7 +205,8 @@ def save(model, path):
     beside.replace(path)
 
 
-# ----------------------------------------------------------------------------- data
+# ---- data ----
+
 
 def batches(steps, still_size, clip_size, clip_share, seed, larger=1, workers=1):
     """`steps` batches of stills (SCENES x larger of them, see Scenes) or clips (see Clips). Each is drawn once."""
@@ -255,7 +269,8 @@ def draw_objects(rng, size, times, count):
     return frames, torch.from_numpy(masks), torch.from_numpy(labels)
 
 
-# ----------------------------------------------------------------------------- still scenes
+# ---- still scenes ----
+
 
 def still_loss(model, grouping, images, masks, labels, discs):
     """The loss of a step on still scenes; discs: the target is a disc around the click instead of the object."""
@@ -419,7 +434,8 @@ def iou_of(a, b):
     return (a & b).sum((-2, -1)) / (a | b).sum((-2, -1)).clamp(min=1)
 
 
-# ----------------------------------------------------------------------------- clips
+# ---- clips ----
+
 
 def clip_loss(model, frames, masks):
     """The loss of a step on clips: frames B x T x 3 x S x S, masks B x FOLLOWED x T x S x S; mean over the frames."""
@@ -475,7 +491,8 @@ def follow(model, frames, masks, prompt, corrected=None):
         yield logits, scores, present
 
 
-# ----------------------------------------------------------------------------- evaluation
+# ---- evaluation ----
+
 
 def evaluate_all(args):
     """Print the figures of the weights in args.output on held-out scenes and clips."""

@@ -3,6 +3,12 @@
     from common import read_image, load_predictor      Python finds this file beside the script
 
 Most of it is a copy of the shared block of the scripts at the top level; a test fails if they differ.
+
+Chapters:
+    settings        the terminal, fonts, warnings, suffixes of images
+    shared block    what the scripts at the top level contain too
+    files           folders of images, tables
+    models          a SAM 2 for videos, the flags of every script with a model
 """
 
 import contextlib
@@ -33,6 +39,8 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+# ---- settings ----
+
 for _stream in (sys.stdout, sys.stderr):
     if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
@@ -44,6 +52,9 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
 FORMATS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # suffixes of images
+
+
+# ---- shared block ----
 
 
 class ImageError(OSError):
@@ -234,6 +245,9 @@ def load_weights(model, checkpoint, model_cfg):
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
 
 
+# ---- files ----
+
+
 def list_images(folder):
     """Paths of the images in a folder, sorted; hidden files are skipped (macOS writes ._a.jpg beside a.jpg)."""
     return sorted(path for path in Path(folder).iterdir()
@@ -251,6 +265,9 @@ def as_cell(value):
     """A value for a CSV. A text that a spreadsheet would evaluate as a formula gets an apostrophe in front of it."""
     is_number = re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", str(value))
     return f"'{value}" if str(value).startswith(tuple("=+-@\t\r")) and not is_number else value
+
+
+# ---- models ----
 
 
 def load_video_predictor(model_cfg, checkpoint, device, image_size=None):

@@ -5,6 +5,14 @@
 
 Sam2Model.from_pretrained, Sam2VideoModel.from_pretrained and pipeline("mask-generation") open the folder. The weights
 are bit-identical in both forms. Nothing is written unless both models give the same masks for a synthetic image.
+
+Chapters:
+    settings              the names of the weights in both forms
+    the run               main() and the command line
+    to Hugging Face       the folder that is written, and its settings
+    to the official form  the file that is written
+    weights               from one form's names and shapes to the other's
+    comparison            both models on a drawn image
 """
 
 import argparse
@@ -37,6 +45,8 @@ from transformers.models.sam2_video.configuration_sam2_video import (
     Sam2VideoPromptEncoderConfig,
 )
 from transformers.utils import logging
+
+# ---- settings ----
 
 LIMIT = 1e-3  # largest difference of logits that float32 rounding explains: same operations in another order
 HF_MEMORY_CHANNELS = 64  # fixed in the code of Sam2VideoModel, regardless of its config
@@ -92,6 +102,9 @@ RENAMED = [
 ]
 
 
+# ---- the run ----
+
+
 def main():
     args = parse_args()
     if args.source.is_dir():
@@ -116,6 +129,9 @@ def parse_args():
     if args.source.is_file() and args.checkpoint:
         parser.error("--checkpoint는 Hugging Face 폴더를 바꿀 때만 씁니다")
     return args
+
+
+# ---- to Hugging Face ----
 
 
 def to_huggingface(args):
@@ -160,62 +176,11 @@ def save_folder(model, folder):
     make_processor(model.image_size).save_pretrained(folder)
 
 
-def check_shapes(weights, expected, problem):
-    """Fail unless the tensors in `weights` have the expected names and shapes.
-
-    expected: {name: shape}; problem: the beginning of the error message.
-    """
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
-    if differing:
-        fail(f"{problem}. 다른 항목 {len(differing)}개: {', '.join(differing[:3])}")
-
-
 def make_processor(image_size):
     """The processor that resizes and normalizes images and scales prompts for this input size in pixels."""
     size, mask_size = ({"height": side, "width": side} for side in (image_size, image_size // 4))
     return Sam2VideoProcessor(Sam2ImageProcessor(size=size, mask_size=mask_size), Sam2VideoVideoProcessor(size=size),
                               target_size=image_size)
-
-
-def huggingface_weights(official):
-    """Rename the tensors of an official state dict. The four point embeddings become one tensor, and the positional
-    embedding of the prompt encoder is stored a second time for the image."""
-    weights = {rename(name, RENAMED): tensor.contiguous() for name, tensor in official.items()
-               if ".point_embeddings." not in name}
-    points = [official[f"sam_prompt_encoder.point_embeddings.{number}.weight"] for number in range(4)]
-    weights["prompt_encoder.point_embed.weight"] = torch.cat(points)
-    shared = weights["prompt_encoder.shared_embedding.positional_embedding"]
-    weights["shared_image_embedding.positional_embedding"] = shared.clone()
-    return weights
-
-
-def official_weights(huggingface):
-    """The inverse of huggingface_weights, in float32."""
-    back = [(new, old) for old, new in reversed(RENAMED)]
-    weights = {rename(name, back): tensor.float().contiguous() for name, tensor in huggingface.items()
-               if name not in ("prompt_encoder.point_embed.weight", "shared_image_embedding.positional_embedding")}
-    for number, point in enumerate(huggingface["prompt_encoder.point_embed.weight"].float().split(1)):
-        weights[f"sam_prompt_encoder.point_embeddings.{number}.weight"] = point.clone()
-    return weights
-
-
-def rename(name, pairs):
-    """Apply `pairs` of (old, new) components to a dotted name, in order; the number at "*" is kept."""
-    for old, new in pairs:
-        pattern = re.escape(old).replace(r"\*", r"(\d+)")
-        name = re.sub(rf"(?<![^.]){pattern}(?![^.])", new.replace("*", r"\1"), name)
-    return name
-
-
-def expected_shapes(config):
-    """{name: shape} of the tensors of a Sam2VideoModel with this config. The values are not allocated."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Sam2VideoModel(config).state_dict().items()}
-    for name, shape in shapes.items():
-        if re.search(r"cross_attn_image\.[kv]_proj\.weight", name):  # see check_video_model
-            shapes[name] = torch.Size((shape[0], config.memory_encoder_output_channels))
-    return shapes
 
 
 def huggingface_config(model):
@@ -295,70 +260,7 @@ def huggingface_config(model):
     )
 
 
-def check_video_model(model, folder):
-    """Whether Sam2VideoModel can open the folder; prints a warning if the number of memory channels differs.
-
-    Fails if it cannot open the folder for another reason.
-    """
-    if model.mem_dim != HF_MEMORY_CHANNELS:
-        print(f"주의: transformers의 Sam2VideoModel은 메모리 채널이 {HF_MEMORY_CHANNELS}개인 모델만 엽니다 "
-              f"(이 모델은 {model.mem_dim}개). 폴더는 Sam2Model로 열립니다")
-        return False
-    open_folder(Sam2VideoModel, folder)
-    return True
-
-
-def open_folder(kind, folder):
-    """Load a transformers model of class `kind` in float32 and eval mode; fails if weights and config do not match."""
-    try:
-        model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
-                                           output_loading_info=True)
-    except Exception as error:  # transformers and safetensors each raise their own errors
-        fail(f"{folder}: {kind.__name__} 모델로 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
-    if info["missing_keys"]:
-        fail(f"{folder}: {kind.__name__}에 필요한 가중치가 없습니다: {', '.join(sorted(info['missing_keys'])[:3])}")
-    return model.eval()
-
-
-def report_difference(predictor, folder, target):
-    """Print the largest difference between both forms on a synthetic image; fail if it is above LIMIT."""
-    difference = largest_difference(predictor, folder)
-    print(f"두 모델의 로짓과 점수의 최대 차이 (점, 상자): {difference:.1e}")
-    if not difference <= LIMIT:  # also if it is NaN
-        fail(f"{target}: 두 모델의 결과가 {LIMIT:g}보다 많이 달라 저장하지 않았습니다. "
-             "설정(--model-cfg, --image-size)이 이 가중치의 것인지 확인하세요")
-
-
-@torch.inference_mode()
-def largest_difference(predictor, folder):
-    """Segment a synthetic image with the official model and the folder's model, from a point and from a box.
-
-    Returns the largest absolute difference of the low-resolution logits (clamped to ±32, as sam2 returns them) and
-    of the predicted scores. The image has the model's input size, because resizing differs: sam2 resizes
-    floating-point pixels, transformers 8-bit ones.
-    """
-    side = predictor.model.image_size
-    processor, model = make_processor(side), open_folder(Sam2Model, folder)
-    image = probe_image(side)
-    point, box = [side * 0.4, side * 0.45], [side * 0.2, side * 0.25, side * 0.7, side * 0.75]
-    predictor.set_image(image)
-    official = [predictor.predict(point_coords=np.array([point]), point_labels=np.array([1]), multimask_output=True),
-                predictor.predict(box=np.array(box), multimask_output=True)]
-    prompts = [{"input_points": [[[point]]], "input_labels": [[[1]]]}, {"input_boxes": [[box]]}]
-    differences = []
-    for (_, scores, logits), prompt in zip(official, prompts):
-        outputs = model(**processor(images=image, return_tensors="pt", **prompt), multimask_output=True)
-        differences.append(np.abs(outputs.pred_masks[0, 0].clamp(-32, 32).numpy() - logits).max())
-        differences.append(np.abs(outputs.iou_scores[0, 0].numpy() - scores).max())
-    return float(np.max(differences))
-
-
-def probe_image(side):
-    """A bright disc on a colour gradient, uint8 side x side x 3."""
-    y, x = np.mgrid[:side, :side] / side
-    image = np.stack([x, y, 1 - x], axis=-1) * 120 + 20
-    image[(x - 0.45) ** 2 + (y - 0.5) ** 2 < 0.04] = (220, 180, 90)
-    return image.astype(np.uint8)
+# ---- to the official form ----
 
 
 def to_official(args):
@@ -367,7 +269,7 @@ def to_official(args):
         fail(f"{args.target}: 파일이어야 하는데 폴더가 있습니다")
     image_size = read_image_size(args.source)
     try:
-        weights = official_weights(load_file(args.source / "model.safetensors"))
+        weights = weights_from_huggingface(load_file(args.source / "model.safetensors"))
     except FileNotFoundError:
         fail(f"{args.source}: model.safetensors가 없습니다 (.bin 파일은 읽지 않습니다)")
     except (SafetensorError, KeyError) as error:
@@ -419,6 +321,129 @@ def memory_part(args):
              "--checkpoint에 파인튜닝 전의 공식 체크포인트를 주면 그 부분을 가져옵니다")
     official = load_predictor(args.model_cfg, args.checkpoint, "cpu").model.state_dict()
     return {name: tensor for name, tensor in official.items() if not name.startswith(IMAGE_PARTS)}
+
+
+# ---- weights ----
+
+
+def huggingface_weights(official):
+    """Rename the tensors of an official state dict. The four point embeddings become one tensor, and the positional
+    embedding of the prompt encoder is stored a second time for the image."""
+    weights = {rename(name, RENAMED): tensor.contiguous() for name, tensor in official.items()
+               if ".point_embeddings." not in name}
+    points = [official[f"sam_prompt_encoder.point_embeddings.{number}.weight"] for number in range(4)]
+    weights["prompt_encoder.point_embed.weight"] = torch.cat(points)
+    shared = weights["prompt_encoder.shared_embedding.positional_embedding"]
+    weights["shared_image_embedding.positional_embedding"] = shared.clone()
+    return weights
+
+
+def weights_from_huggingface(huggingface):
+    """The inverse of huggingface_weights, in float32."""
+    back = [(new, old) for old, new in reversed(RENAMED)]
+    weights = {rename(name, back): tensor.float().contiguous() for name, tensor in huggingface.items()
+               if name not in ("prompt_encoder.point_embed.weight", "shared_image_embedding.positional_embedding")}
+    for number, point in enumerate(huggingface["prompt_encoder.point_embed.weight"].float().split(1)):
+        weights[f"sam_prompt_encoder.point_embeddings.{number}.weight"] = point.clone()
+    return weights
+
+
+def rename(name, pairs):
+    """Apply `pairs` of (old, new) components to a dotted name, in order; the number at "*" is kept."""
+    for old, new in pairs:
+        pattern = re.escape(old).replace(r"\*", r"(\d+)")
+        name = re.sub(rf"(?<![^.]){pattern}(?![^.])", new.replace("*", r"\1"), name)
+    return name
+
+
+def expected_shapes(config):
+    """{name: shape} of the tensors of a Sam2VideoModel with this config. The values are not allocated."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Sam2VideoModel(config).state_dict().items()}
+    for name, shape in shapes.items():
+        if re.search(r"cross_attn_image\.[kv]_proj\.weight", name):  # see check_video_model
+            shapes[name] = torch.Size((shape[0], config.memory_encoder_output_channels))
+    return shapes
+
+
+def check_shapes(weights, expected, problem):
+    """Fail unless the tensors in `weights` have the expected names and shapes.
+
+    expected: {name: shape}; problem: the beginning of the error message.
+    """
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    differing = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
+    if differing:
+        fail(f"{problem}. 다른 항목 {len(differing)}개: {', '.join(differing[:3])}")
+
+
+# ---- comparison ----
+
+
+def report_difference(predictor, folder, target):
+    """Print the largest difference between both forms on a synthetic image; fail if it is above LIMIT."""
+    difference = largest_difference(predictor, folder)
+    print(f"두 모델의 로짓과 점수의 최대 차이 (점, 상자): {difference:.1e}")
+    if not difference <= LIMIT:  # also if it is NaN
+        fail(f"{target}: 두 모델의 결과가 {LIMIT:g}보다 많이 달라 저장하지 않았습니다. "
+             "설정(--model-cfg, --image-size)이 이 가중치의 것인지 확인하세요")
+
+
+@torch.inference_mode()
+def largest_difference(predictor, folder):
+    """Segment a synthetic image with the official model and the folder's model, from a point and from a box.
+
+    Returns the largest absolute difference of the low-resolution logits (clamped to ±32, as sam2 returns them) and
+    of the predicted scores. The image has the model's input size, because resizing differs: sam2 resizes
+    floating-point pixels, transformers 8-bit ones.
+    """
+    side = predictor.model.image_size
+    processor, model = make_processor(side), open_folder(Sam2Model, folder)
+    image = probe_image(side)
+    point, box = [side * 0.4, side * 0.45], [side * 0.2, side * 0.25, side * 0.7, side * 0.75]
+    predictor.set_image(image)
+    official = [predictor.predict(point_coords=np.array([point]), point_labels=np.array([1]), multimask_output=True),
+                predictor.predict(box=np.array(box), multimask_output=True)]
+    prompts = [{"input_points": [[[point]]], "input_labels": [[[1]]]}, {"input_boxes": [[box]]}]
+    differences = []
+    for (_, scores, logits), prompt in zip(official, prompts):
+        outputs = model(**processor(images=image, return_tensors="pt", **prompt), multimask_output=True)
+        differences.append(np.abs(outputs.pred_masks[0, 0].clamp(-32, 32).numpy() - logits).max())
+        differences.append(np.abs(outputs.iou_scores[0, 0].numpy() - scores).max())
+    return float(np.max(differences))
+
+
+def probe_image(side):
+    """A bright disc on a colour gradient, uint8 side x side x 3."""
+    y, x = np.mgrid[:side, :side] / side
+    image = np.stack([x, y, 1 - x], axis=-1) * 120 + 20
+    image[(x - 0.45) ** 2 + (y - 0.5) ** 2 < 0.04] = (220, 180, 90)
+    return image.astype(np.uint8)
+
+
+def open_folder(kind, folder):
+    """Load a transformers model of class `kind` in float32 and eval mode; fails if weights and config do not match."""
+    try:
+        model, info = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+                                           output_loading_info=True)
+    except Exception as error:  # transformers and safetensors each raise their own errors
+        fail(f"{folder}: {kind.__name__} 모델로 열 수 없습니다 ({textwrap.shorten(str(error), 200)})")
+    if info["missing_keys"]:
+        fail(f"{folder}: {kind.__name__}에 필요한 가중치가 없습니다: {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model.eval()
+
+
+def check_video_model(model, folder):
+    """Whether Sam2VideoModel can open the folder; prints a warning if the number of memory channels differs.
+
+    Fails if it cannot open the folder for another reason.
+    """
+    if model.mem_dim != HF_MEMORY_CHANNELS:
+        print(f"주의: transformers의 Sam2VideoModel은 메모리 채널이 {HF_MEMORY_CHANNELS}개인 모델만 엽니다 "
+              f"(이 모델은 {model.mem_dim}개). 폴더는 Sam2Model로 열립니다")
+        return False
+    open_folder(Sam2VideoModel, folder)
+    return True
 
 
 if __name__ == "__main__":

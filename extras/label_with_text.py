@@ -13,6 +13,13 @@ Writes COCO JSON with boxes and masks, which prepare_data.py --coco reads. From 
     model = GroundedSAM2(predictor, Florence2("models/florence2", ["polyp"], "cuda"))
     detections = model.predict(read_image("photo.jpg"))   # sv.Detections with masks
     model.label("photos", "output/my_labels")
+
+Chapters:
+    settings          detectors, their flags, limits
+    the run           main(), the command line, several processes
+    detectors         boxes from words: Florence-2, Grounding DINO
+    boxes of a file   boxes from COCO JSON
+    masks and labels  SAM 2's masks in the boxes, the COCO file that is written
 """
 
 import argparse
@@ -60,6 +67,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+# ---- settings ----
+
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORIES = {"florence2": "florence-community/Florence-2-base",
                 "grounding-dino": "IDEA-Research/grounding-dino-tiny"}
@@ -71,9 +80,12 @@ MAX_TOKENS = 1024   # of Florence-2's answer: the length of its decoder's contex
 DECODER_BATCH = 64  # boxes in one decoder call, as in sam2's own mask generator
 
 
+# ---- the run ----
+
+
 def main():
     args = parse_args()
-    rank, processes, device = join_processes(args.device)
+    rank, processes, device = join_ranks(args.device)
     detector, checkpoint = make_detector(args, device), choose_checkpoint(args)
     predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
     print(f"모델: {checkpoint}, 장치: {device}")
@@ -133,8 +145,8 @@ def parse_score(text):
     return score
 
 
-def join_processes(requested):
-    """Join the processes of torchrun; returns (rank, number of processes, device), (0, 1, device) without torchrun.
+def join_ranks(requested):
+    """Join the processes of torchrun; returns (rank, number of processes, device), with 0 and 1 without torchrun.
 
     With CUDA, each process gets its own GPU. Only rank 0 prints.
     """
@@ -148,6 +160,9 @@ def join_processes(requested):
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (stays open until the process ends)
     return rank, processes, device
+
+
+# ---- detectors ----
 
 
 def make_detector(args, device):
@@ -305,6 +320,9 @@ class GroundingDino:
         return tokens
 
 
+# ---- boxes of a file ----
+
+
 class CocoBoxes:
     """Boxes from a COCO file, made by any detector or by hand, without those marked iscrowd.
 
@@ -368,6 +386,9 @@ class CocoBoxes:
 def base_name(file_name):
     """A file name without folders, which CVAT adds, and in Unicode's NFC form (macOS decomposes accents and Hangul)."""
     return unicodedata.normalize("NFC", PurePosixPath(str(file_name).replace("\\", "/")).name)
+
+
+# ---- masks and labels ----
 
 
 class GroundedSAM2:
@@ -441,7 +462,7 @@ class GroundedSAM2:
         used are skipped and listed at the end; it is an error if there is no label at all. Returns the path of the
         JSON.
         """
-        paths, problems = find_images(folder)
+        paths, problems = images_to_label(folder)
         target = Path(output, "annotations.json")
         if rank == 0:
             Path(output).mkdir(parents=True, exist_ok=True)  # fails before any work is done, not at the end
@@ -523,7 +544,7 @@ def suppress(detections):
     return detections
 
 
-def find_images(folder):
+def images_to_label(folder):
     """List the images of a folder: (sorted paths, {name: problem} of images that share their stem with another one,
     because both would have the same mask file in data/). Fails without images."""
     if not Path(folder).is_dir():

@@ -6,6 +6,14 @@
 The slices are treated as the frames of a video. Indices are those of the volume in nibabel's closest canonical
 orientation (RAS): x increases towards the patient's right, y towards the front, z towards the head. The model and the
 window see slices in radiological view: front or head at the top, the patient's right on the left.
+
+Chapters:
+    settings         axes, windows of Hounsfield units, the mark of the masks
+    the run          main() and the command line
+    earlier results  which files in the output folder may be replaced
+    reading          the volume, and its slices as the frames of a video
+    segmenting       with the memory of the other slices, or each slice alone
+    writing          mask, table, summary, montage
 """
 
 import argparse
@@ -41,11 +49,11 @@ from tracking import (
     Window,
     add_prompts,
     as_label,
-    check_prompts,
+    check_frame_prompts,
     object_scores,
-    overlay,
+    overlay_labels,
     parse_numbers,
-    require_display,
+    require_window,
     sorted_box,
     start_state,
     track,
@@ -61,6 +69,8 @@ from volume_files import (
     voxels_apart,
 )
 
+# ---- settings ----
+
 AXES = {"axial": 2, "coronal": 1, "sagittal": 0}
 WINDOWS = {"brain": (40, 80), "blood": (80, 200), "stroke": (40, 40), "bone": (600, 2800), "lung": (-600, 1500),
            "abdomen": (50, 400)}  # level, width in Hounsfield units, from radiopaedia.org/articles/windowing-ct
@@ -69,19 +79,22 @@ MARK = "segment_volume.py"  # header field "descrip" of every mask written here;
 # A checksum of the voxels follows, because some programs keep this field when they save an edited mask.
 
 
+# ---- the run ----
+
+
 def main():
     args = parse_args()
     if args.interactive:
-        require_display('--point "슬라이스,x,y"')
+        require_window('--point "슬라이스,x,y"')
     else:
         plt.switch_backend("Agg")
-    check_output(args)
+    check_results(args)
     volume = Volume(args.volume)
     for doubt in (*doubts_about_values(volume.data, args.window), *doubts_about_header(args.volume),
                   *doubts_about_affine(volume.image.affine)):
         print(f"주의: {args.volume}: {doubt}")
     slices = Slices(volume, args.axis, args.window)
-    check_prompts(args.prompts, slices, args.volume, "슬라이스")
+    check_frame_prompts(args.prompts, slices, args.volume, "슬라이스")
     prompts = mirror(args.prompts, slices.size)
     truth = slices.of_file(args.truth, volume, args.truth_label) if args.truth else None
 
@@ -92,7 +105,7 @@ def main():
     mask, scores = np.zeros((len(slices), height, width), bool), np.full(len(slices), np.nan)
 
     def follow(prompts):
-        return segment(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
+        return segment_slices(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
 
     is_done = False
     if args.interactive:
@@ -110,16 +123,16 @@ def main():
         for _ in follow(prompts):
             pass
     model = {"checkpoint": str(checkpoint), "model_cfg": args.model_cfg, "image_size": predictor.image_size}
-    save(args, volume, slices, prompts, mask, scores, truth, model)
+    save_volume_results(args, volume, slices, prompts, mask, scores, truth, model)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description="CT나 MR 볼륨의 대상을 SAM 2.1로 분할합니다. 프롬프트가 없으면 창을 엽니다.")
     parser.add_argument("--volume", "-v", required=True, metavar="FILE", help="NIfTI 파일 (.nii, .nii.gz)")
-    parser.add_argument("--point", "-p", type=parse_points, default=[],
+    parser.add_argument("--point", "-p", type=parse_slice_points, default=[],
                         help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
-    parser.add_argument("--box", type=parse_boxes, default={},
+    parser.add_argument("--box", type=parse_slice_boxes, default={},
                         help='상자: "슬라이스,x1,y1,x2,y2", 여러 슬라이스면 ";"로 이어서')
     parser.add_argument("--axis", choices=AXES, default="axial",
                         help="슬라이스의 방향 (기본: axial)")
@@ -152,54 +165,13 @@ def parse_args():
     return args
 
 
-def result_paths(args):
-    """Paths of the four files that save() writes: mask, slices.csv, summary.json, montage."""
-    names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
-    return [args.output / name for name in names]
-
-
-def check_output(args):
-    """Print which results of an earlier run on this volume will be overwritten; fail if any other file would be."""
-    results = result_paths(args)
-    for path in filter(None, (args.volume, args.truth)):
-        if Path(path).resolve() in [result.resolve() for result in results]:
-            fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
-    found = [path for path in results if path.exists()]
-    if found and not (is_marked(results[0]) and is_of_volume(results[2], args.volume)):
-        fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
-    if found:
-        print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
-
-
-def is_marked(path):
-    """Whether a mask is unchanged since this script wrote it."""
-    try:
-        image = load_nifti(path)
-        return bytes(image.header["descrip"]).rstrip(b"\0") == mark(np.asarray(image.dataobj))
-    except Exception:  # nibabel, gzip and zlib each raise their own errors
-        return False
-
-
-def mark(voxels):
-    """MARK and a checksum of a mask's voxels, as bytes."""
-    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}".encode()
-
-
-def is_of_volume(summary_path, volume):
-    """Whether an earlier summary belongs to this volume; True if there is no summary."""
-    try:
-        return Path(json.loads(summary_path.read_text("utf-8"))["volume"]).resolve() == Path(volume).resolve()
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
-
-
-def parse_points(text):
+def parse_slice_points(text):
     """Parse "slice,x,y" or "slice,x,y,label;...": a list of (slice, (x, y, label)), in voxels."""
     return [(slice_number(place), (x, y, as_label(*label or [1])))
             for place, x, y, *label in parse_numbers(text, (3, 4), '"슬라이스,x,y" 또는 "슬라이스,x,y,라벨"')]
 
 
-def parse_boxes(text):
+def parse_slice_boxes(text):
     """Parse "slice,x1,y1,x2,y2;...": {slice: [x1, y1, x2, y2]}, in voxels, x1 <= x2 and y1 <= y2."""
     boxes = {}
     for place, x1, y1, x2, y2 in parse_numbers(text, (5,), '"슬라이스,x1,y1,x2,y2"'):
@@ -229,7 +201,70 @@ def parse_window(text):
     return level - width / 2, level + width / 2
 
 
-# ----------------------------------------------------------------------------- reading
+def settings_as_flags(args):
+    """The flags that set axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
+    window = "none" if args.window is None else f"{sum(args.window) / 2:g},{args.window[1] - args.window[0]:g}"
+    return "".join([f"--axis {args.axis} " if args.axis != "axial" else "",
+                    f'--window "{window}" ' if window != "40,80" else "",
+                    f"--max-gap {args.max_gap} " if args.max_gap != 3 else "",
+                    "--each-slice " if args.each_slice else ""])
+
+
+def as_flags(prompts):
+    """The flags --point and --box that give these prompts, which are in indices of the volume."""
+    points, boxes = [], []
+    for (number, _), (own_points, box) in sorted(prompts.items()):
+        points += [f"{number},{x:g},{y:g},{label}" for x, y, label in own_points]
+        boxes += [",".join(f"{value:g}" for value in (number, *box))] if box else []
+    return " ".join(f'--{name} "{";".join(found)}"' for name, found in (("point", points), ("box", boxes)) if found)
+
+
+# ---- earlier results ----
+
+
+def result_paths(args):
+    """Paths of the four files that save_volume_results() writes: mask, slices.csv, summary.json, montage."""
+    names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
+    return [args.output / name for name in names]
+
+
+def check_results(args):
+    """Print which results of an earlier run on this volume will be overwritten; fail if any other file would be."""
+    results = result_paths(args)
+    for path in filter(None, (args.volume, args.truth)):
+        if Path(path).resolve() in [result.resolve() for result in results]:
+            fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
+    found = [path for path in results if path.exists()]
+    if found and not (is_own_mask(results[0]) and is_of_volume(results[2], args.volume)):
+        fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+    if found:
+        print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
+
+
+def is_own_mask(path):
+    """Whether a mask is unchanged since this script wrote it."""
+    try:
+        image = load_nifti(path)
+        return bytes(image.header["descrip"]).rstrip(b"\0") == voxel_mark(np.asarray(image.dataobj))
+    except Exception:  # nibabel, gzip and zlib each raise their own errors
+        return False
+
+
+def voxel_mark(voxels):
+    """MARK and a checksum of a mask's voxels, as bytes."""
+    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}".encode()
+
+
+def is_of_volume(summary_path, volume):
+    """Whether an earlier summary belongs to this volume; True if there is no summary."""
+    try:
+        return Path(json.loads(summary_path.read_text("utf-8"))["volume"]).resolve() == Path(volume).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+# ---- reading ----
+
 
 class Volume:
     """A three-dimensional NIfTI file in canonical (RAS) orientation.
@@ -277,7 +312,7 @@ class Volume:
         header.set_slope_inter(1, 0)
         header.set_intent("none")
         voxels = nib.apply_orientation(mask.astype(np.uint8), back).reshape(self.image.shape)
-        header["descrip"] = mark(voxels)
+        header["descrip"] = voxel_mark(voxels)
         header["cal_min"] = header["cal_max"] = 0  # display range of the CT
         return kind(voxels, self.image.affine, header)
 
@@ -343,27 +378,10 @@ def mirror(prompts, size):
             for key, (points, box) in prompts.items()}
 
 
-def settings_as_flags(args):
-    """The flags that set axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
-    window = "none" if args.window is None else f"{sum(args.window) / 2:g},{args.window[1] - args.window[0]:g}"
-    return "".join([f"--axis {args.axis} " if args.axis != "axial" else "",
-                    f'--window "{window}" ' if window != "40,80" else "",
-                    f"--max-gap {args.max_gap} " if args.max_gap != 3 else "",
-                    "--each-slice " if args.each_slice else ""])
+# ---- segmenting ----
 
 
-def as_flags(prompts):
-    """The flags --point and --box that give these prompts, which are in indices of the volume."""
-    points, boxes = [], []
-    for (number, _), (own_points, box) in sorted(prompts.items()):
-        points += [f"{number},{x:g},{y:g},{label}" for x, y, label in own_points]
-        boxes += [",".join(f"{value:g}" for value in (number, *box))] if box else []
-    return " ".join(f'--{name} "{";".join(found)}"' for name, found in (("point", points), ("box", boxes)) if found)
-
-
-# ----------------------------------------------------------------------------- segmenting
-
-def segment(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
+def segment_slices(predictor, slices, prompts, each_slice, mask, scores, max_gap=0):
     """Segment the volume; yields (slice, label map) and fills `mask` and `scores` in place.
 
     mask: bool slices x H x W; scores: float, one per slice, NaN where none was predicted.
@@ -389,9 +407,10 @@ def segment_each(predictor, slices, prompts):
         yield key[0], objects, logits, object_scores(state, key[0])
 
 
-# ----------------------------------------------------------------------------- writing
+# ---- writing ----
 
-def save(args, volume, slices, prompts, mask, scores, truth, model):
+
+def save_volume_results(args, volume, slices, prompts, mask, scores, truth, model):
     """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU.
 
     model: {name: value}, the entries about the model in summary.json.
@@ -432,7 +451,7 @@ def save(args, volume, slices, prompts, mask, scores, truth, model):
 
 
 def calculate_dice(pred_mask, gt_mask):
-    """Dice of two boolean masks, 0 to 1: 2 |A∩B| / (|A| + |B| + 1e-6)."""
+    """Dice coefficient of two boolean masks of one shape, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
 
 
@@ -450,7 +469,7 @@ def draw_montage(slices, mask, truth):
     for panel in panels.flat:
         panel.set_axis_off()
     for panel, number in zip(panels.flat, numbers):
-        drawn = overlay(slices[number], mask[number].astype(np.uint8))
+        drawn = overlay_labels(slices[number], mask[number].astype(np.uint8))
         if truth is not None:
             edges, _ = cv2.findContours(truth[number].astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
             drawn = cv2.drawContours(drawn, edges, -1, (0, 255, 0), 1)

@@ -6,6 +6,13 @@
 
 Frames are decoded when they are needed and old memories are dropped, so a long video takes no more memory than
 a short one.
+
+Chapters:
+    settings         sizes, containers, names of the results
+    the run          main() and the command line
+    earlier results  which files in the output folder may be replaced
+    reading          folders of images, video files, prompts.json
+    writing          masks, table, overlay, image and mask pairs
 """
 
 import argparse
@@ -44,15 +51,17 @@ from tqdm import tqdm
 from tracking import (
     Window,
     as_label,
-    check_prompts,
+    check_frame_prompts,
     label_map,
-    overlay,
+    overlay_labels,
     parse_numbers,
     reduce_to,
-    require_display,
+    require_window,
     sorted_box,
     track,
 )
+
+# ---- settings ----
 
 FOLDER_RATE = 25             # frames per second of the overlay, for a folder of images
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
@@ -64,10 +73,13 @@ MARK = "track_video.py"      # see mark()
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # errors of PIL for a bad image file
 
 
+# ---- the run ----
+
+
 def main():
     args = parse_args()
     if args.interactive:
-        require_display('--point "x,y"나 --prompts')
+        require_window('--point "x,y"나 --prompts')
     else:
         plt.switch_backend("Agg")
     video = open_video(args.video)
@@ -75,7 +87,7 @@ def main():
     prompts = read_prompts(args.prompts) if args.prompts else \
         {(args.frame or 0, 1): (args.point, args.box)} if args.point or args.box else {}
     check_output(args, prompts)
-    check_prompts(prompts, video, args.prompts or args.video, "프레임")
+    check_frame_prompts(prompts, video, args.prompts or args.video, "프레임")
 
     checkpoint, device = choose_checkpoint(args), detect_device(args.device)
     predictor = load_video_predictor(args.model_cfg, checkpoint, device, args.image_size)
@@ -110,7 +122,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="영상에서 SAM 2.1로 대상을 추적합니다. 프롬프트가 없으면 창을 엽니다.")
     parser.add_argument("--video", "-v", required=True, metavar="PATH",
                         help="영상 파일, 또는 프레임 이미지가 든 폴더 (이름의 자연스러운 순서대로)")
-    parser.add_argument("--point", "-p", type=parse_points, default=[],
+    parser.add_argument("--point", "-p", type=parse_clicks, default=[],
                         help='대상 1의 점: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_box, help='대상 1의 상자: "x1,y1,x2,y2"')
     parser.add_argument("--frame", type=int, help="--point와 --box의 프레임 번호, 0부터 (기본: 0)")
@@ -133,6 +145,22 @@ def parse_args():
         args.output = args.output.with_name(args.name)
     args.interactive = not (args.prompts or args.point or args.box)
     return args
+
+
+def parse_clicks(text):
+    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels."""
+    return [(x, y, as_label(*label or [1])) for x, y, *label in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
+
+
+def parse_box(text):
+    """Parse "x1,y1,x2,y2": a list of floats, in pixels, x1 <= x2 and y1 <= y2."""
+    (x1, y1, x2, y2), *others = parse_numbers(text, (4,), '"x1,y1,x2,y2"')
+    if others:
+        raise argparse.ArgumentTypeError("상자는 하나여야 합니다. 대상이 여럿이면 --prompts를 쓰세요")
+    return sorted_box(x1, y1, x2, y2)
+
+
+# ---- earlier results ----
 
 
 def check_output(args, prompts):
@@ -197,20 +225,8 @@ def hash_of(video):
     return zlib.crc32(f"{len(video)} {video.size}".encode() + frames)
 
 
-def parse_points(text):
-    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels."""
-    return [(x, y, as_label(*label or [1])) for x, y, *label in parse_numbers(text, (2, 3), '"x,y" 또는 "x,y,라벨"')]
+# ---- reading ----
 
-
-def parse_box(text):
-    """Parse "x1,y1,x2,y2": a list of floats, in pixels, x1 <= x2 and y1 <= y2."""
-    (x1, y1, x2, y2), *others = parse_numbers(text, (4,), '"x1,y1,x2,y2"')
-    if others:
-        raise argparse.ArgumentTypeError("상자는 하나여야 합니다. 대상이 여럿이면 --prompts를 쓰세요")
-    return sorted_box(x1, y1, x2, y2)
-
-
-# ----------------------------------------------------------------------------- reading
 
 def open_video(path):
     """The frames of a video file or of a folder of images, as track() takes them. Raises ImageError."""
@@ -425,7 +441,8 @@ def read_prompts(path):
     return prompts
 
 
-# ----------------------------------------------------------------------------- writing
+# ---- writing ----
+
 
 def track_and_save(predictor, video, prompts, args):
     """Write the prompts, track, write each mask as soon as it is predicted and the other results at the end.
@@ -537,7 +554,7 @@ def save_pictures(video, args, is_numbered):
 def overlay_frame(image, labels):
     """A frame of overlay.mp4, uint8 H x W x 3: reduced, masks drawn, padded to the even sides that H.264 requires."""
     reduced = reduce_to(labels, OVERLAY_SIDE, cv2.INTER_NEAREST_EXACT)
-    drawn = overlay(reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduced)
+    drawn = overlay_labels(reduce_to(image, OVERLAY_SIDE, cv2.INTER_AREA), reduced)
     height, width = drawn.shape[:2]
     return np.pad(drawn, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 

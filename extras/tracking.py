@@ -5,6 +5,13 @@ indexing (uint8 H x W x 3, RGB) and `size` (H, W), which reads an item when it i
 
 Prompts are {(frame, object): (points, box)}: points a list of (x, y, label) in pixels, label 1 (foreground) or
 0 (background); box [x1, y1, x2, y2] or None; objects are numbered from 1.
+
+Chapters:
+    settings    sizes, keys of the window
+    tracking    sam2's propagation with bounded memory
+    prompts     numbers from the command line, checks
+    drawing     colors of objects, overlays
+    the window  clicks, slider, tracking while one watches
 """
 
 import argparse
@@ -24,6 +31,8 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.widgets import Slider
 from PIL import Image
 
+# ---- settings ----
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
 SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
@@ -34,7 +43,8 @@ WINDOW_HELP = ("left click: object    right click: background    drag: box    {d
                "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
 
 
-# ----------------------------------------------------------------------------- tracking
+# ---- tracking ----
+
 
 def track(predictor, frames, prompts, max_gap=0):
     """Track the prompted objects through all frames, keeping only the outputs that later frames can attend to.
@@ -137,7 +147,8 @@ def label_map(objects, logits):
     return torch.where(best > 0, numbers[index], 0).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------- prompts
+# ---- prompts ----
+
 
 def parse_numbers(text, lengths, form):
     """Parse "1,2,3;4,5,6": a list of lists of floats, each of one of the given lengths.
@@ -168,7 +179,7 @@ def as_label(label):
     return int(label)
 
 
-def check_prompts(prompts, frames, source, unit):
+def check_frame_prompts(prompts, frames, source, unit):
     """Raise ImageError, naming the prompt, if one does not fit the frames.
 
     A box may end at the edge of a frame (x2 = width); a point may not, because there is no pixel.
@@ -193,36 +204,42 @@ def check_prompts(prompts, frames, source, unit):
             raise ImageError(f"{source}: {unit} {frame}: 상자는 x1 < x2, y1 < y2 여야 합니다")
 
 
-# ----------------------------------------------------------------------------- drawing
-
-def object_colour(number):
-    """A bright colour (RGB, 0 to 255) for an object, from yellow to violet, as red is invisible on tissue.
-
-    Consecutive numbers differ widely in hue (golden ratio).
-    """
-    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * ((0.65 + 0.618 * (number - 1)) % 1), 0.9, 1)))
+# ---- drawing ----
 
 
-def overlay(image, labels):
+def object_color(number):
+    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
+
+
+def overlay_labels(image, labels):
     """A copy of `image`, uint8 H x W x 3, with every object of a label map, uint8 H x W, tinted and outlined."""
     drawn = image.copy()
     for number in np.unique(labels[labels > 0]):
-        inside, colour = (labels == number).astype(np.uint8), object_colour(int(number))
-        cv2.copyTo(cv2.addWeighted(drawn, 0.6, np.full_like(drawn, colour), 0.4, 0), inside, drawn)
-        edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(drawn, edges, -1, colour, max(1, round(max(labels.shape) / 400)))
+        drawn = overlay(drawn, labels == number, object_color(int(number)))
     return drawn
+
+
+def overlay(image, mask, color):
+    """`image` with `mask` tinted in `color` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
+    inside = mask.astype(np.uint8)
+    tint = np.full_like(image, color)
+    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
+    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
 
 
 def reduce_to(array, max_side, interpolation):
     """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
     height, width = array.shape[:2]
-    scale = min(1, max_side / max(height, width))
-    return cv2.resize(array, (max(1, round(width * scale)), max(1, round(height * scale))),
-                      interpolation=interpolation) if scale < 1 else array
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(array, size, interpolation=interpolation)
 
 
-def require_display(flags):
+def require_window(flags):
     """Fail if matplotlib cannot open a window. flags: the flags that the message suggests instead."""
     try:
         figure = plt.figure()
@@ -235,7 +252,8 @@ def require_display(flags):
         fail(f"창을 띄울 수 없습니다. 대신 쓸 옵션: {flags}{advice}")
 
 
-# ----------------------------------------------------------------------------- window
+# ---- the window ----
+
 
 class Window:
     """A matplotlib window: prompt objects on any frame, track them, correct any frame, track again.
@@ -468,7 +486,7 @@ class Window:
             artist.remove()
         self.drawn = []
         for (_, number), (points, box) in prompts.items():
-            edge = np.array(object_colour(number)) / 255
+            edge = np.array(object_color(number)) / 255
             self.drawn += [self.axes.scatter(x, y, s=140, marker="*", color="lime" if label else "red",
                                              edgecolor=edge, linewidth=1.5, zorder=3) for x, y, label in points]
             if box:
@@ -480,14 +498,14 @@ class Window:
         """Show the frame, the masks and the prompts."""
         image = reduce_to(self.frames[self.frame], SHOWN_SIDE, cv2.INTER_AREA)
         labels = cv2.resize(self.labels(), image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        self.picture.set_data(overlay(image, labels))
+        self.picture.set_data(overlay_labels(image, labels))
         self.draw_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame})
         status = "tracking ..." if self.is_tracking else "saving ..." if self.is_saving else \
             "no prompts yet" if not self.prompts else \
             "tracked" if self.tracked_prompts == self.prompts else "press Enter to track"
         chosen = f"object {self.object}, " if self.max_object > 1 else ""
         self.axes.set_title(f"{self.unit} {self.frame} of 0 ... {len(self.frames) - 1}, {chosen}{status}",
-                            color=np.array(object_colour(self.object)) / 300)
+                            color=np.array(object_color(self.object)) / 300)
         self.figure.canvas.draw_idle()
 
 

@@ -76,7 +76,7 @@ def test_the_weights_of_the_other_sizes_go_there_and_back(size):
     there = convert_checkpoint.huggingface_weights(model.state_dict())
     config = convert_checkpoint.huggingface_config(model)
     assert {name: tensor.shape for name, tensor in there.items()} == convert_checkpoint.expected_shapes(config)
-    assert_same_bits(model.state_dict(), convert_checkpoint.official_weights(there))
+    assert_same_bits(model.state_dict(), convert_checkpoint.weights_from_huggingface(there))
 
 
 def test_the_image_size_is_the_one_of_the_training_and_replaced_files_are_named(tmp_path, monkeypatch, capsys):

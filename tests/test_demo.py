@@ -61,8 +61,8 @@ def test_shortened_demo_gains_iou(tmp_path):
 def test_the_click_decides_which_object_the_demo_model_segments(tmp_path):
     """Two discs, one click on each: each mask lies on its own disc."""
     image = np.full((256, 256, 3), 60, np.uint8)
-    for centre, colour in (((70, 70), (200, 120, 40)), ((180, 180), (60, 60, 220))):
-        cv2.circle(image, centre, 40, colour, -1)
+    for centre, color in (((70, 70), (200, 120, 40)), ((180, 180), (60, 60, 220))):
+        cv2.circle(image, centre, 40, color, -1)
     cv2.imwrite(str(tmp_path / "discs.png"), image)
     masks = []
     for number, (x, y) in enumerate(((70, 70), (180, 180))):

@@ -256,17 +256,17 @@ def test_masks_of_either_model_are_seen_on_tissue_and_told_apart(script, simulat
     for tissue in ((145, 67, 46), (180, 100, 80), (205, 130, 115), (90, 30, 20), (150, 15, 12)):
         image, mask = np.full((40, 40, 3), tissue, np.uint8), np.zeros((40, 40), bool)
         mask[10:30, 10:30] = True
-        for colour in script.COLOURS.values():
-            drawn = script.overlay(image, mask, colour)
-            assert distance(drawn[20, 20], tissue) > 25 and distance(drawn[10, 20], tissue) > 45, (tissue, colour)
-    assert distance(*script.COLOURS.values()) > 100
+        for color in script.COLORS.values():
+            drawn = script.overlay(image, mask, color)
+            assert distance(drawn[20, 20], tissue) > 25 and distance(drawn[10, 20], tissue) > 45, (tissue, color)
+    assert distance(*script.COLORS.values()) > 100
 
 
-@pytest.mark.parametrize("object_colour", [test_my_image.object_colour, compare_models.object_colour,
-                                           tracking.object_colour])
-def test_no_object_is_drawn_in_red(object_colour):
-    colours = [object_colour(number) for number in range(1, 60)]
-    assert all(max(green, blue) == 255 for _, green, blue in colours) and len(set(colours)) > 50
+@pytest.mark.parametrize("object_color", [test_my_image.object_color, compare_models.object_color,
+                                           tracking.object_color])
+def test_no_object_is_drawn_in_red(object_color):
+    colors = [object_color(number) for number in range(1, 60)]
+    assert all(max(green, blue) == 255 for _, green, blue in colors) and len(set(colors)) > 50
 
 
 def test_results_of_images_with_the_same_stem_get_names_of_their_own():

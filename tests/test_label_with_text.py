@@ -394,7 +394,7 @@ def test_images_are_found_as_prepare_data_finds_them(tmp_path):
                  unicodedata.normalize("NFD", "폴립.jpg")):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    paths, problems = label_with_text.find_images(tmp_path)
+    paths, problems = label_with_text.images_to_label(tmp_path)
     assert [path.name for path in paths] == ["a.jpg", "b.PNG"]
     assert {unicodedata.normalize("NFC", name) for name in problems} == {"폴립.png", "폴립.jpg"}
 

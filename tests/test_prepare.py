@@ -162,7 +162,7 @@ def test_where_the_file_system_cannot_lock_one_line_warns_and_the_run_goes_on(tm
     assert "완료" in done.stdout
 
 
-def test_masks_of_zero_and_one_and_coloured_masks_count(tmp_path):
+def test_masks_of_zero_and_one_and_colored_masks_count(tmp_path):
     image, mask = draw_pair(1)
     red = np.zeros_like(image)
     red[mask > 0] = (0, 0, 255)
@@ -358,7 +358,7 @@ def test_a_tiff_of_several_slices_is_named(tmp_path):
     assert "stack.tif: 여러 장이 든 파일" in prepare_masks(tmp_path, code=1).stdout
 
 
-def test_each_colour_is_an_object_in_any_number_of_pieces(tmp_path):
+def test_each_color_is_an_object_in_any_number_of_pieces(tmp_path):
     red, blue = (0, 0, 200), (200, 0, 0)
     drawn = np.zeros((60, 80, 3), np.uint8)
     drawn[SMALL > 0], drawn[OTHER > 0], drawn[:5, :5] = blue, red, red
@@ -375,7 +375,7 @@ def test_each_colour_is_an_object_in_any_number_of_pieces(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--numbered", "--colours"])
-def test_a_jpeg_of_numbers_or_colours_is_refused_in_one_line(tmp_path, flag):
+def test_a_jpeg_of_numbers_or_colors_is_refused_in_one_line(tmp_path, flag):
     make_source(tmp_path, 3)
     done = prepare_masks(tmp_path, flag, code=1)
     assert_fails_in_one_line(done, "masks/polyp_00.jpg".replace("/", os.sep), "--numbered", "JPEG")
@@ -396,7 +396,7 @@ def test_check_counts_objects_and_those_too_small_after_the_reduction(tmp_path):
     assert "작은 객체 (100픽셀 미만): 1개 - wide.png 1개" in done.stdout
 
 
-def test_preview_draws_each_object_in_its_colour(tmp_path):
+def test_preview_draws_each_object_in_its_color(tmp_path):
     write_image(tmp_path / "data/images/train/a.png", np.full((60, 80, 3), 100, np.uint8))
     labels = np.where(SMALL, 4, 0) + np.where(OTHER, 6, 0)
     labels[50:, :10] = 4  # its second piece

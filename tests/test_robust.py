@@ -122,7 +122,7 @@ def test_tiny_and_huge_images_are_segmented(tmp_path, weights, width, height):
 
 
 def test_an_animation_is_its_first_picture_or_named(tmp_path, weights):
-    frames = [Image.new("RGB", (40, 30), colour) for colour in ("white", "black")]
+    frames = [Image.new("RGB", (40, 30), color) for color in ("white", "black")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     try:
         assert train_sam2_proper.read_image(tmp_path / "moving.gif").min() > 200

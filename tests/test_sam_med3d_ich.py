@@ -4,6 +4,7 @@ import argparse
 import csv
 import inspect
 import json
+import math
 import os
 import pickle
 import signal
@@ -508,13 +509,14 @@ def test_medim_encodes_positions_with_the_first_two_axes_exchanged():
     assert (point - dense[:, 5, 20, 33]).abs().max() > 0.1
 
 
-def test_mask_losses_are_monais_for_each_volume():
-    from monai.losses import DiceCELoss
-    logits, truth = torch.randn(2, 1, 6, 6, 6), (torch.rand(2, 1, 6, 6, 6) > 0.7).float()
-    losses = trainer.mask_losses(logits, truth)
-    for number in range(2):
-        expected = DiceCELoss(sigmoid=True, squared_pred=True)(logits[number:number + 1], truth[number:number + 1])
-        assert losses[number].item() == pytest.approx(expected.item(), abs=1e-4)
+def test_mask_losses_are_dice_with_squares_and_cross_entropy_for_each_volume():
+    truth = torch.zeros(2, 1, 2, 2, 2)
+    truth[:, 0, 0, 0] = 1                                           # 2 of 8 voxels
+    logits = torch.zeros(2, 1, 2, 2, 2)                             # p = 1/2 everywhere in the first volume
+    logits[1] = math.log(3) * (2 * truth[1] - 1)                    # p = 3/4 in the target, 1/4 beside it
+    dice = [1 - 2 * 1 / (8 / 4 + 2), 1 - 2 * 1.5 / (2 * 9 / 16 + 6 / 16 + 2)]  # 1/2, 1/7
+    expected = [dice[0] + math.log(2), dice[1] + math.log(4 / 3)]
+    assert trainer.mask_losses(logits, truth).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_label_losses_ask_the_volume_and_its_tokens_and_leave_out_what_has_no_label():

@@ -544,7 +544,7 @@ def test_real_window_goes_to_a_slice_with_the_slider_clicks_segments_and_saves(t
         window.wait_for("ct", 3, 1, 1, "tracked")
         window.close()
         flags = shlex.split(re.search("같은 결과를 얻는 옵션: (.*)", window.end())[1])
-    (number, (x, y, label)), = segment_volume.parse_points(flags[1])
+    (number, (x, y, label)), = segment_volume.parse_slice_points(flags[1])
     assert flags[0] == "--point" and (number, label) == (4, 1) and (x, y) == pytest.approx((16, 6), abs=1)
     segment(tmp_path, ROOT / "demo/sam2_demo.pt", *flags, "-o", "typed")
     clicked, typed = (nib.load(tmp_path / name / "ct_mask.nii.gz").get_fdata() for name in ("clicked", "typed"))

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 SCRIPTS = ["download_dataset.py", "prepare_data.py", "train_sam2_proper.py", "compare_models.py", "test_my_image.py"]
 WITH_BLOCK = SCRIPTS[2:]
+EXTRAS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "extras").glob("*.py"))
 OWN = {"main", "parse_args"}  # every script has its own
 
 
@@ -41,7 +42,7 @@ def test_extras_common_holds_the_block_letter_for_letter():
 
 def test_functions_of_one_name_are_the_same_in_every_script():
     found = defaultdict(dict)
-    for script in SCRIPTS:
+    for script in [*SCRIPTS, *EXTRAS]:
         text = source(script)
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name not in OWN:

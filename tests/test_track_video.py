@@ -36,8 +36,8 @@ def draw_clip(count=8, height=60, width=80):
     frames = rng.integers(0, 60, (count, height, width, 3)).astype(np.uint8)
     labels = np.zeros((count, height, width), np.uint8)
     for number, (frame, label) in enumerate(zip(frames, labels)):
-        for colour, place, value in (((220, 160, 90), (18 + number, 20), 1), ((90, 200, 120), (50, 30 + number), 2)):
-            cv2.circle(frame, place, 9, colour, -1)
+        for color, place, value in (((220, 160, 90), (18 + number, 20), 1), ((90, 200, 120), (50, 30 + number), 2)):
+            cv2.circle(frame, place, 9, color, -1)
             cv2.circle(label, place, 9, value, -1)
     return frames, labels
 
@@ -539,7 +539,7 @@ def test_prompts_that_cannot_be_used_are_named(clip, content, words):
     (clip / "bad.json").write_text(content)
     with pytest.raises(common.ImageError) as failure:
         prompts = track_video.read_prompts(clip / "bad.json")
-        tracking.check_prompts(prompts, track_video.ImageFolder(clip / "frames"), "bad.json", "프레임")
+        tracking.check_frame_prompts(prompts, track_video.ImageFolder(clip / "frames"), "bad.json", "프레임")
     assert "bad.json" in str(failure.value) and words in str(failure.value)
 
 

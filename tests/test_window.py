@@ -44,8 +44,8 @@ def segment(photo, weights, *arguments, **options):
 def draw_discs(path):
     """A 160 x 120 image with two discs around (40, 40) and (110, 80)."""
     image = np.full((120, 160, 3), 60, np.uint8)
-    for centre, colour in (((40, 40), (200, 120, 40)), ((110, 80), (60, 60, 220))):
-        cv2.circle(image, centre, 25, colour, -1)
+    for centre, color in (((40, 40), (200, 120, 40)), ((110, 80), (60, 60, 220))):
+        cv2.circle(image, centre, 25, color, -1)
     write_image(path, image)
     return image
 
@@ -245,7 +245,7 @@ def test_everything_is_the_same_as_if_each_mask_were_enlarged_first(tmp_path, mo
         assert (coco_mask.decode(annotations[number]["segmentation"]) == mask).all()
         assert annotations[number]["area"] == mask.sum()
         labels[mask] = number + 1
-        drawn = test_my_image.overlay(drawn, mask, test_my_image.object_colour(number + 1))
+        drawn = test_my_image.overlay(drawn, mask, test_my_image.object_color(number + 1))
         edges |= cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((21, 21)))
     assert (read_png(tmp_path / "a_labels.png") == labels).all()
     assert [labels[500, x] for x in (610, 690)] == [1, 0] and [labels[500, x] for x in (1610, 1710)] == [0, 1]

@@ -53,8 +53,8 @@ def draw_scene(rng):
     """The wall with one polyp: (float32 H x W x 3, RGB, 0 to 255; mask of the polyp, uint8 H x W, 0 or 255)."""
     scene.WIDTH, scene.HEIGHT = round(WIDTH * SCENE), round(HEIGHT * SCENE)
     y, x = np.mgrid[0:scene.HEIGHT, 0:scene.WIDTH].astype(np.float32)
-    image, colour = scene.draw_wall(rng, x, y)
-    mask, height = scene.draw_polyp(rng, image, colour, x, y, share=0.045)
+    image, color = scene.draw_wall(rng, x, y)
+    mask, height = scene.draw_polyp(rng, image, color, x, y, share=0.045)
     scene.draw_highlights(rng, image, height)
     return image.astype(np.float32), mask.astype(np.uint8) * 255
 

@@ -6,6 +6,12 @@ A case is a dict of MetaTensors [1, X, Y, Z] in nibabel's canonical axes (x to t
 "image" and "mask" have cubic voxels, "truth" is the mask with the voxels of its file. The published weights expect the
 preprocessing of SAM-Med3D's training, which used torchio: 1.5 mm voxels, a crop around the target, padded with 0, and
 a z-score over the voxels above 0.
+
+Chapters:
+    settings            columns, suffixes, the strength of the augmentation
+    the CSV             rows, their masks, patients in both files
+    the files           volumes and masks, pickles without running their code, cases
+    input of the model  crops, normalization, augmentation, batches
 """
 
 import csv
@@ -50,6 +56,8 @@ from volume_files import (  # noqa: E402
     voxels_apart,
 )
 
+# ---- settings ----
+
 COLUMNS = ("path", "ich", "patient_id")
 SUFFIXES = (".nii", ".nii.gz", ".npy", ".pkl")
 NO_LABEL = -100    # the default ignore_index of torch's cross_entropy
@@ -59,6 +67,7 @@ MOST_LABELS = 10   # a file with more different values is not a mask
 
 
 # ---- the CSV ----
+
 
 @dataclass(frozen=True)
 class Row:
@@ -157,6 +166,7 @@ def check_patients(train, val):
 
 
 # ---- the files ----
+
 
 class RefusedPickle(pickle.UnpicklingError):
     """A pickle with an object that cannot be part of a volume; the message names the object."""
@@ -401,6 +411,7 @@ def millilitres(mask):
 
 
 # ---- input of the model ----
+
 
 def target_centre(mask):
     """The middle of the box around a mask [1, X, Y, Z], in voxels, as in torchio's CropOrPad."""

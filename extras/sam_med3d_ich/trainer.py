@@ -2,6 +2,12 @@
 
 All random numbers depend only on the seed, the epoch and the number of the volume. A resumed run therefore gives the
 same weights as an uninterrupted one, and 4 accumulated batches of 1 the same gradients as 1 batch of 4.
+
+Chapters:
+    settings           weights of the losses, columns of the patients' table
+    training           Trainer: epochs, steps, validation, checkpoints; the scheduler
+    clicks and losses  simulated clicks, the losses of masks and labels
+    metrics            Dice, IoU and volume by patient
 """
 
 import contextlib
@@ -16,6 +22,7 @@ import torch.nn.functional as F
 from config import differing_settings, settings_of
 from dataloader import NO_LABEL, training_loader, validation_loader
 from monai.data import MetaTensor
+from monai.losses import DiceLoss
 from monai.transforms import ResampleToMatch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from tqdm import tqdm
@@ -31,6 +38,8 @@ from utils import (
     write_file,
 )
 
+# ---- settings ----
+
 LABEL_WEIGHT = 1.0        # of the label loss; that of the mask loss is 1
 TOKEN_WEIGHT = 5.0        # of the tokens' cross-entropy in the label loss; that of the volume's is 1
 PLATEAU = {"mode": "max", "factor": 0.5, "patience": 5}  # reduce_on_plateau: halve after 6 epochs without better Dice
@@ -39,128 +48,7 @@ PATIENT_COLUMNS = ("patient_id", "volumes", "ich", "predicted_ich", "ich_probabi
                    "predicted_ml", "volume_error_ml")
 
 
-# ---- clicks and losses ----
-
-def next_clicks(predicted, truth, generators):
-    """A click for each volume, at a random voxel where the prediction is wrong, or in the target if none is wrong.
-
-    predicted, truth: bool [B, 1, S, S, S]; generators: list of B numpy.random.Generator.
-    Returns points, float32 [B, 1, 3], in the order of torch.argwhere, and labels, int64 [B, 1]: 1 in the target.
-    """
-    points, labels = [], []
-    for mask, target, rng in zip(predicted, truth, generators):
-        wrong = mask[0] != target[0]
-        candidates = torch.argwhere(wrong if wrong.any() else target[0])
-        point = candidates[rng.integers(len(candidates))]
-        points.append(point)
-        labels.append(target[0][tuple(point)].long())
-    return torch.stack(points)[:, None].float(), torch.stack(labels)[:, None]
-
-
-def mask_losses(logits, truth):
-    """Dice loss + binary cross-entropy of each volume, [B], from logits and a float mask [B, 1, S, S, S].
-
-    Dice has squared predictions in the denominator, as in SAM-Med3D's training (MONAI's DiceCELoss with sigmoid=True,
-    squared_pred=True), and is computed for each volume separately.
-    """
-    probability, axes = logits.sigmoid(), (1, 2, 3, 4)
-    overlap = (probability * truth).sum(axes)
-    size = (probability**2).sum(axes) + (truth**2).sum(axes)
-    dice = 1 - (2 * overlap + 1e-5) / (size + 1e-5)
-    return dice + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(axes)
-
-
-def label_losses(logits, mask, label):
-    """Cross-entropy of each volume's label plus that of its tokens' labels (mask in the patch or not), [B].
-
-    logits: of the tokens, [B, N]; mask: float [B, 1, S, S, S]; label: [B], 0, 1, or NO_LABEL, for which the loss is 0.
-    """
-    patch = mask.shape[-1] // round(logits.shape[1] ** (1 / 3))
-    truth = F.max_pool3d(mask, patch).flatten(1)
-    volume = F.binary_cross_entropy_with_logits(logits.amax(1), label.float(), reduction="none")
-    tokens = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
-    return torch.where(label == NO_LABEL, 0, volume + TOKEN_WEIGHT * tokens)
-
-
-def upscale(low_res, size):
-    """Logits [B, 1, L, L, L] -> [B, 1, size, size, size], trilinear."""
-    return F.interpolate(low_res, (size, size, size), mode="trilinear", align_corners=False)
-
-
-# ---- metrics ----
-
-def dice_and_iou(overlap, predicted, true):
-    """(Dice, IoU) from the volumes of overlap, prediction and truth in one unit; `true` must not be 0."""
-    return 2 * overlap / (predicted + true), overlap / (predicted + true - overlap)
-
-
-def by_patient(rows, results):
-    """One dict of PATIENT_COLUMNS for each patient.
-
-    rows: Row of each volume; results: dicts with the "probability" of a haemorrhage and, for a volume that has one,
-    "overlap", "predicted" and "true" in ml. Dice and IoU are computed from the sums over a patient's scans, ml are
-    means over the scans with a haemorrhage. The label of a patient is 1 if that of any scan is.
-    """
-    patients = {}
-    for row, result in zip(rows, results):
-        patients.setdefault(row.patient_id, []).append((row, result))
-    table = []
-    for patient_id, scans in patients.items():
-        probability = max(result["probability"] for _, result in scans)
-        entry = {"patient_id": patient_id, "volumes": len(scans), "ich": int(any(row.ich for row, _ in scans)),
-                 "predicted_ich": int(probability > 0.5), "ich_probability": probability}
-        bleeding = [result for _, result in scans if "true" in result]
-        if bleeding:
-            overlap, predicted, true = (sum(result[name] for result in bleeding)
-                                        for name in ("overlap", "predicted", "true"))
-            entry["dice"], entry["iou"] = dice_and_iou(overlap, predicted, true)
-            entry |= {"true_ml": true / len(bleeding), "predicted_ml": predicted / len(bleeding),
-                      "volume_error_ml": (predicted - true) / len(bleeding)}
-        table.append(entry)
-    return table
-
-
-def summarize(table):
-    """Means over patients: Dice, IoU and absolute volume error of those with a haemorrhage, and accuracy, sensitivity
-    and specificity of the label. A mean over no patients is None."""
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else None
-
-    bleeding = [entry for entry in table if entry["ich"]]
-    return {
-        "dice": mean(entry["dice"] for entry in bleeding), "iou": mean(entry["iou"] for entry in bleeding),
-        "volume_error_ml": mean(abs(entry["volume_error_ml"]) for entry in bleeding),
-        "label_accuracy": mean(entry["predicted_ich"] == entry["ich"] for entry in table),
-        "sensitivity": mean(entry["predicted_ich"] for entry in bleeding),
-        "specificity": mean(1 - entry["predicted_ich"] for entry in table if not entry["ich"]),
-    }
-
-
-def write_patients(path, table):
-    """Write patients.csv, a row per patient; the measures of a patient without a haemorrhage are empty.
-
-    An ID that a spreadsheet would take for a formula gets an apostrophe in front of it.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, PATIENT_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for entry in table:
-        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else as_cell(value)
-                         for name, value in entry.items()})
-    write_file(path, text.getvalue().encode("utf-8-sig"))  # with a BOM, so that Excel reads Korean names
-
-
 # ---- training ----
-
-def make_scheduler(optimizer, args):
-    """The learning rate scheduler, stepped once per epoch. "cosine" and "step" depend on nothing but the epoch, so that
-    --resume may change --epochs."""
-    if args.scheduler_type == "reduce_on_plateau":
-        return ReduceLROnPlateau(optimizer, **PLATEAU)
-    factor = {"cosine": lambda epoch: (1 + math.cos(math.pi * min(epoch / args.epochs, 1))) / 2,
-              "step": lambda epoch: 0.1 ** (3 * epoch // args.epochs)}[args.scheduler_type]  # at 1/3 and 2/3
-    return LambdaLR(optimizer, factor)
 
 
 class Trainer:
@@ -340,6 +228,16 @@ class Trainer:
             self.optimizer.param_groups[0]["lr"] = self.args.lr * self.scheduler.lr_lambdas[0](self.epoch)
 
 
+def make_scheduler(optimizer, args):
+    """The learning rate scheduler, stepped once per epoch. "cosine" and "step" depend on nothing but the epoch, so that
+    --resume may change --epochs."""
+    if args.scheduler_type == "reduce_on_plateau":
+        return ReduceLROnPlateau(optimizer, **PLATEAU)
+    factor = {"cosine": lambda epoch: (1 + math.cos(math.pi * min(epoch / args.epochs, 1))) / 2,
+              "step": lambda epoch: 0.1 ** (3 * epoch // args.epochs)}[args.scheduler_type]  # at 1/3 and 2/3
+    return LambdaLR(optimizer, factor)
+
+
 def check_finite(name, *tensors):
     """fail() if one of the tensors has a NaN or an infinity, before anything is saved."""
     if not all(tensor.isfinite().all() for tensor in tensors):
@@ -373,3 +271,115 @@ def report(row, epochs, better, left, memory):
     return (f"에포크 {row['epoch']}/{epochs}: 손실 마스크 {row['mask_loss']:.3f}, 라벨 {row['label_loss']:.3f}, "
             f"검증 Dice {row['dice']:.3f}, 라벨 정확도 {row['label_accuracy']:.0%}, lr {row['lr']:.1e}, "
             f"{duration(row['seconds'])}, 남은 시간 {duration(left)}, 메모리 {memory:.1f} GB{' ★' if better else ''}")
+
+
+# ---- clicks and losses ----
+
+
+def next_clicks(predicted, truth, generators):
+    """A click for each volume, at a random voxel where the prediction is wrong, or in the target if none is wrong.
+
+    predicted, truth: bool [B, 1, S, S, S]; generators: list of B numpy.random.Generator.
+    Returns points, float32 [B, 1, 3], in the order of torch.argwhere, and labels, int64 [B, 1]: 1 in the target.
+    """
+    points, labels = [], []
+    for mask, target, rng in zip(predicted, truth, generators):
+        wrong = mask[0] != target[0]
+        candidates = torch.argwhere(wrong if wrong.any() else target[0])
+        point = candidates[rng.integers(len(candidates))]
+        points.append(point)
+        labels.append(target[0][tuple(point)].long())
+    return torch.stack(points)[:, None].float(), torch.stack(labels)[:, None]
+
+
+def mask_losses(logits, truth):
+    """Dice loss + binary cross-entropy of each volume, [B], from logits and a float mask [B, 1, S, S, S].
+
+    Dice has squared predictions in the denominator, as in SAM-Med3D's training, and is computed for each volume
+    separately.
+    """
+    dice = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")(logits, truth)  # [B, 1, 1, 1, 1]
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return dice.flatten() + cross_entropy.flatten(1).mean(1)
+
+
+def label_losses(logits, mask, label):
+    """Cross-entropy of each volume's label plus that of its tokens' labels (mask in the patch or not), [B].
+
+    logits: of the tokens, [B, N]; mask: float [B, 1, S, S, S]; label: [B], 0, 1, or NO_LABEL, for which the loss is 0.
+    """
+    patch = mask.shape[-1] // round(logits.shape[1] ** (1 / 3))
+    truth = F.max_pool3d(mask, patch).flatten(1)
+    volume = F.binary_cross_entropy_with_logits(logits.amax(1), label.float(), reduction="none")
+    tokens = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    return torch.where(label == NO_LABEL, 0, volume + TOKEN_WEIGHT * tokens)
+
+
+def upscale(low_res, size):
+    """Logits [B, 1, L, L, L] -> [B, 1, size, size, size], trilinear."""
+    return F.interpolate(low_res, (size, size, size), mode="trilinear", align_corners=False)
+
+
+# ---- metrics ----
+
+
+def dice_and_iou(overlap, predicted, true):
+    """(Dice, IoU) from the volumes of overlap, prediction and truth in one unit; `true` must not be 0."""
+    return 2 * overlap / (predicted + true), overlap / (predicted + true - overlap)
+
+
+def by_patient(rows, results):
+    """One dict of PATIENT_COLUMNS for each patient.
+
+    rows: Row of each volume; results: dicts with the "probability" of a haemorrhage and, for a volume that has one,
+    "overlap", "predicted" and "true" in ml. Dice and IoU are computed from the sums over a patient's scans, ml are
+    means over the scans with a haemorrhage. The label of a patient is 1 if that of any scan is.
+    """
+    patients = {}
+    for row, result in zip(rows, results):
+        patients.setdefault(row.patient_id, []).append((row, result))
+    table = []
+    for patient_id, scans in patients.items():
+        probability = max(result["probability"] for _, result in scans)
+        entry = {"patient_id": patient_id, "volumes": len(scans), "ich": int(any(row.ich for row, _ in scans)),
+                 "predicted_ich": int(probability > 0.5), "ich_probability": probability}
+        bleeding = [result for _, result in scans if "true" in result]
+        if bleeding:
+            overlap, predicted, true = (sum(result[name] for result in bleeding)
+                                        for name in ("overlap", "predicted", "true"))
+            entry["dice"], entry["iou"] = dice_and_iou(overlap, predicted, true)
+            entry |= {"true_ml": true / len(bleeding), "predicted_ml": predicted / len(bleeding),
+                      "volume_error_ml": (predicted - true) / len(bleeding)}
+        table.append(entry)
+    return table
+
+
+def summarize(table):
+    """Means over patients: Dice, IoU and absolute volume error of those with a haemorrhage, and accuracy, sensitivity
+    and specificity of the label. A mean over no patients is None."""
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values) if values else None
+
+    bleeding = [entry for entry in table if entry["ich"]]
+    return {
+        "dice": mean(entry["dice"] for entry in bleeding), "iou": mean(entry["iou"] for entry in bleeding),
+        "volume_error_ml": mean(abs(entry["volume_error_ml"]) for entry in bleeding),
+        "label_accuracy": mean(entry["predicted_ich"] == entry["ich"] for entry in table),
+        "sensitivity": mean(entry["predicted_ich"] for entry in bleeding),
+        "specificity": mean(1 - entry["predicted_ich"] for entry in table if not entry["ich"]),
+    }
+
+
+def write_patients(path, table):
+    """Write patients.csv, a row per patient; the measures of a patient without a haemorrhage are empty.
+
+    An ID that a spreadsheet would take for a formula gets an apostrophe in front of it.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, PATIENT_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for entry in table:
+        writer.writerow({name: f"{value:.4f}" if isinstance(value, float) else as_cell(value)
+                         for name, value in entry.items()})
+    write_file(path, text.getvalue().encode("utf-8-sig"))  # with a BOM, so that Excel reads Korean names
