@@ -12,8 +12,8 @@ Chapters:
     prediction    both models' masks from the same simulated clicks and boxes
     metrics       IoU and Dice of each object
     figures       the panels of one image, the colors of objects
-    results       tables, the scatter plot, the message after it
-    shared block  what train_sam2_proper.py and test_my_image.py contain too
+    results       tables, the scatter plot, the final message
+    shared block  identical in train_sam2_proper.py and test_my_image.py
 """
 
 import argparse
@@ -351,14 +351,14 @@ def printable(name):
 
 
 def overlay_objects(image, masks, color):
-    """`image` with masks (bool N x H x W) over it: a single one in `color`, several in colours of their own."""
+    """Draw masks (bool N x H x W) over `image`: a single one in `color`, several in one color each."""
     for number, mask in enumerate(masks):
         image = overlay(image, mask, color if len(masks) == 1 else object_color(number))
     return image
 
 
 def object_color(number):
-    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    """A color for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), without red (tissue)."""
     return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 

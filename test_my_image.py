@@ -8,13 +8,13 @@
 Chapters:
     settings            sizes, file names, colors, the keys of the window
     the run             main(), the command line, the two models
-    images and prompts  which images, what their results are called, checks of the prompts
+    images and prompts  the images, the names of their results, checks of the prompts
     every object        --everything: sam2's automatic mask generator
     prompted objects    masks from points, boxes or a rough mask
     the window          clicks, keys and --annotate
-    results             the files that are written
+    results             the output files
     drawing             masks and prompts over an image
-    shared block        what train_sam2_proper.py and compare_models.py contain too
+    shared block        identical in train_sam2_proper.py and compare_models.py
 """
 
 import argparse
@@ -725,13 +725,13 @@ def mark_prompts(axes, points, box):
 
 
 def colored_masks(objects, title):
-    """The masks of one model's objects, [(bool H x W, RGB)]: a single one has the model's colour, several their own."""
+    """The masks of one model's objects, [(bool H x W, RGB)]: one has the model's colour, several have one each."""
     return [(item.best(title)[1], object_color(number) if len(objects) > 1 else COLORS[title])
             for number, item in enumerate(objects)]
 
 
 def object_color(number):
-    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    """A color for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), without red (tissue)."""
     return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 

@@ -11,7 +11,7 @@ make_demo_data.py; its colours and its polyps do not.
 Chapters:
     settings          limits
     scenes and clips  main() and draw_clip()
-    things            what a scene is made of: outline, color, parts
+    things            the objects of a scene: outline, color, parts
     textures          grounds, surfaces, highlights
     motion            places over time, things pasted into the frames
     the camera        blur, noise and light of the finished frames

@@ -6,9 +6,9 @@ Most of it is a copy of the shared block of the scripts at the top level; a test
 
 Chapters:
     settings        the terminal, fonts, warnings, suffixes of images
-    shared block    what the scripts at the top level contain too
+    shared block    identical in the scripts at the top level
     files           folders of images, tables
-    models          a SAM 2 for videos, the flags of every script with a model
+    models          SAM 2 for videos, the flags of every script that runs SAM 2
 """
 
 import contextlib

@@ -9,10 +9,10 @@ are bit-identical in both forms. Nothing is written unless both models give the 
 Chapters:
     settings              the names of the weights in both forms
     the run               main() and the command line
-    to Hugging Face       the folder that is written, and its settings
-    to the official form  the file that is written
+    to Hugging Face       the output folder and its settings
+    to the official form  the output file
     weights               from one form's names and shapes to the other's
-    comparison            both models on a drawn image
+    comparison            both models on a synthetic image
 """
 
 import argparse

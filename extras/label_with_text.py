@@ -19,7 +19,7 @@ Chapters:
     the run           main(), the command line, several processes
     detectors         boxes from words: Florence-2, Grounding DINO
     boxes of a file   boxes from COCO JSON
-    masks and labels  SAM 2's masks in the boxes, the COCO file that is written
+    masks and labels  SAM 2's masks in the boxes, the COCO output
 """
 
 import argparse
@@ -146,7 +146,7 @@ def parse_score(text):
 
 
 def join_ranks(requested):
-    """Join the processes of torchrun; returns (rank, number of processes, device), with 0 and 1 without torchrun.
+    """Join the processes of torchrun; returns (rank, number of processes, device), (0, 1, device) without torchrun.
 
     With CUDA, each process gets its own GPU. Only rank 0 prints.
     """

@@ -12,7 +12,7 @@ Chapters:
     the run          main() and the command line
     earlier results  which files in the output folder may be replaced
     reading          the volume, and its slices as the frames of a video
-    segmenting       with the memory of the other slices, or each slice alone
+    segmenting       with the memory of other slices, or each slice on its own
     writing          mask, table, summary, montage
 """
 

@@ -208,7 +208,7 @@ def check_frame_prompts(prompts, frames, source, unit):
 
 
 def object_color(number):
-    """A colour for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), no red, as tissue is."""
+    """A color for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), without red (tissue)."""
     return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
 
 
