@@ -18,7 +18,8 @@ import torch
 from bench_training import ROOT, save_random_weights
 
 sys.path.insert(0, str(ROOT / "extras"))
-from common import detect_device, load_predictor  # noqa: E402
+from common import load_predictor  # noqa: E402
+from files import detect_device  # noqa: E402
 from label_with_text import GroundedSAM2  # noqa: E402
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "extras")]
 import common  # noqa: E402
+import files  # noqa: E402
 import track_video  # noqa: E402
 import tracking  # noqa: E402
 
@@ -52,7 +53,7 @@ def main():
         is_demo = args.model_cfg == str(DEMO_CFG)
         checkpoint = DEMO_WEIGHTS if is_demo else save_random_weights(args, folder / "random.pt")
         print(f"{args.model_cfg}, {args.width} x {args.height} px, {len(PROMPTS)} objects, {args.device}")
-        unit = "frames/CPU s" if common.detect_device(args.device) == "cpu" else "frames/s"
+        unit = "frames/CPU s" if files.detect_device(args.device) == "cpu" else "frames/s"
         print(f"{'':16}{'frames':>8}{'peak MB':>10}{unit:>14}")
         for count in sorted(args.frames):
             draw_frames(folder / "frames", count, args.width, args.height)
@@ -95,7 +96,7 @@ def measure(args, kind, frames, checkpoint):
 def child(args):
     """Track with the method of --child and print the peak in MB and the frames per second."""
     kind, folder, checkpoint = args.child.split(",")
-    device = common.detect_device(args.device)
+    device = files.detect_device(args.device)
     torch.set_num_threads(1)
     clock = time.process_time if device == "cpu" else time.perf_counter
     predictor = common.load_video_predictor(args.model_cfg, checkpoint, device)

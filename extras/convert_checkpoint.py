@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import fail, load_predictor, read_config, run, write_file
+from common import load_predictor, read_config
+from files import fail, run, write_file
 from hydra.utils import instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save

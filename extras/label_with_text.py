@@ -6,7 +6,8 @@
 
 Writes COCO JSON with boxes and masks, which prepare_data.py --coco reads. From Python:
 
-    from common import load_predictor, read_image
+    from common import load_predictor
+    from files import read_image
     from label_with_text import Florence2, GroundedSAM2
 
     predictor = load_predictor("configs/sam2.1/sam2.1_hiera_s.yaml", "output/sam2_best.pt", "cuda")
@@ -39,15 +40,13 @@ import numpy as np
 import supervision as sv
 import torch
 import torch.distributed
-from common import (
+from common import add_model_flags, choose_checkpoint, load_predictor
+from files import (
     FORMATS,
     ImageError,
-    add_model_flags,
-    choose_checkpoint,
     detect_device,
     fail,
     list_images,
-    load_predictor,
     read_image,
     run,
     write_file,
@@ -577,7 +576,7 @@ def draw(image, detections):
     picture = sv.BoxAnnotator(thickness=sv.calculate_optimal_line_thickness((width, height)),
                               **lookup).annotate(picture, detections)
     labels = [f"{name} {confidence:.2f}" for name, confidence in zip(detections["class_name"], detections.confidence)]
-    font = font_manager.findfont(plt.rcParams["font.family"][-1])  # with Hangul, if installed: see common.py
+    font = font_manager.findfont(plt.rcParams["font.family"][-1])  # with Hangul, if installed: see files.py
     picture = sv.RichLabelAnnotator(font_path=font, font_size=max(10, min(height, width) // 40), text_padding=2,
                                     smart_position=True, **lookup).annotate(picture, detections, labels)
     return cv2.imencode(".png", picture)[1].tobytes()

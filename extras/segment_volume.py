@@ -29,14 +29,12 @@ from pathlib import Path
 import cv2
 import nibabel as nib
 import numpy as np
-from common import (
+from common import add_model_flags, choose_checkpoint, load_video_predictor
+from files import (
     ImageError,
-    add_model_flags,
     calculate_iou,
-    choose_checkpoint,
     detect_device,
     fail,
-    load_video_predictor,
     run,
     save_figure,
     write_csv,

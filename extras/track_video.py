@@ -30,15 +30,13 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
-from common import (
+from common import add_model_flags, choose_checkpoint, load_video_predictor
+from files import (
     FORMATS,
     ImageError,
-    add_model_flags,
-    choose_checkpoint,
     detect_device,
     fail,
     list_images,
-    load_video_predictor,
     read_image,
     run,
     write_csv,

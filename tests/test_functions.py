@@ -500,7 +500,7 @@ def test_versions_need_no_package_named_sam2(monkeypatch):
     assert train_sam2_proper.versions()["sam2"] == "?"
 
 
-@pytest.mark.parametrize("script", ["train_sam2_proper", "prepare_data", "download_dataset", "common", "utils"])
+@pytest.mark.parametrize("script", ["train_sam2_proper", "prepare_data", "download_dataset", "files", "utils"])
 def test_scripts_open_where_the_output_is_no_terminal_and_no_file(script, monkeypatch):
     path = next(path for folder in ("", "extras", "extras/sam_med3d_ich")
                 if (path := ROOT / folder / f"{script}.py").is_file())
@@ -510,7 +510,7 @@ def test_scripts_open_where_the_output_is_no_terminal_and_no_file(script, monkey
 
 def test_windows_are_not_drawn_with_the_qt_that_opencv_brings():
     code = "import cv2, os\nos.environ['{0}'] = {1}\nimport {2}\nassert os.environ.get('{0}') == {3}"
-    for name, folder in (("test_my_image", ROOT), ("common", ROOT / "extras")):
+    for name, folder in (("test_my_image", ROOT), ("files", ROOT / "extras")):
         for before, after in (("cv2.__path__[0] + '/qt/plugins'", "None"), ("'/opt/qt'", "'/opt/qt'")):
             subprocess.run([sys.executable, "-c", code.format("QT_QPA_PLATFORM_PLUGIN_PATH", before, name, after)],
                            cwd=folder, check=True)

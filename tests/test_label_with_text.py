@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import supervision as sv
 import torch
-from common import calculate_iou, load_predictor
+from common import load_predictor
 from conftest import ENV, ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, write_image
+from files import calculate_iou
 from pycocotools import mask as coco_mask
 from tokenizers import pre_tokenizers
 from transformers import (

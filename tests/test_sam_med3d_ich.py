@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import inspect
 import json
 import math
 import os
@@ -11,9 +10,9 @@ import signal
 import types
 from pathlib import Path
 
-import common
 import config
 import dataloader
+import files
 import model
 import nibabel as nib
 import numpy as np
@@ -265,14 +264,14 @@ def test_too_little_memory_is_one_line(message):
     def main():
         raise RuntimeError(message)
     with pytest.raises(SystemExit, match="오류: 메모리가 부족합니다"):
-        utils.run(main)
+        utils.run_training(main)
 
 
 def test_an_error_of_the_program_itself_is_not_hidden():
     def main():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
-        utils.run(main)
+        utils.run_training(main)
 
 
 def test_resume_refuses_other_settings(trained):
@@ -899,9 +898,8 @@ def test_a_patient_id_is_no_formula_in_a_spreadsheet(tmp_path):
     rows = list(csv.DictReader((tmp_path / "patients.csv").read_text("utf-8-sig").splitlines()))
     assert [row["patient_id"] for row in rows] == ["'=1+1", "'+a", "'-b", "'@c", "'\td", "-5", "환자 -1", ""]
     assert {row["volume_error_ml"] for row in rows} == {"-1.5000"}
-    common.write_csv(tmp_path / "table.csv", [["=name", 1], ["-0.5", -2]])
+    files.write_csv(tmp_path / "table.csv", [["=name", 1], ["-0.5", -2]])
     assert (tmp_path / "table.csv").read_bytes() == b"'=name,1\r\n-0.5,-2\r\n"
-    assert inspect.getsource(utils.as_cell) == inspect.getsource(common.as_cell)
 
 
 def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):
@@ -1045,7 +1043,7 @@ def test_system_check_without_data_names_what_is_missing(tmp_path):
 
 def test_system_check_does_not_try_what_memory_does_not_allow(tmp_path):
     done = run(TRAIN, "--test", "--model_size", "small", cwd=tmp_path, code=1,
-               before="import utils; utils.free_memory = lambda device: 0.4")
+               before="import utils; utils.free_gigabytes = lambda device: 0.4")
     assert any(line.startswith("✗ 학습 1회: 메모리가 0.4 GB") for line in done.stdout.splitlines())
 
 
@@ -1054,7 +1052,7 @@ def test_mps_without_transposed_convolutions_is_not_chosen(monkeypatch, capsys):
     for version, chosen in (("2.7.1", "cpu"), ("2.8.0", "mps"), ("2.14.1", "mps")):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
         for requested in ("auto", "mps"):
-            assert utils.detect_device.__wrapped__(requested) == chosen
+            assert utils.choose_device.__wrapped__(requested) == chosen
             assert ("ConvTranspose3d" in capsys.readouterr().out) == (chosen == "cpu")
 
 
@@ -1063,9 +1061,9 @@ def test_free_memory_knows_the_containers_limit(monkeypatch):
              "memory.stat": "anon 1\ninactive_file 500000000\n"}
     monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
     monkeypatch.setattr(utils.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=16e9))
-    assert utils.free_memory("cpu") == 2.0
+    assert utils.free_gigabytes("cpu") == 2.0
     files["memory.max"] = "max"
-    assert utils.free_memory("cpu") == 16.0
+    assert utils.free_gigabytes("cpu") == 16.0
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

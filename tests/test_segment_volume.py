@@ -12,6 +12,7 @@ from pathlib import Path
 
 import common
 import cv2
+import files
 import matplotlib
 import nibabel as nib
 import numpy as np
@@ -212,7 +213,7 @@ def test_truth_with_other_axes_is_compared_at_the_same_place_and_another_grid_is
     affine[2, 3] += 0.45  # of a slice of 4 mm: 0.11 voxels
     near = save(tmp_path / "near.nii", truth.astype(np.uint8), affine)
     for wrong in (moved, near, save(tmp_path / "small.nii", truth.astype(np.uint8)[1:], oblique_affine())):
-        with pytest.raises(common.ImageError, match="크기나 공간에서의 위치"):
+        with pytest.raises(files.ImageError, match="크기나 공간에서의 위치"):
             slices.of_file(wrong, volume)
     affine[2, 3] -= 0.43
     rounded = save(tmp_path / "rounded.nii", truth.astype(np.uint8), affine)
@@ -238,11 +239,11 @@ def test_of_a_truth_with_several_labels_one_is_chosen(tmp_path):
     for chosen, wanted in (([1], truth & (labels == 1)), ([2], labels == 2), ([1, 2], truth), ([5], labels == 5)):
         assert (slices.of_file(path, volume, chosen) == slices.to_pictures(wanted)).all()
     for chosen in (None, [3], [1, 3]):
-        with pytest.raises(common.ImageError, match="labels.nii: 비교할 라벨을 --truth-label로 고르세요. .*: 1, 2, 5"):
+        with pytest.raises(files.ImageError, match="labels.nii: 비교할 라벨을 --truth-label로 고르세요. .*: 1, 2, 5"):
             slices.of_file(path, volume, chosen)
     soft = save(tmp_path / "soft.nii", truth * np.float32(0.51) + (labels == 2) * np.float32(0.4), oblique_affine())
     assert (slices.of_file(soft, volume) == slices.to_pictures(truth)).all()  # probabilities
-    with pytest.raises(common.ImageError, match="ct.nii: 비교할 라벨을"):
+    with pytest.raises(files.ImageError, match="ct.nii: 비교할 라벨을"):
         slices.of_file(tmp_path / "ct.nii", volume)
     assert not slices.of_file(save(tmp_path / "no.nii", truth * np.uint8(0), oblique_affine()), volume).any()
 
@@ -295,7 +296,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     (tmp_path / "places.nii").write_bytes(places.header.binaryblock + bytes(4 + 4 * 4 * 5 * 6))
     for name in ("cut.nii.gz", "text.nii.gz", "zipped_text.nii.gz", "cut.nii", "empty.nii", "times.nii", "flat.nii",
                  "colour.nii", "complex.nii", "nan.nii", "brain.mgz", "places.nii", "missing.nii"):
-        with pytest.raises(common.ImageError, match=name) as failure:
+        with pytest.raises(files.ImageError, match=name) as failure:
             segment_volume.Volume(tmp_path / name)
         assert "\n" not in str(failure.value)
 
@@ -314,9 +315,9 @@ def test_a_compressed_file_with_a_wrong_checksum_is_refused(tmp_path, suffix, co
     damaged.write_bytes(content)
     with contextlib.suppress(OSError):  # bzip2 may notice
         nib.load(damaged).get_fdata()
-    with pytest.raises(common.ImageError, match=f"ct.nii{suffix}: 읽을 수 없습니다"):
+    with pytest.raises(files.ImageError, match=f"ct.nii{suffix}: 읽을 수 없습니다"):
         segment_volume.Volume(damaged)
-    with pytest.raises(common.ImageError, match=f"ct.nii{suffix}: 읽을 수 없습니다"):
+    with pytest.raises(files.ImageError, match=f"ct.nii{suffix}: 읽을 수 없습니다"):
         segment_volume.Slices(volume, "axial", None).of_file(damaged, volume)
 
 
@@ -361,7 +362,7 @@ def test_the_test_files_of_nibabel_open_or_are_refused_in_one_line(tmp_path):
             continue
         try:
             volume = segment_volume.Volume(path)
-        except common.ImageError as error:
+        except files.ImageError as error:
             assert path.name in str(error) and "\n" not in str(error)
             continue
         opened.append(path.name)

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import re
 from collections import defaultdict
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import ROOT
 SCRIPTS = ["download_dataset.py", "prepare_data.py", "train_sam2_proper.py", "compare_models.py", "test_my_image.py"]
 WITH_BLOCK = SCRIPTS[2:]
 EXTRAS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "extras").glob("*.py"))
+EXTRAS.append("extras/sam_med3d_ich/utils.py")
 OWN = {"main", "parse_args"}  # every script has its own
 
 
@@ -34,10 +36,16 @@ def test_shared_block_holds_what_the_contract_names():
     assert names >= {"detect_device", "calculate_iou", "read_image", "read_mask", "load_predictor", "fail"}
 
 
-def test_extras_common_holds_the_block_letter_for_letter():
-    first = block(WITH_BLOCK[0])
-    functions = first[first.index("class ImageError"):].rstrip()
-    assert functions in source("extras/common.py")
+def test_extras_hold_the_block_letter_for_letter():
+    text = block(WITH_BLOCK[0])
+    files, models = text[text.index("class ImageError"):].rstrip().split("\n\n\ndef read_config")
+    assert files in source("extras/files.py") and "def read_config" + models in source("extras/common.py")
+
+
+def test_sam_med3d_ich_and_what_it_imports_do_without_sam2():
+    extras = ROOT / "extras"
+    for path in (extras / "files.py", extras / "volume_files.py", *(extras / "sam_med3d_ich").glob("*.py")):
+        assert not re.search(r"^ *(import|from) (sam2|common)\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
 
 
 def test_functions_of_one_name_are_the_same_in_every_script():

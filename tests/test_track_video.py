@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import common
 import cv2
+import files
 import matplotlib
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_pairs_for_training_are_what_prepare_data_takes(clip, visible):
     kept = [number for number in (0, 3, 6) if masks[number].any()]
     assert [path.name for path in images] == [path.name for path in pairs] == [f"frames_{n:05}.png" for n in kept] != []
     for number, image, pair in zip(kept, images, pairs):
-        assert (common.read_image(image) == common.read_image(clip / f"frames/{number:05}.jpg")).all()
+        assert (files.read_image(image) == files.read_image(clip / f"frames/{number:05}.jpg")).all()
         saved = cv2.imread(str(pair), cv2.IMREAD_UNCHANGED)
         assert saved.dtype == np.uint16 and (saved == masks[number]).all()  # two objects
     done = track(clip, visible, "--point", "20,20", "--to-data", 4, "-o", "a folder")
@@ -304,12 +305,12 @@ tracking.track = die""")
 
 def test_a_killed_run_leaves_whole_files_and_the_next_one_clears_up(clip, visible):
     done = track(clip, visible, "--point", "20,20", code=-signal.SIGKILL, before="""
-import common
-def write_and_die(path, content, write=common.write_file):
+import files
+def write_and_die(path, content, write=files.write_file):
     write(path, content)
     if path.name == "00002.png":
         os.kill(os.getpid(), 9)
-common.write_file = write_and_die""")
+files.write_file = write_and_die""")
     folder = clip / "output/my_tracks/frames"
     assert read_masks(folder).shape == (3, 60, 80) and json.loads((folder / "prompts.json").read_text())
     assert not (folder / "overlay.mp4").exists() and not (folder / "tracks.csv").exists()
@@ -464,7 +465,7 @@ def test_files_that_are_no_video_are_named(tmp_path, monkeypatch):
     whole = save_video(tmp_path / "whole.mp4", numbered_frames(3)).read_bytes()
     (tmp_path / "headless.mp4").write_bytes(whole[:200])
     for name in ("text.mp4", "empty.mp4", "sound.mp4", "headless.mp4", "missing.mp4"):
-        with pytest.raises(common.ImageError, match=name):
+        with pytest.raises(files.ImageError, match=name):
             track_video.open_video(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a:b.mp4").write_bytes(whole)  # not a protocol "a"
@@ -473,13 +474,13 @@ def test_files_that_are_no_video_are_named(tmp_path, monkeypatch):
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n")
     write_image(tmp_path / "one.jpg", numbered_frames(1)[0])
     for name in ("list.mp4", "list.m3u8", "one.jpg"):
-        with pytest.raises(common.ImageError, match=f"{name}: 영상 파일.*이 아닙니다"):
+        with pytest.raises(files.ImageError, match=f"{name}: 영상 파일.*이 아닙니다"):
             track_video.open_video(tmp_path / name)
-    with pytest.raises(common.ImageError, match="No such file"):
+    with pytest.raises(files.ImageError, match="No such file"):
         track_video.open_video("concat:whole.mp4|whole.mp4")
     one, other = (save_video(tmp_path / f"{width}.h264", numbered_frames(5, width=width)) for width in (64, 96))
     (tmp_path / "changes.h264").write_bytes(one.read_bytes() + other.read_bytes())
-    with pytest.raises(common.ImageError, match=r"changes.h264: 5번 프레임부터 .*가로 64.*가로 96"):
+    with pytest.raises(files.ImageError, match=r"changes.h264: 5번 프레임부터 .*가로 64.*가로 96"):
         track_video.open_video(tmp_path / "changes.h264")
 
 
@@ -492,13 +493,13 @@ def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tm
     video = track_video.open_video(tmp_path)
     assert [round((video[number].mean() - 5) / 6) for number in range(12)] == list(range(12))
     write_image(tmp_path / "frame 12.png", frames[0][:, :50])
-    with pytest.raises(common.ImageError, match="frame 12.png: 크기가 가로 50"):
+    with pytest.raises(files.ImageError, match="frame 12.png: 크기가 가로 50"):
         track_video.open_video(tmp_path)
     (tmp_path / "frame 12.png").write_text("no image")
-    with pytest.raises(common.ImageError, match="frame 12.png: 이미지 파일이 아니거나"):
+    with pytest.raises(files.ImageError, match="frame 12.png: 이미지 파일이 아니거나"):
         track_video.open_video(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(common.ImageError, match="empty: 폴더에 이미지가 없습니다"):
+    with pytest.raises(files.ImageError, match="empty: 폴더에 이미지가 없습니다"):
         track_video.open_video(tmp_path / "empty")
 
 
@@ -511,7 +512,7 @@ def test_an_image_that_lies_on_its_side_is_upright(tmp_path):
     image, exif = Image.fromarray(numbered_frames(1)[0]), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "1.tif", exif=exif)
-    assert track_video.image_size(tmp_path / "1.tif") == common.read_image(tmp_path / "1.tif").shape[:2] == (64, 48)
+    assert track_video.image_size(tmp_path / "1.tif") == files.read_image(tmp_path / "1.tif").shape[:2] == (64, 48)
     (tmp_path / "1.tif").unlink()
     image.save(tmp_path / "1.jpg", exif=exif)
     video = track_video.open_video(tmp_path)
@@ -537,7 +538,7 @@ def test_an_image_that_lies_on_its_side_is_upright(tmp_path):
     ('[{"frame": 0, "object": 1, "box": [1, 1, 2, 2]}, {"frame": 0, "object": 1, "box": [1, 1, 3, 3]}]', "두 번")])
 def test_prompts_that_cannot_be_used_are_named(clip, content, words):
     (clip / "bad.json").write_text(content)
-    with pytest.raises(common.ImageError) as failure:
+    with pytest.raises(files.ImageError) as failure:
         prompts = track_video.read_prompts(clip / "bad.json")
         tracking.check_frame_prompts(prompts, track_video.ImageFolder(clip / "frames"), "bad.json", "프레임")
     assert "bad.json" in str(failure.value) and words in str(failure.value)
@@ -683,7 +684,7 @@ def test_a_click_on_a_later_frame_picks_up_a_lost_object(monkeypatch):
     for frame in (4, 5, 6):
         found = tracking.decode_labels(window.tracked[frame])
         disc = cv2.circle(np.zeros((96, 96), np.uint8), (16 + frame, 24), 9, 1, -1)
-        assert common.calculate_iou(found, disc) > 0.7
+        assert files.calculate_iou(found, disc) > 0.7
     hand.press("right")
     hand.click((21, 24))  # on the object: corrects what has been tracked
     x1, y1, x2, y2 = window.prompts[5, 1][1]
@@ -832,7 +833,7 @@ def test_a_failure_in_the_window_closes_it_and_is_reported(window, clip, monkeyp
     (clip / "frames/00001.jpg").write_bytes(b"no image any more")
     monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
     window.slider.set_val(1)
-    with pytest.raises(common.ImageError, match="00001.jpg"):
+    with pytest.raises(files.ImageError, match="00001.jpg"):
         window.show()
 
 

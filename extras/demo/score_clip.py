@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ImageError, calculate_iou, read_mask, run  # noqa: E402
+from files import ImageError, calculate_iou, read_mask, run  # noqa: E402
 from PIL import Image  # noqa: E402
 
 TRUTH = Path(__file__).resolve().parent / "data" / "clip_masks"

@@ -18,7 +18,6 @@ import csv
 import math
 import pickle
 import re
-import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,9 +42,7 @@ from monai.transforms import (
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from utils import DataError, reason
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from volume_files import (  # noqa: E402
+from volume_files import (
     TOLERANCE,
     affine_in_mm,
     doubts_about_affine,

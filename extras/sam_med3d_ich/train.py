@@ -24,16 +24,16 @@ from model import build_model
 from trainer import Trainer
 from utils import (
     DataError,
-    detect_device,
+    choose_device,
     draw_curve,
     duration,
     fail,
-    free_memory,
+    free_gigabytes,
     lock,
+    package_versions,
     peak_memory,
-    run,
+    run_training,
     save_figure,
-    versions,
     write_file,
     write_json,
 )
@@ -46,7 +46,7 @@ def main():
     lock(args.output_dir / ".lock")
     for leftover in args.output_dir.glob("*.[0-9]*.tmp"):  # left by a run that was killed while writing
         leftover.unlink()
-    device = detect_device(args.device)
+    device = choose_device(args.device)
     for warning in warnings_about(args, device):
         print(f"주의: {warning}")
     if not args.resume and (args.output_dir / "latest_model.pth").exists():
@@ -123,7 +123,7 @@ def save_summary(trainer, early):
     """Write training_summary_DATE_TIME.json: settings, versions, scores of the best epoch, and the whole history."""
     name = f"training_summary_{time.strftime('%Y%m%d_%H%M%S')}.json"
     write_json(trainer.args.output_dir / name, {
-        "settings": settings_of(trainer.args), "device": trainer.device, "versions": versions(),
+        "settings": settings_of(trainer.args), "device": trainer.device, "versions": package_versions(),
         "train_volumes": len(trainer.train), "val_volumes": len(trainer.val), "epochs": trainer.epoch,
         "stopped_early": early, "best_epoch": trainer.best_epoch, "best": trainer.best,
         "seconds": round(sum(row["seconds"] for row in trainer.history), 1),
@@ -155,7 +155,7 @@ def open_wandb(trainer):
 def system_check(args):
     """--test: check everything that a training needs and print a line for each. Returns whether all checks passed."""
     def memory():
-        return f"{free_memory(detect_device(args.device)):.1f} GB 남음"
+        return f"{free_gigabytes(choose_device(args.device)):.1f} GB 남음"
 
     def required(name):
         value = getattr(args, name)
@@ -180,9 +180,9 @@ def system_check(args):
         return str(args.output_dir)
 
     def step():
-        started, device = time.time(), detect_device(args.device)
+        started, device = time.time(), choose_device(args.device)
         saving = args.freeze_encoder or args.use_gradient_checkpointing
-        free, needed = free_memory(device), MEMORY[args.model_size] / (2 if saving else 1)
+        free, needed = free_gigabytes(device), MEMORY[args.model_size] / (2 if saving else 1)
         if free < needed:
             fail(f"메모리가 {free:.1f} GB 남아 해 보지 않았습니다. {needed:g} GB까지 들 수 있습니다")
         args.num_workers, args.batch_size = 0, 1
@@ -198,8 +198,8 @@ def system_check(args):
 
     passed = True
     for name, check in (
-            ("장치", lambda: detect_device(args.device)), ("메모리", memory),
-            ("버전", lambda: ", ".join(" ".join(pair) for pair in versions().items())),
+            ("장치", lambda: choose_device(args.device)), ("메모리", memory),
+            ("버전", lambda: ", ".join(" ".join(pair) for pair in package_versions().items())),
             *((f"--{name}", lambda name=name: required(name)) for name in ("train_csv", "val_csv", "mask_dir")),
             ("데이터", data), ("SAM-Med3D", model), ("결과 폴더", output), ("학습 1회", step)):
         try:
@@ -211,4 +211,4 @@ def system_check(args):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_training(main)

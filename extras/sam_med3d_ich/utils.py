@@ -1,7 +1,4 @@
-"""Shared functions of the other modules: one-line errors, writing files, checkpoints, the system, figures.
-
-Some functions are copied from extras/common.py, because importing that file would make this folder depend on sam2.
-"""
+"""Shared functions of the other modules: one-line errors, checkpoints, system, figures, and those of ../files.py."""
 
 import argparse
 import atexit
@@ -9,39 +6,33 @@ import contextlib
 import errno
 import functools
 import importlib.metadata
-import io
-import json
 import os
 import pickle
 import platform
 import re
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import psutil
 import torch
 from filelock import FileLock, Timeout
-from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-for _stream in (sys.stdout, sys.stderr):
-    if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
-        _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
-_hangul = ("Malgun Gothic", "Apple SD Gothic Neo", "AppleGothic", "NanumGothic", "Noto Sans CJK KR", "Noto Sans CJK JP")
-plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _hangul if name in font_manager.get_font_names())]
-plt.rcParams["text.parse_math"] = False  # names of files and patients may contain "$"
-warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from files import (  # noqa: E402, F401  (the other modules import them from here: this one adds the folder)
+    as_cell,
+    detect_device,
+    fail,
+    run,
+    save_figure,
+    write_file,
+    write_json,
+)
 
 
 class DataError(Exception):
     """A CSV, volume or mask that cannot be used; the message names the file and, if known, the row of the CSV."""
-
-
-def fail(message):
-    """End with exit code 1 and one line on stderr."""
-    sys.exit(f"오류: {message}")
 
 
 def reason(error):
@@ -52,29 +43,25 @@ def reason(error):
     return last_line.removeprefix("utils.DataError: ")  # from a DataLoader worker, which sends the whole traceback
 
 
-def run(main):
-    """Call main(). An expected failure ends in one line on stderr and exit code 1, without a traceback."""
-    try:
-        main()
-    except (DataError, OSError) as error:
-        fail(reason(error))
-    except KeyboardInterrupt:
-        fail("중단했습니다")
-    except (RuntimeError, MemoryError) as error:  # CUDA, MPS, the CPU and DataLoader report it in different words
-        words = "out of (shared )?memory|not enough memory|can't allocate memory|killed by signal: Killed"
-        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
-            raise
-        fail("메모리가 부족합니다. --batch_size를 줄이고 --gradient_accumulation_steps를 늘리거나 "
-             "--use_gradient_checkpointing, --freeze_encoder, --num_workers 0을 쓰세요")
+def run_training(main):
+    """Call main() as run() does; what a worker of a DataLoader raises, with its traceback, ends in one line too."""
+    def call():
+        try:
+            main()
+        except (DataError, OSError) as error:
+            fail(reason(error))
+
+    run(call, "--batch_size를 줄이고 --gradient_accumulation_steps를 늘리거나 "
+              "--use_gradient_checkpointing, --freeze_encoder, --num_workers 0을 쓰세요")
 
 
-# ---- files ----
+# ---- locks and checkpoints ----
 
 def lock(path):
-    """Hold the lock file `path` until the process ends, also if it is killed; fail() if another process holds it."""
+    """Hold the lock file `path` until the process ends, however it ends; fail if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # OSError if the folder is read-only; an OSError below means that files cannot be locked here
-    file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would remain after a run that is killed
+    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
+    file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
     try:
         file_lock.acquire(blocking=False)
     except Timeout:
@@ -82,40 +69,7 @@ def lock(path):
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-    atexit.register(file_lock.release)  # also keeps a reference: without one the lock would be released at once
-
-
-def beside(path):
-    """Path of a temporary file to rename to `path` when it is complete, so that `path` is never half written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def write_file(path, content):
-    """Write bytes to a temporary file beside `path` and rename it."""
-    temporary = beside(path)
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def write_json(path, value):
-    """Write a JSON file in UTF-8, with escapes for the bytes of a file name that are not valid UTF-8."""
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
-
-
-def as_cell(value):
-    """A value for a CSV. A text that a spreadsheet would evaluate as a formula gets an apostrophe in front of it."""
-    is_number = re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", str(value))
-    return f"'{value}" if str(value).startswith(tuple("=+-@\t\r")) and not is_number else value
-
-
-def save_figure(figure, path):
-    """Write a matplotlib figure as a PNG at 100 dots an inch, and close it."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
-    write_file(path, picture.getvalue())
+    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
 
 
 def save_checkpoint(path, value):
@@ -123,7 +77,8 @@ def save_checkpoint(path, value):
 
     Raises OSError, naming the file, if the disk is full or a quota is used up (torch.save raises RuntimeError).
     """
-    temporary = beside(path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.save(value, temporary)
     except RuntimeError:
@@ -155,32 +110,26 @@ def load_checkpoint(path):
 # ---- the system ----
 
 @functools.cache  # --test calls it three times: the warning is printed once
-def detect_device(requested="auto"):
-    """Name of the device to run on: "mps" if available, else "cuda", else "cpu".
+def choose_device(requested="auto"):
+    """The device to run on, see detect_device(); the CPU instead of an MPS that lacks the decoder's ConvTranspose3d.
 
-    A device requested by name that is not available is an error. MPS has the decoder's ConvTranspose3d since torch 2.8
-    (github.com/pytorch/pytorch/pull/154696). Older versions run the whole model on the CPU, because their fallback
-    does not cover this operation.
+    MPS has it since torch 2.8 (github.com/pytorch/pytorch/pull/154696). Older versions run the whole model on the CPU,
+    because their fallback does not cover this operation.
     """
     if requested in ("auto", "mps") and torch.backends.mps.is_available() and torch.__version__ < "2.8":
         print(f"주의: torch {torch.__version__}의 MPS에는 ConvTranspose3d가 없어 CPU에서 실행합니다. "
               "torch 2.8 이상을 설치하면 MPS를 씁니다")
         return "cpu"
-    is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    usable = [name for name in is_available if is_available[name]]
-    usable += [f"cuda:{number}" for number in range(torch.cuda.device_count() if is_available["cuda"] else 0)]
-    if requested not in ("auto", *usable):
-        fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
-    return usable[0] if requested == "auto" else requested
+    return detect_device(requested)
 
 
-def versions():
+def package_versions():
     """{name: version} of Python and of the packages that a result depends on."""
     packages = ("torch", "medim", "monai", "nibabel", "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def free_memory(device):
+def free_gigabytes(device):
     """Free memory in GB: on CUDA of the GPU, else of the machine, or of the container (cgroup 2) if that has less."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0] / 1e9
