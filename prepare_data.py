@@ -314,12 +314,9 @@ def to_labels(values, classes=False):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
-
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
-    """
+    """Decode an image file with OpenCV, rotated upright by its EXIF; ImageError, naming the file, if that fails."""
     try:
-        data, pages = np.fromfile(path, np.uint8), ()
+        data, pages = np.fromfile(path, np.uint8), ()  # on Windows cv2.imread cannot open a path with Korean letters
         if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
             _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
@@ -335,8 +332,7 @@ def decode_file(path, flags):
 def read_image(path):
     """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
 
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
-    white.
+    Deeper pixels (12 and 16 bits, floats) are scaled: the file's 0.1st percentile becomes black, its 99.9th white.
     """
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype != np.uint8:
@@ -348,10 +344,9 @@ def read_image(path):
 
 
 def is_label_map(mask):
-    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object above 127.
 
-    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
-    nearly black or white.
+    Greys of antialiased, compressed or blurred edges are allowed: few, between their neighbors, nearly black or white.
     """
     if not ((mask > 0) & (mask < 255)).any():
         return False
