@@ -407,14 +407,11 @@ def log(training, track, validating):
 
 @contextlib.contextmanager
 def deferred_interrupts(processes):
-    """A list that gets an entry at Ctrl-C and SIGTERM, so that the iteration can end and be saved.
-
-    A second Ctrl-C ends the program, except under torchrun, which sends every process a second one.
-    """
+    """A list that gets an entry at Ctrl-C and SIGTERM, so that the iteration can end and be saved."""
     interrupted = []
 
     def on_interrupt(*_):
-        interrupted.append(True)
+        interrupted.append(True)  # a second Ctrl-C ends the program; not under torchrun, which sends a second one
         signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
         print("이번 반복을 마치고 저장합니다." + " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." * (processes == 1))
 
@@ -516,7 +513,7 @@ def make_optimizer(model, args):
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [{"params": [parameter for name, parameter in trained if name.startswith("image_encoder.") == encoder],
                "lr": rate, "initial_lr": rate} for encoder, rate in ((False, args.lr), (True, args.encoder_lr))]
-    fused = next(model.parameters()).device.type != "mps"  # untested there
+    fused = next(model.parameters()).device.type != "mps"  # where it is untested
     return torch.optim.AdamW([each for each in groups if each["params"]], weight_decay=args.weight_decay, fused=fused)
 
 
@@ -684,11 +681,8 @@ def area_weights(full, reduced):
 
 
 def reduce_mask(coverage, pieces):
-    """The pixels (bool H x W) of a reduced object: those of which it covers (float H x W, 0 to 1) at least half.
-
-    A quarter or an eighth is enough where that would break a thin object into more `pieces` or halve its area.
-    """
-    for least in (0.5, 0.25, 0.125):
+    """The pixels (bool H x W) of a reduced object: where its coverage (float H x W, 0 to 1) is at least a half."""
+    for least in (0.5, 0.25, 0.125):  # less, where a thin object would break into more `pieces` or lose half its area
         mask = coverage >= least
         if count_pieces(mask) <= pieces and mask.sum() >= coverage.sum() / 2:
             break
@@ -721,9 +715,8 @@ class Batch(NamedTuple):
 
 
 class Batches(Dataset):
-    """Item i is a run's i-th Batch (from 0) and depends only on the seed and i, not on the number of processes.
+    """Item i is a run's i-th Batch (from 0) and depends only on the seed and i: resuming needs no saved random state.
 
-    So batches can be read ahead, and a resumed training needs no saved random state.
     image_size: the side to which images are read and resized; None if their features are cached.
     """
 
@@ -924,10 +917,7 @@ def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections
 
 
 def first_prompt(kind, mask, rng=None):
-    """A box, or one click, on a bool H x W mask: (coordinates float32 P x 2 (x, y) in pixels, labels int32 P).
-
-    With rng, the box's sides are jittered. SAM's labels of its corners are 2 and 3. See pick_pixel for the click.
-    """
+    """A box (jittered with rng) or a click on a bool H x W mask: (float32 P x 2 (x, y) in pixels, int32 P labels)."""
     if kind != "box":
         return pick_pixel(mask, rng)[None], np.ones(1, np.int32)
     box = mask_box(mask)
@@ -935,7 +925,7 @@ def first_prompt(kind, mask, rng=None):
         spread = BOX_JITTER * np.tile(box[2:] - box[:2], 2)
         limits = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
         box = np.clip(box + np.clip(rng.normal(0, spread), -20, 20), 0, limits).astype(np.float32)
-    return box.reshape(2, 2), np.array([2, 3], np.int32)
+    return box.reshape(2, 2), np.array([2, 3], np.int32)  # SAM's labels of a box's corners
 
 
 def pick_pixel(mask, rng=None):
@@ -954,9 +944,8 @@ def mask_box(mask):
 def correcting_click(predicted, gt_mask, rng=None):
     """One more click, on a wrong pixel: (float32 (x, y), label), 1 on the object, 0 beside it.
 
-    predicted, gt_mask: bool H x W. The pixel is random, as in SAM 2's training, or without rng the one deepest inside
-    the largest error, as in its evaluation (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If no pixel
-    is wrong, it is one of the object.
+    predicted, gt_mask: bool H x W. With rng a random wrong pixel, as in SAM 2's training; else the one deepest in the
+    largest error (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If none is wrong: see pick_pixel.
     """
     wrong = gt_mask != predicted
     if rng is not None or not wrong.any():
@@ -1350,12 +1339,9 @@ def decode_file(path, flags):
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
-
-    Deeper pixels (12 and 16 bits, floats) are scaled: the file's 0.1st percentile becomes black, its 99.9th white.
-    """
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, EXIF-rotated and deeper files too."""
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    if pixels.dtype != np.uint8:
+    if pixels.dtype != np.uint8:  # the file's 0.1st percentile becomes black, its 99.9th white
         numbers = pixels[np.isfinite(pixels)]
         low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
         scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
@@ -1377,10 +1363,7 @@ def read_mask(path):
 
 
 def is_label_map(mask):
-    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object above 127.
-
-    Greys of antialiased, compressed or blurred edges are allowed: few, between their neighbors, nearly black or white.
-    """
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object above 127 with a grey edge."""
     if not ((mask > 0) & (mask < 255)).any():
         return False
     if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
@@ -1389,7 +1372,7 @@ def is_label_map(mask):
     pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
     fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
     middle = (mask >= 24) & (mask <= 231)
-    flat = middle & ((mask == low) | (mask == high))
+    flat = middle & ((mask == low) | (mask == high))  # the greys of an edge are few and lie between their neighbors
     return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
