@@ -722,12 +722,9 @@ def draw_tile(image_path, mask_path):
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
-
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
-    """
+    """Decode an image file with OpenCV, rotated upright by its EXIF; ImageError, naming the file, if that fails."""
     try:
-        data, pages = np.fromfile(path, np.uint8), ()
+        data, pages = np.fromfile(path, np.uint8), ()  # on Windows cv2.imread cannot open a path with Korean letters
         if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
             _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
@@ -741,13 +738,9 @@ def decode_file(path, flags):
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
-
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
-    white.
-    """
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, EXIF-rotated and deeper files too."""
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    if pixels.dtype != np.uint8:
+    if pixels.dtype != np.uint8:  # the file's 0.1st percentile becomes black, its 99.9th white
         numbers = pixels[np.isfinite(pixels)]
         low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
         scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
@@ -756,11 +749,7 @@ def read_image(path):
 
 
 def is_label_map(mask):
-    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
-
-    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
-    nearly black or white.
-    """
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object above 127 with a grey edge."""
     if not ((mask > 0) & (mask < 255)).any():
         return False
     if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
@@ -769,7 +758,7 @@ def is_label_map(mask):
     pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
     fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
     middle = (mask >= 24) & (mask <= 231)
-    flat = middle & ((mask == low) | (mask == high))
+    flat = middle & ((mask == low) | (mask == high))  # the greys of an edge are few and lie between their neighbors
     return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 

@@ -18,7 +18,7 @@ Chapters:
     data                 pairs, masks, batches that follow from (seed, iteration), augmentation
     features             the encoded images, kept in memory and in files
     prompts and loss     simulated clicks and boxes, the decoder, the loss
-    the image encoder    what --encoder trains: nothing of it, low-rank updates, all of it
+    the image encoder    what --encoder trains: nothing, low-rank updates or all weights
     validation           the numbers of compare_models.py
     files                checkpoints, --resume, log, curve, summary
     shared block         what compare_models.py and test_my_image.py contain too
@@ -137,13 +137,13 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
 CONFIG = {name: default for name, default, *_ in SETTINGS}
 IMPROVED = {"dice_weight": 1.0, "supervise": "all", "prompt": "mixed", "batch_size": 4, "iterations": 750,
             "save_every": 125, "lr": 3e-4, "scheduler": "cosine", "warmup": 50}
-RECIPES = {  # what --recipe sets, unless a flag says otherwise
+RECIPES = {  # what --recipe sets, unless a flag is given
     # the same 3000 training examples in all three; chosen by benchmarks/study_recipes.py, see the guide
     "reference": {},
     "improved": IMPROVED,
     "strongest": {**IMPROVED, "encoder": "full"},
 }
-ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, unless --encoder-lr says otherwise
+ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, unless --encoder-lr is given
 FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image_dir", "val_mask_dir", "iterations",
                   "patience", "grad_checkpointing", "workers", "output_dir", "device", "cache_gb", "cache_dir",
                   "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
@@ -156,7 +156,7 @@ LOG_EVERY = 10         # iterations between two rows of train_log.csv
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
 DECODER = r"sam_prompt_encoder\.|sam_mask_decoder\."
 TRAINED = {            # names of the weights that --encoder trains
-    # conv_s0 and conv_s1 belong to the decoder but run with the encoder: its cached features contain them
+    # conv_s0 and conv_s1 belong to the decoder but run with the encoder: cached features include their output
     "frozen": re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)"),
     "lora": re.compile(rf"{DECODER}|image_encoder\..*\.parametrizations\.weight\.0\."),
     "full": re.compile(rf"{DECODER}|image_encoder\."),
@@ -166,17 +166,14 @@ TRAINED = {            # names of the weights that --encoder trains
 
 
 def main():
-    """Train as the command line says; returns the finished Training, for callers from Python."""
+    """Train with the settings of the command line; returns the finished Training, for callers from Python."""
     args = parse_args()
     rank, processes, device = join_processes(args.device)
     with claim_folder(args) if rank == 0 else contextlib.nullcontext(), open_trackers(args, rank) as track:
         training = Training(args, device, rank, processes)
         print_setup(training)
         with contextlib.closing(training):
-            if args.test:
-                check_images_and_step(training)
-            else:
-                train(training, track)
+            check_images_and_step(training) if args.test else train(training, track)
         if rank == 0 and not args.test:
             finish(training)
     if processes > 1:
@@ -185,7 +182,7 @@ def main():
 
 
 def parse_args():
-    """CONFIG, then the settings of the recipe or of the training to resume, then the flags that are given."""
+    """The settings: CONFIG, updated by those of the recipe or of the training to resume, then by the given flags."""
     parser = argparse.ArgumentParser(
         description="SAM 2.1의 마스크 디코더와 프롬프트 인코더(원하면 이미지 인코더까지)를 내 데이터로 파인튜닝합니다.",
         argument_default=argparse.SUPPRESS)  # so that only given flags are in the result
@@ -205,8 +202,8 @@ def parse_args():
     settings = RECIPES[given.get("recipe", CONFIG["recipe"])]
     if given["resume"]:
         if fixed := sorted(given.keys() - FREE_ON_RESUME):
-            names = ", --".join(fixed).replace("_", "-")
-            fail(f"--resume는 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: --{names}")
+            fail("--resume는 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
+                 f"--{', --'.join(fixed).replace('_', '-')}")
         settings = load_last(given.get("output_dir", CONFIG["output_dir"]))["settings"]
         settings = {**settings, "output_dir": CONFIG["output_dir"]}  # the folder may have been moved
     args = argparse.Namespace(**{**CONFIG, **settings, **given})
@@ -224,7 +221,7 @@ def parse_args():
 
 
 def join_processes(requested):
-    """(rank, number of processes, device): 0, 1 and the device, or as torchrun says. Only rank 0 prints."""
+    """(rank, number of processes, device): 0, 1 and the device, or torchrun's. Only rank 0 prints."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = detect_device(requested)
     if processes > 1 and device not in ("cuda", "cpu"):
@@ -232,7 +229,7 @@ def join_processes(requested):
     if processes > 1 and device == "cuda":
         device = detect_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # torch.cuda.is_bf16_supported() is about the GPU that is set
+        torch.cuda.set_device(device)  # the GPU that torch.cuda.is_bf16_supported() checks
     if processes > 1:
         torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank:
@@ -244,7 +241,7 @@ def claim_folder(args):
     """Make the output folder and lock it, for a `with`; fail if another training holds it or it cannot be written."""
     folder, path = Path(args.output_dir), Path(args.output_dir, ".lock")
     folder.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written is an error here; what fails from here on is the locking itself
+    path.touch()  # fails if the folder is not writable: an OSError below is about locking only
     if not (args.resume or args.test) and (folder / "sam2_last.pt").exists():
         print(f"주의: 처음 저장할 때 {folder}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
     try:
@@ -262,7 +259,7 @@ def claim_folder(args):
 
 @contextlib.contextmanager
 def open_trackers(args, rank):
-    """A function that writes a row of the log to TensorBoard and W&B too, as --tensorboard and --wandb say."""
+    """A function that writes a row of the log to TensorBoard and W&B too, if --tensorboard and --wandb ask for it."""
     board = run = None
     try:
         if args.tensorboard and rank == 0:
@@ -291,7 +288,7 @@ def open_trackers(args, rank):
 
 
 def print_setup(training):
-    """Print what is about to be trained, on what."""
+    """Print the device, the data, the trained weights and the cache."""
     args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
     cache, val_cache = training.cache, training.val_cache
     broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
@@ -306,9 +303,9 @@ def print_setup(training):
     if cache is None:
         print("학습 이미지의 특징은 캐시하지 않고 쓸 때마다 인코딩합니다.")
     else:
-        print(f"특징 캐시: 학습 {len(masks)}장 중 {cache.images_that_fit(len(masks))}장, "
-              f"검증 {len(val_masks)}장 중 {val_cache.images_that_fit(len(val_masks), processes)}장이 들어갑니다 "
-              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {(cache.limit + val_cache.limit) / 1e9:.3g} GB)"
+        print(f"특징 캐시: 학습 {len(masks)}장 중 {min(len(masks), cache.capacity)}장, 검증 {len(val_masks)}장 중 "
+              f"{min(len(val_masks), processes * val_cache.capacity)}장이 들어갑니다 "
+              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {val_cache.limit / 1e9:.3g} GB)"
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if same := same_files(masks.paths, val_masks.paths):
         print(f"주의: 검증 이미지 {len(same)}장이 학습 이미지와 같은 파일입니다 ({', '.join(same[:3])}). "
@@ -320,7 +317,7 @@ def print_setup(training):
 
 
 def check_images_and_step(training):
-    """--test: all else has been tried by now; decode every image, and do one step."""
+    """--test, once the setup has succeeded: decode every image and run one step."""
     free, problems, started = free_memory(), [], time.time()
     if free < 2e9:
         fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
@@ -340,12 +337,11 @@ def check_images_and_step(training):
 
 def versions():
     """The versions of Python and of the packages that a result depends on."""
-    try:
-        sam2_version = importlib.metadata.version("sam2")
-    except importlib.metadata.PackageNotFoundError:  # Meta's own checkout installs under another name
-        sam2_version = "?"
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "sam2": sam2_version, "numpy": np.__version__, "opencv-python": cv2.__version__}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+             "sam2": "?", "numpy": np.__version__, "opencv-python": cv2.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # Meta's own checkout has another name
+        found["sam2"] = importlib.metadata.version("sam2")
+    return found
 
 
 def free_memory():
@@ -354,7 +350,7 @@ def free_memory():
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
         limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
         statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        used -= int(statistics["inactive_file"])  # cached files: their memory is given back when needed
+        used -= int(statistics["inactive_file"])  # cached files: freed when memory is needed
         free = max(0, min(free, limit - used))
     return free
 
@@ -363,7 +359,7 @@ def free_memory():
 
 
 def train(training, track):
-    """Run all iterations; log, validate and save as the settings say. Ctrl-C saves and ends the program."""
+    """Run all iterations; log, validate and save at the set intervals. Ctrl-C saves and ends the program."""
     args, rank = training.args, training.rank
     bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
                total=args.iterations, disable=True if rank else None)
@@ -377,8 +373,8 @@ def train(training, track):
                           f"{training.best_iteration}회 이후로 나아지지 않았습니다.")
                 break
             try:
-                stopping, better = training.step(iteration, interrupted), False
-            except OSError:  # an image that cannot be read
+                stopping = training.step(iteration, interrupted)
+            except OSError:  # an unreadable image
                 if rank == 0 and training.iteration:
                     save(training, better=False)
                     bar.write(f"{training.iteration}회까지 저장했습니다. 고친 뒤에: {resume_command(training)}")
@@ -387,8 +383,7 @@ def train(training, track):
             validating = iteration % args.save_every == 0 or iteration == args.iterations
             if validating or iteration % LOG_EVERY == 0 or iteration == 1:
                 log(training, track, validating)
-            if validating:
-                better = training.is_best_so_far()
+            better = validating and training.is_best_so_far()
             if (validating or stopping) and rank == 0:
                 save(training, better)
             if stopping:
@@ -412,25 +407,18 @@ def log(training, track, validating):
 
 @contextlib.contextmanager
 def deferred_interrupts(processes):
-    """A list that gets an entry at Ctrl-C and SIGTERM, so that the iteration can end and be saved.
-
-    A second Ctrl-C ends the program at once. Below torchrun every process gets two, one of them from torchrun, and
-    only the first may count.
-    """
+    """A list that gets an entry at Ctrl-C and SIGTERM, so that the iteration can end and be saved."""
     interrupted = []
 
     def on_interrupt(*_):
-        interrupted.append(True)
+        interrupted.append(True)  # a second Ctrl-C ends the program; not under torchrun, which sends a second one
         signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
-        at_once = " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." if processes == 1 else ""
-        print(f"이번 반복을 마치고 저장합니다.{at_once}")
+        print("이번 반복을 마치고 저장합니다." + " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." * (processes == 1))
 
-    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as handlers_before:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers_before.callback(signal.signal, number, signal.signal(number, on_interrupt) or signal.SIG_DFL)
         yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class Training:
@@ -442,31 +430,29 @@ class Training:
         self.predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
         self.model = self.predictor.model
         self.masks, self.val_masks = load_masks(args)
+        self.data = {f"{split}/{path.name}": digest  # what draws and validation depend on: the hash of each mask
+                     for split, masks in (("train", self.masks), ("val", self.val_masks))
+                     for path, digest in zip(masks.paths, masks.hashes)}
         self.cache, self.val_cache = make_caches(self.predictor, math.ceil(len(self.val_masks) / processes), args)
         choose_weights(self.model, args)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.sam_mask_decoder.train()
         self.model.sam_prompt_encoder.train()
         self.batch_loss = BatchLoss(self.predictor, self.masks, self.cache, args)
-        if processes > 1:  # unused: what belongs to the masks that are not in the loss
+        if processes > 1:  # unused: weights of masks that are not in the loss
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
         self.optimizer = make_optimizer(self.model, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
         self.scaler = torch.amp.GradScaler("cuda", enabled=half)
-        self.encoded = 0  # images, by this process
         self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
-        self.iteration, self.rows, self.mean = 0, [], None
+        self.iteration, self.rows, self.mean, self.encoded = 0, [], None, 0  # encoded: images, by this process
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
         if args.resume:
             restore(self, load_last(args.output_dir))
 
     def count_encoded(self, _encoder, inputs, _outputs):
         self.encoded += len(inputs[0])
-
-    @property
-    def parameters(self):
-        """The weights that are trained."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @functools.cached_property
     def batches(self):
@@ -478,7 +464,7 @@ class Training:
                                worker_init_fn=ignore_interrupts))
 
     def close(self):
-        """End the processes that read ahead: they ignore signals, so that Python would wait for them at its end."""
+        """End the worker processes: they ignore signals, so Python would wait for them when it exits."""
         self.__dict__.pop("batches", None)
 
     def step(self, iteration, interrupted=()):
@@ -491,19 +477,18 @@ class Training:
             synchronize = number == args.accumulate or self.processes == 1
             with contextlib.nullcontext() if synchronize else self.batch_loss.no_sync():
                 loss, iou = self.batch_loss(batch)
-                values = [loss.item(), iou.item(), 0]
-                if not math.isfinite(values[0]):
+                if not loss.isfinite():
                     names = ", ".join(self.masks.paths[index].name for index in batch.indices)
                     fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
                          "이번 반복은 적용하지 않았고, 전에 저장한 모델은 그대로입니다")
                 self.scaler.scale(loss / args.accumulate).backward()
-            total += torch.tensor(values) / args.accumulate
+            total += torch.tensor([loss.item(), iou.item(), 0]) / args.accumulate
         if args.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()  # their memory is free while the model is validated and saved
+        self.optimizer.zero_grad()  # frees their memory for validation and saving
         total[2] = bool(interrupted)
         if self.processes > 1:
             total = total.to(self.predictor.device)
@@ -517,25 +502,23 @@ class Training:
     def is_best_so_far(self):
         """Whether the last row's validation IoU or, without validation images, training IoU is the best so far."""
         iou = self.rows[-1].get("val_iou", self.mean[1])
-        if iou > self.best:
-            self.best, self.best_iteration, self.validations_since_best = iou, self.iteration, 0
-            return True
         self.validations_since_best += 1
-        return False
+        if better := iou > self.best:
+            self.best, self.best_iteration, self.validations_since_best = iou, self.iteration, 0
+        return better
 
 
 def make_optimizer(model, args):
-    """AdamW over what is trained; the image encoder's weights have a learning rate of their own."""
+    """AdamW over the trained weights; those of the image encoder have their own learning rate."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [{"params": [parameter for name, parameter in trained if name.startswith("image_encoder.") == encoder],
                "lr": rate, "initial_lr": rate} for encoder, rate in ((False, args.lr), (True, args.encoder_lr))]
-    on_mps = next(model.parameters()).device.type == "mps"  # where the fused step has not been tried
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=args.weight_decay,
-                             fused=not on_mps)
+    fused = next(model.parameters()).device.type != "mps"  # where it is untested
+    return torch.optim.AdamW([each for each in groups if each["params"]], weight_decay=args.weight_decay, fused=fused)
 
 
 def learning_rate_factor(args, iteration):
-    """What --warmup and --scheduler multiply the learning rates by in an iteration, counted from 1."""
+    """The factor of --warmup and --scheduler on the learning rates in an iteration, counted from 1."""
     cosine = (1 + math.cos(math.pi * (iteration - 1) / args.iterations)) / 2 if args.scheduler == "cosine" else 1
     return cosine * min(1, iteration / (args.warmup + 1))
 
@@ -573,22 +556,22 @@ def same_files(train_paths, val_paths):
     """The names of the validation images whose file is, byte for byte, that of a training image."""
     sizes = {path.stat().st_size for path in train_paths} & {path.stat().st_size for path in val_paths}
     train, val = ([(hashlib.sha256(path.read_bytes()).digest(), path.name) for path in paths
-                   if path.stat().st_size in sizes] for paths in (train_paths, val_paths))  # others need not be read
+                   if path.stat().st_size in sizes] for paths in (train_paths, val_paths))
     return [name for digest, name in val if digest in dict(train)]
 
 
 class Masks:
     """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
 
-    Larger masks are reduced to max_side; `broken` counts the objects that this damages. Objects below min_foreground
-    pixels are left out, and counted in `left_out` (an empty mask as one); of more than max_objects in an image a sample
-    is kept, and the others are counted in `unsampled`. `paths` are the images that have an object, `sizes` their
-    (H, W), `objects` the numbers of their objects, `hashes` those of their masks; `count` is that of all objects.
+    Masks are reduced to max_side, which damages `broken` objects. Skipped: objects below min_foreground pixels
+    (`left_out`, an empty mask counts as one) and all but a sample of max_objects in an image (`unsampled`); `count`
+    objects are left. For each image that has any: its path in `paths`, (H, W) of its mask in `sizes`, the numbers of
+    its objects in `objects`, the hash of its mask in `hashes`.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None):
-        self.paths, self.sizes, self.objects, self.hashes, self.runs = [], [], [], [], []
         self.left_out = self.broken = self.unsampled = self.count = 0
+        kept = []
         for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
             labels = read_mask(mask_path)
             check_header(image_path, labels.shape)
@@ -605,11 +588,8 @@ class Masks:
                 starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))
                 values, lengths = pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
                 digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes())
-                self.paths.append(image_path)
-                self.sizes.append(labels.shape)
-                self.objects.append(objects)
-                self.hashes.append(digest.hexdigest())
-                self.runs.append((values, lengths))
+                kept.append((image_path, labels.shape, objects, digest.hexdigest(), (values, lengths)))
+        self.paths, self.sizes, self.objects, self.hashes, self.runs = zip(*kept) if kept else ((),) * 5
 
     def __len__(self):
         return len(self.paths)
@@ -620,13 +600,12 @@ class Masks:
 
     def decode(self, index, numbers=None):
         """Masks of the objects of these numbers (all, by default) of the index-th image: bool N x H x W."""
-        values, lengths = self.runs[index]
-        numbers = self.objects[index] if numbers is None else numbers
-        return np.stack([np.repeat(values == number, lengths) for number in numbers]).reshape(-1, *self.sizes[index])
+        numbers = self.objects[index] if numbers is None else np.asarray(numbers)
+        return self.labels(index) == numbers[:, None, None]
 
 
 def check_header(path, shape):
-    """ImageError if a file's header is not that of an image of (H, W) `shape`, lying (as EXIF may say) or upright."""
+    """ImageError if a file's header is not that of an image of (H, W) `shape`, upright or rotated by EXIF."""
     try:
         with Image.open(path) as image:
             size = image.size
@@ -652,7 +631,7 @@ def reduced_size(shape, max_side):
 def reduce_labels(labels, max_side):
     """Shrink a numbered mask (uint16 H x W) so that the longer side is at most max_side pixels; never enlarge.
 
-    Each object is reduced on its own, see reduce_mask; where two claim a pixel, the smaller one gets it.
+    Each object is reduced on its own, see reduce_mask; a pixel that two objects share goes to the smaller one.
     Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
     """
     size = height, width = reduced_size(labels.shape, max_side)
@@ -668,7 +647,7 @@ def reduce_labels(labels, max_side):
         if mask.size > labels.size // 8:
             coverage = cv2.resize((labels == numbers[index]).astype(np.float32), (width, height),
                                   interpolation=cv2.INTER_AREA)[rows, columns]
-        else:  # the same, and faster for small objects
+        else:  # the same result, faster for small objects
             coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
                 @ area_weights(labels.shape[1], width)[columns, left:right].T
         pieces, place = count_pieces(mask), (rows, columns)
@@ -679,16 +658,12 @@ def reduce_labels(labels, max_side):
 
 
 def find_objects(labels):
-    """The objects of a numbered mask (H x W), in one pass: their numbers, areas in pixels and boxes.
-
-    A box is (top, left, bottom, right), the last two one beyond the object.
-    """
+    """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, in one pass."""
     width = labels.shape[1] + 1
     padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
     starts = np.flatnonzero(np.diff(padded, prepend=0))
     lengths = np.diff(starts, append=len(padded))
-    runs = np.flatnonzero(padded[starts])
-    runs = runs[np.argsort(padded[starts[runs]], kind="stable")]
+    runs = np.argsort(padded[starts], kind="stable")[np.count_nonzero(padded[starts] == 0):]  # none of the background
     starts, lengths, values = starts[runs], lengths[runs], padded[starts[runs]]
     first = np.flatnonzero(np.diff(values, prepend=0))  # run of each object
     if not len(first):
@@ -706,12 +681,8 @@ def area_weights(full, reduced):
 
 
 def reduce_mask(coverage, pieces):
-    """The pixels (bool H x W) of a reduced object: those of which it covers (float H x W, 0 to 1) at least half.
-
-    If that breaks it into more `pieces` than before, or loses more than half of its area, as it happens to thin lines,
-    a quarter or an eighth is enough.
-    """
-    for least in (0.5, 0.25, 0.125):
+    """The pixels (bool H x W) of a reduced object: where its coverage (float H x W, 0 to 1) is at least a half."""
+    for least in (0.5, 0.25, 0.125):  # less, where a thin object would break into more `pieces` or lose half its area
         mask = coverage >= least
         if count_pieces(mask) <= pieces and mask.sum() >= coverage.sum() / 2:
             break
@@ -719,13 +690,13 @@ def reduce_mask(coverage, pieces):
 
 
 def count_pieces(mask):
-    """The number of connected regions that hold 99 % of a mask (bool H x W); what is left are specks at its edge."""
+    """The number of connected regions that hold 99 % of a mask (bool H x W); the rest are specks at its edge."""
     areas = np.sort(cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
     return int(np.searchsorted(np.cumsum(areas), 0.99 * areas.sum()) + 1)
 
 
 def read_reduced(path, size):
-    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions are others."""
+    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions differ."""
     image = read_image(path)
     if reduced_size(image.shape, max(size)) != size:
         raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
@@ -733,28 +704,27 @@ def read_reduced(path, size):
 
 
 class Batch(NamedTuple):
-    """What the decoder learns from at once: one object and one prompt in each of N images."""
+    """The examples of one forward pass: one object and one prompt in each of N images."""
 
     indices: list                       # of the images in Masks
     kind: str                           # of the prompts: point, points or box
-    corrections: int                    # further clicks, one after the other, on what the model got wrong
+    corrections: int                    # further clicks, one after the other, on wrong pixels
     rngs: list                          # a Generator for each image, of its view and its prompt
     gt_masks: list                      # for each image bool 1 x H x W
     images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
 
 
 class Batches(Dataset):
-    """Item i is a run's i-th Batch (from 0), and follows from the seed and i alone.
+    """Item i is a run's i-th Batch (from 0) and depends only on the seed and i: resuming needs no saved random state.
 
-    So batches can be read ahead, a resumed training needs no saved random state, and an iteration's images are the same
-    however many processes share them. image_size: read and resize images to this; None if their features are cached.
+    image_size: the side to which images are read and resized; None if their features are cached.
     """
 
     def __init__(self, masks, args, image_size=None, rank=0, processes=1):
         self.masks, self.args, self.image_size, self.rank, self.processes = masks, args, image_size, rank, processes
 
     def __getitem__(self, number):
-        """The Batch, or an ImageError: raised in a process that reads ahead, it would be many lines."""
+        """The Batch, or an ImageError: raised in a worker process, it would print many lines."""
         args, masks, gt_masks, images = self.args, self.masks, [], []
         iteration, part = number // args.accumulate + 1, number % args.accumulate
         rng = np.random.default_rng([args.seed, iteration])
@@ -779,17 +749,16 @@ class Batches(Dataset):
 
 
 def ignore_interrupts(_worker):
-    """Ctrl-C reaches the processes that read images as well; they go on until the training ends."""
+    """Ctrl-C also reaches the worker processes; they continue until the training ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def augment_example(rng, image, gt_masks):
-    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W) alike; recolour the image.
+    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W); vary the image's color.
 
-    Masks are resampled like the image and cut at one half: torchvision's own way for masks, nearest neighbour, shifts
-    them by half a pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again, five times at most;
-    then nothing is changed.
+    Masks are resampled like the image and thresholded at one half: torchvision's nearest neighbor shifts them by half a
+    pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again; after five, nothing is changed.
     """
     height, width = image.shape[1:]
     recolor = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
@@ -814,29 +783,26 @@ def augment_example(rng, image, gt_masks):
 def make_caches(predictor, val_images, args):
     """Caches of the features of training and of val_images validation images: (FeatureCache or None, FeatureCache).
 
-    None if training images are encoded at every visit: by an encoder that learns, or augmented. Validation images
-    get their memory first: all of them are needed at every validation. They are encoded in full precision, as
-    compare_models.py does it, so that its numbers are the same.
+    None if training images are encoded at every visit: by a trained encoder, or augmented. Validation images get
+    their memory first, as every validation needs all of them, and full precision, as in compare_models.py.
     """
-    limit = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limit = limit if args.cache_gb is None else int(min(limit, args.cache_gb * 1e9))
     if args.encoder != "frozen":
         return None, FeatureCache(predictor, 0, torch.float32, amp=False)  # features change with every iteration
+    limit = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit = limit if args.cache_gb is None else int(min(limit, args.cache_gb * 1e9))
     val_cache = FeatureCache(predictor, limit, torch.float32, False, args.cache_dir, args.model_cfg)
-    val_cache.limit = min(limit, val_images * val_cache.bytes_per_image)
-    limit -= val_cache.limit
+    rest = max(0, limit - val_images * val_cache.bytes_per_image)
     return None if args.augment else FeatureCache(
-        predictor, limit, torch.float16, args.amp, args.cache_dir, args.model_cfg), val_cache
+        predictor, rest, torch.float16, args.amp, args.cache_dir, args.model_cfg), val_cache
 
 
 class FeatureCache:
     """What predictor._features holds for each image, encoded at the first visit and kept from then on.
 
-    limit: bytes to keep in memory. What no longer fits is encoded again at each visit, and rounded to `dtype` all the
-        same, so that a result does not depend on the memory.
-    amp: encode in mixed precision where the device has it.
-    folder: if given, features are also kept there as files, across runs. A file's name is a hash of all that its
-        content depends on; a damaged file is made anew.
+    limit: bytes to keep in memory. Other images are encoded at each visit, and rounded to `dtype` too, so that results
+        do not depend on the memory. amp: encode in mixed precision on CUDA.
+    folder: if given, features are also kept there as files, across runs. A file's name is a hash of everything that
+        its content depends on; a damaged file is written again.
     """
 
     def __init__(self, predictor, limit, dtype=torch.float16, amp=True, folder=None, model_cfg=None):
@@ -844,6 +810,7 @@ class FeatureCache:
         self.kept, model = {}, predictor.model
         # a model has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
         self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
+        self.capacity = limit // self.bytes_per_image  # images
         if folder:
             on_cuda = amp and predictor.device.type == "cuda"
             self.identity = hashlib.sha256(repr([
@@ -853,53 +820,36 @@ class FeatureCache:
                 if not TRAINED["frozen"].match(name):
                     self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())
 
-    def images_that_fit(self, count, processes=1):
-        """How many of `count` images can be kept in memory; processes: that share the images, each with a cache."""
-        return min(count, processes * (self.limit // self.bytes_per_image))
-
     def __call__(self, images):
-        """Features of a batch on the model's device: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}.
-
-        images: list of (path, (H, W) of its mask). A larger image is reduced to its mask's size before it
-        is encoded; ImageError if its proportions are others.
-        """
-        batch = [torch.cat(levels) for levels in zip(*(self.levels(path, size) for path, size in images))]
-        batch = [level.to(self.predictor.device).float() for level in batch]
-        return {"image_embed": batch[0], "high_res_feats": batch[1:]}
-
-    def levels(self, path, size):
-        """Features of one image: [image_embed, stride 4, stride 8], each 1 x C x h x w in self.dtype."""
-        if path in self.kept:
-            return self.kept[path]
-        levels = self.read_or_encode(path, size) if self.folder else self.encode(path, size)
-        if (len(self.kept) + 1) * self.bytes_per_image <= self.limit:
-            self.kept[path] = levels
-        return levels
-
-    def encode(self, path, size):
-        with mixed_precision(self.predictor.device, self.amp):
-            self.predictor.set_image(read_reduced(path, size))
-        levels = [self.predictor._features["image_embed"], *self.predictor._features["high_res_feats"]]
-        return [level.to(self.dtype).cpu() for level in levels]
+        """Features of [(path, (H, W) of its mask), ...]: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
+        found = []
+        for path, size in images:
+            found.append(self.kept.get(path) or self.read_or_encode(path, size))
+            if len(self.kept) < self.capacity:
+                self.kept[path] = found[-1]
+        embeddings, *others = (torch.cat(levels).to(self.predictor.device).float() for levels in zip(*found))
+        return {"image_embed": embeddings, "high_res_feats": others}
 
     def read_or_encode(self, path, size):
-        key = self.identity.copy()
-        key.update(repr(size).encode() + path.read_bytes())
-        entry = Path(self.folder, f"{key.hexdigest()}.npz")
-        with contextlib.suppress(Exception):  # not there, or damaged: that raises half a dozen kinds
-            with np.load(entry) as stored:
-                if stored.zip.testzip() is None:  # no checksum is wrong
+        """Features of one image: [image_embed, stride 4, stride 8], each 1 x C x h x w in self.dtype, on the CPU."""
+        if self.folder:
+            key = self.identity.copy()
+            key.update(repr(size).encode() + path.read_bytes())
+            entry = Path(self.folder, f"{key.hexdigest()}.npz")
+            with contextlib.suppress(Exception), np.load(entry) as stored:  # missing or damaged: many error types
+                if stored.zip.testzip() is None:  # all checksums are right
                     return [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
-        levels = self.encode(path, size)
-        write_file(entry, lambda file: np.savez(file, *(level.numpy() for level in levels)))
+        with mixed_precision(self.predictor.device, self.amp):
+            self.predictor.set_image(read_reduced(path, size))
+        features = self.predictor._features
+        levels = [level.to(self.dtype).cpu() for level in (features["image_embed"], *features["high_res_feats"])]
+        if self.folder:
+            write_file(entry, lambda file: np.savez(file, *(level.numpy() for level in levels)))
         return levels
 
 
 def mixed_precision(device, wanted=True):
-    """Autocast on CUDA; does nothing on MPS and CPU.
-
-    Weights that were cast under no_grad must not be used again with gradients (PyTorch issue 112583): no cache.
-    """
+    """Autocast on CUDA, without its cache: weights cast under no_grad lose their gradients (PyTorch issue 112583)."""
     on_cuda = wanted and torch.device(device).type == "cuda"
     return torch.autocast("cuda", autocast_dtype() if on_cuda else torch.float16, enabled=on_cuda, cache_enabled=False)
 
@@ -946,31 +896,28 @@ def prompt_kind(kind, number):
 def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections=MAX_POINTS - 1):
     """Prompt for each object of N images, decode, and correct the result with further clicks where kind is "points".
 
-    features: of the N images, as predictor._features holds them; gt_masks: for each image bool K x H x W.
-    rngs: a Generator for each image; None: the click, box and corrections of compare_models.py, nothing is random.
+    features: of the N images, in the form of predictor._features; gt_masks: for each image bool K x H x W.
+    rngs: a Generator for each image; None: the click, box and corrections of compare_models.py, without randomness.
     Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3, with gradients.
     """
     sizes, rngs = [masks.shape[1:] for masks in gt_masks], rngs or [None] * len(gt_masks)
-    prompts = []  # for each image (coordinates K x P x 2 in pixels, labels K x P)
-    for masks, rng in zip(gt_masks, rngs):
-        coords, labels = zip(*(first_prompt(kind, mask, rng) for mask in masks))
-        prompts.append((np.stack(coords), np.stack(labels)))
+    prompts = [[first_prompt(kind, mask, rng) for mask in masks] for masks, rng in zip(gt_masks, rngs)]  # per image
+
+    def decode():
+        return predict_masks(predictor, features, sizes, [list(map(np.stack, zip(*image))) for image in prompts])
+
     for _ in range(corrections if kind == "points" else 0):
         with torch.no_grad():
-            predicted = best_masks(predictor, sizes, *predict_masks(predictor, features, sizes, prompts))
-        for number, (coords, labels) in enumerate(prompts):
-            points, added = zip(*(correcting_click(*pair, rngs[number])
-                                  for pair in zip(predicted[number], gt_masks[number])))
-            prompts[number] = (np.concatenate([coords, np.stack(points)[:, None]], 1),
-                               np.concatenate([labels, np.array(added, np.int32)[:, None]], 1))
-    return predict_masks(predictor, features, sizes, prompts)
+            predicted = best_masks(predictor, sizes, *decode())
+        for image, found, masks, rng in zip(prompts, predicted, gt_masks, rngs):
+            for number, (coords, labels) in enumerate(image):
+                point, label = correcting_click(found[number], masks[number], rng)
+                image[number] = np.vstack([coords, point]), np.append(labels, label)
+    return decode()
 
 
 def first_prompt(kind, mask, rng=None):
-    """A box, or one click, on a bool H x W mask: (coordinates float32 P x 2 (x, y) in pixels, labels int32 P).
-
-    A box has jittered sides, if rng is given; the labels of its corners are 2 and 3, as SAM has them. See pick_pixel.
-    """
+    """A box (jittered with rng) or a click on a bool H x W mask: (float32 P x 2 (x, y) in pixels, int32 P labels)."""
     if kind != "box":
         return pick_pixel(mask, rng)[None], np.ones(1, np.int32)
     box = mask_box(mask)
@@ -978,7 +925,7 @@ def first_prompt(kind, mask, rng=None):
         spread = BOX_JITTER * np.tile(box[2:] - box[:2], 2)
         limits = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
         box = np.clip(box + np.clip(rng.normal(0, spread), -20, 20), 0, limits).astype(np.float32)
-    return box.reshape(2, 2), np.array([2, 3], np.int32)
+    return box.reshape(2, 2), np.array([2, 3], np.int32)  # SAM's labels of a box's corners
 
 
 def pick_pixel(mask, rng=None):
@@ -995,20 +942,17 @@ def mask_box(mask):
 
 
 def correcting_click(predicted, gt_mask, rng=None):
-    """One more click, on a wrong pixel: (float32 (x, y), label), 1 if the pixel was missed, 0 if it is too much.
+    """One more click, on a wrong pixel: (float32 (x, y), label), 1 on the object, 0 beside it.
 
-    predicted, gt_mask: bool H x W. The pixel is random, as in SAM 2's training, or without rng the one deepest inside
-    the largest error, as in its evaluation (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If nothing is
-    wrong, it is one of the object.
+    predicted, gt_mask: bool H x W. With rng a random wrong pixel, as in SAM 2's training; else the one deepest in the
+    largest error (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If none is wrong: see pick_pixel.
     """
-    missed, excess = gt_mask & ~predicted, predicted & ~gt_mask
-    if not (missed | excess).any():
-        return pick_pixel(gt_mask, rng), 1
-    if rng is not None:
-        x, y = pick_pixel(missed | excess, rng)
-        return np.array([x, y]), int(missed[int(y), int(x)])
+    wrong = gt_mask != predicted
+    if rng is not None or not wrong.any():
+        x, y = point = pick_pixel(wrong if wrong.any() else gt_mask, rng)
+        return point, int(gt_mask[int(y), int(x)])
     depths = [cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
-              for error in (excess, missed)]
+              for error in (predicted & ~gt_mask, gt_mask & ~predicted)]
     label = int(depths[1].max() > depths[0].max())
     y, x = np.unravel_index(depths[label].argmax(), gt_mask.shape)
     return np.array([x, y], np.float32), label
@@ -1031,31 +975,24 @@ def predict_masks(predictor, features, sizes, prompts):
     def for_each_prompt(level):
         return level[:, None].expand(-1, len(coords) // len(sizes), -1, -1, -1).flatten(0, 1)
 
-    low_res_masks, scores, _, _ = model.sam_mask_decoder(
-        image_embeddings=for_each_prompt(features["image_embed"]),
-        image_pe=model.sam_prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=True,
-        repeat_image=False,
-        high_res_features=[for_each_prompt(level) for level in features["high_res_feats"]],
-    )
-    return low_res_masks, scores
+    return model.sam_mask_decoder(
+        image_embeddings=for_each_prompt(features["image_embed"]), image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True, repeat_image=False,
+        high_res_features=[for_each_prompt(level) for level in features["high_res_feats"]])[:2]
 
 
 def best_masks(predictor, sizes, low_res_masks, scores):
     """The masks with the highest score that predict_masks gave, at their images' N sizes: N arrays, bool K x H x W."""
-    chosen, count = scores.float().cpu().numpy().argmax(1), len(scores) // len(sizes)
-    found = []
-    for number, (masks, size) in enumerate(zip(low_res_masks.split(count), sizes)):
-        logits = predictor._transforms.postprocess_masks(masks, size)  # of all three: so the bits are predict()'s
-        found.append((logits[range(count), chosen[number * count:][:count]] > 0).cpu().numpy())
+    chosen, found = scores.float().cpu().numpy().argmax(1).reshape(len(sizes), -1), []
+    for masks, best, size in zip(low_res_masks.chunk(len(sizes)), chosen, sizes):
+        logits = predictor._transforms.postprocess_masks(masks, size)  # all three: the same bits as in predict()
+        found.append((logits[range(len(best)), best] > 0).cpu().numpy())
     return found
 
 
 def image_loss(predictor, low_res_masks, scores, gt_masks, args):
     """training_loss of the K prompts on one image, at the size of gt_masks, bool K x H x W."""
-    if args.supervise == "first":  # masks that are not in the loss are not enlarged
+    if args.supervise == "first":  # only masks in the loss are enlarged
         low_res_masks = low_res_masks[:, :1]
     logits = predictor._transforms.postprocess_masks(low_res_masks, gt_masks.shape[1:])
     target = torch.from_numpy(gt_masks).to(logits.device).float()
@@ -1063,14 +1000,12 @@ def image_loss(predictor, low_res_masks, scores, gt_masks, args):
 
 
 def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
-    """The loss of the guide ("reference"), or more of it, for the prompts on one image.
+    """(loss, IoU), scalars: means over K prompts on one image.
 
-    logits: K x 3 x H x W, at the image's size; scores: K x 3 IoUs that the model predicts; with "first",
-    only the first mask is looked at, and the others may be left out. gt_masks: float K x H x W, 0 or 1.
-    Returns: (loss, IoU), scalars, means over K. The loss is the binary cross-entropy with 1e-5 inside the
-    logarithms, plus dice_weight times 1 - Dice (of probabilities), plus SCORE_WEIGHT times the distance
-    between the predicted IoU and the real one: of the first mask, or of "all" three on average. The IoU is that of
-    the mask with the highest score among those in the loss.
+    logits: K x 3 x H x W, at the image's size; scores: K x 3 predicted IoUs; gt_masks: float K x H x W, 0 or 1.
+    The loss is the binary cross-entropy with 1e-5 inside the logarithms (the guide's), plus dice_weight times
+    1 - Dice of the probabilities, plus SCORE_WEIGHT times |score - IoU|: of the "first" mask (the others may be
+    omitted), or the mean of "all" three. The IoU returned is that of the mask with the highest score among these.
     """
     if supervise == "first":
         logits, scores = logits[:, :1], scores[:, :1]
@@ -1082,9 +1017,8 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
     predicted = (prob > 0.5).float()
     intersection = (gt * predicted).sum((-2, -1))
     iou = intersection / (gt.sum((-2, -1)) + predicted.sum((-2, -1)) - intersection + 1e-6)
-    score_loss = torch.abs(scores - iou).mean()
     chosen_iou = iou.gather(1, scores.argmax(1, keepdim=True))
-    return mask_loss.mean() + SCORE_WEIGHT * score_loss, chosen_iou.mean()
+    return mask_loss.mean() + SCORE_WEIGHT * torch.abs(scores - iou).mean(), chosen_iou.mean()
 
 
 # ---- the image encoder ----
@@ -1101,15 +1035,15 @@ def choose_weights(model, args):
     if args.grad_checkpointing:  # compute what happens inside the blocks again in the backward pass
         for block in trunk.blocks:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
-                                              preserve_rng_state=False)  # nothing is random: it is in eval mode
+                                              preserve_rng_state=False)  # nothing is random in eval mode
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED[args.encoder].match(name) is not None)
 
 
 class LowRank(torch.nn.Module):
-    """weight + 8 / rank * up @ down: a low-rank update, at first zero, of a linear layer's weight.
+    """weight + 8 / rank * up @ down: a low-rank update, initially zero, of a linear layer's weight.
 
-    The factor lets one learning rate serve all ranks. Source: LoRA, Hu et al., arXiv:2106.09685.
+    The factor makes one learning rate suit all ranks. Source: LoRA, Hu et al., arXiv:2106.09685.
     """
 
     def __init__(self, weight, rank):
@@ -1137,11 +1071,10 @@ def encode_images(predictor, images):
 
 
 def validate(training):
-    """What compare_models.py would measure now, and the loss: {"val_loss", "val_iou", "val_dice"}, or {}."""
-    results = []  # with several processes each takes its share of the images
-    for index in tqdm(range(training.rank, len(training.val_masks), training.processes), "검증", leave=False,
-                      disable=True if training.rank else None):
-        results += validate_image(training, index)
+    """The loss, and what compare_models.py would measure now: {"val_loss", "val_iou", "val_dice"}, or {}."""
+    share = range(training.rank, len(training.val_masks), training.processes)
+    bar = tqdm(share, "검증", leave=False, disable=True if training.rank else None)
+    results = [result for index in bar for result in validate_image(training, index)]
     if training.processes > 1:
         shares = [None] * training.processes
         torch.distributed.all_gather_object(shares, results)
@@ -1179,8 +1112,8 @@ def calculate_dice(pred_mask, gt_mask):
 
 # ---- files ----
 
+# attributes of Training that sam2_last.pt keeps beside the weights, the optimizer and the settings
 PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "encoded")
-# of a Training: what sam2_last.pt keeps beside the weights, the optimizer and the settings
 
 
 def save(training, better):
@@ -1192,20 +1125,17 @@ def save(training, better):
                low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
                scaler=training.scaler.state_dict(), **{name: getattr(training, name) for name in PROGRESS},
                seconds=time.time() - training.started, settings={name: getattr(training.args, name) for name in CONFIG},
-               processes=training.processes, data=data_hashes(training))
+               processes=training.processes, data=training.data)
     for write in (save_log, save_curve):
         try:
             write(training.rows, folder)
-        except PermissionError as error:  # on Windows, of a file that Excel has open; sam2_last.pt has the rows
+        except PermissionError as error:  # on Windows, while Excel has the file open; sam2_last.pt has the rows
             tqdm.write(f"주의: {error.filename2 or error.filename}: 쓰지 못했습니다 ({error.strerror}). "
                        "다른 프로그램에서 닫으세요", file=sys.stderr)
 
 
 def save_model(model, path, **more):
-    """Save in the official form {"model": state_dict}, on the CPU, with low-rank updates merged; `more` beside it.
-
-    Weights that are not finite are never saved.
-    """
+    """Save official_weights in the official form {"model": ...}, `more` beside it; fails if they are not finite."""
     weights = official_weights(model)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         fail("가중치가 유한하지 않아 저장하지 않습니다. --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
@@ -1221,14 +1151,8 @@ def official_weights(model):
     return {name: tensor.cpu() for name, tensor in weights.items()}
 
 
-def data_hashes(training):
-    """What draws and validation depend on: {"train/NAME": hash of the image's mask, ..., "val/NAME": ...}."""
-    return {f"{split}/{path.name}": digest for split, masks in (("train", training.masks), ("val", training.val_masks))
-            for path, digest in zip(masks.paths, masks.hashes)}
-
-
 def load_last(output_dir):
-    """The content of sam2_last.pt, as save() wrote it; fails, with the reason, if it cannot be continued."""
+    """The content of sam2_last.pt, as save() wrote it; fails, with the reason, if it cannot be resumed."""
     path = Path(output_dir, "sam2_last.pt")
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
@@ -1237,19 +1161,18 @@ def load_last(output_dir):
             return last
     except FileNotFoundError:
         fail(f"이어서 할 학습이 없습니다: {path}")
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+    except Exception as error:  # torch.load raises many error types for a damaged file
         fail(f"{path}: 읽을 수 없습니다 ({type(error).__name__})")
     fail(f"{path}: 이 스크립트의 다른 버전이 저장한 것이라 이어서 할 수 없습니다")
 
 
 def restore(training, last):
-    """Continue from the content of sam2_last.pt; fails if the data or the number of processes is another."""
-    before, now = last["data"], data_hashes(training)
+    """Continue from the content of sam2_last.pt; fails if the data or the number of processes differ."""
+    before, now = last["data"], training.data
     changes = {"없어짐": before.keys() - now.keys(), "새로 생김": now.keys() - before.keys(),
                "바뀜": {name for name in before.keys() & now.keys() if before[name] != now[name]}}
-    named = [f"{how} {', '.join(sorted(names)[:5])}{f' 외 {len(names) - 5}개' if len(names) > 5 else ''}"
-             for how, names in changes.items() if names]
-    if named:
+    if named := [f"{how} {', '.join(sorted(names)[:5])}{f' 외 {len(names) - 5}개' if len(names) > 5 else ''}"
+                 for how, names in changes.items() if names]:
         fail(f"다른 데이터로 한 학습이라 이어서 할 수 없습니다. 마스크가 {'; '.join(named)}")
     if last["processes"] != training.processes:
         fail(f"프로세스 {last['processes']}개로 한 학습이라 {training.processes}개로 이어서 할 수 없습니다")
@@ -1275,9 +1198,8 @@ def resume_command(training):
 def save_log(rows, output_dir):
     """Write train_log.csv: the rows logged so far."""
     text = io.StringIO(newline="")
-    rates = ["lr", "encoder_lr"] if "encoder_lr" in rows[0] else ["lr"]
-    writer = csv.DictWriter(text, ["iteration", "loss", "train_iou", *rates, "val_loss", "val_iou", "val_dice",
-                                   "seconds"])
+    names = ("iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "seconds")
+    writer = csv.DictWriter(text, [name for name in names if name != "encoder_lr" or name in rows[0]])
     writer.writeheader()
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
@@ -1326,7 +1248,7 @@ def finish(training):
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
 for _stream in (sys.stdout, sys.stderr):
-    if hasattr(_stream, "reconfigure"):  # a notebook's has no such thing
+    if hasattr(_stream, "reconfigure"):  # a notebook's stream has no such method
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 if Path(__file__).resolve().parent.name == "sam2":
     print("주의: 프로젝트 폴더 이름이 sam2라 sam2 패키지와 혼동될 수 있습니다. 다른 이름으로 바꾸세요", file=sys.stderr)
@@ -1351,7 +1273,7 @@ def run(main, advice):
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except KeyboardInterrupt:
         fail("중단했습니다")
-    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
+    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU have different messages
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
@@ -1388,9 +1310,8 @@ def save_figure(figure, path):
 
 def detect_device(requested="auto"):
     """The device to run on: as requested ("cuda", "cuda:1", "mps", "cpu"; fails if it is not available) or the best."""
-    is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    usable = [name for name in is_available if is_available[name]]
-    usable += [f"cuda:{number}" for number in range(torch.cuda.device_count() if is_available["cuda"] else 0)]
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    usable = ["mps"] * torch.backends.mps.is_available() + ["cuda"] * bool(gpus) + ["cpu", *gpus]
     if requested not in ("auto", *usable):
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
     return usable[0] if requested == "auto" else requested
@@ -1398,18 +1319,13 @@ def detect_device(requested="auto"):
 
 def calculate_iou(pred_mask, gt_mask):
     """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
-    intersection = np.logical_and(pred_mask, gt_mask).sum()
-    union = np.logical_or(pred_mask, gt_mask).sum()
-    return float(intersection / (union + 1e-6))
+    return float(np.logical_and(pred_mask, gt_mask).sum() / (np.logical_or(pred_mask, gt_mask).sum() + 1e-6))
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
-
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
-    """
+    """Decode an image file with OpenCV, rotated upright by its EXIF; ImageError, naming the file, if that fails."""
     try:
-        data, pages = np.fromfile(path, np.uint8), ()
+        data, pages = np.fromfile(path, np.uint8), ()  # on Windows cv2.imread cannot open a path with Korean letters
         if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
             _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
@@ -1423,13 +1339,9 @@ def decode_file(path, flags):
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
-
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
-    white.
-    """
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, EXIF-rotated and deeper files too."""
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    if pixels.dtype != np.uint8:
+    if pixels.dtype != np.uint8:  # the file's 0.1st percentile becomes black, its 99.9th white
         numbers = pixels[np.isfinite(pixels)]
         low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
         scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
@@ -1440,8 +1352,7 @@ def read_image(path):
 def read_mask(path):
     """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
-    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127; see
-    is_label_map for those that raise an ImageError. So do colors and transparency.
+    A 16-bit file holds these numbers, an 8-bit file object 1 above 127; ImageError for others, see is_label_map.
     """
     mask = decode_file(path, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and (mask == mask[..., :1]).all():
@@ -1452,11 +1363,7 @@ def read_mask(path):
 
 
 def is_label_map(mask):
-    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
-
-    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
-    nearly black or white.
-    """
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object above 127 with a grey edge."""
     if not ((mask > 0) & (mask < 255)).any():
         return False
     if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
@@ -1465,7 +1372,7 @@ def is_label_map(mask):
     pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
     fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
     middle = (mask >= 24) & (mask <= 231)
-    flat = middle & ((mask == low) | (mask == high))
+    flat = middle & ((mask == low) | (mask == high))  # the greys of an edge are few and lie between their neighbors
     return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
@@ -1473,19 +1380,15 @@ def is_label_map(mask):
 def read_config(model_cfg):
     """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
-        own = Path(model_cfg)
-        config = OmegaConf.load(own if own.is_file() else Path(sam2.__file__).parent / own)
+        config = OmegaConf.load(model_cfg if Path(model_cfg).is_file() else Path(sam2.__file__).parent / model_cfg)
         return OmegaConf.create(OmegaConf.to_container(config.model, resolve=True))
-    except Exception as error:  # OmegaConf and YAML each raise their own kinds
+    except Exception as error:  # OmegaConf and YAML raise their own error types
         fail(f"모델 설정을 열 수 없습니다: {model_cfg} ({textwrap.shorten(str(error), 200)}). "
              "예: configs/sam2.1/sam2.1_hiera_s.yaml")
 
 
 def load_predictor(model_cfg, checkpoint, device, image_size=None):
-    """A SAM2ImagePredictor on `device`, in eval mode: see read_config and load_weights.
-
-    image_size: the side in pixels that images are resized to, if not the config's own.
-    """
+    """A SAM2ImagePredictor on `device`, in eval mode; image_size: its input's side in pixels, if not the config's."""
     config = read_config(model_cfg)
     config.image_size = image_size or config.image_size
     model = instantiate(config, _recursive_=True).eval()
@@ -1496,10 +1399,9 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
 
 
 def load_weights(model, checkpoint, model_cfg):
-    """Load a checkpoint into a SAM 2: the official form {"model": state_dict}, or a bare state dict.
+    """Load a checkpoint, {"model": state_dict} or a bare state dict, into a SAM 2 of the config `model_cfg`.
 
-    Fails if the file is missing, damaged, made for another config than `model_cfg` or by another kind of program, or if
-    weights are not finite; warns if they were trained at another image size.
+    Fails if it is missing, damaged, of another model or not finite; warns if it was trained at another image size.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
@@ -1516,7 +1418,7 @@ def load_weights(model, checkpoint, model_cfg):
             raise ValueError(f"유한하지 않은 가중치: {', '.join(wrong[:3])}")
     except (PermissionError, MemoryError, torch.OutOfMemoryError):
         raise  # not the file's fault
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+    except Exception as error:  # torch.load raises many error types for a damaged file
         refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
