@@ -53,7 +53,7 @@ def run(main, advice):
         fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except KeyboardInterrupt:
         fail("중단했습니다")
-    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU report it in different words
+    except (RuntimeError, MemoryError) as error:  # CUDA, MPS and the CPU have different messages
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         fail(f"메모리가 부족합니다. {advice}")
@@ -90,9 +90,8 @@ def save_figure(figure, path):
 
 def detect_device(requested="auto"):
     """The device to run on: as requested ("cuda", "cuda:1", "mps", "cpu"; fails if it is not available) or the best."""
-    is_available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
-    usable = [name for name in is_available if is_available[name]]
-    usable += [f"cuda:{number}" for number in range(torch.cuda.device_count() if is_available["cuda"] else 0)]
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    usable = ["mps"] * torch.backends.mps.is_available() + ["cuda"] * bool(gpus) + ["cpu", *gpus]
     if requested not in ("auto", *usable):
         fail(f"장치 '{requested}'를 쓸 수 없습니다. 이 컴퓨터에서 쓸 수 있는 장치: {', '.join(usable)}")
     return usable[0] if requested == "auto" else requested
@@ -100,18 +99,13 @@ def detect_device(requested="auto"):
 
 def calculate_iou(pred_mask, gt_mask):
     """Intersection over union of two boolean H x W masks, 0 to 1: |A∩B| / (|A∪B| + 1e-6)."""
-    intersection = np.logical_and(pred_mask, gt_mask).sum()
-    union = np.logical_or(pred_mask, gt_mask).sum()
-    return float(intersection / (union + 1e-6))
+    return float(np.logical_and(pred_mask, gt_mask).sum() / (np.logical_or(pred_mask, gt_mask).sum() + 1e-6))
 
 
 def decode_file(path, flags):
-    """Decode an image file with OpenCV, upright as its EXIF says. ImageError, naming the file, if that fails.
-
-    The bytes are read first, because cv2.imread cannot open a path with Korean letters on Windows.
-    """
+    """Decode an image file with OpenCV, rotated upright by its EXIF; ImageError, naming the file, if that fails."""
     try:
-        data, pages = np.fromfile(path, np.uint8), ()
+        data, pages = np.fromfile(path, np.uint8), ()  # on Windows cv2.imread cannot open a path with Korean letters
         if data[4:8].tobytes() != b"ftyp":  # HEIC and AVIF, which OpenCV does not turn upright
             _, pages = cv2.imdecodemulti(data, flags, range=(0, 2))
     except OSError as error:
@@ -125,13 +119,9 @@ def decode_file(path, flags):
 
 
 def read_image(path):
-    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK and EXIF-rotated files too.
-
-    Deeper pixels (12 and 16 bits, floats) become 8 bits by one rule: the file's 0.1st percentile is black, its 99.9th
-    white.
-    """
+    """Read an image as uint8 H x W x 3, RGB, upright: grey, RGBA, CMYK, EXIF-rotated and deeper files too."""
     pixels = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    if pixels.dtype != np.uint8:
+    if pixels.dtype != np.uint8:  # the file's 0.1st percentile becomes black, its 99.9th white
         numbers = pixels[np.isfinite(pixels)]
         low, high = np.percentile(numbers, (0.1, 99.9)) if len(numbers) else (0, 1)
         scaled = np.clip((pixels.astype(np.float32) - low) * (255 / (high - low or 1)), 0, 255)
@@ -142,8 +132,7 @@ def read_image(path):
 def read_mask(path):
     """Read a mask as uint16 H x W: 0 is the background, every other value one object.
 
-    A 16-bit file holds these numbers. An 8-bit file holds one object, number 1, where its value is above 127; see
-    is_label_map for those that raise an ImageError. So do colors and transparency.
+    A 16-bit file holds these numbers, an 8-bit file object 1 above 127; ImageError for others, see is_label_map.
     """
     mask = decode_file(path, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and (mask == mask[..., :1]).all():
@@ -154,11 +143,7 @@ def read_mask(path):
 
 
 def is_label_map(mask):
-    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object that 127 parts from the background.
-
-    The greys of antialiased, JPEG-compressed or blurred edges pass: they are few, lie between their neighbours, or are
-    nearly black or white.
-    """
+    """Whether an 8-bit mask (uint8 H x W) holds classes or numbers, not one object above 127 with a grey edge."""
     if not ((mask > 0) & (mask < 255)).any():
         return False
     if ((mask > 0) & (mask < 24)).any() and ((mask > 231) & (mask < 255)).any():  # JPEG noise
@@ -167,7 +152,7 @@ def is_label_map(mask):
     pixels, inner = (np.bincount(values, minlength=256) for values in (mask.ravel(), mask[low == high]))
     fills = (pixels >= 9) & (inner >= pixels / 6)  # values that fill areas
     middle = (mask >= 24) & (mask <= 231)
-    flat = middle & ((mask == low) | (mask == high))
+    flat = middle & ((mask == low) | (mask == high))  # the greys of an edge are few and lie between their neighbors
     return (0 < mask.max() <= 127 or fills[:128].sum() > 1 or fills[128:].sum() > 1 or middle.mean() > 0.25
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
