@@ -60,7 +60,7 @@ def run_training(main):
 def lock(path):
     """Hold the lock file `path` until the process ends, however it ends; fail if another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()  # a folder that cannot be written is an error; what fails from here on is the locking itself
+    path.touch()  # raises if the folder is read-only; errors below come from the locking itself
     file_lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a run that is killed
     try:
         file_lock.acquire(blocking=False)
@@ -69,7 +69,7 @@ def lock(path):
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-    atexit.register(file_lock.release)  # and keeps the object, which else would let go at once
+    atexit.register(file_lock.release)  # also keeps a reference, without which the lock is released
 
 
 def save_checkpoint(path, value):
