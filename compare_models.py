@@ -29,6 +29,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
@@ -588,6 +589,8 @@ def load_weights(model, checkpoint, model_cfg):
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
     try:
+        if zipfile.is_zipfile(checkpoint) and (damaged := zipfile.ZipFile(checkpoint).testzip()):
+            raise ValueError(f"{damaged}: CRC")  # torch.load does not check it
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         weights = dict(saved.get("model", saved))
         if "state_dict" in weights:

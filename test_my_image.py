@@ -28,6 +28,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -923,6 +924,8 @@ def load_weights(model, checkpoint, model_cfg):
         command = f" 받기: python download_dataset.py --checkpoint {official[1]}" if official else ""
         fail(f"체크포인트가 없습니다: {checkpoint}.{command} (체크포인트 없이 체험하려면: make demo)")
     try:
+        if zipfile.is_zipfile(checkpoint) and (damaged := zipfile.ZipFile(checkpoint).testzip()):
+            raise ValueError(f"{damaged}: CRC")  # torch.load does not check it
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         weights = dict(saved.get("model", saved))
         if "state_dict" in weights:

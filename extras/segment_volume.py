@@ -349,8 +349,10 @@ class Slices:
         other = Volume(path)
         if other.data.shape != volume.data.shape or \
                 voxels_apart(volume.affine, other.affine, volume.data.shape) >= TOLERANCE:
-            raise ImageError(f"{path}: {volume.path}와 크기나 공간에서의 위치(affine)가 다릅니다")
-        found = labels_of(other.data)
+            raise ImageError(f"{path}: 크기나 공간에서의 위치(affine)가 볼륨과 다릅니다 ({volume.path})")
+        found, values = labels_of(other.data), np.unique(other.data[other.data > 0.5])
+        if len(values) > 10 and (values != np.round(values)).any():
+            raise ImageError(f"{path}: 마스크가 아닌 것 같습니다: 정수가 아닌 값이 여럿입니다")
         if labels is None and len(found) > 1 or not set(labels or []) <= set(found):
             shown = ", ".join(map(str, found[:20])) + (", ..." if len(found) > 20 else "")
             raise ImageError(f"{path}: 비교할 라벨을 --truth-label로 고르세요. 이 파일의 라벨: {shown or '없음'}")

@@ -177,7 +177,7 @@ def check_output(args, prompts):
     if not masks:
         foreign = foreign or next((path for path in others if not has_prompts(path, prompts)), None)
     if foreign:
-        advice = f"--prompts {shlex.quote(str(foreign))}로 이어서 하거나 " if foreign.name == "prompts.json" else ""
+        advice = f"이어서 하려면 --prompts {shlex.quote(str(foreign))}, 아니면 " if foreign.name == "prompts.json" else ""
         fail(f"{foreign}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. {advice}다른 --output을 쓰세요")
     if masks:
         names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
@@ -293,12 +293,14 @@ class VideoFile:
     """
 
     def __init__(self, path):
-        self.path, self.times, self.keys, self.size = path, [], [], None
+        self.path, self.times, self.keys, self.size, self.corrupt = path, [], [], None, 0
         is_whole = self.read_through()
         if not self.times:
             raise ImageError(f"{path}: 읽을 수 있는 프레임이 없습니다")
         if not is_whole:
             print(f"주의: {path}: 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 {len(self.times)}프레임만 씁니다")
+        if self.corrupt:
+            print(f"주의: {path}: 손상된 프레임 {self.corrupt}개는 그림이 틀릴 수 있습니다")
         has_times = None not in self.times and all(map(int.__lt__, self.times, self.times[1:]))
         if not has_times:
             self.times, self.time_base = range(len(self.times)), 1 / (self.rate or Fraction(FOLDER_RATE))
@@ -323,9 +325,11 @@ class VideoFile:
                              "다른 파일의 목록(m3u8, ffconcat)이나 이미지는 열지 않습니다") from None
         except av.FFmpegError as error:
             raise ImageError(f"{self.path}: 영상을 열 수 없습니다 ({error.strerror})") from None
-        if not container.streams.video:
+        streams = [stream for stream in container.streams.video
+                   if not stream.disposition & av.stream.Disposition.attached_pic]  # an album's cover
+        if not streams:
             raise ImageError(f"{self.path}: 영상이 들어 있지 않습니다")
-        stream = container.streams.video[0]
+        stream = streams[0]
         stream.thread_type = "AUTO"
         return container, stream
 
@@ -339,6 +343,10 @@ class VideoFile:
                 for packet in container.demux(stream):
                     packets += packet.size > 0
                     for frame in packet.decode():
+                        if is_mirrored(frame):
+                            raise ImageError(f"{self.path}: 좌우나 상하가 뒤집힌 영상(display matrix)은 읽지 않습니다. "
+                                             "ffmpeg로 다시 인코딩하세요")
+                        self.corrupt += frame.is_corrupt
                         size = upright_size(frame)
                         if self.size not in (None, size):
                             raise ImageError(f"{self.path}: {len(self.times)}번 프레임부터 크기가 다릅니다. 가로 "
@@ -401,6 +409,15 @@ class VideoFile:
                 return
 
 
+def is_mirrored(frame):
+    """Whether the display matrix of a decoded frame flips it; frame.rotation does not tell."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).astype(float)
+            return a * d - b * c < 0
+    return False
+
+
 def is_on_its_side(frame):
     """Whether the rotation in the metadata of a decoded frame exchanges width and height."""
     return round(frame.rotation / 90) % 2 == 1
@@ -448,6 +465,8 @@ def track_and_save(predictor, video, prompts, args):
     Yields (frame, label map), and (None, None) while it writes the overlay.
     """
     folder, rows = args.output, {}
+    if (folder / "prompts.json").exists() and read_prompts(folder / "prompts.json") != prompts:
+        (folder / "prompts.json").replace(folder / "prompts_previous.json")
     write_prompts(folder / "prompts.json", prompts)  # keeps the clicks if tracking fails
     with tqdm(total=len(video), desc="추적", unit="프레임", disable=None) as bar:
         for frame, objects, logits, scores in track(predictor, video, prompts):

@@ -52,9 +52,10 @@ def doubts_about_values(values, window):
     1024, and soft tissue is at 1064.
     """
     sample = values[::2, ::2, ::2]
+    sample = sample[sample >= -1100]  # lower values are padding, as in the corners of scanners' images
     is_air, is_bone = sample < SOFT[0], sample > SOFT[1]
     if window is None or window[0] > SOFT[1] or \
-            is_air.mean() >= LEAST_AIR and is_bone.sum() <= MOST_BONE * (~is_air).sum():
+            is_air.sum() >= LEAST_AIR * max(1, sample.size) and is_bone.sum() <= MOST_BONE * (~is_air).sum():
         return []
     return ["값이 Hounsfield 단위(HU)가 아닌 것 같습니다. MR이면 --window none을 쓰고, HU에 1024를 더한 값이면 "
             "레벨에도 1024를 더해 --window 1064,80처럼 쓰세요"]

@@ -398,3 +398,11 @@ def test_a_project_folder_named_sam2_is_warned_about(tmp_path):
 
 def test_the_box_of_the_comparison_needs_no_utf8(data, weights):
     assert compare_models.result_box(0.5, 0.6).encode("cp949")
+
+
+def test_a_checkpoint_with_a_changed_byte_is_refused(data, weights):
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    (data / "changed.pt").write_bytes(content)
+    done = segment(data, data / "changed.pt", "data/images/val/pair_100.png", "--point", "40,30", code=1)
+    assert_fails_in_one_line(done, "changed.pt", "CRC")

@@ -823,12 +823,16 @@ def spoil(folder, what):
     if what == "another volume as the mask":
         save_nifti(mask, volume, "LPS")
         return ["masks/scan_1.nii", "가지"]
+    if what == "another volume, scaled to 0..1, as the mask":
+        save_nifti(mask, ((volume - volume.min()) / np.ptp(volume)).astype(np.float32), "LPS")
+        return ["masks/scan_1.nii", "가지"]
 
 
 @pytest.mark.parametrize("what", [
     "other shape", "other place", "empty mask", "too small for the voxels", "NaN", "not in Hounsfield units",
     "truncated", "wrong checksum", "a tenth of a voxel off", "two-dimensional", "array of objects", "no file",
-    "no mask", "two masks", "a volume as its mask", "another volume as the mask"])
+    "no mask", "two masks", "a volume as its mask", "another volume as the mask",
+    "another volume, scaled to 0..1, as the mask"])
 def test_a_bad_volume_is_named_with_its_row(what, data):
     words = spoil(data, what)
     name = next((word for word in words if word.endswith(".npy")), "scan_1.nii.gz")

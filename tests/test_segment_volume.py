@@ -243,7 +243,7 @@ def test_of_a_truth_with_several_labels_one_is_chosen(tmp_path):
             slices.of_file(path, volume, chosen)
     soft = save(tmp_path / "soft.nii", truth * np.float32(0.51) + (labels == 2) * np.float32(0.4), oblique_affine())
     assert (slices.of_file(soft, volume) == slices.to_pictures(truth)).all()  # probabilities
-    with pytest.raises(files.ImageError, match="ct.nii: 비교할 라벨을"):
+    with pytest.raises(files.ImageError, match="ct.nii: 마스크가 아닌"):
         slices.of_file(tmp_path / "ct.nii", volume)
     assert not slices.of_file(save(tmp_path / "no.nii", truth * np.uint8(0), oblique_affine()), volume).any()
 
@@ -576,3 +576,13 @@ def test_the_drawn_volume_has_a_bleeding_that_stands_out_and_one_click_finds_it(
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     found = segment_volume.Volume(tmp_path / "out/ct_mask.nii.gz").data > 0
     assert summary["voxels"] == found.sum() and 2 * (found & truth).sum() / (found.sum() + truth.sum()) >= 0.7
+
+
+def test_padding_below_air_does_not_hide_that_values_are_no_hounsfield_units():
+    y, x = np.mgrid[-30:30, -30:30]
+    body, scanned = (x / 21) ** 2 + (y / 14) ** 2 < 1, x ** 2 + y ** 2 < 900
+    slice_ = np.where(body, 40, -1000)  # a small body in a large field of view
+    chest = np.repeat(np.where(scanned, slice_, -2000)[..., None], 6, 2)
+    assert not volume_files.doubts_about_values(np.where(chest == -2000, -1024, chest), (0, 80))
+    shifted = np.where(chest == -2000, chest, chest + 1024)
+    assert len(volume_files.doubts_about_values(shifted, (0, 80))) == 1

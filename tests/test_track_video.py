@@ -1003,3 +1003,13 @@ def test_the_score_of_a_clip_is_the_mean_iou_without_the_first_frame(tmp_path):
     assert_fails_in_one_line(run(*score, "truth", code=1, cwd=tmp_path), "00002.png", "크기가 다릅니다")
     (tmp_path / "tracked/masks/00001.png").unlink()
     assert_fails_in_one_line(run(*score, "truth", code=1, cwd=tmp_path), "00001.png: 없습니다")
+
+
+def test_a_mirrored_video_is_refused(tmp_path):
+    content = bytearray(save_video(tmp_path / "clip.mp4", draw_clip()[0]).read_bytes())
+    identity = b"".join(number.to_bytes(4, "big") for number in (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30))
+    matrix = content.index(identity, content.index(b"tkhd"))
+    content[matrix:matrix + 4] = (-65536).to_bytes(4, "big", signed=True)
+    (tmp_path / "mirrored.mp4").write_bytes(content)
+    with pytest.raises(track_video.ImageError, match="뒤집힌"):
+        track_video.VideoFile(tmp_path / "mirrored.mp4")

@@ -151,7 +151,7 @@ def test_a_rough_mask_is_the_prompt(photo, weights):
     wanted = predict_with_sam2(photo, weights, mask_input=20 * small[None] - 10)
     assert (read_mask(photo.parent / "output/my_results") > 0).tolist() == wanted.tolist()
     write_image(photo.parent / "rough.png", rough // 255)  # 0 and 1
-    assert_fails_in_one_line(segment(photo, weights, "--mask", "rough.png", code=1), "rough.png", "비어")
+    assert_fails_in_one_line(segment(photo, weights, "--mask", "rough.png", code=1), "rough.png", "0과 255")
     write_image(photo.parent / "rough.png", rough[:50])
     assert_fails_in_one_line(segment(photo, weights, "--mask", "rough.png", code=1), "세로 50", "세로 60")
 
@@ -684,8 +684,10 @@ def masks_in(folder):
 
 
 def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_path, annotate, capsys):
-    for name in "abcd":
-        draw_discs(tmp_path / f"images/{name}.jpg")
+    for number, name in enumerate("abcd"):
+        image = draw_discs(tmp_path / f"images/{name}.jpg")
+        image[0, :40] = 60 * number  # no two are the same image
+        write_image(tmp_path / f"images/{name}.jpg", image)
     annotate(save_two, skip, save_one, close)
     assert "이미지 2장을 분할했습니다. 저장: masks" in (printed := capsys.readouterr().out) and "d.jpg" in printed
     masks = masks_in(tmp_path / "masks")

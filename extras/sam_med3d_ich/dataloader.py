@@ -300,13 +300,13 @@ def read_pair(row):
                             ".pkl에 'affine'을 넣거나, NIfTI로 저장하세요")
         return image, np.zeros(image.shape, np.uint8), [], affine
     mask, mask_affine = read_volume(row.mask)
-    labels = labels_of(mask)
-    if len(labels) > MOST_LABELS:
-        raise DataError(f"{row.mask}: 마스크가 아닌 것 같습니다: 0.5보다 큰 값이 {len(labels)}가지입니다 "
+    labels, values = labels_of(mask), np.unique(mask[mask > 0.5])
+    if len(values) > MOST_LABELS:  # a volume, also one scaled to 0..1
+        raise DataError(f"{row.mask}: 마스크가 아닌 것 같습니다: 0.5보다 큰 값이 {len(values)}가지입니다 "
                         f"({MOST_LABELS}가지까지 받습니다)")
     mask = (mask > 0.5).astype(np.uint8)
     if mask.shape != image.shape:
-        raise DataError(f"{row.mask}: 마스크의 크기 {mask.shape}가 볼륨의 크기 {image.shape}와 다릅니다")
+        raise DataError(f"{row.mask}: 마스크와 볼륨의 크기가 다릅니다: {mask.shape}, {image.shape}")
     if affine is not None and (apart := voxels_apart(affine, mask_affine, image.shape)) >= TOLERANCE:
         raise DataError(f"{row.mask}: 마스크의 affine이 볼륨과 다릅니다 (모서리가 {apart:.1f}복셀까지 어긋남)")
     if row.ich and not mask.any():
