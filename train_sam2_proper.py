@@ -408,7 +408,7 @@ def log(training, track, validating):
 
 @contextlib.contextmanager
 def deferred_interrupts(processes):
-    """A list that gets an entry at Ctrl-C and SIGTERM, so that the iteration can end and be saved."""
+    """A list that gets an entry on Ctrl-C or SIGTERM, so that the current iteration can finish and be saved."""
     interrupted = []
 
     def on_interrupt(*_):
@@ -431,7 +431,7 @@ class Training:
         self.predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
         self.model = self.predictor.model
         self.masks, self.val_masks = load_masks(args)
-        self.data = {f"{split}/{path.name}": digest  # what draws and validation depend on: the hash of each mask
+        self.data = {f"{split}/{path.name}": digest  # hash of each mask, for --resume to compare
                      for split, masks in (("train", self.masks), ("val", self.val_masks))
                      for path, digest in zip(masks.paths, masks.hashes)}
         self.cache, self.val_cache = make_caches(self.predictor, math.ceil(len(self.val_masks) / processes), args)
@@ -440,7 +440,7 @@ class Training:
         self.model.sam_mask_decoder.train()
         self.model.sam_prompt_encoder.train()
         self.batch_loss = BatchLoss(self.predictor, self.masks, self.cache, args)
-        if processes > 1:  # unused: weights of masks that are not in the loss
+        if processes > 1:  # the weights of masks that are not in the loss get no gradient
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
         self.optimizer = make_optimizer(self.model, args)
         half = torch.device(device).type == "cuda" and args.amp and autocast_dtype() == torch.float16
@@ -489,7 +489,7 @@ class Training:
             torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()  # frees their memory for validation and saving
+        self.optimizer.zero_grad()  # frees the memory of the gradients for validation and saving
         total[2] = bool(interrupted)
         if self.processes > 1:
             total = total.to(self.predictor.device)
@@ -798,7 +798,7 @@ def make_caches(predictor, val_images, args):
 
 
 class FeatureCache:
-    """What predictor._features holds for each image, encoded at the first visit and kept from then on.
+    """The features in predictor._features of each image: encoded at its first visit and kept from then on.
 
     limit: bytes to keep in memory. Other images are encoded at each visit, and rounded to `dtype` too, so that results
         do not depend on the memory. amp: encode in mixed precision on CUDA.

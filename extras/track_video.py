@@ -177,7 +177,7 @@ def check_output(args, prompts):
     if not masks:
         foreign = foreign or next((path for path in others if not has_prompts(path, prompts)), None)
     if foreign:
-        advice = f"이어서 하려면 --prompts {shlex.quote(str(foreign))}, 아니면 " if foreign.name == "prompts.json" else ""
+        advice = f"이어서 하려면 --prompts {shlex.quote(str(foreign))}, 아니면 " * (foreign.name == "prompts.json")
         fail(f"{foreign}: 이 영상의 이전 결과 그대로가 아니어서 덮어쓰지 않습니다. {advice}다른 --output을 쓰세요")
     if masks:
         names = sorted({path.relative_to(folder).parts[0] for path in (*masks, *others)})
