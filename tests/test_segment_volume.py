@@ -166,7 +166,7 @@ def test_volume_area_dice_and_iou_are_right_on_a_mask_worked_out_by_hand(tmp_pat
     mask[13:15] = False  # 150 of the 210 voxels are left
     args = FakeArgs(tmp_path)
     args.axis = axis
-    segment_volume.save(args, volume, slices, {}, slices.to_pictures(mask), np.ones(len(slices)),
+    segment_volume.save_volume_results(args, volume, slices, {}, slices.to_pictures(mask), np.ones(len(slices)),
                         slices.to_pictures(truth), {"checkpoint": "a.pt"})
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["volume_ml"] == pytest.approx(0.9) and summary["truth_ml"] == pytest.approx(1.26)
@@ -519,7 +519,7 @@ def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
     slices = segment_volume.Slices(volume, "coronal", (0, 80))
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     mask, scores = np.zeros((20, 8, 24), bool), np.full(20, np.nan)
-    window = tracking.Window(slices, predictor, lambda prompts: segment_volume.segment(
+    window = tracking.Window(slices, predictor, lambda prompts: segment_volume.segment_slices(
         predictor, slices, prompts, False, mask, scores), "ct", max_object=1, unit="slice", aspect=slices.aspect)
     hand = Hand(window)
     hand.press("2", "]", "pagedown", "left", "left")

@@ -319,7 +319,7 @@ import tracking
 def draw_and_die(image, labels, drawn=[]):
     drawn.append(image)
     return image if len(drawn) < 3 else os.kill(os.getpid(), 9)
-tracking.overlay = draw_and_die""")
+tracking.overlay_labels = draw_and_die""")
     assert (folder / "tracks.csv").exists() and not (folder / "overlay.mp4").exists()
     (folder / "overlay.mp4.1.tmp").touch()  # where the encoder had begun to write
     done = track(clip, visible, "--point", "20,20")
