@@ -281,11 +281,13 @@ def open_trackers(args, rank):
         if run:
             run.log(row, step=row["iteration"])
 
-    yield track
-    if board:
-        board.close()
-    if run:
-        run.finish()
+    try:
+        yield track
+    finally:
+        if board:
+            board.close()
+        if run:
+            run.finish()
 
 
 def print_setup(training):
@@ -556,9 +558,10 @@ def find_pairs(image_dir, mask_dir):
 def same_files(train_paths, val_paths):
     """The names of the validation images whose file is, byte for byte, that of a training image."""
     sizes = {path.stat().st_size for path in train_paths} & {path.stat().st_size for path in val_paths}
-    train, val = ([(hashlib.sha256(path.read_bytes()).digest(), path.name) for path in paths
-                   if path.stat().st_size in sizes] for paths in (train_paths, val_paths))
-    return [name for digest, name in val if digest in dict(train)]
+    train, val = ({path.name: hashlib.sha256(path.read_bytes()).digest() for path in paths
+                   if path.stat().st_size in sizes} for paths in (train_paths, val_paths))
+    known = set(train.values())
+    return [name for name, digest in val.items() if digest in known]
 
 
 class Masks:
