@@ -209,7 +209,7 @@ def test_wrong_folders_and_architectures_end_in_one_line(tmp_path, demo, monkeyp
         convert(monkeypatch, "empty", "back.pt")
     for source, target in ((demo / "hf", "back.pt"), (DEMO, "hf")):
         other = "configs/sam2.1/sam2.1_hiera_t.yaml"
-        with pytest.raises(SystemExit, match=rf"{re.escape(str(source))}(가 손상되었거나|:) 설정 {other}와 맞지"):
+        with pytest.raises(SystemExit, match=rf"{re.escape(str(source))}(가 손상되었거나|: 맞지 않는) 설정 {other}"):
             convert(monkeypatch, source, target, "--model-cfg", other)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]  # no partial files
 

@@ -150,7 +150,7 @@ def test_boxes_become_labels_and_bad_images_and_boxes_are_named(tmp_path):
     for line in ("iscrowd 상자 1개", "image_0.png - 이미지 밖이거나 1픽셀보다 작은 상자 5개 제외",
                  "폴더에 없는 이미지 1장: gone.png\n", "image_1.png - 상자 없음",
                  "image_3.jpg - 이름이 같은", "image_3.png - 이름이 같은",
-                 "image_4.png - 이미지 파일이 아니거나", "other.png - COCO 파일에 없음",
+                 "image_4.png - 손상되었거나", "other.png - COCO 파일에 없음",
                  "라벨이 있는 이미지 2장, 객체 4개: polyp 2, instrument 2", "학습 2쌍"):
         assert line in done.stdout, line
     labels = read_labels(tmp_path / "out")

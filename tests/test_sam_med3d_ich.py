@@ -1039,8 +1039,8 @@ def test_system_check_without_data_names_what_is_missing(tmp_path):
     done = run(TRAIN, "--test", "--model_size", "small", "--val_csv", "val.csv", cwd=tmp_path, code=1)
     lines = done.stdout.splitlines()
     assert any(line.startswith("✓ 장치") for line in lines) and any(line.startswith("✓ 학습 1회") for line in lines)
-    for start in ("✗ --train_csv: --train_csv가 없습니다", "✗ --val_csv: 파일이 없습니다: val.csv",
-                  "✗ --mask_dir: --mask_dir가 없습니다", "✗ 데이터"):
+    for start in ("✗ --train_csv: --train_csv 옵션이 없습니다", "✗ --val_csv: 파일이 없습니다: val.csv",
+                  "✗ --mask_dir: --mask_dir 옵션이 없습니다", "✗ 데이터"):
         assert any(line.startswith(start) for line in lines), start
     assert not done.stderr
 

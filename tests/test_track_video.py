@@ -298,7 +298,7 @@ tracking.track = die""")
     assert [path.name for path in (clip / "out").iterdir()] == ["prompts.json"]
     assert track_video.read_prompts(clip / "out/prompts.json") == {(0, 1): ([(20, 20, 1)], None)}
     failed = track(clip, "missing.pt", "--point", "30,20", "-o", "out", code=1)
-    assert_fails_in_one_line(failed, "out/prompts.json", "덮어쓰지 않습니다", "--prompts out/prompts.json로")
+    assert_fails_in_one_line(failed, "out/prompts.json", "덮어쓰지 않습니다", "--prompts out/prompts.json")
     track(clip, visible, "--point", "20,20", "-o", "out")
     assert len(read_masks(clip / "out")) == 8
 
