@@ -287,7 +287,7 @@ def read_pixels(path, args):
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values, is_voc = decode_file(path, cv2.IMREAD_UNCHANGED), False
+    values = decode_file(path, cv2.IMREAD_UNCHANGED)
     values = turn(values, read_orientation(path)) if path.suffix.lower() not in (".tif", ".tiff") else values
     if values.ndim == 3 and values.shape[2] == 4:
         values, alpha = values[..., :3], values[..., 3] > values[..., 3].max() // 2
@@ -295,22 +295,25 @@ def read_pixels(path, args):
         values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], values, 0)
     colors = np.atleast_3d(values)
     values = values[..., 0].copy() if values.ndim == 3 and (colors == colors[..., :1]).all() else values
+    is_jpeg, palette, tags = False, [], {}
     with contextlib.suppress(Exception), Image.open(path) as file:  # formats that Pillow cannot read have no palette
-        if (file.format == "JPEG" or file.info.get("compression") == "jpeg") and (args.numbered or args.classes):
-            fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
-        palette = file.getpalette()[:9] if file.mode == "P" and args.threshold is None else []
-        is_voc = len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
-        is_inverted = palette[:3] == [255] * 3 or getattr(file, "tag_v2", {}).get(262) == 0 and values.dtype == np.uint8
-        if is_inverted and not (args.numbered or args.classes or args.threshold is not None):
-            if not str(getattr(file, "tag_v2", {}).get(305)).startswith("tifffile"):  # which stores boolean arrays so
-                fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
-                     "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
-        if palette and (is_voc or args.numbered or args.classes):
-            indices = np.array(file)
-            if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
-                values = indices
-        elif is_inverted and args.threshold is None:
-            values = 255 - values
+        is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
+        tags = dict(getattr(file, "tag_v2", {}))
+        if file.mode == "P" and args.threshold is None:
+            indices, palette = np.array(file), file.getpalette()[:9]
+    if is_jpeg and (args.numbered or args.classes):
+        fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
+    is_voc = len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
+    is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
+    if is_inverted and not (args.numbered or args.classes or args.threshold is not None):
+        if not str(tags.get(305)).startswith("tifffile"):  # which stores boolean arrays so
+            fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
+                 "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
+    if palette and (is_voc or args.numbered or args.classes):
+        if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
+            values = indices
+    elif is_inverted and args.threshold is None:
+        values = 255 - values
     void = is_voc & (values == 255) if values.ndim == 2 else np.zeros(values.shape[:2], bool)
     for value in args.void:
         void = void | ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)

@@ -226,9 +226,9 @@ def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, pr
     assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"] and summary["prompt"] == prompt
     before, after = load(weights), load(data / "output/sam2_final.pt")
     names = [f"sam_prompt_encoder.point_embeddings.{label}.weight" for label in range(4)]  # 2, 3: a box's corners
-    learnt = [(before[name] - after[name]).abs().max() > 1e-4 for name in names]
-    assert learnt[2] == learnt[3] == (prompt != "points")
-    assert learnt[0] == (prompt == "points")  # a click outside the object, on false foreground
+    changed = [(before[name] - after[name]).abs().max() > 1e-4 for name in names]
+    assert changed[2] == changed[3] == (prompt != "points")
+    assert changed[0] == (prompt == "points")  # a click outside the object, on false foreground
 
 
 def test_the_setup_is_checked_with_one_real_step(data, weights, tmp_path_factory):
