@@ -2,28 +2,31 @@
 
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg                    # a window
+    python test_my_image.py --image test_images/dog.jpg --web              # the window in a browser
     python test_my_image.py --image test_images --everything
-    python test_my_image.py --image photos --annotate masks                # label a folder, one window per image
 
 Chapters:
-    settings            sizes, file names, colors, the keys of the window
+    settings            sizes, file names, the keys of the window
     the run             main(), the command line, the two models
     images and prompts  the images, the names of their results, checks of the prompts
     every object        --everything: sam2's automatic mask generator
     prompted objects    masks from points, boxes or a rough mask
-    the window          clicks, keys and --annotate
+    the window          on a screen or in a browser; clicks and keys
     results             the output files
     drawing             masks and prompts over an image
     shared block        identical in train_sam2_proper.py and compare_models.py
 """
 
 import argparse
+import asyncio
 import contextlib
 import copy
 import json
 import math
 import os
 import re
+import secrets
+import shlex
 import sys
 import textwrap
 import time
@@ -68,10 +71,9 @@ DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows a
 EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
 RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts; of --everything;
            ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
-COLORS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letters on the same keys
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㅂ": "q"}  # the letters on the same keys
 
 
 # ---- the run ----
@@ -79,49 +81,41 @@ KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letter
 
 def main():
     args = parse_args()
-    for path in filter(None, [*args.image, args.mask]):
-        if not Path(path).exists():
-            fail(f"파일이 없습니다: {path}")
-    paths = find_images(args.image)
-    if args.annotate:
-        paths = without_mask(paths, args.annotate)
+    paths = find_images(args.image, args.mask)
     if args.interactive:
-        require_display("화면이 있는 컴퓨터에서 실행하세요" if args.annotate else "좌표를 직접 주세요: --point \"x,y\"")
+        require_display(args.web, '--point "x,y"로 좌표를 주거나')
     else:
         plt.switch_backend("Agg")
     args.inputs = {Path(path).resolve() for path in [*paths, args.mask or paths[0]]}
-    args.mask = read_rough_mask(args.mask) if args.mask else None
+    if args.mask and not (mask := read_mask(args.mask) > 0).any():
+        raise ImageError(f"{args.mask}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
+    args.mask = mask if args.mask else None
     if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
     if args.interactive:
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다.",
-              "Enter는 저장, s는 건너뛰기이고, 창을 닫으면 끝냅니다." if args.annotate else
-              "Enter를 누르거나 창을 닫으면 저장합니다.")
-
-    run_mode = run_everything if args.everything else run_annotation if args.annotate else run_prompts
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     done, failed = 0, []
     for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
         try:
             image = read_image(path)
             check_prompts(path, image, args.point, args.box, args.mask)
-            if not args.everything:
+            if args.everything:
+                lines = run_everything(path, name, image, predictors, args)
+            else:
                 set_image_in_all(predictors.values(), image, shared)
-            lines = run_mode(path, name, image, predictors, args)
+                lines = run_prompts(path, name, image, predictors, args)
         except ImageError as error:
             if len(paths) == 1:
                 raise
             failed.append(path)
             tqdm.write(f"오류: {error}", file=sys.stderr)
             continue
-        if lines is None:  # the window was closed
-            tqdm.write(f"창을 닫아 끝냅니다. 저장하지 않은 이미지: {path.name}")
-            break
-        done += bool(lines)
-        if lines and (len(paths) == 1 or args.interactive):
+        done += 1
+        if len(paths) == 1 or args.interactive:
             tqdm.write("\n".join(lines))
     if len(paths) > 1:
-        print(f"이미지 {done}장을 분할했습니다. 저장: {args.annotate or args.output}")
+        print(f"이미지 {done}장을 분할했습니다. 저장: {args.output}")
     if failed:
         fail(f"{len(failed)}장은 분할하지 못했습니다: {', '.join(path.name for path in failed[:5])}")
 
@@ -138,8 +132,8 @@ def parse_args():
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
     add("--refine", type=int, default=0, metavar="N",
         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: %(default)s)")
-    add("--annotate", type=Path, metavar="DIR",
-        help="DIR에 마스크가 아직 없는 이미지를 하나씩 창에서 라벨링해 DIR/이름.png로 저장")
+    add("--web", type=int, nargs="?", const=8988, metavar="PORT", help="창을 브라우저에 띄움 (PORT를 빼면 8988)")
+    add("--annotate", metavar="DIR", help=argparse.SUPPRESS)  # earlier versions
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
     add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
     add("--pred-iou-thresh", type=float, default=0.88,
@@ -161,14 +155,17 @@ def parse_args():
     prompted = bool(args.point or args.box or args.mask)
     if args.everything and (prompted or args.compare or args.refine):
         parser.error("--everything은 --point, --box, --mask, --refine, --compare와 함께 쓸 수 없습니다")
-    if args.annotate and (prompted or args.everything or args.compare):
-        parser.error("--annotate는 --point, --box, --mask, --everything, --compare와 함께 쓸 수 없습니다")
+    if args.annotate:
+        fail(f"폴더는 이렇게 라벨링하세요: python extras/annotate.py --images {shlex.join(args.image)} "
+             f"--output {shlex.quote(args.annotate)}")
     if args.compare and args.original:
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
-    for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
     args.interactive = not (prompted or args.everything)
+    if args.web is not None and not args.interactive:
+        parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
+    for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0), ("web", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: {least} 이상이어야 합니다")
     return args
 
 
@@ -252,11 +249,14 @@ def set_image_in_all(predictors, image, shared):
 # ---- images and prompts ----
 
 
-def find_images(names):
+def find_images(names, *others):
     """The image files given by --image: files as they are, folders as the sorted images in them.
 
-    Other files in a folder, such as HEIC photos, are listed in one line.
+    Other files in a folder, such as HEIC photos, are listed in one line. Fails if one of all files is missing.
     """
+    for path in filter(None, [*names, *others]):
+        if not Path(path).exists():
+            fail(f"파일이 없습니다: {path}")
     paths, unread = [], []
     for path in map(Path, names):
         files = sorted(path.iterdir()) if path.is_dir() else []
@@ -271,22 +271,6 @@ def find_images(names):
     return paths
 
 
-def without_mask(paths, mask_dir):
-    """The images that have no mask mask_dir/STEM.png yet.
-
-    Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
-    """
-    stems = Counter(path.stem for path in paths)
-    for path in paths:
-        if stems[path.stem] > 1:
-            fail(f"이름이 같은 이미지가 둘 이상입니다: {path}. 하나만 남기세요")
-        if path.parent.resolve() == mask_dir.resolve():
-            fail(f"마스크 폴더가 이미지 폴더와 같습니다: {mask_dir}. 다른 폴더를 쓰세요")
-    remaining = [path for path in paths if not (mask_dir / f"{path.stem}.png").exists()]
-    print(f"이미지 {len(paths)}장 가운데 {len(paths) - len(remaining)}장은 마스크가 있습니다: {mask_dir}")
-    return remaining or sys.exit()
-
-
 def result_names(paths):
     """A name for each image's results: its stem, made unique if several images share it."""
     stems, names = Counter(path.stem for path in paths), {}
@@ -296,25 +280,6 @@ def result_names(paths):
             name += "_"  # --compare also writes NAME_original_mask.png for NAME
         names[name] = path
     return list(names)
-
-
-def require_display(alternative):
-    """Fail, with what to do instead, if matplotlib cannot open a window here."""
-    with contextlib.suppress(Exception):  # each toolkit has its own error for "no display"
-        framework = plt.figure().canvas.required_interactive_framework
-        plt.close()
-        if framework:
-            return
-    advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-    fail(f"창을 띄울 수 없습니다. {alternative}{advice}")
-
-
-def read_rough_mask(path):
-    """The foreground of a mask file: bool H x W. Raises ImageError if there is none."""
-    mask = read_mask(path) > 0
-    if not mask.any():
-        raise ImageError(f"{path}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
-    return mask
 
 
 def check_prompts(path, image, points, boxes, rough):
@@ -402,7 +367,7 @@ def run_prompts(path, name, image, predictors, args):
               for title, predictor in predictors.items()}
     if args.interactive:
         window = Window(image, models, printable(path.name))
-        plt.show()
+        show_window(window.figure)
         objects = window.objects()
         if not objects:
             raise ImageError(f"{path}: 분할한 것이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
@@ -484,44 +449,64 @@ def number_objects(objects, title):
 # ---- the window ----
 
 
-def run_annotation(path, name, image, predictors, args):
-    """Label one image in the window and write its mask in the format of data/: 8-bit for one object, else numbered.
+def require_display(web, alternative):
+    """Let windows open: on this screen or, with `web` (a port), in a browser on this machine, at a secret address.
 
-    Returns the lines to print: none for an image that was skipped, None if the window was closed.
+    Fails, with what to do instead, if that is not possible.
     """
-    (title, predictor), = predictors.items()
-    window = Window(image, {title: partial(segment, predictor, refine=args.refine)}, printable(path.name),
-                    can_skip=True)
-    plt.show()
-    if window.closed_by != "enter":
-        return [] if window.closed_by == "s" else None
-    objects = window.objects()
-    labels = number_objects(objects, title)
-    mask_path = args.annotate / f"{name}.png"
-    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
-    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
+    if web is None and plt.get_backend().lower() != "webagg":
+        with contextlib.suppress(Exception):  # each toolkit has its own error for "no display"
+            framework = plt.figure().canvas.required_interactive_framework
+            plt.close()
+            if framework:
+                return
+        advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
+        fail(f"창을 띄울 수 없습니다. {alternative}, --web으로 브라우저에 띄우세요{advice}")
+    try:
+        plt.switch_backend("WebAgg")
+        from matplotlib.backends.backend_webagg import WebAggApplication as Server
+        plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
+        Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
+    except (ImportError, RuntimeError, OverflowError) as error:
+        fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
+    print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
+          f"다른 컴퓨터에서 보려면 거기서 먼저: ssh -L {Server.port}:127.0.0.1:{Server.port} 사용자@서버", flush=True)
+
+
+def show_window(figure):
+    """Show a window and wait until it is closed; in a browser only plt.close() closes it, not the end of a tab."""
+    if plt.get_backend().lower() != "webagg":
+        return plt.show()
+    from tornado.ioloop import IOLoop
+
+    async def wait():
+        while plt.fignum_exists(figure.number):
+            await asyncio.sleep(0.05)
+        figure.canvas.manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
+        await asyncio.sleep(0.1)
+
+    IOLoop.current().run_sync(wait)
 
 
 class Window:
     """A matplotlib window in which each click and each dragged box segments the image again.
 
     models: {title: function of (points, box) that returns masks 3 x H x W and scores 3}; one panel each.
-    title: title of the window. can_skip: whether "s" also closes the window.
-    After plt.show(), objects() returns the segmented objects; closed_by is the key that closed the window, or None.
+    title: title of the window. After show_window(), objects() returns the segmented objects.
     """
 
-    def __init__(self, image, models, title, can_skip=False):
-        self.image, self.models, self.can_skip = image, models, can_skip
+    def __init__(self, image, models, title):
+        self.image, self.models, self.size = image, models, image.shape[:2]
         self.finished, self.current = [], Segmented([], None, {})
-        self.history, self.markers, self.pressed, self.closed_by = [], [], None, None
-        height, width = image.shape[:2]
+        self.history, self.markers, self.pressed = [], [], None
+        height, width = self.size
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
         self.figure = plt.figure(layout="constrained", figsize=(
             max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
         self.panels = self.figure.subplots(1, len(models), squeeze=False)[0]
         canvas = self.figure.canvas
         canvas.manager.set_window_title(title)
-        self.figure.supxlabel(WINDOW_HELP + ("    s: skip" if can_skip else ""), fontsize=10)
+        self.figure.supxlabel(WINDOW_HELP, fontsize=10)
         canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # disables matplotlib's own keys
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key)):
@@ -535,14 +520,15 @@ class Window:
 
     def position(self, event):
         """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
-        height, width = self.image.shape[:2]
+        height, width = self.size
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
         return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode:
-            height, width = self.image.shape[:2]  # after panning, there is space beside it
+        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
+        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
+            height, width = self.size  # after panning, there is space beside it
             if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
                 self.pressed = event
 
@@ -589,8 +575,9 @@ class Window:
             self.remember()
             self.finished = [*self.finished, self.current]
             self.set_prompts([], None)
-        elif key == "enter" and self.objects() or key == "s" and self.can_skip or key in plt.rcParams["keymap.quit"]:
-            self.closed_by = key
+        elif key == "enter" and not self.objects():
+            self.update("nothing to save yet: click an object")
+        elif key == "enter" or key in plt.rcParams["keymap.quit"]:
             plt.close(self.figure)
 
     def remember(self):
@@ -608,12 +595,12 @@ class Window:
             artist.remove()
         self.markers = [artist for axes in self.panels for artist in mark_prompts(axes, points, box)]
 
-    def update(self):
-        """Show the image, the finished objects, the current one's mask, and its prompts."""
+    def update(self, message=""):
+        """Show the image, the finished objects, the current one's mask, its prompts, and a message."""
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.models):
-            text = f"{title}, object {len(self.finished) + 1}" if self.finished else title
-            if self.current.candidates:
+            text = message or (f"{title}, object {len(self.finished) + 1}" if self.finished else title)
+            if self.current.candidates and not message:
                 number, _, score = self.current.best(title)
                 text += f": mask {number + 1} of 3, score {score:.3f}"
             show(axes, self.image, colored_masks(objects, title))
@@ -636,7 +623,7 @@ def save_result(path, image, name, objects, rough):
         chosen, _, _ = objects[0].best(heading)
         for number, (mask, score) in enumerate(zip(*candidates)):
             text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
-            panels.append((text, [(mask, COLORS[heading])], number == chosen))
+            panels.append((text, [(mask, object_color(1))], number == chosen))
     else:
         for title in objects[0].candidates:
             text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
@@ -726,9 +713,8 @@ def mark_prompts(axes, points, box):
 
 
 def colored_masks(objects, title):
-    """The masks of one model's objects, [(bool H x W, RGB)]: one has the model's colour, several have one each."""
-    return [(item.best(title)[1], object_color(number) if len(objects) > 1 else COLORS[title])
-            for number, item in enumerate(objects)]
+    """The masks of one model's objects, [(bool H x W, RGB)]: a colour belongs to the object's number, from 1."""
+    return [(item.best(title)[1], object_color(number)) for number, item in enumerate(objects, start=1)]
 
 
 def object_color(number):

@@ -47,17 +47,17 @@ from matplotlib import pyplot as plt
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 from tracking import (
-    Window,
+    FrameWindow,
     as_label,
     check_frame_prompts,
     label_map,
-    overlay_labels,
     parse_numbers,
-    reduce_to,
-    require_window,
     sorted_box,
     track,
 )
+from window import add_web_flag, overlay_labels, reduce_to
+
+from test_my_image import require_display
 
 # ---- settings ----
 
@@ -77,7 +77,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 def main():
     args = parse_args()
     if args.interactive:
-        require_window('--point "x,y"나 --prompts')
+        require_display(args.web, '--point "x,y"나 --prompts를 주거나')
     else:
         plt.switch_backend("Agg")
     video = open_video(args.video)
@@ -99,8 +99,8 @@ def main():
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, 숫자 키와 [ ]는 대상 번호입니다. "
               f"Enter를 누르면 프롬프트를 {args.output / 'prompts.json'}에 저장하고 추적합니다.")
-        window = Window(video, predictor, follow, args.name.encode(errors="replace").decode(),
-                        aspect=float(1 / video.pixel_aspect))
+        window = FrameWindow(video, predictor, follow, args.name.encode(errors="replace").decode(),
+                             aspect=float(1 / video.pixel_aspect))
         window.show()
         prompts, is_tracked = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
@@ -129,6 +129,7 @@ def parse_args():
                              '"box": [x1, y1, x2, y2]}, ...]')
     parser.add_argument("--to-data", type=int, metavar="N",
                         help="N 프레임마다 이미지와 마스크를 to_data/에 남김 (prepare_data.py로 이어서 학습에 씀)")
+    add_web_flag(parser)
     add_model_flags(parser, "output/my_tracks/이름")
     args = parser.parse_args()
     if args.prompts and (args.point or args.box):
@@ -142,6 +143,8 @@ def parse_args():
     if args.output == parser.get_default("output"):
         args.output = args.output.with_name(args.name)
     args.interactive = not (args.prompts or args.point or args.box)
+    if args.web is not None and not args.interactive:
+        parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
     return args
 
 
