@@ -9,11 +9,9 @@ Chapters:
     settings            sizes, file names, the keys of the window
     the run             main(), the command line, the two models
     images and prompts  the images, the names of their results, checks of the prompts
-    every object        --everything: sam2's automatic mask generator
-    prompted objects    masks from points, boxes or a rough mask
+    segmenting          masks from prompts, or --everything: sam2's automatic mask generator
     the window          on a screen or in a browser; clicks and keys
-    results             the output files
-    drawing             masks and prompts over an image
+    results             the output files, masks and prompts over an image
     shared block        identical in train_sam2_proper.py and compare_models.py
 """
 
@@ -95,7 +93,7 @@ def main():
     predictors, shared = load_models(args)
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
-    done, failed = 0, []
+    failed = []
     for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
         try:
             image = read_image(path)
@@ -111,11 +109,10 @@ def main():
             failed.append(path)
             tqdm.write(f"오류: {error}", file=sys.stderr)
             continue
-        done += 1
         if len(paths) == 1 or args.interactive:
             tqdm.write("\n".join(lines))
     if len(paths) > 1:
-        print(f"이미지 {done}장을 분할했습니다. 저장: {args.output}")
+        print(f"이미지 {len(paths) - len(failed)}장을 분할했습니다. 저장: {args.output}")
     if failed:
         fail(f"{len(failed)}장은 분할하지 못했습니다: {', '.join(path.name for path in failed[:5])}")
 
@@ -126,30 +123,23 @@ def parse_args():
     add("--image", "-i", required=True, nargs="+", metavar="PATH", help="이미지 경로, 여러 개나 폴더도 됨 (필수)")
     add("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
     add("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
-    add("--point", "-p", type=parse_points, default=[],
-        help='점 좌표: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
+    add("--point", "-p", type=parse_points, default=[], help='점: "x,y" 또는 "x,y,라벨;..." (라벨 1 전경, 0 배경)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
-    add("--refine", type=int, default=0, metavar="N",
-        help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: %(default)s)")
+    add("--refine", type=int, default=0, metavar="N", help="마스크를 다시 넣어 N번 다듬기 (기본: %(default)s)")
     add("--web", type=int, nargs="?", const=8988, metavar="PORT", help="창을 브라우저에 띄움 (PORT를 빼면 8988)")
     add("--annotate", metavar="DIR", help=argparse.SUPPRESS)  # earlier versions
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
     add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
-    add("--pred-iou-thresh", type=float, default=0.88,
-        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: %(default)s)")
-    add("--stability-score-thresh", type=float, default=0.95,
-        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: %(default)s)")
-    add("--min-mask-region-area", type=int, default=100,
-        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: %(default)s)")
+    add("--pred-iou-thresh", type=float, default=0.88, help="--everything: 가장 낮은 예측 점수 (기본: %(default)s)")
+    add("--stability-score-thresh", type=float, default=0.95, help="--everything: 가장 낮은 안정성 (기본: %(default)s)")
+    add("--min-mask-region-area", type=int, default=100, help="--everything: 없앨 조각의 픽셀 수 (기본: %(default)s)")
     add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: %(default)s)")
-    add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
-        help="모델 설정 이름 또는 YAML 경로 (기본: %(default)s)")
+    add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml", help="설정 이름이나 YAML 경로 (기본: %(default)s)")
     add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
     add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: %(default)s)")
     add("--image-size", type=int, choices=[512, 768, 1024],
-        help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 정확도가 떨어짐 "
-             "(기본: 모델 설정대로)")
+        help="모델 입력 한 변, 픽셀. 작을수록 빠르고 1024에서 학습된 가중치는 부정확함 (기본: 모델 설정대로)")
     add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
     prompted = bool(args.point or args.box or args.mask)
@@ -170,10 +160,7 @@ def parse_args():
 
 
 def parse_points(text):
-    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels; label 1 (the default) or 0.
-
-    Raises argparse.ArgumentTypeError, naming the part that is wrong.
-    """
+    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels; label 1 (the default) or 0."""
     points = []
     for part in text.strip().strip(";").split(";"):
         try:
@@ -187,10 +174,7 @@ def parse_points(text):
 
 
 def parse_boxes(text):
-    """Parse "x1,y1,x2,y2" or several of them, separated by ";": a list of [x1, y1, x2, y2] in pixels, in order.
-
-    Raises argparse.ArgumentTypeError, naming the part that is wrong.
-    """
+    """Parse "x1,y1,x2,y2" or several of them, separated by ";": a list of [x1, y1, x2, y2] in pixels, in order."""
     boxes = []
     for part in text.strip().strip(";").split(";"):
         try:
@@ -204,10 +188,7 @@ def parse_boxes(text):
 
 
 def load_models(args):
-    """Load the models, {title: SAM2ImagePredictor}; also returns whether their image encoders are equal.
-
-    With --compare there are two. If no fine-tuned model exists, this is reported and only the original is used.
-    """
+    """Load the models, {title: SAM2ImagePredictor}, two with --compare; also whether their image encoders are equal."""
     if not args.original and not Path(args.finetuned).is_file():
         print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
         args.original, args.compare = True, False
@@ -225,11 +206,7 @@ def load_models(args):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that compute an image's features are equal in both models.
-
-    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
-    conv_s1, which run in set_image.
-    """
+    """Whether all weights that run in set_image are equal: the decoder's conv_s0 and conv_s1 are among them."""
     ours, theirs = original.state_dict(), finetuned.state_dict()
     trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
     return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
@@ -250,10 +227,7 @@ def set_image_in_all(predictors, image, shared):
 
 
 def find_images(names, *others):
-    """The image files given by --image: files as they are, folders as the sorted images in them.
-
-    Other files in a folder, such as HEIC photos, are listed in one line. Fails if one of all files is missing.
-    """
+    """The image files of --image, and those in its folders, sorted; lists other files; fails if one is missing."""
     for path in filter(None, [*names, *others]):
         if not Path(path).exists():
             fail(f"파일이 없습니다: {path}")
@@ -285,8 +259,7 @@ def result_names(paths):
 def check_prompts(path, image, points, boxes, rough):
     """Raise ImageError, with the image's size, if a prompt does not fit the image.
 
-    A box may end at the image's edge (x2 = width); a point may not, because there is no pixel. With several
-    boxes, each point must lie in a box, which determines its object.
+    A box may end at the image's edge, a point may not. Of several boxes, one around each point determines its object.
     """
     height, width = image.shape[:2]
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
@@ -303,7 +276,7 @@ def check_prompts(path, image, points, boxes, rough):
                          f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
 
 
-# ---- every object ----
+# ---- segmenting ----
 
 
 def run_everything(path, name, image, predictors, args):
@@ -328,10 +301,9 @@ def run_everything(path, name, image, predictors, args):
 
 
 def segment_everything(predictor, reduced, size, args):
-    """Run SAM 2's automatic mask generator: [(COCO annotation, mask bool h x w)], the largest first.
+    """Run SAM 2's automatic mask generator on `reduced`, h x w: [(COCO annotation, mask bool h x w)], largest first.
 
-    reduced: the image, uint8 h x w x 3, at the generator's size; size: (H, W) of the full image. bbox [x, y, width,
-    height], area and segmentation (compressed RLE) are in full-image pixels; score is the predicted IoU.
+    Annotations are in pixels of the full image, whose size is (H, W); score is the predicted IoU.
     """
     generator = SAM2AutomaticMaskGenerator(
         predictor.model, points_per_side=args.points_per_side, pred_iou_thresh=args.pred_iou_thresh,
@@ -354,14 +326,10 @@ def segment_everything(predictor, reduced, size, args):
             for number, (annotation, mask) in enumerate(found, start=1)]
 
 
-# ---- prompted objects ----
-
-
 def run_prompts(path, name, image, predictors, args):
-    """Segment one image with every model, with prompts from the arguments or the window, and write the results.
+    """Segment an image, which is set in all predictors, by prompts of the arguments or the window; write the results.
 
-    The image must be set in `predictors`. The masks of the last model are written, with --compare also those of the
-    original. Returns the lines to print.
+    The masks of the last model are written, with --compare also those of the original. Returns the lines to print.
     """
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
@@ -393,8 +361,7 @@ def run_prompts(path, name, image, predictors, args):
 class Segmented(NamedTuple):
     """An object: its prompts in pixels, points (x, y, label) and box [x1, y1, x2, y2] or None, and its predictions.
 
-    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: the index of the picked candidate, or
-    None for the one with the highest score.
+    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: index of a candidate, None for the best.
     """
     points: list
     box: list | None
@@ -417,10 +384,9 @@ def split_prompts(points, boxes):
 
 
 def segment(predictor, points, box, rough=None, refine=0):
-    """Segment one object in the current image: bool masks 3 x H x W and scores 3.
+    """Segment one object in the current image: bool masks 3 x H x W and scores 3. points and box: as in Segmented.
 
-    points: (x, y, label) in pixels; box: [x1, y1, x2, y2] or None; rough: a mask to start from, bool H x W, or None;
-    refine: how many times the best mask is fed back to the model as a prompt.
+    rough: a mask to start from, bool H x W, or None; refine: how many times the best mask is fed back as a prompt.
     """
     logits = None
     if rough is not None:  # as logits, with the values of SAM2Base._use_mask_as_output
@@ -450,10 +416,7 @@ def number_objects(objects, title):
 
 
 def require_display(web, alternative):
-    """Let windows open: on this screen or, with `web` (a port), in a browser on this machine, at a secret address.
-
-    Fails, with what to do instead, if that is not possible.
-    """
+    """Let windows open on this screen or, with `web` (a port), in a browser, at a secret address on this machine."""
     if web is None and plt.get_backend().lower() != "webagg":
         with contextlib.suppress(Exception):  # each toolkit has its own error for "no display"
             framework = plt.figure().canvas.required_interactive_framework
@@ -550,14 +513,11 @@ class Window:
         # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
         if not self.pressed or event.button not in (self.pressed.button, 1):
             return
-        points, box = self.current.points, self.current.box
-        if dragged := self.dragged_box(event):
-            box = dragged
-        else:
-            points = [*points, (*self.position(self.pressed), int(self.pressed.button == 1))]
+        box = self.dragged_box(event)
+        points = [] if box else [(*self.position(self.pressed), int(self.pressed.button == 1))]
         self.pressed = None
         self.remember()
-        self.set_prompts(points, box)
+        self.set_prompts([*self.current.points, *points], box or self.current.box)
 
     def on_key(self, event):
         key = (event.key or "").lower()  # with Caps Lock too
@@ -654,8 +614,8 @@ def save_result(path, image, name, objects, rough):
 def write_results(args, name, writers):
     """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them.
 
-    Removes other kinds left by an earlier run, if the first file of their group in RESULTS exists: a NAME_mask.png
-    alone belongs to the user. Keeps inputs, and NAME_original_mask.png if it is the mask of an image NAME_original.
+    Removes other kinds left by an earlier run, if the first file of their group in RESULTS exists (NAME_mask.png alone
+    belongs to the user), but no input and no NAME_original_mask.png that is the mask of an image NAME_original.
     """
     paths = {kind: args.output / f"{name}_{kind}" for group in RESULTS for kind in group}
     kept = {*args.inputs, *(paths[kind].resolve() for kind in writers)}
@@ -682,9 +642,6 @@ def prompts_as_flags(points, box):
 def write_png(path, array):
     """Write uint8 or uint16 H x W, or uint8 H x W x 3 (BGR), as a PNG."""
     write_file(path, cv2.imencode(".png", array)[1].tobytes())
-
-
-# ---- drawing ----
 
 
 def show(axes, image, masks=()):

@@ -266,17 +266,14 @@ class Window:
             self.act(partial(self.press_key, key), key in self.WAITING_KEYS)
 
     def draw_prompts(self, prompts, dragged=None):
-        """Draw, in every panel, [(points, box, color)]: stars, green or red inside, and boxes, in `color` outside.
-
-        Stars have a size that suits the window, so that zooming shows a small object beside them.
-        """
+        """Draw, in every panel, [(points, box, color)]: boxes, and stars, green or red, as large as suits the panel."""
         for artist in self.drawn:
             artist.remove()
         self.drawn, self.marked = [], prompts
         for axes, (points, box, color) in itertools.product(self.panels, [*prompts, ([], dragged, "lime")]):
-            size = 0.025 * min(axes.bbox.size) * 72 / self.figure.dpi
+            size = 0.035 * min(axes.bbox.size) * 72 / self.figure.dpi  # points of 1/72 inch
             self.drawn += [axes.scatter(x, y, s=max(size, 6) ** 2, marker="*", color="lime" if label else "red",
-                                        edgecolor=color, linewidth=1, zorder=3) for x, y, label in points]
+                                        edgecolor="black", linewidth=0.7, zorder=3) for x, y, label in points]
             if box:
                 x1, y1, x2, y2 = box
                 self.drawn.append(axes.add_patch(
