@@ -233,9 +233,8 @@ def find_images(names, *others):
             fail(f"파일이 없습니다: {path}")
     paths, unread = [], []
     for path in map(Path, names):
-        files = sorted(path.iterdir()) if path.is_dir() else []
-        for file in files:  # macOS writes ._a.jpg beside a.jpg
-            if file.is_file() and not file.name.startswith("."):
+        for file in sorted(path.iterdir()) if path.is_dir() else ():
+            if file.is_file() and not file.name.startswith("."):  # macOS writes ._a.jpg beside a.jpg
                 (paths if file.suffix.lower() in IMAGE_SUFFIXES else unread).append(file)
         paths += [] if path.is_dir() else [path]
     if unread:
@@ -262,18 +261,16 @@ def check_prompts(path, image, points, boxes, rough):
     A box may end at the image's edge, a point may not. Of several boxes, one around each point determines its object.
     """
     height, width = image.shape[:2]
+    size = f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다"
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
     outside += [(x, y) for box in boxes for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
     if outside:
-        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. "
-                         f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
+        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. {size}")
     of_objects = [point for own, _ in split_prompts(points, boxes) for point in own]
     if lost := [point for point in points if point not in of_objects]:
-        raise ImageError(f"{path}: 어느 상자에도 들어 있지 않은 점입니다: ({lost[0][0]:g}, {lost[0][1]:g}). "
-                         "상자가 여럿이면 점은 자기 상자 안에 있어야 합니다")
+        raise ImageError(f"{path}: 상자가 여럿인데 어느 상자에도 없는 점입니다: ({lost[0][0]:g}, {lost[0][1]:g})")
     if rough is not None and rough.shape != (height, width):
-        raise ImageError(f"{path}: --mask의 크기가 이미지와 다릅니다. 마스크는 가로 {rough.shape[1]}, "
-                         f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
+        raise ImageError(f"{path}: --mask는 가로 {rough.shape[1]}, 세로 {rough.shape[0]}픽셀인데 {size}")
 
 
 # ---- segmenting ----
@@ -333,8 +330,9 @@ def run_prompts(path, name, image, predictors, args):
     """
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
+    shown_name = path.name.encode(errors="replace").decode()  # matplotlib cannot draw what is not valid UTF-8
     if args.interactive:
-        window = Window(image, models, printable(path.name))
+        window = Window(image, models, shown_name)
         show_window(window.figure)
         objects = window.objects()
         if not objects:
@@ -354,7 +352,7 @@ def run_prompts(path, name, image, predictors, args):
     number, _, score = objects[0].best(title)
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
     return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
-        "result.png": partial(save_result, image=image, name=path.name, objects=objects, rough=args.mask),
+        "result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
         **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
 
 
@@ -597,7 +595,7 @@ def save_result(path, image, name, objects, rough):
     height = min(max(width / flatness, 1), 9) + 0.4
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
                                 layout="constrained")
-    heading = textwrap.fill(printable(heading), int(5 * width))  # a Korean letter is up to 1/6 inch wide
+    heading = textwrap.fill(heading, int(5 * width))  # a Korean letter is up to 1/6 inch wide
     for axis, (title, masks, framed) in zip(axes.flat, [(heading, [], False), *panels]):
         show(axis, image, masks)
         axis.set_title(title)
@@ -614,8 +612,8 @@ def save_result(path, image, name, objects, rough):
 def write_results(args, name, writers):
     """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them.
 
-    Removes other kinds left by an earlier run, if the first file of their group in RESULTS exists (NAME_mask.png alone
-    belongs to the user), but no input and no NAME_original_mask.png that is the mask of an image NAME_original.
+    Removes others of an earlier run, which wrote the first file of their group in RESULTS; NAME_mask.png alone is the
+    user's, as inputs are. NAME_original_mask.png may be the mask of an image NAME_original.
     """
     paths = {kind: args.output / f"{name}_{kind}" for group in RESULTS for kind in group}
     kept = {*args.inputs, *(paths[kind].resolve() for kind in writers)}
@@ -634,9 +632,9 @@ def write_results(args, name, writers):
 
 def prompts_as_flags(points, box):
     """The points and the box of an object as command-line flags."""
-    flags = ["--point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"'] if points else []
-    flags += ["--box \"" + ",".join(f"{number:g}" for number in box) + '"'] if box else []
-    return " ".join(flags)
+    given = {"point": ";".join(f"{x:g},{y:g},{label}" for x, y, label in points),
+             "box": ",".join(f"{edge:g}" for edge in box or [])}
+    return " ".join(f'--{flag} "{text}"' for flag, text in given.items() if text)
 
 
 def write_png(path, array):
@@ -696,11 +694,6 @@ def reduce_to(array, max_side, interpolation):
         return array
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return cv2.resize(array, size, interpolation=interpolation)
-
-
-def printable(name):
-    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
-    return name.encode(errors="replace").decode()
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----

@@ -17,20 +17,9 @@ import numpy as np
 from common import add_model_flags
 from files import ImageError, fail, read_image, run
 from tqdm import tqdm
-from window import NEXT, Window, add_web_flag, say, show_view
+from window import NEXT, Window, add_web_flag, colored_masks, require_display, say, show_view
 
-from test_my_image import (
-    Segmented,
-    find_images,
-    load_models,
-    number_objects,
-    object_color,
-    printable,
-    require_display,
-    segment,
-    set_image_in_all,
-    write_png,
-)
+from test_my_image import Segmented, find_images, load_models, number_objects, segment, set_image_in_all, write_png
 
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
             "u: undo    r: reset    Enter: save    s: skip    h: hide masks    wheel: zoom, 0: whole image    q: quit",
@@ -44,8 +33,7 @@ def main():
     remaining = without_mask(paths, args.output)
     require_display(args.web, "화면이 있는 컴퓨터에서 실행하거나")
     predictors, shared = load_models(args)
-    print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. "
-          "Enter는 저장, s는 건너뛰기이고, 창을 닫으면 끝냅니다.")
+    print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter는 저장, s는 건너뛰기, q는 끝입니다.")
     window = AnnotationWindow(remaining, len(paths), predictors, shared, args)
     window.show()
     if window.path:
@@ -94,10 +82,9 @@ def without_mask(paths, mask_dir):
 class AnnotationWindow(Window):
     """A window that shows one image after the other, with one panel for each model, and writes a mask for each.
 
-    paths: the images to label; total: how many there are with those that have a mask; predictors: {title of the model:
-    SAM2ImagePredictor}, of which the last one's masks are written; shared: see set_image_in_all.
-
-    After show(): path is the image that was not saved, None if all were; saved, their number; failed, unreadable ones.
+    paths: the images to label; total: their number with those that have a mask; predictors: {title: predictor}; the
+    last one's masks are written; shared: see set_image_in_all. After show(): path is the image open at the end or
+    None; saved, the number of masks written; failed, the images that were unreadable.
     """
 
     WAITING_KEYS = ("1", "2", "3", "n", "enter")
@@ -123,9 +110,10 @@ class AnnotationWindow(Window):
             return self.close()
         self.size, self.delayed = self.image.shape[:2], []
         self.finished, self.current, self.history = [], Segmented([], None, {}), []
-        title = f"{printable(self.path.name)} ({self.total - len(self.paths)}/{self.total})"
-        self.figure.canvas.manager.set_window_title(title)
-        self.ask(partial(self.encode, self.path), lambda _: self.update())
+        name = self.path.name.encode(errors="replace").decode()
+        self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total})")
+        self.is_encoded = False
+        self.ask(partial(self.encode, self.path), self.on_encoded)
         if self.paths:
             self.worker.add(NEXT, partial(self.encode, self.paths[0]))
         self.set_view()
@@ -139,25 +127,28 @@ class AnnotationWindow(Window):
                 set_image_in_all(self.predictors.values(), read_image(path), self.shared)
                 self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
 
-    def predict(self, asked):
-        """In the worker: the candidates for the prompts of an object; None if there are newer prompts."""
-        if asked is not self.current:
-            return None
+    def on_encoded(self, _):
+        self.is_encoded = True
+        self.update()
+
+    def predict(self, path, asked):
+        """In the worker: the candidates for the prompts of an object, {} if there are newer prompts by now."""
         candidates = {}
-        for (title, predictor), encoded in zip(self.predictors.items(), self.encoded[self.path]):
-            predictor._features, predictor._orig_hw = encoded
-            candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
+        for (title, predictor), encoded in zip(self.predictors.items(), self.encoded[path]):
+            if asked is self.current:
+                predictor._features, predictor._orig_hw = encoded
+                candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
         return candidates
 
     def on_candidates(self, asked, candidates):
-        if asked is self.current and candidates:
+        if asked is self.current:
             self.current = asked._replace(candidates=candidates)
         self.update()
 
     def add_prompt(self, point, box):
-        self.act(partial(self.prompt_current, point, box), False)
+        self.act(partial(self.prompt, point, box), False)
 
-    def prompt_current(self, point, box):
+    def prompt(self, point, box):
         self.remember()
         self.set_prompts([*self.current.points, *([point] if point else [])], box or self.current.box)
 
@@ -169,7 +160,7 @@ class AnnotationWindow(Window):
         """Take new prompts for the current object and have them segmented; until then the old mask is shown."""
         self.current = Segmented(points, box, self.current.candidates if points or box else {}, choice)
         if points or box:
-            self.ask(partial(self.predict, self.current), partial(self.on_candidates, self.current))
+            self.ask(partial(self.predict, self.path, self.current), partial(self.on_candidates, self.current))
         self.update()
 
     def objects(self):
@@ -200,10 +191,10 @@ class AnnotationWindow(Window):
 
     def choose(self, choice):
         """Pick a candidate in every panel, and show in which of them this changes the mask."""
-        changed = [title for title in self.predictors if self.current.best(title)[0] != choice]
+        changed = ", ".join(title for title in self.predictors if self.current.best(title)[0] != choice)
         self.current = self.current._replace(choice=choice)
-        places = ", ".join(changed) or say("no panel", "바뀐 것 없음")
-        self.update(say(f"candidate {choice + 1}, changed in: {places}", f"후보 {choice + 1}, 바뀐 쪽: {places}"))
+        self.update(say(f"candidate {choice + 1}, changed in: {changed or 'no panel'}",
+                        f"후보 {choice + 1}, 바뀐 쪽: {changed or '없음'}"))
 
     def save(self, objects):
         """Write the mask in the format of data/, 8-bit for one object, else numbered, and open the next image."""
@@ -217,19 +208,15 @@ class AnnotationWindow(Window):
     def update(self, message=""):
         """Show the image, the objects' masks, the current one's prompts, and a message or what is going on."""
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
-        number = len(self.finished) + 1
         for axes, title in zip(self.panels, self.predictors):
-            shown = [] if self.hides_masks else [item.best(title)[1] for item in objects]
-            show_view(axes, self.image, [(mask, object_color(place)) for place, mask in enumerate(shown, start=1)])
-            text = title
-            if self.current.candidates:
-                index, _, score = self.current.best(title)
-                text += f": mask {index + 1} of 3, score {score:.3f}"
-            axes.set_title(text, fontsize=10)
-        self.draw_prompts([(self.current.points, self.current.box, np.array(object_color(number)) / 255)])
-        status = message or (self.path not in self.encoded and say("encoding ...", "인코딩하는 중 ...")) or (
-            self.waiting and say("segmenting ...", "분할하는 중 ...")) or say("ready", "준비됨")
-        self.status.set_text(say(f"object {number}: {status}", f"객체 {number}: {status}"))
+            show_view(axes, self.image, [] if self.hides_masks else colored_masks(objects, title))
+            number, _, score = self.current.best(title) if self.current.candidates else (0, None, None)
+            axes.set_title(title if score is None else f"{title}: mask {number + 1} of 3, score {score:.3f}", size=10)
+        self.draw_prompts([(self.current.points, self.current.box, len(self.finished) + 1)])
+        status = message or (
+            say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
+            say("segmenting ...", "분할하는 중 ...") if self.waiting else say("ready", "준비됨"))
+        self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
         self.figure.canvas.draw_idle()
 
 

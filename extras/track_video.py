@@ -55,9 +55,7 @@ from tracking import (
     sorted_box,
     track,
 )
-from window import add_web_flag, overlay_labels, reduce_to
-
-from test_my_image import require_display
+from window import add_web_flag, overlay_labels, reduce_to, require_display
 
 # ---- settings ----
 

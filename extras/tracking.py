@@ -433,8 +433,8 @@ class FrameWindow(Window):
         show_view(self.axes, image, [(labels == number, object_color(number)) for number in shown])
         waiting = [(key, ([point] if point else [], box)) for key, point, box in (
             action.args for action in self.delayed if action.func == self.prompt_object)]
-        self.draw_prompts([(*prompt, np.array(object_color(number)) / 255)
-                           for (frame, number), prompt in (*self.prompts.items(), *waiting) if frame == self.frame])
+        self.draw_prompts([(*prompt, number) for (frame, number), prompt in (*self.prompts.items(), *waiting)
+                           if frame == self.frame])
         status = message or (
             say("tracking ...", "따라가는 중 ...") if self.is_tracking else
             say("saving ...", "저장하는 중 ...") if self.is_saving else

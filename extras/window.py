@@ -25,7 +25,15 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
-from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_window  # noqa: E402
+from test_my_image import (  # noqa: E402, F401 (some are for the scripts that import this module)
+    DISPLAY_SIDE,
+    colored_masks,
+    object_color,
+    overlay,
+    reduce_to,
+    require_display,
+    show_window,
+)
 
 # ---- settings ----
 
@@ -134,7 +142,7 @@ class Window:
             "left": 0.02, "right": 0.98, "bottom": bottom, "top": 0.9, "wspace": 0.03})[0])
         for axes in self.panels:
             axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect)
-            axes.set(xticks=[], yticks=[])
+            axes.set(xticks=[], yticks=[], autoscale_on=False)
             axes.callbacks.connect("ylim_changed", self.guarded(self.on_view))
         self.figure.text(0.5, 0.015, hints, ha="center", fontsize=9)
         canvas = self.figure.canvas
@@ -266,15 +274,16 @@ class Window:
             self.act(partial(self.press_key, key), key in self.WAITING_KEYS)
 
     def draw_prompts(self, prompts, dragged=None):
-        """Draw, in every panel, [(points, box, color)]: boxes, and stars, green or red, as large as suits the panel."""
+        """Draw, in every panel, [(points, box, object)]: stars, green or red, as large as suits a panel; boxes."""
         for artist in self.drawn:
             artist.remove()
         self.drawn, self.marked = [], prompts
-        for axes, (points, box, color) in itertools.product(self.panels, [*prompts, ([], dragged, "lime")]):
+        for axes, (points, box, number) in itertools.product(self.panels, [*prompts, ([], dragged, 0)]):
             size = 0.035 * min(axes.bbox.size) * 72 / self.figure.dpi  # points of 1/72 inch
             self.drawn += [axes.scatter(x, y, s=max(size, 6) ** 2, marker="*", color="lime" if label else "red",
                                         edgecolor="black", linewidth=0.7, zorder=3) for x, y, label in points]
             if box:
                 x1, y1, x2, y2 = box
-                self.drawn.append(axes.add_patch(
-                    plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2)))
+                color = np.array(object_color(number)) / 255
+                frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=2)
+                self.drawn.append(axes.add_patch(frame))

@@ -157,7 +157,7 @@ def title(window):
 def test_an_image_opens_before_it_is_encoded_and_keeps_the_clicks(window, monkeypatch):
     assert "encoding" in window.status.get_text()
     shown = window.panels[0].images[0].get_array()
-    assert shown[40, 40].tolist() != shown[5, 5].tolist()  # the disc is visible
+    assert shown[120, 120].tolist() != shown[15, 15].tolist()  # the disc is visible, in an image enlarged to 480 x 360
     click(window.figure, 40, 40)
     click(window.figure, 100, 20, button=3)
     assert rounded(*window.current[:2]) == ([(40, 40, 1), (100, 20, 0)], None) and not window.current.candidates

@@ -1,12 +1,12 @@
 """--web: the windows in a real browser, headless Chromium."""
 
 import ast
+import contextlib
+import http.client
 import re
 import shlex
 import signal
 import socket
-import urllib.error
-import urllib.request
 
 import pytest
 import test_annotate
@@ -71,24 +71,24 @@ class WebWindow(RealWindow):
         ActionChains(self.browser).send_keys(key).perform()
 
 
-def status_of(address, **headers):
-    try:
-        return urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30).status
-    except urllib.error.HTTPError as error:
-        return error.code
+def status_of(port, path, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
 
 
 def test_one_image_in_a_browser_gives_the_mask_of_the_command_line(tmp_path, browser):
     draw_discs(tmp_path / "a.png")
     with WebWindow(tmp_path, browser, "--image", "a.png", "-o", "clicked") as window:
         window.open("a.png")
-        base, websocket = f"http://127.0.0.1:{window.port}", {
-            "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
-            "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw=="}
-        assert [status_of(base + path, **websocket) for path in ("/", "/1", "/1/ws", "/js/mpl.js", "/favicon.ico",
-                                                                 f"/{'0' * 32}/")] == [404] * 6  # without the secret
-        assert status_of(f"{window.address}/1/ws", Origin="http://example.org", **websocket) == 403
-        assert status_of(f"{window.address}/1") == 200
+        secret = window.address.rpartition("/")[2]
+        websocket = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+                     "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw=="}
+        for path in ("/", "/1", "/1/ws", "/js/mpl.js", f"/{'0' * 32}/", f"/{'0' * 32}/1/ws"):  # without the secret
+            assert status_of(window.port, path, **websocket) == 404
+        assert status_of(window.port, f"/{secret}/1/ws", **websocket, Origin="http://example.org") == 403
+        assert status_of(window.port, f"/{secret}/1") == 200
         window.click(40, 40)
         window.wait_for("a.png", points=1)
         window.at(95, 20).double_click().perform()  # two clicks and nothing that is dragged on
