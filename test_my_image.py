@@ -206,7 +206,11 @@ def load_models(args):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that run in set_image are equal: the decoder's conv_s0 and conv_s1 are among them."""
+    """Whether all weights that compute an image's features are equal in both models.
+
+    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
+    conv_s1, which run in set_image.
+    """
     ours, theirs = original.state_dict(), finetuned.state_dict()
     trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
     return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
@@ -440,13 +444,13 @@ def show_window(figure):
         return plt.show()
     from tornado.ioloop import IOLoop
 
-    async def wait():
+    async def wait(manager):
         while plt.fignum_exists(figure.number):
             await asyncio.sleep(0.05)
-        figure.canvas.manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
+        manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
         await asyncio.sleep(0.1)
 
-    IOLoop.current().run_sync(wait)
+    IOLoop.current().run_sync(partial(wait, figure.canvas.manager))
 
 
 class Window:

@@ -214,22 +214,18 @@ def check_frame_prompts(prompts, frames, source, unit):
 class FrameWindow(Window):
     """A window on frames: prompt objects on any frame, track them, correct any frame, track again.
 
-    follow: function of prompts that tracks and yields (frame, label map), and then (None, None) while it saves; called
-    when Enter is pressed.
+    follow: function of prompts that tracks and yields (frame, label map), and then (None, None) while it saves.
     max_object: the highest object number; first: the frame shown first; aspect: height of a pixel / its width.
     voxel_ml: volume of a voxel; sides: letters drawn at the left and the right edge. Both are only for volumes, whose
     frames are called slices and have change_window(level, width).
 
     After show(), prompts holds the current prompts; tracked_prompts, those of the last complete tracking, or None;
-    is_tracking, whether the window was closed during tracking.
-
-    The frame that is shown is encoded by the worker. Everything else uses the model only while the worker does not:
-    clicks and tracking wait until it has finished.
+    is_tracking, whether the window was closed during tracking. Only the frame that is shown is encoded by the worker:
+    what else uses the model waits until that is done.
 
     The first click on a tracked frame also adds the box around the object's tracked mask as a prompt, so that the
     click corrects the object instead of selecting a new one. The box is omitted if the click selects something that
-    the mask does not cover, because then the object was lost. The mask shown after a click is the one that tracking
-    will give for this frame.
+    the mask does not cover, because then the object was lost. The mask shown is the one that tracking will give.
     """
 
     WAITING_KEYS = ("enter",)
@@ -273,6 +269,10 @@ class FrameWindow(Window):
         if frame != self.frame:
             self.frame, self.pressed = frame, None
             self.update()
+
+    def on_key(self, event):
+        if not (self.is_saving and event.key == "enter"):
+            super().on_key(event)
 
     def tick(self):
         super().tick()
@@ -378,7 +378,7 @@ class FrameWindow(Window):
             self.set_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] != self.frame})
         elif key == "enter" and not self.prompts:
             self.update(say("click an object first", "먼저 대상을 클릭하세요"))
-        elif key == "enter" and not self.is_saving:
+        elif key == "enter":
             self.is_tracking, self.is_stopped, self.is_playing, self.tracked, self.tracked_prompts = \
                 True, False, False, {}, None
             self.followed, self.frame_before = self.prompts, self.frame
