@@ -138,16 +138,15 @@ def parse_args():
     add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml", help="설정 이름이나 YAML 경로 (기본: %(default)s)")
     add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
     add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: %(default)s)")
-    add("--image-size", type=int, choices=[512, 768, 1024],
-        help="모델 입력 한 변, 픽셀. 작을수록 빠르고 1024에서 학습된 가중치는 부정확함 (기본: 모델 설정대로)")
+    add("--image-size", type=int, choices=[512, 768, 1024], help="모델 입력 한 변, 픽셀 (기본: 모델 설정대로)")
     add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
     prompted = bool(args.point or args.box or args.mask)
     if args.everything and (prompted or args.compare or args.refine):
         parser.error("--everything은 --point, --box, --mask, --refine, --compare와 함께 쓸 수 없습니다")
     if args.annotate:
-        fail(f"폴더는 이렇게 라벨링하세요: python extras/annotate.py --images {shlex.join(args.image)} "
-             f"--output {shlex.quote(args.annotate)}")
+        command = ["python", "extras/annotate.py", "--images", *args.image, "--output", args.annotate]
+        fail(f"--annotate 대신: {shlex.join(command)}")
     if args.compare and args.original:
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
     args.interactive = not (prompted or args.everything)
@@ -527,15 +526,12 @@ class Window:
         if key in ("u", "backspace") and self.history:
             self.finished, before = self.history.pop()
             self.set_prompts(*before)
-        elif key == "r":
-            self.remember()
-            self.set_prompts([], None)
         elif key in ("1", "2", "3") and self.current.candidates:
             self.current = self.current._replace(choice=int(key) - 1)
             self.update()
-        elif key == "n" and len(self.objects()) > len(self.finished):
+        elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
             self.remember()
-            self.finished = [*self.finished, self.current]
+            self.finished = self.objects() if key == "n" else self.finished
             self.set_prompts([], None)
         elif key == "enter" and not self.objects():
             self.update("nothing to save yet: click an object")
@@ -583,14 +579,11 @@ def save_result(path, image, name, objects, rough):
     if len(objects) == 1 and len(objects[0].candidates) == 1:
         (heading, candidates), = objects[0].candidates.items()  # the panels are named after their masks
         chosen, _, _ = objects[0].best(heading)
-        for number, (mask, score) in enumerate(zip(*candidates)):
-            text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
-            panels.append((text, [(mask, object_color(1))], number == chosen))
-    else:
-        for title in objects[0].candidates:
-            text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
-            panels.append((title + text, colored_masks(objects, title), False))
-
+        panels = [(f"mask {index + 1}, score {score:.3f}" + "  (best)" * (index == chosen),
+                   [(mask, object_color(1))], index == chosen) for index, (mask, score) in enumerate(zip(*candidates))]
+    for title in () if panels else objects[0].candidates:
+        text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
+        panels.append((title + text, colored_masks(objects, title), False))
     flatness = image.shape[1] / image.shape[0]
     count = len(panels) + 1
     columns = count if flatness < 1.6 else 1 if flatness > 5 else 2  # wide images are put below each other

@@ -172,14 +172,11 @@ class AnnotationWindow(Window):
         if key in ("u", "backspace") and self.history:
             self.finished, before = self.history.pop()
             self.set_prompts(*before)
-        elif key == "r":
-            self.remember()
-            self.set_prompts([], None)
         elif key in ("1", "2", "3") and self.current.candidates:
             self.choose(int(key) - 1)
-        elif key == "n" and len(self.objects()) > len(self.finished):
+        elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
             self.remember()
-            self.finished = [*self.finished, self.current]
+            self.finished = self.objects() if key == "n" else self.finished
             self.set_prompts([], None)
         elif key == "enter" and self.objects():
             self.save(self.objects())
