@@ -387,7 +387,7 @@ class FrameWindow(Window):
     def follow_on(self):
         """Track, or save, for a moment; between two calls the window handles its events. Esc stops the tracking."""
         end, status = time.monotonic() + FOLLOW_SECONDS, (self.is_tracking, self.is_saving)
-        while self.following and time.monotonic() < end:
+        while self.following and status == (self.is_tracking, self.is_saving) and time.monotonic() < end:
             found = None if self.is_tracking and self.is_stopped else next(self.following, None)
             if found and found[1] is not None:
                 self.frame, self.tracked[found[0]] = found[0], cv2.imencode(".png", found[1])[1]

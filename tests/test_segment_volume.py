@@ -539,7 +539,7 @@ def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
     assert "press Enter" in window.axes.get_title() and window.encoded == 8
     hand.press("enter")
     assert window.tracked_prompts == window.prompts and (mask != before).any()
-    hand.press("down", "-")
+    hand.press("-", "down")
     assert slices.window == (0, 80)
     window.close()
     window.worker.close()
