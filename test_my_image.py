@@ -396,10 +396,9 @@ def segment(predictor, points, box, rough=None, refine=0):
     for _ in range(refine + 1):
         # always three masks: fine-tuning trains these, not SAM 2's single-mask output
         masks, scores, low_res = predictor.predict(
-            point_coords=np.array([point[:2] for point in points], np.float32) if points else None,
-            point_labels=np.array([point[2] for point in points]) if points else None,
-            box=np.array(box, np.float32) if box else None,
-            mask_input=logits, multimask_output=True)
+            np.array([point[:2] for point in points], np.float32) if points else None,
+            np.array([point[2] for point in points]) if points else None,
+            np.array(box, np.float32) if box else None, mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
     return masks > 0, scores
 

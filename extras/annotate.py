@@ -17,9 +17,19 @@ import numpy as np
 from common import add_model_flags
 from files import ImageError, fail, read_image, run
 from tqdm import tqdm
-from window import NEXT, Window, add_web_flag, colored_masks, require_display, say, show_view
+from window import NEXT, Window, add_web_flag, say, show_view
 
-from test_my_image import Segmented, find_images, load_models, number_objects, segment, set_image_in_all, write_png
+from test_my_image import (
+    Segmented,
+    colored_masks,
+    find_images,
+    load_models,
+    number_objects,
+    require_display,
+    segment,
+    set_image_in_all,
+    write_png,
+)
 
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
             "u: undo    r: reset    Enter: save    s: skip    h: hide masks    wheel: zoom, 0: whole image    q: quit",

@@ -64,7 +64,9 @@ from volume_files import (
     load_nifti,
     voxels_apart,
 )
-from window import add_web_flag, overlay_labels, require_display
+from window import add_web_flag, overlay_labels
+
+from test_my_image import require_display
 
 # ---- settings ----
 

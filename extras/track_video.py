@@ -55,7 +55,9 @@ from tracking import (
     sorted_box,
     track,
 )
-from window import add_web_flag, overlay_labels, reduce_to, require_display
+from window import add_web_flag, overlay_labels
+
+from test_my_image import reduce_to, require_display
 
 # ---- settings ----
 

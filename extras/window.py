@@ -25,15 +25,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
-from test_my_image import (  # noqa: E402, F401 (some are for the scripts that import this module)
-    DISPLAY_SIDE,
-    colored_masks,
-    object_color,
-    overlay,
-    reduce_to,
-    require_display,
-    show_window,
-)
+from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_window  # noqa: E402
 
 # ---- settings ----
 
@@ -143,7 +135,7 @@ class Window:
         for axes in self.panels:
             axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect)
             axes.set(xticks=[], yticks=[], autoscale_on=False)
-            axes.callbacks.connect("ylim_changed", self.guarded(self.on_view))
+            axes.callbacks.connect("ylim_changed", self.guarded(lambda axes: self.update()))  # by the toolbar too
         self.figure.text(0.5, 0.015, hints, ha="center", fontsize=9)
         canvas = self.figure.canvas
         canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # disables matplotlib's own keys
@@ -157,8 +149,7 @@ class Window:
         self.timer.add_callback(self.guarded(self.tick))
 
     def guarded(self, handler):
-        """Wrap an event handler: an exception closes the window and is raised by show() (a GUI toolkit would print it
-        and go on)."""
+        """Wrap an event handler: show() raises its exception, which closes the window (GUI toolkits only print it)."""
         def handle(*event):
             try:
                 handler(*event)
@@ -242,12 +233,10 @@ class Window:
     def on_scroll(self, event):
         """Zoom about the pointer."""
         if event.inaxes in self.panels:
-            height, width = self.size
-            (left, right), (_, top) = event.inaxes.get_xlim(), event.inaxes.get_ylim()
-            share = min(max((right - left) / width * 0.8 ** event.step, LEAST_VIEW / width), 1)
-            change = share * width / (right - left)
-            left, top = event.xdata - (event.xdata - left) * change, event.ydata - (event.ydata - top) * change
-            self.set_view(left, top, share)
+            (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.size[1]
+            share = min(max((right - left) * 0.8 ** event.step, LEAST_VIEW), width) / width
+            x, y, change = event.xdata, event.ydata, share * width / (right - left)
+            self.set_view(x - (x - left) * change, y - (y - top) * change, share)
 
     def set_view(self, left=-0.5, top=-0.5, share=1):
         """Show a part of the image in all panels: its left and top edge, kept inside; its share of the sides."""
@@ -255,10 +244,6 @@ class Window:
         left, top = (min(max(edge, -0.5), (1 - share) * side - 0.5) for edge, side in ((left, width), (top, height)))
         for axes in self.panels:
             axes.set(xlim=(left, left + share * width), ylim=(top + share * height, top))
-
-    def on_view(self, axes):
-        """Draw the part that is shown now, also after the toolbar has changed it."""
-        self.update()
 
     def on_key(self, event):
         key = (event.key or "").lower()  # None for a key without a name; with Caps Lock too
