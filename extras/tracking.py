@@ -245,9 +245,9 @@ class FrameWindow(Window):
         super().__init__(1, (10, height), 0.24, HINTS.format(
             OBJECT_HINTS if max_object > 1 else "", "" if voxel_ml is None else VOLUME_HINTS), frames.size, aspect)
         self.axes, = self.panels
-        for x, side in zip((0.01, 0.99), sides):
-            self.axes.text(x, 0.5, side, color="yellow", weight="bold", ha="left" if x < 0.5 else "right",
-                           transform=self.axes.transAxes)
+        for x, where, side in zip((0.01, 0.99), ("left", "right"), sides):
+            self.axes.text(x, 0.5, side, color="yellow", ha=where, transform=self.axes.transAxes,
+                           bbox={"facecolor": "black", "pad": 1.5})
         self.slider = Slider(self.figure.add_axes((0.12, 0.16, 0.76, 0.04)), self.unit, 0, max(1, len(frames) - 1),
                              valinit=first, valstep=1, valfmt="%d")
         self.slider.on_changed(self.guarded(self.on_slider))

@@ -16,6 +16,7 @@ from conftest import ENV, ROOT, SMALL_CFG, assert_fails_in_one_line, run
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 from test_window import NO_DISPLAY, RealWindow, draw_discs, masks_in
 
 import test_my_image
@@ -67,6 +68,10 @@ class WebWindow(RealWindow):
         self.at(*start).click_and_hold().move_by_offset(round(across / 2), round(down / 2)).move_by_offset(
             round(across) - round(across / 2), round(down) - round(down / 2)).release().perform()
 
+    def picture(self):
+        """What the browser shows, as the address of a PNG."""
+        return self.browser.execute_script("return document.querySelector('canvas.mpl-canvas').toDataURL()")
+
     def key(self, key):
         ActionChains(self.browser).send_keys(key).perform()
 
@@ -102,9 +107,10 @@ def test_one_image_in_a_browser_gives_the_mask_of_the_command_line(tmp_path, bro
         window.wait_for("a.png", points=2)
         window.drag((12, 12), (70, 69))
         window.wait_for("a.png", points=2, box=1)
+        before = window.picture()
         browser.get("about:blank")  # a closed tab ends nothing
         window.open("a.png", 0, 2, 1)
-        browser.save_screenshot(str(tmp_path / "one.png"))
+        WebDriverWait(browser, 60).until(lambda _: window.picture() == before)
         window.key(Keys.ENTER)
         flags = shlex.split(re.search("창에서 준 프롬프트: (.*)", window.end())[1])
     (x1, y1, label1), (x2, y2, label2) = test_my_image.parse_points(flags[1])
@@ -127,7 +133,6 @@ def test_a_folder_is_labelled_in_one_tab_and_q_ends_it(tmp_path, browser):
         window.wait_for("a.png", finished=1)
         window.click(110, 80)
         window.wait_for("a.png", finished=1, points=1)
-        browser.save_screenshot(str(tmp_path / "two.png"))
         window.key(Keys.ENTER)
         window.wait_for("b.png")  # in the same tab
         origin = ScrollOrigin.from_viewport(700, 300)
