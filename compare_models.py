@@ -238,6 +238,8 @@ def predict_objects(predictor, kind, gt_masks):
     for part in in_parts(gt_masks, gt_masks.shape[1:]):
         logits, scores, prompts = predict_prompted(predictor, kind, part)
         masks.append(logits[np.arange(len(logits)), scores.argmax(1)] > 0)
+        if kind == "none" and nothing_found(predictor.model):
+            masks[-1][:] = False
         coords.append(prompts[0])
         labels.append(prompts[1])
     return np.concatenate(masks), (np.concatenate(coords), np.concatenate(labels))
@@ -462,6 +464,18 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
 
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
 class ImageError(OSError):
     """An image or mask that cannot be used; the message names the file."""
 
@@ -579,18 +593,6 @@ def is_label_map(mask):
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
 
-def read_ahead(function, items, workers, window):
-    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        queue = collections.deque()
-        for item in items:
-            queue.append(pool.submit(function, item))
-            if len(queue) > window:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-
-
 def read_config(model_cfg):
     """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
@@ -610,6 +612,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     predictor = SAM2ImagePredictor(model.to(device))
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor
+
+
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
 
 
 def load_weights(model, checkpoint, model_cfg):
@@ -639,7 +646,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
-    model.trained_prompt = saved.get("prompt")  # of train_sam2_proper.py's --prompt
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -486,7 +486,8 @@ def segment(predictor, points, box, rough=None, refine=0):
     points: (x, y, label) in pixels; box: [x1, y1, x2, y2] or None; rough: a mask to start from, bool H x W, or None;
     refine: how many times the best mask is fed back to the model as a prompt.
     """
-    logits, points = None, points if points or box or rough is not None else [(0, 0, -1)]
+    logits, prompted = None, points or box or rough is not None
+    points = points if prompted else [(0, 0, -1)]
     if rough is not None:  # as logits, with the values of SAM2Base._use_mask_as_output
         height, width = predictor.model.sam_prompt_encoder.mask_input_size
         logits = 20 * cv2.resize(rough.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)[None] - 10
@@ -498,7 +499,7 @@ def segment(predictor, points, box, rough=None, refine=0):
             box=np.array(box, np.float32) if box else None,
             mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
-    return masks > 0, scores
+    return np.zeros_like(masks, bool) if not prompted and nothing_found(predictor.model) else masks > 0, scores
 
 
 def number_objects(objects, title):
@@ -818,6 +819,18 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
 
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
 class ImageError(OSError):
     """An image or mask that cannot be used; the message names the file."""
 
@@ -935,18 +948,6 @@ def is_label_map(mask):
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
 
-def read_ahead(function, items, workers, window):
-    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        queue = collections.deque()
-        for item in items:
-            queue.append(pool.submit(function, item))
-            if len(queue) > window:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-
-
 def read_config(model_cfg):
     """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
@@ -966,6 +967,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     predictor = SAM2ImagePredictor(model.to(device))
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor
+
+
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
 
 
 def load_weights(model, checkpoint, model_cfg):
@@ -995,7 +1001,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
-    model.trained_prompt = saved.get("prompt")  # of train_sam2_proper.py's --prompt
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

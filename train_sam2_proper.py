@@ -127,7 +127,7 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
     ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
-    ("workers", 2, (int, 0), "캐시가 없을 때 이미지를 미리 읽을 프로세스 수, 0이면 미리 읽지 않음"),
+    ("workers", 2, (int, 0), "이미지를 미리 읽을 프로세스 수, 캐시를 쓸 때는 스레드 수"),
     # output and system
     ("output_dir", "output", str, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
@@ -446,6 +446,7 @@ class Training:
         self.cache, self.val_cache = make_caches(
             self.predictor, self.dataset, [(self.val_masks.paths[i], self.val_masks.sizes[i]) for i in share], args)
         choose_weights(self.model, args)
+        self.model.knows_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.sam_mask_decoder.train()
         self.model.sam_prompt_encoder.train()
@@ -980,7 +981,12 @@ class BatchLoss(torch.nn.Module):
                 masks.numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
         results = [image_loss(predictor, *example, args)
                    for example in zip(low_res_masks.split(1), scores.split(1), batch.gt_masks)]
-        return torch.stack([torch.stack(result) for result in results]).mean(0).unbind()
+        loss, iou = torch.stack([torch.stack(result) for result in results]).mean(0).unbind()
+        if batch.kind == "none" and self.model.knows_absence:
+            visible = torch.tensor([[float(masks.any())] for masks in batch.gt_masks]).to(loss.device)
+            object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()
+            loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(object_scores, visible)
+        return loss, iou
 
 
 def prompt_kind(kind, number):
@@ -1203,6 +1209,8 @@ def validate_image(training, index):
         target = torch.from_numpy(reduced == part[:, None, None])
         loss, _ = image_loss(predictor, low_res_masks, scores, target, args)
         best, = best_masks(predictor, [labels.shape], low_res_masks, scores)
+        if kind == "none" and nothing_found(predictor.model):
+            best[:] = False
         results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None) if gt_mask.any()
                     else (loss.item(), None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
     return results
@@ -1246,7 +1254,8 @@ def save(training, better):
 def save_model(training, path, **more):
     """Save official_weights in the official form {"model": ...}, `more` beside it; fails if they are not finite."""
     weights = official_weights(training.model)
-    more.update(image_size=training.model.image_size, prompt=training.args.prompt)
+    more.update(image_size=training.model.image_size, prompt=training.args.prompt,
+                empty_images=len(training.masks) - training.masks.filled)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         fail("가중치가 유한하지 않아 저장하지 않습니다. --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
     write_file(path, lambda file: torch.save({"model": weights, **more}, file))
@@ -1377,6 +1386,18 @@ warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarni
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
 
 
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+
+
 class ImageError(OSError):
     """An image or mask that cannot be used; the message names the file."""
 
@@ -1494,18 +1515,6 @@ def is_label_map(mask):
             or flat.sum() > max(0.4 * middle.sum(), 0.05 * (mask > 127).sum()))
 
 
-def read_ahead(function, items, workers, window):
-    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        queue = collections.deque()
-        for item in items:
-            queue.append(pool.submit(function, item))
-            if len(queue) > window:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-
-
 def read_config(model_cfg):
     """A model's config: a YAML file, or the name of one in the sam2 package ("configs/sam2.1/sam2.1_hiera_s.yaml")."""
     try:
@@ -1525,6 +1534,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     predictor = SAM2ImagePredictor(model.to(device))
     predictor._bb_feat_sizes = [(model.image_size // stride,) * 2 for stride in (4, 8, 16)]
     return predictor
+
+
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
 
 
 def load_weights(model, checkpoint, model_cfg):
@@ -1554,7 +1568,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
-    model.trained_prompt = saved.get("prompt")  # of train_sam2_proper.py's --prompt
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
