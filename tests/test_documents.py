@@ -305,7 +305,7 @@ def test_every_message_that_the_guide_shows_is_in_a_script():
     shown = re.findall(r"^(?:오류|주의): (.*)$", text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
     assert len(shown) >= 7
     for message in shown:
-        words = re.split(r"메모리가 부족합니다\. |창을 띄울 수 없습니다\. |"
+        words = re.split(r"메모리가 부족합니다\. |창을 띄울 수 없습니다\. |, --web으로 브라우저에 띄우세요 |"
                          r"\(?No module named 'sam2'\)?|sam2\.1_hiera_s |\(\[Errno 2\].*?\)|"
                          r"'cuda'|"
                          r": cpu|checkpoints/\S+|small|\"x,y\"", message)
