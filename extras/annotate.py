@@ -119,7 +119,7 @@ class AnnotationWindow(Window):
         if not self.path:
             return self.close()
         self.size, self.delayed = self.image.shape[:2], []
-        self.finished, self.current, self.history = [], Segmented([], None, {}), []
+        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
         name = self.path.name.encode(errors="replace").decode()
         self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total})")
         self.is_encoded = False
@@ -217,8 +217,11 @@ class AnnotationWindow(Window):
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.predictors):
             show_view(axes, self.image, [] if self.hides_masks else colored_masks(objects, title))
-            number, _, score = self.current.best(title) if self.current.candidates else (0, None, None)
-            axes.set_title(title if score is None else f"{title}: mask {number + 1} of 3, score {score:.3f}", size=10)
+            axes.set_title(title, size=10)
+            if self.current.candidates:
+                number, _, score = self.current.best(title)
+                found = say(f"mask {number + 1} of 3, score {score:.3f}", f"마스크 {number + 1} / 3, 점수 {score:.3f}")
+                axes.set_title(f"{title}: {found}", size=10)
         self.draw_prompts([(self.current.points, self.current.box, len(self.finished) + 1)])
         status = message or (
             say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else

@@ -1,4 +1,4 @@
-"""test_my_image.py: prompts on the command line and in the window."""
+"""test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py."""
 
 import argparse
 import contextlib
@@ -113,7 +113,7 @@ def test_a_file_that_is_no_image_is_named(photo, weights):
 
 def test_without_a_display_it_says_so_before_the_model_is_loaded(photo):
     done = segment(photo, "missing.pt", env=NO_DISPLAY, code=1)
-    assert_fails_in_one_line(done, "--point")
+    assert_fails_in_one_line(done, "--point", "--auto", "--web")
     if sys.platform == "linux":
         assert "python3-tk" in done.stderr
 
@@ -588,7 +588,7 @@ def test_number_keys_pick_a_candidate_until_the_next_prompt(window):
 
 def test_enter_closes_the_window_once_there_is_something_to_save(window):
     press(window.figure, "enter")
-    assert plt.fignum_exists(window.figure.number)
+    assert plt.fignum_exists(window.figure.number) and "nothing to save yet" in window.figure.axes[0].get_title()
     click(window.figure, 40, 30)
     press(window.figure, "enter")
     assert not plt.fignum_exists(window.figure.number) and len(window.objects()) == 1
