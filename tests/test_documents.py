@@ -296,7 +296,7 @@ def test_the_flags_of_a_recipe_are_those_that_the_guide_shows(monkeypatch):
         return {**vars(train_sam2_proper.parse_args()), "recipe": None}
 
     assert settings(*shown.split()) == settings("--recipe", "improved")
-    assert settings(*shown.split(), "--encoder", "full") == settings("--recipe", "strongest")
+    assert settings(*shown.split(), "--encoder", "full", "--prompt", "any") == settings("--recipe", "strongest")
 
 
 def test_every_message_that_the_guide_shows_is_in_a_script():
