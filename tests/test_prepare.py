@@ -253,11 +253,12 @@ def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
     done = prepare_coco(tmp_path)
     labels = read_grey(tmp_path / "data/masks/train/scene.png")
     assert labels.dtype == np.uint16
-    assert ((labels == 1) == (SMALL > 0)).all() and ((labels == 3) == (OTHER > 0)).all()
-    assert (labels == 2).sum() == 30 * 40 - 10 * 10 - 5 * 10  # the part not covered by smaller ones
-    assert set(np.unique(labels)) == {0, 1, 2, 3}
+    assert ((labels == 1001) == (SMALL > 0)).all() and ((labels == 1002) == (OTHER > 0)).all()
+    assert (labels == 2001).sum() == 30 * 40 - 10 * 10 - 5 * 10  # the part not covered by smaller ones
+    assert set(np.unique(labels)) == {0, 1001, 1002, 2001}
+    assert json.loads((tmp_path / "data/classes.json").read_text("utf-8")) == {"1": "polyp", "2": "도구"}
     single = read_grey(tmp_path / "data/masks/train/single.png")
-    assert single.dtype == np.uint8 and (single == SMALL).all()
+    assert single.dtype == np.uint16 and ((single == 1001) == (SMALL > 0)).all()
     assert "iscrowd 영역 3개를 뺐습니다 (객체로 쓰려면 --keep-crowd)" in done.stdout
     assert "제외: crowd.png - 마스크 없음" in done.stdout
 
@@ -279,8 +280,9 @@ def test_categories_are_chosen_by_name(tmp_path):
     assert names(tmp_path / "data/masks/train") == ["scene.png"] and "제외: single.png" in done.stdout
     mask = read_grey(tmp_path / "data/masks/train/scene.png")
     assert mask.dtype == np.uint8 and (mask == LARGE).all()
+    assert not (tmp_path / "data/classes.json").exists()
     prepare_coco(tmp_path, "--category", "도구", "--category", "polyp")
-    assert set(np.unique(read_grey(tmp_path / "data/masks/train/scene.png"))) == {0, 1, 2, 3}
+    assert set(np.unique(read_grey(tmp_path / "data/masks/train/scene.png"))) == {0, 1001, 1002, 2001}
     done = prepare_coco(tmp_path, "--category", "cat", code=1)
     assert_fails_in_one_line(done, "cat", "polyp", "도구")
 
@@ -297,14 +299,14 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
 
 def test_hundreds_of_coco_objects_are_numbered():
     squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
-    labels = prepare_data.draw_objects([rle_plain(square) for square in squares], (60, 80), False, "a.png")
+    labels = prepare_data.draw_objects([("cell", rle_plain(square)) for square in squares], (60, 80), False, "a.png")
     wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
     assert len(squares) == 400 and (labels == wanted).all()
 
 
 def test_runs_of_no_length_are_merged_rightly():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
-    mask = prepare_data.draw_objects([run, run], (20, 30), True, "a.png")
+    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png")
     assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
 
 
@@ -350,12 +352,14 @@ def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
         prepare_data.to_labels(np.arange(100)[None])  # a gradient
 
 
-def test_a_tiff_of_several_slices_is_named(tmp_path):
+def test_a_mask_of_several_pages_for_an_image_of_one_is_named(tmp_path):
     write_image(tmp_path / "images/stack.png", draw_pair(0)[0])
     (tmp_path / "masks").mkdir()
     slices = [Image.fromarray(LABELS.astype(np.uint16))] * 3
     slices[0].save(tmp_path / "masks/stack.tif", save_all=True, append_images=slices[1:])
-    assert "stack.tif: 여러 장이 든 파일" in prepare_masks(tmp_path, code=1).stdout
+    done = prepare_masks(tmp_path, code=1)
+    for line in ("stack.png - 마스크 없음", *(f"stack_p00{page}.tif - 이미지 없음" for page in (1, 2, 3))):
+        assert f"제외: {line}" in done.stdout
 
 
 def test_each_color_is_an_object_in_any_number_of_pieces(tmp_path):
@@ -393,7 +397,8 @@ def test_check_counts_objects_and_those_too_small_after_the_reduction(tmp_path):
     done = run("prepare_data.py", "--check", cwd=tmp_path)
     assert "객체 3개: 이미지마다 최소 1, 중앙값 1.5, 최대 2개" in done.stdout
     assert "객체 크기: 최소 64픽셀, 중앙값 100픽셀, 최대 400픽셀" in done.stdout
-    assert "작은 객체 (100픽셀 미만): 1개 - wide.png 1개" in done.stdout
+    assert "작은 객체 (100픽셀 미만) 1개: train/wide.png" in done.stdout
+    assert "100픽셀 미만 1개, 1,000픽셀 미만 3개" in done.stdout
 
 
 def test_preview_draws_each_object_in_its_color(tmp_path):
