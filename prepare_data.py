@@ -618,12 +618,14 @@ def to_rle(segmentation, height, width):
     """
     if isinstance(segmentation, dict):
         counts, is_short = segmentation["counts"], False
+        is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)  # see rleFrString() of cocoapi
+        if is_cut or segmentation["size"] != [height, width]:
+            raise ValueError("RLE가 이미지 크기와 다름")
         rle = {"counts": counts} if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, height, width)
         with contextlib.suppress(ValueError):  # which decode() raises if the runs are longer, as they should be here
             coco_mask.decode({**rle, "size": [height * width - 1, 1]})
             is_short = True
-        is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)
-        if is_short or is_cut or segmentation["size"] != [height, width]:
+        if is_short:
             raise ValueError("RLE가 이미지 크기와 다름")
         return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))  # merge() fails on empty runs
     parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list

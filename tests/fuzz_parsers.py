@@ -49,8 +49,9 @@ def image(data):
     starts = [b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"GIF89a", b"BM", b"II*\x00",
               b""]
     path.write_bytes(data.PickValueInList(starts) + data.ConsumeBytes(4096))
-    args = argparse.Namespace(threshold=data.PickValueInList([None, 0, 127.5]), void=[[255]] * data.ConsumeBool(),
-                              data_dir=FOLDER, **{name: data.ConsumeBool() for name in ("numbered", "classes", "merge")})
+    args = argparse.Namespace(data_dir=FOLDER, threshold=data.PickValueInList([None, 0, 127.5]),
+                              void=[[255]] * data.ConsumeBool(),
+                              **{name: data.ConsumeBool() for name in ("numbered", "classes", "merge")})
     for read, error in ((test_my_image.read_image, test_my_image.ImageError),
                         (lambda path: prepare_data.read_source_mask(path, 0, args, defaultdict(list)),
                          (prepare_data.ImageError, SystemExit))):
