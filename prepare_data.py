@@ -85,6 +85,7 @@ MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
 MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
+REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
 Row = namedtuple("Row", "name image mask size share objects content reasons")  # see measure_pair()
 Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/NAME", path, page (0: the file), function of (H, W)
 
@@ -178,7 +179,7 @@ def parse_args():
 def prepare(args):
     """Pair, check, read the masks, split and write data/; print a summary."""
     target, staging, notes = args.data_dir, args.data_dir / ".part", defaultdict(list)
-    pairs, problems, sources, classes = [], {}, set(), {}
+    pairs, problems, sources, classes = [], {}, set(), {}  # classes: {name: number in the masks}
     parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
              ("val", args.val_images, args.val_masks, args.val_coco)]
     for split, images, masks, coco in parts[:2 if args.val_images else 1]:
@@ -187,16 +188,21 @@ def prepare(args):
         find_pairs = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
         found, files = find_pairs(images, split, args, problems, notes)
         pairs += found
-        sources.update(files, (pair.image for pair in found))
-    if len(classes) > MAX_CLASSES:
-        fail(f"클래스가 {len(classes)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
-    if len(classes) < 2:
-        classes.clear()
+        sources.update((f"{split}/{path.name}", path) for path in files)
+        sources.update((pair.name, pair.image) for pair in found)
+    if missing := [name for name in args.category or () if name not in classes]:
+        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(classes)})")
+    used = [name for name, is_used in classes.items() if is_used]
+    if len(used) > MAX_CLASSES and not args.merge:
+        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    classes.clear()
+    if len(used) > 1 and not args.merge:
+        classes.update({name: number for number, name in enumerate(used, start=1)})
 
     lock(target / ".lock")
     settings = {name: value for name, value in vars(args).items()
                 if not isinstance(value, Path) and name not in ("check", "preview")}
-    record = {"sources": [[path.name, zlib.crc32(path.read_bytes())] for path in sorted(sources)], "complete": True,
+    record = {"sources": [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], "complete": True,
               **settings}
     earlier_record, files = {}, checksums(target)
     with contextlib.suppress(OSError, ValueError):
@@ -289,7 +295,7 @@ def list_files(folder, recursive, skip=None):
     for path in folder.iterdir():
         if path.is_file():
             yield path
-        elif recursive and path.is_dir() and path.resolve() != skip:
+        elif recursive and path.is_dir() and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
             yield from list_files(path, True, skip)
 
 
@@ -318,6 +324,7 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
     Pages of a TIFF file with several are named stem_p001, stem_p002, ...; page is 0 for other files.
     """
     found, pairs = defaultdict(lambda: ([], [])), []
+    is_one_mask_folder = all(name.startswith("all/") for name, _ in mask_files)  # for images with a split of their own
     for part, (files, suffix) in enumerate(((image_files, image_suffix), (mask_files, mask_suffix))):
         for name, path in files:
             stem, pages = name.removesuffix(path.suffix), len(tiff_pages(path))
@@ -327,10 +334,12 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
             for page in range(1, pages + 1) if pages > 1 else [0]:
                 mark = f"_p{page:03}" if page else ""
                 key = composed(stem).removesuffix(composed(suffix)) + mark
+                key = key.partition("/")[2] if is_one_mask_folder else key
                 found[key][part].append((f"{stem}{mark}{path.suffix}", (path, page)))
     for stem, (images, masks) in sorted(found.items()):
         if len(images) > 1 or len(masks) > 1:
-            problems[stem] = "이름이 같은 파일이 여럿: " + ", ".join(name for name, _ in max(images, masks, key=len))
+            same = [name for name, _ in max(images, masks, key=len)]
+            problems[same[0]] = "이름이 같은 파일이 여럿: " + ", ".join(Path(name).name for name in same)
         elif not masks:
             problems[images[0][0]] = f"마스크 없음 (이름이 {Path(stem).name}{mask_suffix}인 파일)"
         elif not images:
@@ -372,7 +381,7 @@ def one_page(path, page, folder):
     """A copy of a TIFF file in `folder` that shows only one page, counted from 1; `path` itself for page 0."""
     if not page:
         return path
-    copy = folder / f"{zlib.crc32(os.fsencode(path.resolve()))}_{path.name}"
+    copy = folder / str(zlib.crc32(os.fsencode(path.resolve()))) / path.name
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -491,8 +500,8 @@ def to_labels(values, classes=False):
 def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     """Like pairs_from_masks, for the objects of a COCO file or of the given categories only.
 
-    Adds the categories of the objects to `classes`, {name: number}, unless args.merge. A region marked iscrowd may
-    contain several objects; it is skipped if its category also has single objects.
+    Adds the file's categories to `classes`: {name: whether it has objects}. A region marked iscrowd may contain several
+    objects; it is skipped if its category also has single objects.
     """
     objects, entries, paths, incomplete, pairs = defaultdict(list), defaultdict(list), {}, set(), []
     try:
@@ -526,14 +535,12 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
              f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
-    if missing := set(args.category or ()) - set(known.values()):
-        fail(f"{coco_path}에 없는 범주입니다: {', '.join(sorted(missing))} (있는 것: {', '.join(known.values())})")
     if "boxes" in notes and not objects:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
     used = [name for found in objects.values() for name, _ in found]
-    for name in [*(name for name in known.values() if name in {*used}), *used] if not args.merge else ():
-        classes.setdefault(name, len(classes) + 1)
+    for name in [*known.values(), *used]:
+        classes[name] = classes.get(name) or name in set(used)
 
     folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
     files, places = find_images(images, split, args.recursive, problems, notes, folders), defaultdict(set)
@@ -654,7 +661,8 @@ def write_pairs(pairs, problems, staging, args, notes):
     for stem, (pair, *others) in tqdm(sorted(stems.items()), "준비", disable=None):
         try:
             if others:
-                raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(other.name for other in (pair, *others)))
+                raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(
+                    other.name.partition("/")[2] for other in (pair, *others)))
             path = one_page(pair.image, pair.page, staging / "image pages")
             image, is_flattened = read_over_white(path)
             mask = fit_to_image(pair.read_mask(image.shape[:2]), path, image.shape[:2], notes, args.allow_empty)
@@ -808,7 +816,7 @@ def checksums(data_dir):
 def print_notes(notes):
     """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
     for key, found in notes.items():
-        named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
+        named = ", ".join(name.removeprefix("all/") for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
         if found:
             print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
 
@@ -918,7 +926,7 @@ def preview(data_dir, rows, count):
         fail(f"{data_dir}에 이미지-마스크 쌍이 없습니다. 먼저 데이터를 준비하세요")
     count, chosen = min(count, len(rows)), []
     for part in ([row for row in rows if row.reasons], [row for row in rows if not row.reasons]):
-        part = sorted(part, key=lambda row: row.reasons[:1])
+        part = sorted(part, key=lambda row: min(map(REASONS.index, row.reasons), default=0))
         places = np.linspace(0, len(part) - 1, min(count - len(chosen), len(part))).round().astype(int)
         chosen += [part[place] for place in places]
     columns = min(count, 6)
@@ -931,7 +939,8 @@ def preview(data_dir, rows, count):
         top, left = 4 + place // columns * (TILE + CAPTION), 4 + place % columns * TILE
         sheet[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
         name = row.name if len(row.name) < 34 else row.name[:14] + "..." + row.name[-16:]
-        caption = " ".join([str(place + 1), *row.reasons[:1], name])[:36].encode("ascii", "replace").decode()
+        caption = " ".join([str(place + 1), *sorted(row.reasons, key=REASONS.index)[:1], name])[:36]
+        caption = caption.encode("ascii", "replace").decode()
         cv2.putText(sheet, caption, (left, top + TILE + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
         if not row.name.isascii():  # OpenCV draws no other letters
             print(f"  {place + 1}: {row.name}")
