@@ -5,11 +5,9 @@
     python prepare_data.py --check --preview 12          report every problem in data/; draw a contact sheet of 12 pairs
     python prepare_data.py                               create empty folders and explain how to fill them
 
-Output, in data/:
-    images/{train,val}/NAME.jpg|.jpeg|.png    the image's own bytes (other formats, pages and transparency become PNG)
-    masks/{train,val}/NAME.png                8-bit, 0 or 255: one object; 16-bit: numbered objects, 0 is background
-    classes.json                              if there are two or more: {"1": name}; values are 1000 * class + number
-    split.json                                what it was made from, so that it is not made twice; the split
+Output in data/: images/SPLIT/NAME.jpg|.jpeg|.png, the image's own bytes (other formats, pages and transparency become
+PNG); masks/SPLIT/NAME.png, 8-bit, 0 or 255: one object, or 16-bit: numbered objects, 0 is background; classes.json for
+two or more classes, {"1": name}: values are 1000 * class + number; split.json, the sources and the split.
 
 Chapters:
     settings               constants and messages
@@ -160,15 +158,15 @@ def parse_args():
     if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
         parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
-    if any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco:
-        parser.error("--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
-                     "--category와 --keep-crowd는 --coco와 함께 씁니다")
-    if any(len(void) not in (1, 3) for void in args.void):
-        parser.error("--void는 값 하나나 색 R G B여야 합니다")
-    if not 0 <= args.val_ratio < 1:
-        parser.error("--val-ratio는 0 이상 1 미만이어야 합니다")
-    if args.preview is not None and args.preview < 1:
-        parser.error("--preview는 1 이상이어야 합니다")
+    for is_wrong, message in (
+            (any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
+             "--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
+             "--category와 --keep-crowd는 --coco와 함께 씁니다"),
+            (any(len(void) not in (1, 3) for void in args.void), "--void는 값 하나나 색 R G B여야 합니다"),
+            (not 0 <= args.val_ratio < 1, "--val-ratio는 0 이상 1 미만이어야 합니다"),
+            (args.preview is not None and args.preview < 1, "--preview는 1 이상이어야 합니다")):
+        if is_wrong:
+            parser.error(message)
     try:
         re.compile(args.group or "")
     except re.error as error:
@@ -243,14 +241,12 @@ def make_empty_folders(data_dir):
     for folder in new:
         folder.mkdir(parents=True)
     print(f"""{'폴더를 만들었습니다' if new else '폴더가 이미 있습니다'}: {', '.join(map(str, new or folders))}
-
-직접 채우기 (val은 검증용, 전체의 20% 정도. 확인: python prepare_data.py --check):
-  {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
-  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
-      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
+직접 채우기: {data_dir}/images/train/이름.jpg (png)와 {data_dir}/masks/train/이름.png, val은 검증용 (전체의 20% 정도)
+  마스크는 객체가 하나면 8비트 PNG (255가 객체, 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
+  확인: python prepare_data.py --check
 자동으로 나누기 (8비트 값이나 색이 객체의 번호면 --numbered):
   python prepare_data.py --images 이미지폴더 --masks 마스크폴더
-  python prepare_data.py --images 이미지폴더 --coco annotations.json
+  또는 python prepare_data.py --images 이미지폴더 --coco annotations.json
 {IMPORT}
 Kvasir-SEG 받기: python download_dataset.py""")
 
@@ -305,9 +301,9 @@ def pairs_from_masks(masks, images, split, args, problems, notes):
     if images.resolve() != masks.resolve():
         image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
     elif args.mask_suffix:
-        files = find(images)
-        mask_files = [(name, path) for name, path in files if composed(path.stem).endswith(composed(args.mask_suffix))]
-        image_files = [file for file in files if file not in mask_files]
+        files, suffix = find(images), composed(args.mask_suffix)
+        mask_files = [(name, path) for name, path in files if composed(path.stem).endswith(suffix)]
+        image_files = [(name, path) for name, path in files if not composed(path.stem).endswith(suffix)]
     else:
         fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
     pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
@@ -538,9 +534,9 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     if "boxes" in notes and not objects:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
-    used = [name for found in objects.values() for name, _ in found]
-    for name in [*known.values(), *used]:
-        classes[name] = classes.get(name) or name in set(used)
+    used = {name for found in objects.values() for name, _ in found}
+    for name in [*known.values(), *sorted(used)]:
+        classes[name] = classes.get(name) or name in used
 
     folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
     files, places = find_images(images, split, args.recursive, problems, notes, folders), defaultdict(set)
@@ -572,9 +568,8 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
 
 def ends(path):
     """The ends of a path, the longest first: "a/b/c", "b/c", "c"; none that could lead out of a folder."""
-    parts = path.split("/")
-    found = ["/".join(parts[start:]) for start in range(len(parts)) if ".." not in parts[start:]]
-    return [end for end in found if end and not Path(end).is_absolute()]
+    parts = re.sub(r".*(^|/)\.\.(/|$)", "", path).split("/")
+    return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
 
 
 def draw_objects(objects, size, merge, name, classes=(), shape=None):
@@ -602,13 +597,11 @@ def draw_objects(objects, size, merge, name, classes=(), shape=None):
     if problem:
         tqdm.write(f"  제외: {name}의 객체 {len(objects) - len(rles)}개 - {problem}")
     labels = np.zeros((height, width), np.uint16)
-    if not rles:
-        return labels
-    if merge or len(rles) == 1 and not classes:
+    if rles and (merge or len(rles) == 1 and not classes):
         return coco_mask.decode(coco_mask.merge(rles)) > 0
     if not classes and len(rles) > 65535:
         raise ImageError("객체가 65,535개보다 많음")
-    if classes and max(counts.values()) > MAX_NUMBER:
+    if classes and max(counts.values(), default=0) > MAX_NUMBER:
         fail(f"{name}: 한 클래스의 객체가 {MAX_NUMBER}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
     areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
     for index in np.argsort(areas, kind="stable")[::-1]:

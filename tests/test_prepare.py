@@ -810,6 +810,7 @@ def test_train_and_valid_folders_are_the_split_and_test_is_left_alone(tmp_path):
     assert "test/" in done.stdout and "제외: loose.png - train/과 val/ 밖에 있음" in done.stdout
     shutil.rmtree(tmp_path / "masks")
     write_pairs(tmp_path, ["a", "b", "c"], images="unused")  # one folder of masks for both splits
+    shutil.rmtree(tmp_path / "data")
     assert "학습 2쌍, 검증 1쌍" in prepare(tmp_path).stdout
 
 
@@ -833,6 +834,7 @@ def test_the_suffix_that_pairs_everything_is_printed_as_a_command(tmp_path):
     for path in (tmp_path / "masks").iterdir():  # masks beside the images, and a file with another suffix
         path.rename(tmp_path / "images" / path.name)
     write_image(tmp_path / "images/ISIC_1_segmentation_2.png", draw_pair(0)[1])
+    shutil.rmtree(tmp_path / "data")
     done = prepare(tmp_path, "--mask-suffix=_segmentation", masks="images")
     assert "제외 1개" in done.stdout and "제외: ISIC_1_segmentation_2.png" in done.stdout
 
@@ -889,7 +891,7 @@ def coco_of(folder, name, images, categories):
     """name.json with one square for each (category id, left) of {file name: [...]}; writes the images."""
     coco = {"images": [], "annotations": [], "categories": [{"id": key, "name": text} for key, text in categories]}
     for identity, (file, objects) in enumerate(images.items()):
-        write_image(folder / "images" / file, draw_pair(identity + len(name))[0])
+        write_image(folder / "images" / file, draw_pair(identity + sum(name.encode()))[0])
         coco["images"].append({"id": identity, "file_name": file, "height": 60, "width": 80})
         coco["annotations"] += [{"image_id": identity, "category_id": category, "segmentation": [
             [left, 10, left + 10, 10, left + 10, 20, left, 20]]} for category, left in objects]
@@ -1004,7 +1006,8 @@ def test_check_and_preview_show_what_harms_a_training(tmp_path):
         write_image(tmp_path / f"data/masks/train/{name}.png", mask)
     done = run("prepare_data.py", "--check", "--preview", 1, cwd=tmp_path, code=1)
     for line in ("픽셀이 같은 이미지 1장이 한쪽에 더 있습니다: train/a.png = train/b.png",
-                 "잘린 객체 1개: train/cut.png", "작은 객체 (100픽셀 미만) 1개: train/tiny.png", "train/full.png: 마스크가 이미지 전체를 덮음",
+                 "잘린 객체 1개: train/cut.png", "작은 객체 (100픽셀 미만) 1개: train/tiny.png",
+                 "train/full.png: 마스크가 이미지 전체를 덮음",
                  "train/turned.png: 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
         assert line in done.stdout
     sheet = cv2.imread(str(tmp_path / "data/preview.png"))
