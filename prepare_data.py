@@ -70,6 +70,7 @@ NOTES = {  # messages about changes to some files, by the key under which they a
     "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --keep-crowd 없이, 또는 --category로 다른 범주만)",
     "boxes": "상자뿐인 객체 {:,}개를 뺐습니다 (마스크 만들기: python extras/label_with_text.py --boxes)",
     "orphans": "images에 없는 이미지의 객체 {:,}개를 뺐습니다",
+    "unnamed": "categories에 없는 category_id의 객체 {:,}개: 번호를 클래스의 이름으로 씁니다",
     "prefixes": "Label Studio가 이름 앞에 붙인 글자를 이미지 {:,}장에서 떼고 찾았습니다",
     "empty": "객체가 없는 이미지 {:,}장 (검은 마스크, --allow-empty)",
     "duplicates": "픽셀이 같은 이미지 {:,}장이 한쪽에 더 있습니다",
@@ -203,8 +204,8 @@ def prepare(args):
     record = {"sources": [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], "complete": True,
               **settings}
     earlier_record, files = {}, checksums(target)
-    with contextlib.suppress(OSError, ValueError):
-        earlier_record = json.loads((target / "split.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        earlier_record = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
     if {**earlier_record, "split": 0} == {**record, "checksums": files, "split": 0}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
@@ -226,13 +227,14 @@ def prepare(args):
         shutil.rmtree(staging, ignore_errors=True)
         raise
     splits = {split: [name for name in contents if name.startswith(split)] for split in SPLITS}  # their own split
-    splits = splits if any(splits.values()) else split_names(groups, args.val_ratio, args.shuffle_seed)
+    is_own = any(splits.values())
+    splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
     warn_about_split(splits, contents, groups, args.group)
     if files:
         print(f"{target}에 있던 {sum(name.startswith('masks/') for name in files)}쌍을 새 쌍으로 바꿉니다.")
     put_in_place(staging, target, splits, classes, record)
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
-          + (f", 클래스 {', '.join(classes)}" if classes else ""))
+          + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
 
 
 def make_empty_folders(data_dir):
@@ -405,6 +407,8 @@ def read_source_mask(path, page, args, notes, _shape=None):
     if args.void or void.any():
         values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
         notes["void"].append((path.name, int(void.sum())))
+        if void.any() and not values.any():
+            raise ImageError("void뿐인 마스크")
     is_deep = values.ndim == 2 and values.itemsize > 1
     if args.numbered or args.classes or args.threshold is None and (is_voc or is_deep):
         labels = to_labels(values, args.classes)
@@ -520,6 +524,8 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
             is_kept = not is_crowd or args.keep_crowd or name not in with_singles
             note = ("orphans" if identity not in paths else "boxes" if not annotation.get("segmentation")
                     else ("kept_crowds" if is_kept else "crowds") if is_crowd else None)
+            if known and annotation.get("category_id") not in known:
+                notes["unnamed"].append((f"category_id {name}", 1))
             if note:
                 notes[note].append((paths.get(identity, (str(identity),))[0], 1))
             if note in (None, "kept_crowds"):
@@ -670,11 +676,11 @@ def write_pairs(pairs, problems, staging, args, notes):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
         found = re.search(args.group, pair.name.partition("/")[2]) if args.group else None
+        group = found and (found[min(1, found.re.groups)] or found[0])
         notes["white"] += [(path.name, 1)] * is_flattened
-        notes["ungrouped"] += [(pair.name.partition("/")[2], 1)] * bool(args.group and not found)
+        notes["ungrouped"] += [(pair.name.partition("/")[2], 1)] * bool(args.group and not group)
         contents[name] = f"{image.shape} {hashlib.sha256(image).hexdigest()}"
-        groups[name] = (found[min(1, found.re.groups)] if found else
-                        AUGMENTED.sub("", name).partition("/")[2] if AUGMENTED.search(name) else name)
+        groups[name] = group or (AUGMENTED.sub("", name).partition("/")[2] if AUGMENTED.search(name) else name)
     return contents, groups
 
 
@@ -771,6 +777,8 @@ def warn_about_split(splits, contents, groups, pattern):
         if len({sides[name].split("/")[0] for name in names}) == 2:
             print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {' = '.join(sorted(sides[name] for name in names))}")
     train, val = ({groups[name] for name in splits[split]} for split in SPLITS)
+    if pattern and not val:
+        print("  주의: 묶음이 하나라 검증에 둘 이미지가 없습니다")
     for group in sorted(train & val):
         print(f"  주의: 학습과 검증에 같은 묶음이 있습니다 - {group}")
     stems = [Path(name).stem for name in contents if name.startswith("all/") and not pattern]
@@ -820,7 +828,7 @@ def print_notes(notes):
 def survey(data_dir, allow_empty):
     """Measure every pair of data/; returns [Row], {name: problem}, notes and the classes, {number as text: name}."""
     rows, problems, notes, classes = [], {}, defaultdict(list), {}
-    with contextlib.suppress(OSError, ValueError):  # images without an object are no problem if they were accepted
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # accepted images without an object are no problem
         allow_empty |= bool(json.loads((data_dir / "split.json").read_text(encoding="utf-8")).get("allow_empty"))
     with contextlib.suppress(FileNotFoundError):
         try:
@@ -927,8 +935,8 @@ def preview(data_dir, rows, count):
     for place, row in enumerate(chosen):
         try:
             tile = draw_tile(row.image, row.mask)
-        except ImageError as problem:
-            fail(f"{row.name}: {problem}. python prepare_data.py --check 로 확인하세요")
+        except ImageError:
+            tile = np.full((TILE - 8, TILE - 8, 3), 128, np.uint8)  # an unreadable file is grey
         top, left = 4 + place // columns * (TILE + CAPTION), 4 + place % columns * TILE
         sheet[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
         name = row.name if len(row.name) < 34 else row.name[:14] + "..." + row.name[-16:]
