@@ -364,7 +364,7 @@ def suggest_suffix(images, masks):
 def tiff_pages(path):
     """The pages of a TIFF file: [(offset of the directory, position of the offset of the next)]; [] if it is none."""
     pages, position = {}, 4
-    with path.open("rb") as file, contextlib.suppress(struct.error):  # a truncated file; decode_file() reports it
+    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports damaged files
         order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))  # decode_file() refuses BigTIFFs of several pages
         while order and file.seek(position):
             start, = struct.unpack(f"{order}I", file.read(4))
@@ -777,7 +777,7 @@ def warn_about_split(splits, contents, groups, pattern):
         if len({sides[name].split("/")[0] for name in names}) == 2:
             print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {' = '.join(sorted(sides[name] for name in names))}")
     train, val = ({groups[name] for name in splits[split]} for split in SPLITS)
-    if pattern and not val:
+    if pattern and len({*groups.values()}) == 1:
         print("  주의: 묶음이 하나라 검증에 둘 이미지가 없습니다")
     for group in sorted(train & val):
         print(f"  주의: 학습과 검증에 같은 묶음이 있습니다 - {group}")
@@ -869,10 +869,11 @@ def measure_pair(name, image_path, mask_path, classes, allow_empty, notes):
     image, labels = read_image(image_path), read_labels(mask_path)
     if fit_to_image(labels, image_path, image.shape[:2], notes, allow_empty) is not labels:
         raise ImageError("마스크가 돌리기 전의 픽셀에 맞음 (이미지의 EXIF 방향대로 돌려야 함)")
-    numbers, pixels = np.unique(labels[labels > 0], return_counts=True)
+    areas = np.bincount(labels.ravel())
+    numbers = np.flatnonzero(areas[1:]) + 1
     if wrong := [number for number in numbers if classes and (str(number // 1000) not in classes or not number % 1000)]:
         raise ImageError(f"classes.json에 없는 클래스의 값 {wrong[0]} (1000 * 클래스 + 번호여야 함)")
-    pixels = (pixels * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
+    pixels = (areas[numbers] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
     border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     found = {"empty": not len(numbers), "EXIF": read_orientation(image_path) > 1, "cut": np.count_nonzero(border),
              "small": (pixels < MIN_FOREGROUND).sum(), "no_background": labels.all()}
