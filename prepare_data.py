@@ -155,7 +155,7 @@ def parse_args():
         given = [bool(getattr(args, name)) for name in (images, masks, coco)]
         if given not in ([False] * 3, [True, True, False], [True, False, True]):
             images, masks, coco = (f"--{name.replace('_', '-')}" for name in (images, masks, coco))
-            parser.error(f"{images}에는 {masks}나 {coco} 중 하나만 함께 있어야 합니다. {IMPORT}")
+            parser.error(f"{images}에는 {masks} 또는 {coco} 하나만 함께 있어야 합니다. {IMPORT}")
     if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
         parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
