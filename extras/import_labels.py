@@ -1,0 +1,392 @@
+"""Bring data labelled with another tool into data/: its folder becomes COCO JSON, which prepare_data.py reads.
+
+    python extras/import_labels.py --dataset DIR                         recognise, report, convert, run prepare_data.py
+    python extras/import_labels.py --dataset DIR -- --merge              options after -- go to prepare_data.py
+    python extras/import_labels.py --dataset DIR --output labels.json    keep the COCO JSON too
+
+A reader takes a folder and returns {image path: (split, (H, W) or None, objects)}, empty for other layouts. The split is
+"train", "val", "test" or "". An object is a COCO annotation without ids, with the name of its class as "category"; one
+without "segmentation" is a box. What a reader leaves out is added to `problems`, [(name, problem)].
+
+Chapters:
+    settings           files of other tools
+    the run            main(), the command line, the layout, COCO JSON for prepare_data.py
+    YOLO               data.yaml and one text file per image
+    LabelMe            one JSON file per image
+    VOC and DSB2018    masks as image files
+    COCO               the objects of existing COCO files
+"""
+
+import argparse
+import base64
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from os.path import abspath, commonpath
+from pathlib import Path
+
+import numpy as np
+from files import FORMATS, fail, run, write_json
+from label_files import (
+    VOID,
+    composed,
+    draw,
+    find_image,
+    image_size,
+    images_by_name,
+    list_files,
+    number_regions,
+    read_indices,
+    read_json,
+    read_text,
+    relative,
+    split_of,
+    to_rle,
+    unite,
+    voc_settings,
+    yolo_config,
+    yolo_images,
+)
+from PIL import Image
+from tqdm import tqdm
+
+# ---- settings ----
+
+ROOT = Path(__file__).resolve().parent.parent
+OTHER_TOOLS = {  # what a file contains: what it is, and what to do
+    "<annotations>": "CVAT XML입니다. CVAT에서 COCO 1.0으로 내보내세요",
+    "<bndbox>": "상자만 있는 VOC XML입니다. COCO로 내보내 마스크를 만드세요: "
+                "python extras/label_with_text.py --images 이미지폴더 --boxes annotations.json",
+    "<annotation>": "XML로 쓴 라벨입니다. 쓴 도구에서 COCO로 내보내세요",
+    '"(_via_settings|shape_attributes)"': "VIA JSON입니다. VIA에서 Export Annotations (COCO format)으로 내보내세요",
+    'labels"|"(completions|original_width)"': "Label Studio JSON입니다. 다각형은 COCO로, 브러시는 Brush labels to PNG로 "
+    "내보내세요 (PNG는 python prepare_data.py --images 이미지폴더 --masks PNG폴더)"}
+
+# ---- the run ----
+
+
+def main():
+    args = parse_args()
+    folder = Path(abspath(args.dataset))
+    layout, labels, problems = recognise(folder, args.layout)
+    splits = report(folder, layout, labels, problems)
+    has_masks = any("segmentation" in each for images in splits.values() for path in images for each in labels[path][2])
+    with tempfile.TemporaryDirectory(prefix="import_labels-") as temporary:
+        flags = stage(Path(temporary), splits, labels, args.output)
+        if not has_masks:
+            fail(f"{args.dataset}: 상자만 있습니다. {'' if args.output else '--output boxes.json을 더해 실행한 다음 '}"
+                 f"마스크를 만드세요: python extras/label_with_text.py --images {next(iter(labels)).parent} "
+                 f"--boxes {args.output or 'boxes.json'}")
+        sys.stdout.flush()  # keeps the output of both processes in order
+        command = [sys.executable, str(ROOT / "prepare_data.py"), *flags, *args.options]
+        code = subprocess.run(command).returncode
+    sys.exit(code)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="다른 도구가 쓴 라벨 폴더를 알아보고 COCO로 바꾸어 data/에 준비합니다.")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="도구가 쓴 그대로의 폴더 (필수)")
+    parser.add_argument("--layout", choices=READERS, help="라벨의 형식 (기본: 폴더를 보고 알아냄)")
+    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="COCO JSON도 남김 (검증은 이름 뒤에 _val)")
+    parser.add_argument("options", nargs="*", metavar="-- OPTION", help="-- 뒤의 옵션은 prepare_data.py에 넘김")
+    args = parser.parse_args()
+    if not args.dataset.is_dir():
+        parser.error(f"--dataset {args.dataset}: 폴더가 아닙니다 (압축 파일은 먼저 푸세요)")
+    if args.output and args.dataset.resolve() in args.output.resolve().parents:
+        parser.error(f"--output {args.output}: --dataset 폴더 밖에 쓰세요")
+    return args
+
+
+def recognise(folder, layout=None):
+    """Read a folder with each reader, or with that of `layout`: (layout, labels, problems) of the one with objects."""
+    found, problems = {}, defaultdict(list)
+    for name in [layout] if layout else READERS:
+        labels = READERS[name](folder, problems[name])
+        if any(objects for _, _, objects in labels.values()):
+            found[name] = labels
+    if len(found) > 1:
+        fail(f"{folder}에 라벨이 여러 형식으로 있습니다. 하나를 고르세요: --layout {' 또는 --layout '.join(found)}")
+    for name, labels in found.items():
+        return name, labels, problems[name]
+    for path in list_files(folder, ".xml", ".json"):
+        for pattern, advice in OTHER_TOOLS.items():
+            if re.search(pattern, path.read_text(encoding="utf-8", errors="replace")):
+                fail(f"{path}: {advice}")
+    print_problems(sum((each[:5] for each in problems.values()), []))
+    fail(f"{folder}에서 라벨을 찾지 못했습니다 (읽는 형식: {', '.join(READERS)}). "
+         "마스크 이미지면: python prepare_data.py --images 이미지폴더 --masks 마스크폴더")
+
+
+def print_problems(problems):
+    for name, problem in problems:
+        print(f"  제외: {name} - {problem}")
+
+
+def report(folder, layout, labels, problems):
+    """Print what was found and what is not used; returns {split: image paths}, with "train", "val" or both."""
+    splits, beside = defaultdict(list), {image.parent for image in labels}
+    for image, (split, _, _) in sorted(labels.items()):
+        splits[split].append(image)
+    counts = Counter(each["category"] for _, _, objects in labels.values() for each in objects)
+    shares = ", ".join(f"{split or '나뉘지 않음'} {len(images)}" for split, images in sorted(splits.items()))
+    print(f"{folder}: {layout} 형식, 이미지 {len(labels)}장 ({shares}), 객체 {counts.total()}개 "
+          f"({', '.join(f'{name} {count}' for name, count in counts.most_common())})")
+    print_problems(problems)
+    unread = [path for path in list_files(folder, *FORMATS) if path.parent in beside and path not in labels]
+    for what, images in (("라벨이 없거나 읽지 못한", unread), ("test의", splits.pop("test", []))):
+        if images:
+            print(f"  {what} 이미지 {len(images)}장은 쓰지 않습니다: {', '.join(path.name for path in images[:3])}"
+                  f"{' 등' if len(images) > 3 else ''}")
+    if splits.keys() > {""}:
+        print(f"  train과 val 밖의 이미지 {len(splits[''])}장은 학습에 씁니다: {splits[''][0]} 등")
+    splits["train"] += splits.pop("", [])
+    return {split: images for split, images in splits.items() if images}
+
+
+def stage(folder, splits, labels, output):
+    """Link the images of each split into folder/SPLIT and write its COCO JSON, also to `output` if it is given.
+
+    Returns the flags that name them to prepare_data.py.
+    """
+    categories = list(dict.fromkeys(each["category"] for path in sorted(labels) for each in labels[path][2]))
+    categories, flags = sorted(categories), ["--recursive"]
+    for split, images in splits.items():
+        top, annotations, entries = commonpath([image.parent for image in images]), [], []
+        for number, image in enumerate(images, 1):
+            place, (_, size, objects) = folder / split / relative(image, top), labels[image]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                place.symlink_to(image.resolve())
+            except OSError:  # Windows needs special rights for links
+                shutil.copyfile(image, place)
+            entries.append({"id": number, "file_name": relative(image, top),
+                            **dict(zip(("height", "width"), size or ()))})
+            for each in objects:
+                annotations.append({"iscrowd": 0, **each, "id": len(annotations) + 1, "image_id": number,
+                                    "category_id": categories.index(each["category"]) + 1})
+        coco = {"images": entries, "annotations": annotations,
+                "categories": [{"id": number, "name": name} for number, name in enumerate(categories, 1)]}
+        is_val = split == "val" and len(splits) > 1
+        if output:
+            path = output.with_stem(f"{output.stem}_val") if is_val else output
+            write_json(path, coco)
+            print(f"저장: {path} (이미지 폴더: {top})")
+        write_json(folder / f"{split}.json", coco)
+        prefix = "--val-" if is_val else "--"
+        flags += [f"{prefix}images", str(folder / split), f"{prefix}coco", str(folder / f"{split}.json")]
+    return flags
+
+
+# ---- YOLO ----
+
+
+def read_yolo(folder, problems):
+    """Read Ultralytics labels: a line is a class number and a polygon, x and y as fractions of width and height.
+
+    An image without a text file has no objects, as in Ultralytics.
+    """
+    path, config, names = yolo_config(folder)
+    images, texts, labels = yolo_images(folder, path, config, problems), {}, {}
+    for image in images:
+        before, found, after = image.as_posix().rpartition("/images/")
+        places = [Path(f"{before}/labels/{after}"), image] if found else [image]
+        texts[image] = next((place for place in (place.with_suffix(".txt") for place in places) if place.is_file()), None)
+    for image in tqdm(images if config or any(texts.values()) else (), "YOLO", disable=None):
+        text, objects = texts[image], []
+        try:
+            size, lines = image_size(image), read_text(text).splitlines() if text else ()
+        except ValueError as error:
+            problems.append((relative(image, folder), error))
+            continue
+        for number, line in enumerate(lines, 1):
+            try:
+                objects += [yolo_object(line.split(), names, *size)] if line.strip() else []
+            except ValueError as error:
+                problems.append((f"{relative(text, folder)} {number}번째 줄", error))
+        labels[image] = images[image], size, objects
+    missing = [image for image in labels if not texts[image]]
+    orphans = sorted({text for text in list_files(folder, ".txt") if "labels" in text.parts} - {*texts.values()})
+    for paths, problem in (missing, "라벨 파일이 없어 객체가 없는 것으로 봄"), (orphans, "라벨에 맞는 이미지가 없음"):
+        problems += [(f"{relative(paths[0], folder)} 등 {len(paths)}개", problem)] if paths else []
+    return labels
+
+
+def yolo_object(words, names, height, width):
+    """The object of a line; ValueError if it is neither a polygon in the image nor a box, or of an unknown class."""
+    number, *values = map(float, words)
+    name = names.get(number) if names else f"class {number:g}"
+    if not name:
+        raise ValueError(f"이름이 없는 클래스 번호 {number:g}")
+    if not all(-0.5 <= value <= 1.5 for value in values):
+        raise ValueError("좌표가 0~1의 비율이 아님")
+    if len(values) == 4:
+        x, y, *sides = (values * np.array([width, height] * 2)).tolist()
+        return {"category": name, "bbox": [x - sides[0] / 2, y - sides[1] / 2, *sides]}
+    if len(values) < 6 or len(values) % 2:
+        raise ValueError(f"점이 셋 이상인 다각형이 아님 (좌표 {len(values)}개)")
+    return {"category": name, "segmentation": to_rle(draw(np.reshape(values, (-1, 2)) * (width, height), height, width))}
+
+
+# ---- LabelMe ----
+
+
+def read_labelme(folder, problems):
+    """Read LabelMe's JSON files. Shapes of one label and group_id are one object; imageData is ignored."""
+    labels, sources = {}, {}
+    for path in tqdm(list_files(folder, ".json"), "LabelMe", disable=None):
+        name, masks = relative(path, folder), defaultdict(list)
+        try:
+            data = read_json(path)
+            if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
+                raise ValueError("LabelMe JSON이 아님")
+            image = find_image(folder, path, str(data.get("imagePath") or path.stem))
+            others = [] if image.stem == path.stem else images_by_name(folder).get(path.stem)
+            if image in sources or others:
+                raise ValueError(f"imagePath의 {image.name}에 다른 라벨이 있음: {sources[image]}" if image in sources
+                                 else f"라벨할 이미지가 {image.name}인지 {others[0].name}인지 알 수 없음")
+            size = data.get("imageHeight"), data.get("imageWidth")
+            size = size if all(type(side) is int and 0 < side < 2**15 for side in size) else image_size(image)
+            for number, shape in enumerate(data["shapes"], 1):
+                try:
+                    group = number if shape.get("group_id") is None else f"group {shape['group_id']}"
+                    masks[str(shape["label"]), group].append(to_rle(labelme_mask(shape, *size)))
+                except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+                    problems.append((f"{name} {number}번째 도형", f"읽을 수 없음 ({error})"))
+            objects = [{"category": label, "segmentation": unite(parts)} for (label, _), parts in masks.items()]
+            labels[image], sources[image] = (split_of(path.parent / image.name, folder), size, objects), name
+        except ValueError as error:
+            problems.append((name, error))
+    return labels
+
+
+def labelme_mask(shape, height, width):
+    """Draw a shape: uint8 H x W; ValueError if it has no area or does not fit into the image."""
+    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], float).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        raise ValueError("유한하지 않은 좌표")
+    if kind == "mask":
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as file:
+            pixels, (left, top) = np.array(file.convert("L")) > 0, points[0].astype(int)
+        mask = np.zeros((height, width), np.uint8)
+        mask[top:top + pixels.shape[0], left:left + pixels.shape[1]] = pixels
+        return mask
+    if kind == "circle" and len(points) == 2:  # its center and a point of its edge
+        angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+        points = points[0] + np.hypot(*(points[1] - points[0])) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    elif kind == "rectangle" and len(points) == 2:
+        points = np.array([points[0], (points[1, 0], points[0, 1]), points[1], (points[0, 0], points[1, 1])])
+    elif kind not in ("polygon", "rectangle", "oriented_rectangle") or len(points) < 3:
+        raise ValueError(f"넓이가 없는 도형: {kind}, 점 {len(points)}개")
+    return draw(points, height, width)
+
+
+# ---- VOC and DSB2018 ----
+
+
+def read_voc(folder, problems):
+    """Read palette PNGs of SegmentationClass and SegmentationObject; without the latter, regions of a class are objects.
+
+    ImageSets/Segmentation gives the split, class_names.txt the names (LabelMe's labelme2voc.py; else VOC's own).
+    """
+    masks, labels, left_out = defaultdict(dict), {}, defaultdict(Counter)
+    for path in list_files(folder, *FORMATS):
+        if kind := re.fullmatch("Segmentation(Class|Object)(PNG)?", path.parent.name):
+            masks[path.parent.parent, composed(path.stem)][kind[1]] = path
+    for (root, stem), files in tqdm(masks.items(), "VOC", disable=None):
+        path = files.get("Object") or files["Class"]
+        name = relative(path, folder)
+        try:
+            (names, splits), objects = voc_settings(root), []
+            if splits and stem not in splits:
+                raise ValueError("ImageSets/Segmentation의 목록에 없음")
+            image = find_image(folder, path, f"../JPEGImages/{stem}")
+            classes, numbers = (read_indices(files[kind]) if kind in files else None for kind in ("Class", "Object"))
+            classes = np.where(numbers == VOID, VOID, numbers > 0) if classes is None else classes
+            numbers = number_regions(classes) if numbers is None else numbers
+            is_void, has_both = (classes == VOID) | (numbers == VOID), (classes > 0) & (numbers > 0)
+            left_out["void"][name] += np.count_nonzero(is_void)
+            left_out["객체나 클래스의 번호가 0인"][name] += np.count_nonzero((classes != numbers) & ~is_void & ~has_both)
+            for number in np.unique(numbers[has_both & ~is_void]):
+                mask = (numbers == number) & has_both & ~is_void
+                index = np.bincount(classes[mask]).argmax()
+                category = names.get(index, f"class {index}") if "Class" in files else "object"
+                objects.append({"category": category, "segmentation": to_rle(mask)})
+            labels[image] = splits.get(stem) or split_of(path, folder), numbers.shape, objects
+        except (ValueError, OSError) as error:
+            problems.append((name, error))
+    for what, counts in left_out.items():
+        if counts.total():
+            print(f"{what} 픽셀 {counts.total():,}개를 배경으로 바꿨습니다: {', '.join(list(+counts)[:3])} 등")
+    return labels
+
+
+def read_folders(folder, problems):
+    """Read one folder per image, as in the Data Science Bowl 2018: NAME/images/NAME.png and NAME/masks/*.png."""
+    masks, labels = defaultdict(list), {}
+    for path in list_files(folder, *FORMATS):
+        if path.parent.name == "masks" and (path.parent.parent / "images").is_dir():
+            masks[path.parent.parent].append(path)
+    images = {root: list_files(root / "images", *FORMATS) for root in masks}
+    if 2 * sum(len(found) == 1 for found in images.values()) <= len(images):
+        return {}  # one images/ and one masks/ for all images
+    for root, paths in tqdm(masks.items(), "DSB2018", disable=None):
+        try:
+            if len(images[root]) != 1:
+                raise ValueError(f"images에 이미지가 {len(images[root])}장")
+            size, objects = image_size(images[root][0]), []
+        except ValueError as error:
+            problems.append((relative(root, folder), error))
+            continue
+        for path in paths:
+            try:
+                with Image.open(path) as file:
+                    pixels = np.array(file.convert("L"))
+                if pixels.shape != size or len(np.unique(pixels)) > 2:
+                    raise ValueError("이미지와 크기가 다르거나 값이 둘이 아닌 마스크")
+                objects.append({"category": "object", "segmentation": to_rle(pixels > 0)})
+            except (ValueError, OSError) as error:
+                problems.append((relative(path, folder), error))
+        labels[images[root][0]] = split_of(root, folder), size, objects
+    return labels
+
+
+# ---- COCO ----
+
+
+def read_coco(folder, problems):
+    """Read COCO files; their objects stay as they are, because prepare_data.py checks them."""
+    labels, sources = {}, {}
+    for path in list_files(folder, ".json"):
+        name = relative(path, folder)
+        try:
+            coco, objects = read_json(path), defaultdict(list)
+            names = {category["id"]: str(category["name"]) for category in coco["categories"]}
+            for each in coco["annotations"]:
+                kept = {key: each[key] for key in ("segmentation", "bbox", "iscrowd") if each.get(key)}
+                objects[each["image_id"]].append({"category": names[each["category_id"]], **kept})
+            for entry in coco["images"]:
+                own, size = objects.pop(entry["id"], []), (entry.get("height"), entry.get("width"))
+                try:
+                    image = find_image(folder, path, str(entry["file_name"]))
+                except ValueError as error:
+                    problems.append((name, error))
+                    continue
+                if image in labels:
+                    fail(f"{image}: 라벨이 둘입니다 ({sources[image]}, {name}). 쓸 COCO JSON만 남기세요")
+                split, sources[image] = split_of(path, folder) or split_of(image, folder), name
+                labels[image] = split, None if None in size else size, own
+            if objects:
+                problems.append((name, f"images에 없는 이미지의 객체 {sum(map(len, objects.values()))}개"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append((name, f"COCO JSON이 아님 ({type(error).__name__}: {error})"))
+    return labels
+
+
+READERS = {"yolo": read_yolo, "labelme": read_labelme, "voc": read_voc, "folders": read_folders, "coco": read_coco}
+
+if __name__ == "__main__":
+    run(main, "이미지를 나누어 실행해 보세요")

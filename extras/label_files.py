@@ -1,0 +1,225 @@
+"""Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE."""
+
+import functools
+import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import yaml
+from files import FORMATS, fail
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+SPLIT = re.compile(r"(?:stage1_)?(train|val|test)(?:ing|id|idation)?(?:20\d\d)?", re.IGNORECASE)
+VOID = 255  # in VOC: borders and regions without a class
+VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+             "pottedplant sheep sofa train tvmonitor").split()
+UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names
+
+
+@functools.cache
+def list_files(folder, *suffixes):
+    """The files with these suffixes below a folder, sorted, without hidden ones and those that macOS adds to zips."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+    return sorted(found)
+
+
+@functools.cache
+def images_by_name(folder):
+    """{file name or stem, in NFC form: paths of images}, without pictures of masks."""
+    found = defaultdict(list)
+    for path in list_files(folder, *FORMATS):
+        for name in {path.name, path.stem} if not re.search("Segmentation|Visualization", path.parent.name) else ():
+            found[composed(name)].append(path)
+    return found
+
+
+def find_image(folder, label, name):
+    """The image that a label file calls `name`, where it says or elsewhere in the folder; ValueError if unclear.
+
+    Of images with the same name, one with the same folders as `name`, of the same split or nearer to the file is used.
+    """
+    name, known = composed(name).replace("\\", "/"), images_by_name(folder)
+    exact, base = Path(os.path.normpath(label.parent / name)), name.rsplit("/", 1)[-1]
+    if exact.suffix.lower() in FORMATS and exact.is_file():
+        return exact
+    found = next(filter(None, map(known.get, (base, UPLOAD_PREFIX.sub("", base), Path(base).stem))), [])
+    ranks = {path: (path.as_posix().endswith(f"/{name}"), split_of(path, folder) == split_of(label / "", folder),
+                    len(os.path.commonpath([path, label]))) for path in found}
+    best = [path for path in found if ranks[path] == max(ranks.values())]
+    if len(best) != 1:
+        raise ValueError(f"{name}: " + ("같은 이름의 이미지가 여럿" if best else "이미지가 없음"))
+    return best[0]
+
+
+def split_of(path, folder):
+    """The split that the folders of a path name, or words in the name of a JSON file in it: "train", "val", "test", ""."""
+    parts = Path(relative(path, folder)).parts
+    words = [*parts[:-1], *(re.split(r"\W|_", parts[-1]) if parts[-1].endswith(".json") else ())]
+    return next((match[1].lower() for word in reversed(words) if (match := SPLIT.fullmatch(word))), "")
+
+
+def relative(path, folder):
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def composed(name):
+    """A name in Unicode's NFC form, in which a Korean syllable is one character; macOS decomposes it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark; ValueError if it is another file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name}: UTF-8 텍스트가 아님") from None
+
+
+@functools.cache
+def read_json(path):
+    """The contents of a JSON file, without an image in it; ValueError if it is damaged."""
+    try:
+        data = json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("JSON이 아님") from None
+    if isinstance(data, dict):
+        data.pop("imageData", None)
+    return data
+
+
+def yolo_config(folder):
+    """Path and contents of the YAML file with names nearest to the top, and {class number: name} or None."""
+    for path in sorted(list_files(folder, ".yaml", ".yml"), key=lambda path: len(path.parts)):
+        try:
+            config = yaml.safe_load(read_text(path))
+            if isinstance(config, dict) and "names" in config:
+                if "kpt_shape" in config:
+                    raise ValueError("자세(kpt_shape) 라벨에는 마스크가 없음. 분할(segmentation)로 내보내세요")
+                names = config["names"]
+                names = names if isinstance(names, dict) else dict(enumerate(list(names)))
+                return path, config, {int(number): str(name) for number, name in names.items()}
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            fail(f"{path}: 읽을 수 없는 YAML입니다 ({' '.join(str(error).split())[:200]})")
+    for path in list_files(folder, ".txt", ".names"):
+        if path.name in ("classes.txt", "obj.names"):
+            return path, {}, dict(enumerate(map(str.strip, read_text(path).split("\n"))))
+    return folder, {}, None
+
+
+def yolo_images(folder, path, config, problems):
+    """{image path: split}: the images that data.yaml lists, or all images of the folder, split by folder names."""
+    if not config.get("train") and not config.get("val"):
+        return {image: split_of(image, folder) for image in list_files(folder, *FORMATS)}
+    found, bases = {}, (path.parent, folder, path.parent / str(config.get("path") or ""))
+    for split in ("test", "val", "train"):
+        entries = config.get(split) or []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            place = locate(entry, bases)
+            if place and place.is_file():  # a list of images
+                lines = filter(None, map(str.strip, read_text(place).split("\n")))
+                images = [locate(line, (place.parent, *bases)) for line in lines]
+            else:
+                images = list_files(place, *FORMATS) if place else [None]
+            if None in images:
+                problems.append((f"{path.name}의 {split}: {entry}", f"없는 폴더나 파일 {images.count(None)}개"))
+            if split == "train" and (both := [image for image in images if found.get(image) == "val"]):
+                problems.append((f"{both[0].name} 등 val의 이미지 {len(both)}장", "train에도 있어 학습에만 씀"))
+            found.update(dict.fromkeys(filter(None, images), split))
+    return found
+
+
+def locate(entry, bases):
+    """The existing path that an entry of YOLO's data.yaml means, or None.
+
+    Such paths are often those of another computer: leading folders are dropped as needed, down to two names.
+    """
+    names = [part for part in Path(str(entry).replace("\\", "/")).parts if part not in (".", "..")]
+    choices = [base.joinpath(*names[start:]) for start in range(max(1, len(names) - 1)) for base in bases]
+    return next((Path(os.path.normpath(path)) for path in [*choices, bases[-1] / str(entry)] if path.exists()), None)
+
+
+@functools.cache
+def voc_settings(root):
+    """{index: class name} and {stem: split} of a VOC folder; the latter is empty if it does not list train or val."""
+    if (root / "labelmap.txt").is_file():
+        fail(f"{root}: CVAT의 Segmentation mask입니다. CVAT에서 COCO 1.0으로 내보내세요")
+    names, splits = dict(enumerate(VOC_NAMES, 1)), {}
+    if (root / "class_names.txt").is_file():
+        names = dict(enumerate(map(str.strip, read_text(root / "class_names.txt").split("\n"))))
+    for split in ("test", "val", "train"):
+        path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        splits.update(dict.fromkeys(composed(read_text(path)).split() if path.is_file() else (), split))
+    return names, splits if {"train", "val"} & {*splits.values()} else {}
+
+
+def read_indices(path):
+    """The indices of a palette or grey PNG, int32 H x W; ValueError for other files and masks of one object."""
+    with Image.open(path) as file:
+        if file.format != "PNG" or file.mode not in ("P", "L", "I", "I;16"):
+            raise ValueError(f"팔레트 PNG가 아님 ({file.format}, {file.mode})")
+        values = np.array(file).astype(np.int32)
+    if file.mode == "L" and {*np.unique(values)} <= {0, VOID}:
+        raise ValueError("0과 255뿐인 마스크 (python prepare_data.py --images --masks로 읽으세요)")
+    return values
+
+
+def number_regions(classes):
+    """Number the connected regions of each class, from 256 on; 0 and VOID stay."""
+    numbers, count = np.where(classes == VOID, VOID, 0), VOID
+    for index in np.unique(classes[(classes > 0) & (classes != VOID)]):
+        found, own = cv2.connectedComponents((classes == index).astype(np.uint8))
+        numbers[own > 0] = own[own > 0] + count
+        count += found - 1
+    return numbers
+
+
+def image_size(path):
+    """(H, W) of an image, turned upright; ValueError if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            return file.size if file.getexif().get(0x0112, 1) >= 5 else file.size[::-1]
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"읽을 수 없는 이미지 ({error})") from None
+
+
+def draw(polygon, height, width):
+    """Fill a polygon (N x 2; x, y in pixels), edges included: uint8 H x W.
+
+    Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are no part of it.
+    """
+    path, places, parts = [], {}, []
+    for point in [*map(tuple, polygon), tuple(polygon[0])]:
+        if point in places:
+            parts.append(path[places[point]:])
+            for passed in path[places[point] + 1:]:
+                del places[passed]
+            del path[places[point] + 1:]
+        else:
+            places[point] = len(path)
+            path.append(point)
+    parts = [part for part in parts if len(part) > 2] or [polygon]
+    points = [np.rint(np.clip(part, -1e5, 1e5) * 256).astype(np.int32) for part in parts]  # in 1/256 pixel
+    return cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1, shift=8)
+
+
+def to_rle(mask):
+    """A mask, H x W, as COCO's RLE; ValueError if it is empty."""
+    if not mask.any():
+        raise ValueError("이미지 안에 픽셀이 없음")
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def unite(rles):
+    """The union of masks as COCO's RLE."""
+    united = coco_mask.merge(rles)
+    return {**united, "counts": united["counts"].decode("ascii")}
