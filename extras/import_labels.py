@@ -4,7 +4,7 @@
     python extras/import_labels.py --dataset DIR -- --merge              options after -- go to prepare_data.py
     python extras/import_labels.py --dataset DIR --output labels.json    keep the COCO JSON too
 
-A reader takes a folder and returns {image path: (split, (H, W) or None, objects)}, empty for other layouts. The split is
+A reader takes a folder and returns {image path: (split, (H, W) or None, objects)}, empty for other layouts. A split is
 "train", "val", "test" or "". An object is a COCO annotation without ids, with the name of its class as "category"; one
 without "segmentation" is a box. What a reader leaves out is added to `problems`, [(name, problem)].
 
@@ -18,15 +18,13 @@ Chapters:
 """
 
 import argparse
-import base64
-import io
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from os.path import abspath, commonpath
+from os.path import commonpath
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +33,7 @@ from label_files import (
     VOID,
     composed,
     draw,
+    draw_shape,
     find_image,
     image_size,
     images_by_name,
@@ -43,6 +42,7 @@ from label_files import (
     read_indices,
     read_json,
     read_text,
+    refuse_other_tools,
     relative,
     split_of,
     to_rle,
@@ -50,6 +50,7 @@ from label_files import (
     voc_settings,
     yolo_config,
     yolo_images,
+    yolo_text,
 )
 from PIL import Image
 from tqdm import tqdm
@@ -57,24 +58,17 @@ from tqdm import tqdm
 # ---- settings ----
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHER_TOOLS = {  # what a file contains: what it is, and what to do
-    "<annotations>": "CVAT XML입니다. CVAT에서 COCO 1.0으로 내보내세요",
-    "<bndbox>": "상자만 있는 VOC XML입니다. COCO로 내보내 마스크를 만드세요: "
-                "python extras/label_with_text.py --images 이미지폴더 --boxes annotations.json",
-    "<annotation>": "XML로 쓴 라벨입니다. 쓴 도구에서 COCO로 내보내세요",
-    '"(_via_settings|shape_attributes)"': "VIA JSON입니다. VIA에서 Export Annotations (COCO format)으로 내보내세요",
-    'labels"|"(completions|original_width)"': "Label Studio JSON입니다. 다각형은 COCO로, 브러시는 Brush labels to PNG로 "
-    "내보내세요 (PNG는 python prepare_data.py --images 이미지폴더 --masks PNG폴더)"}
+
 
 # ---- the run ----
 
 
 def main():
     args = parse_args()
-    folder = Path(abspath(args.dataset))
+    folder = args.dataset.resolve()
     layout, labels, problems = recognise(folder, args.layout)
     splits = report(folder, layout, labels, problems)
-    has_masks = any("segmentation" in each for images in splits.values() for path in images for each in labels[path][2])
+    has_masks = any("segmentation" in each for _, _, objects in labels.values() for each in objects)
     with tempfile.TemporaryDirectory(prefix="import_labels-") as temporary:
         flags = stage(Path(temporary), splits, labels, args.output)
         if not has_masks:
@@ -88,7 +82,7 @@ def main():
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="다른 도구가 쓴 라벨 폴더를 알아보고 COCO로 바꾸어 data/에 준비합니다.")
+    parser = argparse.ArgumentParser(description="다른 도구의 라벨 폴더를 알아보고 COCO로 바꾸어 data/에 준비합니다.")
     parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="도구가 쓴 그대로의 폴더 (필수)")
     parser.add_argument("--layout", choices=READERS, help="라벨의 형식 (기본: 폴더를 보고 알아냄)")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="COCO JSON도 남김 (검증은 이름 뒤에 _val)")
@@ -112,18 +106,12 @@ def recognise(folder, layout=None):
         fail(f"{folder}에 라벨이 여러 형식으로 있습니다. 하나를 고르세요: --layout {' 또는 --layout '.join(found)}")
     for name, labels in found.items():
         return name, labels, problems[name]
-    for path in list_files(folder, ".xml", ".json"):
-        for pattern, advice in OTHER_TOOLS.items():
-            if re.search(pattern, path.read_text(encoding="utf-8", errors="replace")):
-                fail(f"{path}: {advice}")
-    print_problems(sum((each[:5] for each in problems.values()), []))
+    refuse_other_tools(folder)
+    for name in READERS:
+        for file, problem in problems[name][:3]:
+            print(f"  {name} 형식으로 읽으면: {file} - {problem}")
     fail(f"{folder}에서 라벨을 찾지 못했습니다 (읽는 형식: {', '.join(READERS)}). "
          "마스크 이미지면: python prepare_data.py --images 이미지폴더 --masks 마스크폴더")
-
-
-def print_problems(problems):
-    for name, problem in problems:
-        print(f"  제외: {name} - {problem}")
 
 
 def report(folder, layout, labels, problems):
@@ -135,7 +123,8 @@ def report(folder, layout, labels, problems):
     shares = ", ".join(f"{split or '나뉘지 않음'} {len(images)}" for split, images in sorted(splits.items()))
     print(f"{folder}: {layout} 형식, 이미지 {len(labels)}장 ({shares}), 객체 {counts.total()}개 "
           f"({', '.join(f'{name} {count}' for name, count in counts.most_common())})")
-    print_problems(problems)
+    for name, problem in problems:
+        print(f"  제외: {name} - {problem}")
     unread = [path for path in list_files(folder, *FORMATS) if path.parent in beside and path not in labels]
     for what, images in (("라벨이 없거나 읽지 못한", unread), ("test의", splits.pop("test", []))):
         if images:
@@ -148,12 +137,9 @@ def report(folder, layout, labels, problems):
 
 
 def stage(folder, splits, labels, output):
-    """Link the images of each split into folder/SPLIT and write its COCO JSON, also to `output` if it is given.
-
-    Returns the flags that name them to prepare_data.py.
-    """
-    categories = list(dict.fromkeys(each["category"] for path in sorted(labels) for each in labels[path][2]))
-    categories, flags = sorted(categories), ["--recursive"]
+    """Link the images of each split into `folder` and write its COCO JSON; returns the flags for prepare_data.py."""
+    categories = sorted({each["category"] for _, _, objects in labels.values() for each in objects})
+    flags = ["--recursive"]
     for split, images in splits.items():
         top, annotations, entries = commonpath([image.parent for image in images]), [], []
         for number, image in enumerate(images, 1):
@@ -163,11 +149,11 @@ def stage(folder, splits, labels, output):
                 place.symlink_to(image.resolve())
             except OSError:  # Windows needs special rights for links
                 shutil.copyfile(image, place)
-            entries.append({"id": number, "file_name": relative(image, top),
-                            **dict(zip(("height", "width"), size or ()))})
-            for each in objects:
-                annotations.append({"iscrowd": 0, **each, "id": len(annotations) + 1, "image_id": number,
-                                    "category_id": categories.index(each["category"]) + 1})
+            sides = dict(zip(("height", "width"), size or ()))
+            entries.append({"id": number, "file_name": relative(image, top), **sides})
+            annotations += [{"iscrowd": 0, **each, "id": identity, "image_id": number,
+                             "category_id": categories.index(each["category"]) + 1}
+                            for identity, each in enumerate(objects, len(annotations) + 1)]
         coco = {"images": entries, "annotations": annotations,
                 "categories": [{"id": number, "name": name} for number, name in enumerate(categories, 1)]}
         is_val = split == "val" and len(splits) > 1
@@ -190,11 +176,8 @@ def read_yolo(folder, problems):
     An image without a text file has no objects, as in Ultralytics.
     """
     path, config, names = yolo_config(folder)
-    images, texts, labels = yolo_images(folder, path, config, problems), {}, {}
-    for image in images:
-        before, found, after = image.as_posix().rpartition("/images/")
-        places = [Path(f"{before}/labels/{after}"), image] if found else [image]
-        texts[image] = next((place for place in (place.with_suffix(".txt") for place in places) if place.is_file()), None)
+    images, labels = yolo_images(folder, path, config, problems), {}
+    texts = {image: yolo_text(image) for image in images}
     for image in tqdm(images if config or any(texts.values()) else (), "YOLO", disable=None):
         text, objects = texts[image], []
         try:
@@ -228,7 +211,8 @@ def yolo_object(words, names, height, width):
         return {"category": name, "bbox": [x - sides[0] / 2, y - sides[1] / 2, *sides]}
     if len(values) < 6 or len(values) % 2:
         raise ValueError(f"점이 셋 이상인 다각형이 아님 (좌표 {len(values)}개)")
-    return {"category": name, "segmentation": to_rle(draw(np.reshape(values, (-1, 2)) * (width, height), height, width))}
+    polygon = np.reshape(values, (-1, 2)) * (width, height)
+    return {"category": name, "segmentation": to_rle(draw(polygon, height, width))}
 
 
 # ---- LabelMe ----
@@ -244,16 +228,18 @@ def read_labelme(folder, problems):
             if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
                 raise ValueError("LabelMe JSON이 아님")
             image = find_image(folder, path, str(data.get("imagePath") or path.stem))
-            others = [] if image.stem == path.stem else images_by_name(folder).get(path.stem)
-            if image in sources or others:
-                raise ValueError(f"imagePath의 {image.name}에 다른 라벨이 있음: {sources[image]}" if image in sources
-                                 else f"라벨할 이미지가 {image.name}인지 {others[0].name}인지 알 수 없음")
+            own, others = composed(path.stem), images_by_name(folder)
+            if own in others and own != composed(image.stem):
+                raise ValueError(f"라벨할 이미지가 {image.name}인지 {others[own][0].name}인지 알 수 없음")
+            if image in sources:
+                raise ValueError(f"imagePath의 {image.name}에 다른 라벨이 있음: {sources[image]}")
             size = data.get("imageHeight"), data.get("imageWidth")
             size = size if all(type(side) is int and 0 < side < 2**15 for side in size) else image_size(image)
             for number, shape in enumerate(data["shapes"], 1):
                 try:
                     group = number if shape.get("group_id") is None else f"group {shape['group_id']}"
-                    masks[str(shape["label"]), group].append(to_rle(labelme_mask(shape, *size)))
+                    rle = to_rle(draw_shape(shape, *size))
+                    masks[str(shape["label"]), group].append(rle)
                 except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                     problems.append((f"{name} {number}번째 도형", f"읽을 수 없음 ({error})"))
             objects = [{"category": label, "segmentation": unite(parts)} for (label, _), parts in masks.items()]
@@ -263,32 +249,11 @@ def read_labelme(folder, problems):
     return labels
 
 
-def labelme_mask(shape, height, width):
-    """Draw a shape: uint8 H x W; ValueError if it has no area or does not fit into the image."""
-    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], float).reshape(-1, 2)
-    if not np.isfinite(points).all():
-        raise ValueError("유한하지 않은 좌표")
-    if kind == "mask":
-        with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as file:
-            pixels, (left, top) = np.array(file.convert("L")) > 0, points[0].astype(int)
-        mask = np.zeros((height, width), np.uint8)
-        mask[top:top + pixels.shape[0], left:left + pixels.shape[1]] = pixels
-        return mask
-    if kind == "circle" and len(points) == 2:  # its center and a point of its edge
-        angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-        points = points[0] + np.hypot(*(points[1] - points[0])) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    elif kind == "rectangle" and len(points) == 2:
-        points = np.array([points[0], (points[1, 0], points[0, 1]), points[1], (points[0, 0], points[1, 1])])
-    elif kind not in ("polygon", "rectangle", "oriented_rectangle") or len(points) < 3:
-        raise ValueError(f"넓이가 없는 도형: {kind}, 점 {len(points)}개")
-    return draw(points, height, width)
-
-
 # ---- VOC and DSB2018 ----
 
 
 def read_voc(folder, problems):
-    """Read palette PNGs of SegmentationClass and SegmentationObject; without the latter, regions of a class are objects.
+    """Read palette PNGs: classes in SegmentationClass, objects in SegmentationObject, else regions of a class.
 
     ImageSets/Segmentation gives the split, class_names.txt the names (LabelMe's labelme2voc.py; else VOC's own).
     """
@@ -309,7 +274,7 @@ def read_voc(folder, problems):
             numbers = number_regions(classes) if numbers is None else numbers
             is_void, has_both = (classes == VOID) | (numbers == VOID), (classes > 0) & (numbers > 0)
             left_out["void"][name] += np.count_nonzero(is_void)
-            left_out["객체나 클래스의 번호가 0인"][name] += np.count_nonzero((classes != numbers) & ~is_void & ~has_both)
+            left_out["객체나 클래스가 0인"][name] += np.count_nonzero((classes != numbers) & ~is_void & ~has_both)
             for number in np.unique(numbers[has_both & ~is_void]):
                 mask = (numbers == number) & has_both & ~is_void
                 index = np.bincount(classes[mask]).argmax()

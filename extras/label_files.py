@@ -1,6 +1,8 @@
 """Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE."""
 
+import base64
 import functools
+import io
 import json
 import os
 import re
@@ -20,6 +22,15 @@ VOID = 255  # in VOC: borders and regions without a class
 VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
              "pottedplant sheep sofa train tvmonitor").split()
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names
+OTHER_TOOLS = {  # what a file contains: what it is, and what to do
+    "<annotations>": "CVAT XML입니다. CVAT에서 COCO 1.0으로 내보내세요",
+    "<bndbox>": "상자만 있는 VOC XML입니다. COCO로 내보내 마스크를 만드세요: "
+                "python extras/label_with_text.py --images 이미지폴더 --boxes annotations.json",
+    "<annotation>": "XML로 쓴 라벨입니다. 쓴 도구에서 COCO로 내보내세요",
+    '"(_via_settings|shape_attributes)"': "VIA JSON입니다. VIA에서 Export Annotations (COCO format)으로 내보내세요",
+    '[a-z]labels"|"(completions|original_width)"':
+        "Label Studio JSON입니다. 다각형은 COCO로, 브러시는 Brush labels to PNG로 내보내세요 "
+        "(PNG는 python prepare_data.py --images 이미지폴더 --masks PNG폴더)"}
 
 
 @functools.cache
@@ -61,7 +72,7 @@ def find_image(folder, label, name):
 
 
 def split_of(path, folder):
-    """The split that the folders of a path name, or words in the name of a JSON file in it: "train", "val", "test", ""."""
+    """The split that the folders of a path, or words in the name of a JSON file, name: "train", "val", "test" or ""."""
     parts = Path(relative(path, folder)).parts
     words = [*parts[:-1], *(re.split(r"\W|_", parts[-1]) if parts[-1].endswith(".json") else ())]
     return next((match[1].lower() for word in reversed(words) if (match := SPLIT.fullmatch(word))), "")
@@ -94,6 +105,14 @@ def read_json(path):
     if isinstance(data, dict):
         data.pop("imageData", None)
     return data
+
+
+def refuse_other_tools(folder):
+    """Fail with what to export instead if the folder has a file of a tool that import_labels.py does not read."""
+    for path in list_files(folder, ".xml", ".json"):
+        for pattern, advice in OTHER_TOOLS.items():
+            if re.search(pattern, path.read_text(encoding="utf-8", errors="replace")):
+                fail(f"{path}: {advice}")
 
 
 def yolo_config(folder):
@@ -129,12 +148,19 @@ def yolo_images(folder, path, config, problems):
                 images = [locate(line, (place.parent, *bases)) for line in lines]
             else:
                 images = list_files(place, *FORMATS) if place else [None]
-            if None in images:
+            if None in images and split != "test":
                 problems.append((f"{path.name}의 {split}: {entry}", f"없는 폴더나 파일 {images.count(None)}개"))
             if split == "train" and (both := [image for image in images if found.get(image) == "val"]):
                 problems.append((f"{both[0].name} 등 val의 이미지 {len(both)}장", "train에도 있어 학습에만 씀"))
             found.update(dict.fromkeys(filter(None, images), split))
     return found
+
+
+def yolo_text(image):
+    """The text file of an image: in labels/ if the image is in images/, or beside the image; None without one."""
+    before, found, after = image.as_posix().rpartition("/images/")
+    places = [Path(f"{before}/labels/{after}"), image] if found else [image]
+    return next((text for text in (place.with_suffix(".txt") for place in places) if text.is_file()), None)
 
 
 def locate(entry, bases):
@@ -192,7 +218,7 @@ def image_size(path):
 
 
 def draw(polygon, height, width):
-    """Fill a polygon (N x 2; x, y in pixels), edges included: uint8 H x W.
+    """Fill a polygon (N x 2; x, y in pixels), with the pixels of its edge, as YOLO and LabelMe do: uint8 H x W.
 
     Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are no part of it.
     """
@@ -207,8 +233,30 @@ def draw(polygon, height, width):
             places[point] = len(path)
             path.append(point)
     parts = [part for part in parts if len(part) > 2] or [polygon]
-    points = [np.rint(np.clip(part, -1e5, 1e5) * 256).astype(np.int32) for part in parts]  # in 1/256 pixel
-    return cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1, shift=8)
+    points = [np.floor(np.clip(part, -1e5, 1e5) + 0.05).astype(np.int32) for part in parts]  # 0.05: rounded fractions
+    return cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1)
+
+
+def draw_shape(shape, height, width):
+    """Draw a shape of LabelMe: uint8 H x W; ValueError if it has no area or does not fit into the image."""
+    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], float).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        raise ValueError("유한하지 않은 좌표")
+    if kind == "mask":
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as file:
+            pixels, (left, top) = np.array(file.convert("L")) > 0, points[0].astype(int)
+        mask = np.zeros((height, width), np.uint8)
+        mask[top:top + pixels.shape[0], left:left + pixels.shape[1]] = pixels
+        return mask
+    if kind == "circle" and len(points) == 2:  # its center and a point of its edge
+        angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
+        radius = np.hypot(*(points[1] - points[0]))
+        points = np.rint(points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    elif kind == "rectangle" and len(points) == 2:
+        points = np.array([points[0], (points[1, 0], points[0, 1]), points[1], (points[0, 0], points[1, 1])])
+    elif kind not in ("polygon", "rectangle", "oriented_rectangle") or len(points) < 3:
+        raise ValueError(f"넓이가 없는 도형: {kind}, 점 {len(points)}개")
+    return draw(points, height, width)
 
 
 def to_rle(mask):
