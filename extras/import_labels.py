@@ -68,10 +68,10 @@ def main():
     folder = args.dataset.resolve()
     layout, labels, problems = recognise(folder, args.layout)
     splits = report(folder, layout, labels, problems)
-    has_masks = any("segmentation" in each for _, _, objects in labels.values() for each in objects)
+    labels = {image: labels[image] for images in splits.values() for image in images}
     with tempfile.TemporaryDirectory(prefix="import_labels-") as temporary:
         flags = stage(Path(temporary), splits, labels, args.output)
-        if not has_masks:
+        if not any("segmentation" in each for _, _, objects in labels.values() for each in objects):
             fail(f"{args.dataset}: 상자만 있습니다. {'' if args.output else '--output boxes.json을 더해 실행한 다음 '}"
                  f"마스크를 만드세요: python extras/label_with_text.py --images {next(iter(labels)).parent} "
                  f"--boxes {args.output or 'boxes.json'}")
@@ -133,6 +133,8 @@ def report(folder, layout, labels, problems):
     if splits.keys() > {""}:
         print(f"  train과 val 밖의 이미지 {len(splits[''])}장은 학습에 씁니다: {splits[''][0]} 등")
     splits["train"] += splits.pop("", [])
+    if not any(splits.values()):
+        fail(f"{folder}: 학습에 쓸 이미지가 없습니다 (이름이 test인 폴더와 JSON은 쓰지 않습니다)")
     return {split: images for split, images in splits.items() if images}
 
 
@@ -177,9 +179,9 @@ def read_yolo(folder, problems):
     """
     path, config, names = yolo_config(folder)
     images, labels = yolo_images(folder, path, config, problems), {}
-    texts = {image: yolo_text(image) for image in images}
+    texts = {image: yolo_text(folder, image) for image in images}
     for image in tqdm(images if config or any(texts.values()) else (), "YOLO", disable=None):
-        text, objects = texts[image], []
+        text, objects, before = texts[image], [], len(problems)
         try:
             size, lines = image_size(image), read_text(text).splitlines() if text else ()
         except ValueError as error:
@@ -190,7 +192,8 @@ def read_yolo(folder, problems):
                 objects += [yolo_object(line.split(), names, *size)] if line.strip() else []
             except ValueError as error:
                 problems.append((f"{relative(text, folder)} {number}번째 줄", error))
-        labels[image] = images[image], size, objects
+        if objects or len(problems) == before:
+            labels[image] = images[image], size, objects
     missing = [image for image in labels if not texts[image]]
     orphans = sorted({text for text in list_files(folder, ".txt") if "labels" in text.parts} - {*texts.values()})
     for paths, problem in (missing, "라벨 파일이 없어 객체가 없는 것으로 봄"), (orphans, "라벨에 맞는 이미지가 없음"):
@@ -222,12 +225,12 @@ def read_labelme(folder, problems):
     """Read LabelMe's JSON files. Shapes of one label and group_id are one object; imageData is ignored."""
     labels, sources = {}, {}
     for path in tqdm(list_files(folder, ".json"), "LabelMe", disable=None):
-        name, masks = relative(path, folder), defaultdict(list)
+        name, masks, before = relative(path, folder), defaultdict(list), len(problems)
         try:
             data = read_json(path)
             if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
                 raise ValueError("LabelMe JSON이 아님")
-            image = find_image(folder, path, str(data.get("imagePath") or path.stem))
+            image = find_image(folder, path, str(data.get("imagePath")), path.stem)
             own, others = composed(path.stem), images_by_name(folder)
             if own in others and own != composed(image.stem):
                 raise ValueError(f"라벨할 이미지가 {image.name}인지 {others[own][0].name}인지 알 수 없음")
@@ -243,7 +246,9 @@ def read_labelme(folder, problems):
                 except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                     problems.append((f"{name} {number}번째 도형", f"읽을 수 없음 ({error})"))
             objects = [{"category": label, "segmentation": unite(parts)} for (label, _), parts in masks.items()]
-            labels[image], sources[image] = (split_of(path.parent / image.name, folder), size, objects), name
+            sources[image] = name
+            if objects or len(problems) == before:
+                labels[image] = split_of(path.parent / image.name, folder), size, objects
         except ValueError as error:
             problems.append((name, error))
     return labels
@@ -280,6 +285,8 @@ def read_voc(folder, problems):
                 index = np.bincount(classes[mask]).argmax()
                 category = names.get(index, f"class {index}") if "Class" in files else "object"
                 objects.append({"category": category, "segmentation": to_rle(mask)})
+            if not objects and (classes | numbers).any():
+                raise ValueError("쓸 객체가 없음 (void뿐이거나 클래스와 객체가 맞지 않음)")
             labels[image] = splits.get(stem) or split_of(path, folder), numbers.shape, objects
         except (ValueError, OSError) as error:
             problems.append((name, error))
@@ -291,22 +298,22 @@ def read_voc(folder, problems):
 
 def read_folders(folder, problems):
     """Read one folder per image, as in the Data Science Bowl 2018: NAME/images/NAME.png and NAME/masks/*.png."""
-    masks, labels = defaultdict(list), {}
+    images, masks, labels = defaultdict(list), defaultdict(list), {}
     for path in list_files(folder, *FORMATS):
-        if path.parent.name == "masks" and (path.parent.parent / "images").is_dir():
-            masks[path.parent.parent].append(path)
-    images = {root: list_files(root / "images", *FORMATS) for root in masks}
-    if 2 * sum(len(found) == 1 for found in images.values()) <= len(images):
+        if path.parent.name in ("images", "masks"):
+            (images if path.parent.name == "images" else masks)[path.parent.parent].append(path)
+    if 2 * sum(len(images[root]) == 1 for root in masks) <= len(masks):
         return {}  # one images/ and one masks/ for all images
-    for root, paths in tqdm(masks.items(), "DSB2018", disable=None):
+    for root in tqdm(sorted({*images, *masks}), "DSB2018", disable=None):
+        split, objects, before = split_of(root / "", folder), [], len(problems)
         try:
-            if len(images[root]) != 1:
-                raise ValueError(f"images에 이미지가 {len(images[root])}장")
-            size, objects = image_size(images[root][0]), []
+            if len(images[root]) != 1 or not (masks[root] or split == "test"):
+                raise ValueError(f"images에 이미지가 {len(images[root])}장, masks에 {len(masks[root])}장")
+            size = image_size(images[root][0])
         except ValueError as error:
             problems.append((relative(root, folder), error))
             continue
-        for path in paths:
+        for path in masks[root]:
             try:
                 with Image.open(path) as file:
                     pixels = np.array(file.convert("L"))
@@ -315,7 +322,8 @@ def read_folders(folder, problems):
                 objects.append({"category": "object", "segmentation": to_rle(pixels > 0)})
             except (ValueError, OSError) as error:
                 problems.append((relative(path, folder), error))
-        labels[images[root][0]] = split_of(root, folder), size, objects
+        if objects or len(problems) == before:
+            labels[images[root][0]] = split, size, objects
     return labels
 
 
@@ -329,10 +337,12 @@ def read_coco(folder, problems):
         name = relative(path, folder)
         try:
             coco, objects = read_json(path), defaultdict(list)
-            names = {category["id"]: str(category["name"]) for category in coco["categories"]}
+            names = {category["id"]: str(category["name"]) for category in coco.get("categories") or ()}
             for each in coco["annotations"]:
                 kept = {key: each[key] for key in ("segmentation", "bbox", "iscrowd") if each.get(key)}
-                objects[each["image_id"]].append({"category": names[each["category_id"]], **kept})
+                objects[each["image_id"]].append({"category": names.get(each.get("category_id"), "?"), **kept})
+            if len({entry["id"] for entry in coco["images"]}) < len(coco["images"]):
+                raise ValueError("두 이미지의 id가 같음")
             for entry in coco["images"]:
                 own, size = objects.pop(entry["id"], []), (entry.get("height"), entry.get("width"))
                 try:

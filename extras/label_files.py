@@ -53,7 +53,7 @@ def images_by_name(folder):
     return found
 
 
-def find_image(folder, label, name):
+def find_image(folder, label, name, stem=""):
     """The image that a label file calls `name`, where it says or elsewhere in the folder; ValueError if unclear.
 
     Of images with the same name, one with the same folders as `name`, of the same split or nearer to the file is used.
@@ -62,7 +62,8 @@ def find_image(folder, label, name):
     exact, base = Path(os.path.normpath(label.parent / name)), name.rsplit("/", 1)[-1]
     if exact.suffix.lower() in FORMATS and exact.is_file():
         return exact
-    found = next(filter(None, map(known.get, (base, UPLOAD_PREFIX.sub("", base), Path(base).stem))), [])
+    keys = (base, UPLOAD_PREFIX.sub("", base), Path(base).stem, composed(stem))
+    found = next(filter(None, map(known.get, keys)), [])
     ranks = {path: (path.as_posix().endswith(f"/{name}"), split_of(path, folder) == split_of(label / "", folder),
                     len(os.path.commonpath([path, label]))) for path in found}
     best = [path for path in found if ranks[path] == max(ranks.values())]
@@ -119,7 +120,7 @@ def yolo_config(folder):
     """Path and contents of the YAML file with names nearest to the top, and {class number: name} or None."""
     for path in sorted(list_files(folder, ".yaml", ".yml"), key=lambda path: len(path.parts)):
         try:
-            config = yaml.safe_load(read_text(path))
+            config = yaml.load(read_text(path), yaml.BaseLoader)  # only texts: a class may be named "no"
             if isinstance(config, dict) and "names" in config:
                 if "kpt_shape" in config:
                     raise ValueError("자세(kpt_shape) 라벨에는 마스크가 없음. 분할(segmentation)로 내보내세요")
@@ -143,6 +144,8 @@ def yolo_images(folder, path, config, problems):
         entries = config.get(split) or []
         for entry in entries if isinstance(entries, list) else [entries]:
             place = locate(entry, bases)
+            if place and folder not in (place, *place.parents):
+                print(f"주의: 데이터 폴더 밖에 있는 {split}: {place}")
             if place and place.is_file():  # a list of images
                 lines = filter(None, map(str.strip, read_text(place).split("\n")))
                 images = [locate(line, (place.parent, *bases)) for line in lines]
@@ -156,11 +159,19 @@ def yolo_images(folder, path, config, problems):
     return found
 
 
-def yolo_text(image):
+def yolo_text(folder, image):
     """The text file of an image: in labels/ if the image is in images/, or beside the image; None without one."""
-    before, found, after = image.as_posix().rpartition("/images/")
+    known = texts_by_name(folder)
+    before, found, after = composed(image.as_posix()).rpartition("/images/")
     places = [Path(f"{before}/labels/{after}"), image] if found else [image]
-    return next((text for text in (place.with_suffix(".txt") for place in places) if text.is_file()), None)
+    names = [place.with_suffix(".txt") for place in places]
+    return next((known.get(composed(name.as_posix()), name) for name in names
+                 if composed(name.as_posix()) in known or name.is_file()), None)
+
+
+@functools.cache
+def texts_by_name(folder):
+    return {composed(path.as_posix()): path for path in list_files(folder, ".txt")}
 
 
 def locate(entry, bases):
@@ -181,6 +192,8 @@ def voc_settings(root):
     names, splits = dict(enumerate(VOC_NAMES, 1)), {}
     if (root / "class_names.txt").is_file():
         names = dict(enumerate(map(str.strip, read_text(root / "class_names.txt").split("\n"))))
+    else:
+        print("class_names.txt가 없어 클래스 번호를 Pascal VOC의 이름으로 부릅니다")
     for split in ("test", "val", "train"):
         path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         splits.update(dict.fromkeys(composed(read_text(path)).split() if path.is_file() else (), split))
@@ -191,7 +204,7 @@ def read_indices(path):
     """The indices of a palette or grey PNG, int32 H x W; ValueError for other files and masks of one object."""
     with Image.open(path) as file:
         if file.format != "PNG" or file.mode not in ("P", "L", "I", "I;16"):
-            raise ValueError(f"팔레트 PNG가 아님 ({file.format}, {file.mode})")
+            raise ValueError(f"팔레트 PNG가 아님 ({file.format}, {file.mode}; 색이면 prepare_data.py --masks --colors)")
         values = np.array(file).astype(np.int32)
     if file.mode == "L" and {*np.unique(values)} <= {0, VOID}:
         raise ValueError("0과 255뿐인 마스크 (python prepare_data.py --images --masks로 읽으세요)")
@@ -233,21 +246,22 @@ def draw(polygon, height, width):
             places[point] = len(path)
             path.append(point)
     parts = [part for part in parts if len(part) > 2] or [polygon]
-    points = [np.floor(np.clip(part, -1e5, 1e5) + 0.05).astype(np.int32) for part in parts]  # 0.05: rounded fractions
+    points = [np.floor(np.array(part) + 0.05).astype(np.int32) for part in parts]  # 0.05: rounded fractions
     return cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1)
 
 
 def draw_shape(shape, height, width):
     """Draw a shape of LabelMe: uint8 H x W; ValueError if it has no area or does not fit into the image."""
     kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], float).reshape(-1, 2)
-    if not np.isfinite(points).all():
-        raise ValueError("유한하지 않은 좌표")
+    if not (np.abs(points) < 1e5).all():
+        raise ValueError("좌표가 이미지의 픽셀이 아님")
     if kind == "mask":
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as file:
             pixels, (left, top) = np.array(file.convert("L")) > 0, points[0].astype(int)
-        mask = np.zeros((height, width), np.uint8)
-        mask[top:top + pixels.shape[0], left:left + pixels.shape[1]] = pixels
-        return mask
+        bottom, right = height - top - pixels.shape[0], width - left - pixels.shape[1]
+        if min(top, left, bottom, right) < 0:
+            raise ValueError("mask가 이미지 밖에 있음")
+        return np.pad(pixels, ((top, bottom), (left, right))).astype(np.uint8)
     if kind == "circle" and len(points) == 2:  # its center and a point of its edge
         angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
         radius = np.hypot(*(points[1] - points[0]))
