@@ -9,7 +9,6 @@ A reader takes a folder and returns {image path: (split, (H, W) or None, objects
 without "segmentation" is a box. What a reader leaves out is added to `problems`, [(name, problem)].
 
 Chapters:
-    settings           files of other tools
     the run            main(), the command line, the layout, COCO JSON for prepare_data.py
     YOLO               data.yaml and one text file per image
     LabelMe            one JSON file per image
@@ -48,17 +47,12 @@ from label_files import (
     to_rle,
     unite,
     voc_settings,
-    yolo_config,
-    yolo_images,
-    yolo_text,
+    yolo_files,
 )
 from PIL import Image
 from tqdm import tqdm
 
-# ---- settings ----
-
 ROOT = Path(__file__).resolve().parent.parent
-
 
 # ---- the run ----
 
@@ -131,11 +125,11 @@ def report(folder, layout, labels, problems):
             print(f"  {what} 이미지 {len(images)}장은 쓰지 않습니다: {', '.join(path.name for path in images[:3])}"
                   f"{' 등' if len(images) > 3 else ''}")
     if splits.keys() > {""}:
-        print(f"  train과 val 밖의 이미지 {len(splits[''])}장은 학습에 씁니다: {splits[''][0]} 등")
+        print(f"  train과 val 밖의 이미지 {len(splits[''])}장은 학습에 씁니다: {splits[''][0].name} 등")
     splits["train"] += splits.pop("", [])
-    if not any(splits.values()):
+    if not (splits := {split: images for split, images in splits.items() if images}):
         fail(f"{folder}: 학습에 쓸 이미지가 없습니다 (이름이 test인 폴더와 JSON은 쓰지 않습니다)")
-    return {split: images for split, images in splits.items() if images}
+    return splits
 
 
 def stage(folder, splits, labels, output):
@@ -158,14 +152,12 @@ def stage(folder, splits, labels, output):
                             for identity, each in enumerate(objects, len(annotations) + 1)]
         coco = {"images": entries, "annotations": annotations,
                 "categories": [{"id": number, "name": name} for number, name in enumerate(categories, 1)]}
-        is_val = split == "val" and len(splits) > 1
-        if output:
-            path = output.with_stem(f"{output.stem}_val") if is_val else output
-            write_json(path, coco)
-            print(f"저장: {path} (이미지 폴더: {top})")
+        suffix, prefix = ("_val", "--val-") if split == "val" and len(splits) > 1 else ("", "--")
         write_json(folder / f"{split}.json", coco)
-        prefix = "--val-" if is_val else "--"
         flags += [f"{prefix}images", str(folder / split), f"{prefix}coco", str(folder / f"{split}.json")]
+        if output:
+            write_json(output.with_stem(output.stem + suffix), coco)
+            print(f"저장: {output.with_stem(output.stem + suffix)} (이미지 폴더: {top})")
     return flags
 
 
@@ -177,11 +169,10 @@ def read_yolo(folder, problems):
 
     An image without a text file has no objects, as in Ultralytics.
     """
-    path, config, names = yolo_config(folder)
-    images, labels = yolo_images(folder, path, config, problems), {}
-    texts = {image: yolo_text(folder, image) for image in images}
-    for image in tqdm(images if config or any(texts.values()) else (), "YOLO", disable=None):
-        text, objects, before = texts[image], [], len(problems)
+    names, files = yolo_files(folder, problems)
+    labels = {}
+    for image, (split, text) in tqdm(files.items(), "YOLO", disable=None):
+        objects, before = [], len(problems)
         try:
             size, lines = image_size(image), read_text(text).splitlines() if text else ()
         except ValueError as error:
@@ -193,11 +184,7 @@ def read_yolo(folder, problems):
             except ValueError as error:
                 problems.append((f"{relative(text, folder)} {number}번째 줄", error))
         if objects or len(problems) == before:
-            labels[image] = images[image], size, objects
-    missing = [image for image in labels if not texts[image]]
-    orphans = sorted({text for text in list_files(folder, ".txt") if "labels" in text.parts} - {*texts.values()})
-    for paths, problem in (missing, "라벨 파일이 없어 객체가 없는 것으로 봄"), (orphans, "라벨에 맞는 이미지가 없음"):
-        problems += [(f"{relative(paths[0], folder)} 등 {len(paths)}개", problem)] if paths else []
+            labels[image] = split, size, objects
     return labels
 
 
@@ -340,7 +327,7 @@ def read_coco(folder, problems):
             names = {category["id"]: str(category["name"]) for category in coco.get("categories") or ()}
             for each in coco["annotations"]:
                 kept = {key: each[key] for key in ("segmentation", "bbox", "iscrowd") if each.get(key)}
-                objects[each["image_id"]].append({"category": names.get(each.get("category_id"), "?"), **kept})
+                objects[each["image_id"]].append(kept | {"category": names.get(each.get("category_id"), "?")})
             if len({entry["id"] for entry in coco["images"]}) < len(coco["images"]):
                 raise ValueError("두 이미지의 id가 같음")
             for entry in coco["images"]:

@@ -116,6 +116,24 @@ def refuse_other_tools(folder):
                 fail(f"{path}: {advice}")
 
 
+def yolo_files(folder, problems):
+    """({class number: name} or None, {image path: (split, its text file or None)}); the latter is empty without labels.
+
+    Adds images without a text file, and text files without an image, to `problems`.
+    """
+    path, config, names = yolo_config(folder)
+    images = yolo_images(folder, path, config, problems)
+    texts = {image: yolo_text(folder, image) for image in images}
+    used = {*texts.values()} - {None}
+    if not config and not used:
+        return names, {}
+    missing = [image for image in images if not texts[image]]
+    orphans = [text for text in list_files(folder, ".txt") if "labels" in text.parts and text not in used]
+    for paths, problem in (missing, "라벨 파일이 없어 객체가 없는 것으로 봄"), (orphans, "라벨에 맞는 이미지가 없음"):
+        problems += [(f"{relative(paths[0], folder)} 등 {len(paths)}개", problem)] if paths else []
+    return names, {image: (split, texts[image]) for image, split in images.items()}
+
+
 def yolo_config(folder):
     """Path and contents of the YAML file with names nearest to the top, and {class number: name} or None."""
     for path in sorted(list_files(folder, ".yaml", ".yml"), key=lambda path: len(path.parts)):
