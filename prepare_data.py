@@ -2,26 +2,20 @@
 
     python prepare_data.py --images DIR --masks DIR      pair by file name; masks of one object or numbered objects
     python prepare_data.py --images DIR --coco FILE      COCO polygons or RLE (CVAT, Roboflow, Label Studio)
-    python prepare_data.py --check                       report every problem in data/ by file
-    python prepare_data.py --preview 12                  draw a contact sheet of 12 pairs
+    python prepare_data.py --check --preview 12          report every problem in data/; draw a contact sheet of 12 pairs
     python prepare_data.py                               create empty folders and explain how to fill them
 
-Output:
-
-    data/images/{train,val}/NAME.jpg|.jpeg|.png    the image's own bytes (other formats and pages become PNG)
-    data/masks/{train,val}/NAME.png                of the image's size; 8-bit, 0 or 255: one object; 16-bit: numbered
-                                                   objects, 0 is the background; with classes: 1000 * class + number
-    data/classes.json                              {"1": name, ...}, only for two or more classes
-    data/split.json                                what it was made from, so that it is not made twice; the split
+Output in data/: images/SPLIT/NAME.jpg|.jpeg|.png, the image's own bytes (other formats, pages and transparency become
+PNG); masks/SPLIT/NAME.png, 8-bit, 0 or 255: one object, or 16-bit: numbered objects, 0 is background; classes.json for
+two or more classes, {"1": name}: values are 1000 * class + number; split.json, the sources and the split.
 
 Chapters:
     settings               constants and messages
     the run                main(), the command line, from two folders to data/
-    finding files          the images of a folder, its own split, the pages of a TIFF file
-    pairs by name          an image and the mask file of the same name
+    finding pairs          an image and the mask file of the same name, folders, pages of a TIFF file
     reading masks          from the pixels of a mask file to a label map
     COCO                   polygons and RLE drawn as label maps
-    writing data/          both files of a pair, EXIF orientation, transparency, groups, the split
+    writing data/          both files of a pair, EXIF orientation, transparency, the split, notes
     --check and --preview  every problem in data/, statistics, the contact sheet
     files                  images, locks, files that are never half-written, failures
 """
@@ -64,35 +58,42 @@ SPLITS = ("train", "val")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files of a NAS or Windows
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
-AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg: NAME_jpg.rf.HASH.jpg
-MAX_CLASSES, MAX_NUMBER = 64, 999  # with classes, a mask's values are 1000 * class + number
+AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
+IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 NOTES = {  # messages about changes to some files, by the key under which they are collected
-    "outside": "train/과 val/ 밖의 폴더와 이미지 {:,}개는 그대로 두고 쓰지 않습니다",
-    "subfolders": "하위 폴더 {:,}개는 읽지 않았습니다 (읽으려면 --recursive)",
+    "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive는 모두 읽고, train/과 val/이 있으면 그 둘만)",
+    "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
+    "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 저마다 한 묶음입니다",
     "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다: 배경인 값은 --void로 알려 주세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
     "crowds": "iscrowd 영역 {:,}개를 뺐습니다 (객체로 쓰려면 --keep-crowd)",
     "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --keep-crowd 없이, 또는 --category로 다른 범주만)",
     "boxes": "상자뿐인 객체 {:,}개를 뺐습니다 (마스크 만들기: python extras/label_with_text.py --boxes)",
     "orphans": "images에 없는 이미지의 객체 {:,}개를 뺐습니다",
-    "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
+    "unnamed": "categories에 없는 category_id의 객체 {:,}개: 번호를 클래스의 이름으로 씁니다",
     "prefixes": "Label Studio가 이름 앞에 붙인 글자를 이미지 {:,}장에서 떼고 찾았습니다",
-    "empty": "객체가 없는 이미지 {:,}장을 검은 마스크로 넣었습니다 (--allow-empty)",
-    "white": "투명한 곳이 있는 이미지 {:,}장을 흰 바탕에 합쳐 PNG로 썼습니다",
+    "empty": "객체가 없는 이미지 {:,}장 (검은 마스크, --allow-empty)",
+    "duplicates": "픽셀이 같은 이미지 {:,}장이 한쪽에 더 있습니다",
+    "cut": "가장자리에서 잘린 객체 {:,}개",
+    "small": "학습에서 빠지는 작은 객체 (100픽셀 미만) {:,}개",
+    "white": "투명한 이미지 {:,}장은 흰 바탕에 합쳐 PNG로 썼습니다",
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
-IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
+MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
-Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/file name", path, page or 0, function of (H, W)
+REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
+Row = namedtuple("Row", "name image mask size share objects content reasons")  # see measure_pair()
+Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/NAME", path, page (0: the file), function of (H, W)
 
 for _stream in (sys.stdout, sys.stderr):
     if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 Image.MAX_IMAGE_PIXELS = None  # OpenCV has a limit of its own
+composed = partial(unicodedata.normalize, "NFC")  # macOS and its zip files decompose the syllables of file names
 
 
 class ImageError(OSError):
@@ -106,26 +107,28 @@ def main():
     args = parse_args()
     if args.images:
         prepare(args)
-    problems = check(args.data_dir) if args.check else 0
+    if args.check or args.preview:
+        rows, problems, notes, classes = survey(args.data_dir, args.allow_empty)
+    if args.check:
+        print_check(rows, problems, notes, classes)
     if args.preview:
-        preview(args.data_dir, args.preview)
+        preview(args.data_dir, rows, args.preview)
     if not (args.images or args.check or args.preview):
         make_empty_folders(args.data_dir)
-    sys.exit(1 if problems else 0)
+    sys.exit(1 if args.check and problems else 0)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="내 이미지와 마스크를 data/에 준비하고 확인합니다.", epilog=IMPORT)
-    add, kind = parser.add_argument, parser.add_mutually_exclusive_group()
-    group = parser.add_mutually_exclusive_group()
-    add("--images", type=Path, help="이미지 폴더. 안에 train/과 val/(valid/)이 있으면 그 분할을 지킴")
+    add, kind, group = parser.add_argument, *(parser.add_mutually_exclusive_group() for _ in range(2))
+    add("--images", type=Path, help="이미지 폴더. 안에 train/과 val/(또는 valid/)이 있으면 그 분할을 지킴")
     add("--masks", type=Path, help="마스크 폴더: 이미지와 이름(확장자 제외)이 같은 파일")
     add("--coco", type=Path, help="마스크 대신 COCO annotations.json (다각형 또는 RLE)")
     add("--val-images", type=Path, help="검증 이미지 폴더: 나누지 않고 이 분할을 씀")
     add("--val-masks", type=Path, help="--val-images의 마스크 폴더")
     add("--val-coco", type=Path, help="--val-images의 COCO 파일")
-    add("--mask-suffix", default="", metavar="_mask", help="마스크 이름의 꼬리: a.jpg의 마스크가 a_mask.png일 때")
-    add("--image-suffix", default="", metavar="_image", help="마스크 이름에 없는 이미지 이름의 꼬리")
+    add("--mask-suffix", default="", metavar="TEXT", help="마스크 이름의 꼬리: a.jpg의 마스크가 a_mask.png이면 _mask")
+    add("--image-suffix", default="", metavar="TEXT", help="마스크 이름에는 없는 이미지 이름의 꼬리")
     add("--recursive", action="store_true", help="하위 폴더도 읽음: a/b.jpg는 a__b.jpg가 됨")
     kind.add_argument("--numbered", "--colors", "--colours", action="store_true",
                       help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
@@ -142,29 +145,29 @@ def parse_args():
     add("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: %(default)s)")
     add("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
     group.add_argument("--group", metavar="REGEX",
-                       help="이름에서 이 정규식(괄호가 있으면 그 안)이 같은 이미지는 학습과 검증에 나뉘지 않음")
-    group.add_argument("--group-by-folder", dest="group", action="store_const", const=r"^([^/]+)/",
-                       help="이미지 폴더 바로 아래의 같은 폴더에 있는 이미지는 나뉘지 않음")
+                       help="이름에서 이 정규식(괄호가 있으면 첫 괄호)에 맞는 글자가 같은 이미지는 한쪽에만 둠")
+    group.add_argument("--group-by-folder", dest="group", action="store_const", const="^([^/]+)/",
+                       help="--images 바로 아래의 폴더가 같은 이미지는 한쪽에만 둠")
     add("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
-    add("--preview", type=int, metavar="N", help="N쌍을 한 장에 모아 data/preview.png로 저장")
+    add("--preview", type=int, metavar="N", help="N쌍을, 살펴볼 것부터, 한 장에 모아 data/preview.png로 저장")
     args = parser.parse_args()
-    for name in ("", "val_"):
-        given = [getattr(args, name + part) for part in ("images", "masks", "coco")]
-        if any(given) and not (given[0] and bool(given[1]) != bool(given[2])):
-            flags = [f"--{name.replace('_', '-')}{part}" for part in ("images", "masks", "coco")]
-            parser.error(f"{flags[0]}에는 {flags[1]}와 {flags[2]} 중 하나가 함께 있어야 합니다. {IMPORT}")
+    for images, masks, coco in (("images", "masks", "coco"), ("val_images", "val_masks", "val_coco")):
+        given = [bool(getattr(args, name)) for name in (images, masks, coco)]
+        if given not in ([False] * 3, [True, True, False], [True, False, True]):
+            images, masks, coco = (f"--{name.replace('_', '-')}" for name in (images, masks, coco))
+            parser.error(f"{images}에는 {masks}나 {coco} 중 하나만 함께 있어야 합니다. {IMPORT}")
     if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
-        parser.error("--val-images에는 --images가 있어야 하고, 마스크는 둘 다 폴더이거나 둘 다 COCO여야 합니다")
+        parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
-    if any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco:
-        parser.error("--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
-                     "--category와 --keep-crowd는 --coco와 함께 씁니다")
-    if any(len(void) not in (1, 3) for void in args.void):
-        parser.error("--void는 값 하나나 색 R G B여야 합니다")
-    if not 0 <= args.val_ratio < 1:
-        parser.error("--val-ratio는 0 이상 1 미만이어야 합니다")
-    if args.preview is not None and args.preview < 1:
-        parser.error("--preview는 1 이상이어야 합니다")
+    for is_wrong, message in (
+            (any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
+             "--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
+             "--category와 --keep-crowd는 --coco와 함께 씁니다"),
+            (any(len(void) not in (1, 3) for void in args.void), "--void는 값 하나나 색 R G B여야 합니다"),
+            (not 0 <= args.val_ratio < 1, "--val-ratio는 0 이상 1 미만이어야 합니다"),
+            (args.preview is not None and args.preview < 1, "--preview는 1 이상이어야 합니다")):
+        if is_wrong:
+            parser.error(message)
     try:
         re.compile(args.group or "")
     except re.error as error:
@@ -174,31 +177,36 @@ def parse_args():
 
 def prepare(args):
     """Pair, check, read the masks, split and write data/; print a summary."""
-    target, notes, classes = args.data_dir, defaultdict(list), {}
-    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco)]
-    parts += [("val", args.val_images, args.val_masks, args.val_coco)] if args.val_images else []
-    pairs, problems, sources = [], {}, set()
-    for split, images, masks, coco in parts:
+    target, staging, notes = args.data_dir, args.data_dir / ".part", defaultdict(list)
+    pairs, problems, sources, classes = [], {}, set(), {}  # classes: {name: number in the masks}
+    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
+             ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts[:2 if args.val_images else 1]:
         if target.resolve() in (images.resolve(), *images.resolve().parents):
             fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
-        find_pairs = partial(pairs_from_coco, classes, coco) if coco else partial(pairs_from_masks, masks)
+        find_pairs = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
         found, files = find_pairs(images, split, args, problems, notes)
         pairs += found
-        sources.update(files, (pair.image for pair in found))
-    if len(classes) < 2:
-        classes.clear()
-    if len(classes) > MAX_CLASSES:
-        fail(f"클래스가 {len(classes)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+        sources.update((f"{split}/{path.name}", path) for path in files)
+        sources.update((pair.name, pair.image) for pair in found)
+    if missing := [name for name in args.category or () if name not in classes]:
+        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(classes)})")
+    used = [name for name, is_used in classes.items() if is_used]
+    if len(used) > MAX_CLASSES and not args.merge:
+        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    classes.clear()
+    if len(used) > 1 and not args.merge:
+        classes.update({name: number for number, name in enumerate(used, start=1)})
 
     lock(target / ".lock")
     settings = {name: value for name, value in vars(args).items()
                 if not isinstance(value, Path) and name not in ("check", "preview")}
-    record = {"sources": [[path.name, zlib.crc32(path.read_bytes())] for path in sorted(sources)], "complete": True,
+    record = {"sources": [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], "complete": True,
               **settings}
     earlier_record, files = {}, checksums(target)
-    with contextlib.suppress(OSError, ValueError):
-        earlier_record = json.loads((target / "split.json").read_text(encoding="utf-8"))
-    if {**earlier_record, "split": None} == {**record, "checksums": files, "split": None}:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        earlier_record = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
+    if {**earlier_record, "split": 0} == {**record, "checksums": files, "split": 0}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
     own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all files
@@ -206,7 +214,6 @@ def prepare(args):
         fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
              "옮기거나 다른 --data-dir을 쓰세요")
 
-    staging = target / ".part"
     try:
         contents, groups = write_pairs(pairs, problems, staging, args, notes)
         print_notes(notes)
@@ -214,19 +221,20 @@ def prepare(args):
             print(f"  제외: {name.removeprefix('all/')} - {problem}")
         if not contents:
             fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
-        splits = {split: [name for name in contents if name.startswith(f"{split}/")] for split in SPLITS}
-        if not any(splits.values()):
-            splits = split_names(groups, args.val_ratio, args.shuffle_seed)
+        if args.group and len(notes["ungrouped"]) == len(contents):
+            fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
     except SystemExit:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    for pair in same_images(*({Path(name).name: contents[name] for name in splits[split]} for split in SPLITS)):
-        print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {pair}")
+    splits = {split: [name for name in contents if name.startswith(split)] for split in SPLITS}  # their own split
+    is_own = any(splits.values())
+    splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
+    warn_about_split(splits, contents, groups, args.group)
     if files:
         print(f"{target}에 있던 {sum(name.startswith('masks/') for name in files)}쌍을 새 쌍으로 바꿉니다.")
     put_in_place(staging, target, splits, classes, record)
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
-          + (f", 클래스 {', '.join(classes)}" if classes else ""))
+          + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
 
 
 def make_empty_folders(data_dir):
@@ -235,150 +243,101 @@ def make_empty_folders(data_dir):
     for folder in new:
         folder.mkdir(parents=True)
     print(f"""{'폴더를 만들었습니다' if new else '폴더가 이미 있습니다'}: {', '.join(map(str, new or folders))}
-
-직접 채우기 (val은 검증용, 전체의 20% 정도. 확인: python prepare_data.py --check):
-  {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
-  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
-      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
-
-자동으로 나누기:
-  python prepare_data.py --images 이미지폴더 --masks 마스크폴더    (8비트 값이나 색이 객체의 번호면 --numbered)
-  python prepare_data.py --images 이미지폴더 --coco annotations.json
-
-Kvasir-SEG 받기:
-  python download_dataset.py""")
+직접 채우기: {data_dir}/images/train/이름.jpg (png)와 {data_dir}/masks/train/이름.png, val은 검증용 (전체의 20% 정도)
+  마스크는 객체가 하나면 8비트 PNG (255가 객체, 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
+  확인: python prepare_data.py --check
+자동으로 나누기 (8비트 값이나 색이 객체의 번호면 --numbered):
+  python prepare_data.py --images 이미지폴더 --masks 마스크폴더
+  또는 python prepare_data.py --images 이미지폴더 --coco annotations.json
+{IMPORT}
+Kvasir-SEG 받기: python download_dataset.py""")
 
 
-# ---- finding files ----
+# ---- finding pairs ----
 
 
 def find_images(folder, split, recursive, problems, notes, subfolders=(), skip=None):
     """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become `problems`.
 
-    split "all" leaves the split to split_names(), unless the folder contains train/ and val/ (or valid/), which then
-    are the split. Folders inside are read if `recursive` or if named in `subfolders`; `skip`, a folder inside, is not.
+    split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then are it.
+    Folders inside are read if `recursive` or if named in `subfolders`; `skip`, a folder inside, is never read.
     """
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    skipped = skip.resolve() if skip and folder.resolve() in skip.resolve().parents else None
-    inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.resolve() != skipped
+    inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.resolve() != skip
               and not SYSTEM_FILES.search(f"/{path.name}/")]
-    own = [name for name in inside if name.lower() in SPLIT_FOLDERS] if split == "all" else []
-    if len(own) > 2:
-        fail(f"{folder}: 검증 폴더가 여럿입니다 ({', '.join(own)}). 하나를 --val-images로 주세요")
-    own = own if {SPLIT_FOLDERS[name.lower()] for name in own} == set(SPLITS) else []
-    paths = set(list_files(folder, recursive and not own, skipped)).union(
-        *(list_files(folder / name, recursive, skipped) for name in [*own, *subfolders]))
-    found, read = [], {*own, *(name.split("/")[0] for name in subfolders)}
+    own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
+    own = own if set(own.values()) == set(SPLITS) else {}
+    paths = set(list_files(folder, recursive and not own, skip)).union(
+        *(list_files(folder / name, recursive, skip) for name in [*own, *subfolders]))
+    found = []
     for path in sorted(paths):
-        first, _, rest = path.relative_to(folder).as_posix().partition("/")
-        is_image, is_outside = path.suffix.lower() in IMAGE_SUFFIXES, own and first not in own
-        name = f"{SPLIT_FOLDERS[first.lower()]}/{rest}" if first in own else f"{split}/{first}{'/' if rest else ''}{rest}"
-        if SYSTEM_FILES.search(f"/{name}"):
+        name = path.relative_to(folder).as_posix()
+        first, _, rest = name.partition("/")
+        if path.suffix.lower() in TEXT_SUFFIXES or SYSTEM_FILES.search(f"/{name}"):
             continue
-        if is_image and not is_outside:
-            found.append((name, path))
-        elif is_image:
-            notes["outside"].append((name, 1))
-        elif path.suffix.lower() not in TEXT_SUFFIXES:
+        name = f"{own[first]}/{rest}" if first in own else f"{split}/{name}"
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             problems[name] = "읽지 않는 형식 (PNG나 JPEG로 바꾸세요)"
-    if own or not recursive:
-        notes["outside" if own else "subfolders"] += [(f"{name}/", 1) for name in inside if name not in read]
+        elif own and first not in own:
+            problems[name] = "train/과 val/ 밖에 있음"
+        else:
+            found.append((name, path))
+    read = {*own, *(name.split("/")[0] for name in subfolders), *(inside if recursive and not own else ())}
+    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in read]
     return found
 
 
-def list_files(folder, recursive, skipped=None):
-    """The files of a folder and, if recursive, of the folders inside; OSError if one is unreadable (glob() skips it)."""
-    for path in sorted(folder.iterdir()):
+def list_files(folder, recursive, skip=None):
+    """The files of a folder, and of those inside if recursive; OSError if one is unreadable (glob() would skip it)."""
+    for path in folder.iterdir():
         if path.is_file():
             yield path
-        elif recursive and path.is_dir() and path.resolve() != skipped:
-            yield from list_files(path, True, skipped)
-
-
-def composed(name):
-    """A file name in NFC form, with one character per Korean syllable; macOS and its zip files decompose them."""
-    return unicodedata.normalize("NFC", name)
-
-
-def tiff_pages(path):
-    """(offset of a page's directory, place of the offset of the next one, format) of each page of a TIFF file."""
-    formats = {b"II*\0": ("<H", "<I", 12), b"MM\0*": (">H", ">I", 12),
-               b"II+\0": ("<Q", "<Q", 20), b"MM\0+": (">Q", ">Q", 20)}  # number of entries, offset, bytes of an entry
-    pages = {}
-    with path.open("rb") as file, contextlib.suppress(struct.error):  # of a truncated file
-        count, offset, size = formats.get(file.read(4), (None,) * 3)
-        place = 8 if size == 20 else 4
-        while count:
-            file.seek(place)
-            directory, = struct.unpack(offset, file.read(struct.calcsize(offset)))
-            if not directory or directory in pages:
-                break
-            file.seek(directory)
-            entries, = struct.unpack(count, file.read(struct.calcsize(count)))
-            place = directory + struct.calcsize(count) + entries * size
-            pages[directory] = place
-    return [(directory, place, offset) for directory, place in pages.items()]
-
-
-def one_page(path, page, folder):
-    """A file that shows one page of a TIFF file, counted from 1; `path` itself if page is 0: a file of one page."""
-    if not page:
-        return path
-    copy = folder / str(zlib.crc32(os.fsencode(path.resolve()))) / path.name
-    if not copy.exists():
-        copy.parent.mkdir(parents=True)
-        shutil.copyfile(path, copy)
-    directory, place, offset = tiff_pages(path)[page - 1]
-    with copy.open("r+b") as file:  # the header leads to this page, and this page to no other
-        for position, value in ((4 if offset[1] == "I" else 8, directory), (place, 0)):
-            file.seek(position)
-            file.write(struct.pack(offset, value))
-    return copy
-
-
-# ---- pairs by name ----
+        elif recursive and path.is_dir() and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
+            yield from list_files(path, True, skip)
 
 
 def pairs_from_masks(masks, images, split, args, problems, notes):
     """Pair images and mask files by stem: [Pair], and the mask files; adds {name: problem} for the others."""
-    is_one_folder = images.resolve() == masks.resolve()
-    if is_one_folder and not args.mask_suffix:
-        fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
-    image_files = find_images(images, split, args.recursive, problems, notes, skip=masks)
-    if is_one_folder:
-        mask_files = [(name, path) for name, path in image_files if composed(path.stem).endswith(args.mask_suffix)]
-        image_files = [file for file in image_files if file not in mask_files]
+    find = partial(find_images, split=split, recursive=args.recursive, problems=problems, notes=notes)
+    if images.resolve() != masks.resolve():
+        image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
+    elif args.mask_suffix:
+        files, suffix = find(images), composed(args.mask_suffix)
+        mask_files = [(name, path) for name, path in files if composed(path.stem).endswith(suffix)]
+        image_files = [(name, path) for name, path in files if not composed(path.stem).endswith(suffix)]
     else:
-        mask_files = find_images(masks, split, args.recursive, problems, notes, skip=images)
+        fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
     pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
-    if not pairs and not args.mask_suffix:
+    if image_files and not pairs and not args.mask_suffix:
         suggest_suffix(*([composed(name.removesuffix(path.suffix)) for name, path in files]
                          for files in (image_files, mask_files)))
-    pairs = [Pair(name, image, page, partial(read_source_mask, mask, args, notes, mask_page))
-             for name, (image, page), (mask, mask_page) in pairs]
+    pairs = [Pair(name, *image, partial(read_source_mask, *mask, args, notes)) for name, image, mask in pairs]
     return pairs, [path for _, path in mask_files]
 
 
 def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask_suffix=""):
-    """Pair files by stem, without the suffixes: [(name, (image path, page), (mask path, page))]; 0 if there is one page.
+    """Pair files by stem: [(name, (image path, page), (mask path, page))]; files without a pair become `problems`.
 
-    The pages of a TIFF file are stem_p001, stem_p002, ...; files without a pair are added to `problems`.
+    Pages of a TIFF file with several are named stem_p001, stem_p002, ...; page is 0 for other files.
     """
     found, pairs = defaultdict(lambda: ([], [])), []
+    is_one_mask_folder = all(name.startswith("all/") for name, _ in mask_files)  # for images with a split of their own
     for part, (files, suffix) in enumerate(((image_files, image_suffix), (mask_files, mask_suffix))):
         for name, path in files:
             stem, pages = name.removesuffix(path.suffix), len(tiff_pages(path))
-            if not stem.endswith(suffix):
+            if not composed(stem).endswith(composed(suffix)):
                 notes["suffixes"].append((name, 1))
                 continue
             for page in range(1, pages + 1) if pages > 1 else [0]:
                 mark = f"_p{page:03}" if page else ""
-                found[composed(stem.removesuffix(suffix) + mark)][part].append((f"{stem}{mark}{path.suffix}", (path, page)))
+                key = composed(stem).removesuffix(composed(suffix)) + mark
+                key = key.partition("/")[2] if is_one_mask_folder else key
+                found[key][part].append((f"{stem}{mark}{path.suffix}", (path, page)))
     for stem, (images, masks) in sorted(found.items()):
         if len(images) > 1 or len(masks) > 1:
-            named = ", ".join(path.name for _, (path, _) in max(images, masks, key=len))
-            problems[stem] = f"이름이 같은 파일이 여럿: {named}"
+            same = [name for name, _ in max(images, masks, key=len)]
+            problems[same[0]] = "이름이 같은 파일이 여럿: " + ", ".join(Path(name).name for name in same)
         elif not masks:
             problems[images[0][0]] = f"마스크 없음 (이름이 {Path(stem).name}{mask_suffix}인 파일)"
         elif not images:
@@ -389,23 +348,53 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
 
 
 def suggest_suffix(images, masks):
-    """Fail with the command that pairs stems of images and masks, if one suffix pairs all images."""
+    """Fail with the command that pairs all images if their stems and those of the masks differ only in one suffix."""
     common = os.path.commonprefix([stem[::-1] for stem in images])[::-1]
-    for tail in ("", *re.findall(r"[_\-. ].*", common)):
+    for tail in ("", *re.findall(r"[-_. ].*", common)):
         bases = [stem.removesuffix(tail) for stem in images]
-        fitting = sorted(mask[len(bases[0]):] for mask in masks if mask.startswith(bases[0]) and all(
-            base + mask[len(bases[0]):] in masks for base in bases))
+        suffixes = [mask[len(bases[0]):] for mask in sorted(masks) if mask.startswith(bases[0])]
+        fitting = [suffix for suffix in suffixes if suffix and {base + suffix for base in bases} <= set(masks)]
         if fitting:
             flags = [f"--mask-suffix={fitting[0]}", *([f"--image-suffix={tail}"] if tail else [])]
-            others = f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""
-            fail(f"마스크의 이름 끝이 이미지와 다릅니다. 다시 실행: "
-                 f"{shlex.join(['python', 'prepare_data.py', *sys.argv[1:], *flags])}{others}")
+            fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
+                 + shlex.join(["python", "prepare_data.py", *sys.argv[1:], *flags])
+                 + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
+
+
+def tiff_pages(path):
+    """The pages of a TIFF file: [(offset of the directory, position of the offset of the next)]; [] if it is none."""
+    pages, position = {}, 4
+    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports damaged files
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))  # decode_file() refuses BigTIFFs of several pages
+        while order and file.seek(position):
+            start, = struct.unpack(f"{order}I", file.read(4))
+            if start in (0, *pages):
+                break
+            file.seek(start)
+            position = pages[start] = start + 2 + 12 * struct.unpack(f"{order}H", file.read(2))[0]
+    return [(start, position, order) for start, position in pages.items()]
+
+
+def one_page(path, page, folder):
+    """A copy of a TIFF file in `folder` that shows only one page, counted from 1; `path` itself for page 0."""
+    if not page:
+        return path
+    copy = folder / str(zlib.crc32(os.fsencode(path.resolve()))) / path.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    start, position, order = tiff_pages(path)[page - 1]
+    with copy.open("r+b") as file:  # the header leads to this page, and this page to no other
+        for place, value in ((4, start), (position, 0)):
+            file.seek(place)
+            file.write(struct.pack(f"{order}I", value))
+    return copy
 
 
 # ---- reading masks ----
 
 
-def read_source_mask(path, args, notes, page=0, _shape=None):
+def read_source_mask(path, page, args, notes, _shape=None):
     """Read a mask written by any tool: bool H x W for one object, uint16 H x W for numbered objects (0: background).
 
     Grey masks with more than 8 bits (microscopy tools) and PNGs with the VOC palette hold object numbers. With
@@ -418,6 +407,8 @@ def read_source_mask(path, args, notes, page=0, _shape=None):
     if args.void or void.any():
         values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
         notes["void"].append((path.name, int(void.sum())))
+        if void.any() and not values.any():
+            raise ImageError("void뿐인 마스크")
     is_deep = values.ndim == 2 and values.itemsize > 1
     if args.numbered or args.classes or args.threshold is None and (is_voc or is_deep):
         labels = to_labels(values, args.classes)
@@ -441,8 +432,7 @@ def read_pixels(path, args):
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values = decode_file(path, cv2.IMREAD_UNCHANGED)
-    values = upright(values, path)
+    values = upright(decode_file(path, cv2.IMREAD_UNCHANGED), path)
     if values.ndim == 3 and values.shape[2] == 4:
         values, alpha = values[..., :3], values[..., 3] > values[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
@@ -507,13 +497,13 @@ def to_labels(values, classes=False):
 # ---- COCO ----
 
 
-def pairs_from_coco(classes, coco_path, images, split, args, problems, notes):
-    """Like pairs_from_masks, for the objects of a COCO file or of the given categories only; returns [Pair], [COCO file].
+def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
+    """Like pairs_from_masks, for the objects of a COCO file or of the given categories only.
 
-    The categories of the objects are added to `classes`, {name: number}, in the file's order. A region marked iscrowd
-    may contain several objects; it is skipped if its category also has single objects.
+    Adds the file's categories to `classes`: {name: whether it has objects}. A region marked iscrowd may contain several
+    objects; it is skipped if its category also has single objects.
     """
-    objects, entries, paths, dropped, pairs = defaultdict(list), defaultdict(list), {}, set(), []
+    objects, entries, paths, incomplete, pairs = defaultdict(list), defaultdict(list), {}, set(), []
     try:
         coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
@@ -525,115 +515,100 @@ def pairs_from_coco(classes, coco_path, images, split, args, problems, notes):
                      "파일을 합쳤다면 번호를 다시 매기세요")
             paths[image["id"]] = path, (image.get("height"), image.get("width"))
         known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
-        chosen = [(annotation, known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
-                  for annotation in coco["annotations"]]
-        chosen = [(annotation, name) for annotation, name in chosen if not args.category or name in args.category]
-        with_singles = {name for annotation, name in chosen if not annotation.get("iscrowd")}
-        for annotation, name in chosen:
-            is_crowd = annotation.get("iscrowd") and not args.merge
+        chosen = [(name, annotation) for annotation in coco["annotations"]
+                  if (name := known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
+                  in (args.category or [name])]
+        with_singles = {name for name, annotation in chosen if not annotation.get("iscrowd")}
+        for name, annotation in chosen:
+            identity, is_crowd = annotation["image_id"], annotation.get("iscrowd") and not args.merge
             is_kept = not is_crowd or args.keep_crowd or name not in with_singles
-            note = ("orphans" if annotation["image_id"] not in paths else "boxes" if not annotation.get("segmentation")
+            note = ("orphans" if identity not in paths else "boxes" if not annotation.get("segmentation")
                     else ("kept_crowds" if is_kept else "crowds") if is_crowd else None)
+            if known and annotation.get("category_id") not in known:
+                notes["unnamed"].append((f"category_id {name}", 1))
             if note:
-                image_name, _ = paths.get(annotation["image_id"], (str(annotation["image_id"]), None))
-                notes[note].append((image_name, 1))
+                notes[note].append((paths.get(identity, (str(identity),))[0], 1))
             if note in (None, "kept_crowds"):
-                objects[annotation["image_id"]].append((annotation["segmentation"], name))
+                objects[identity].append((name, annotation["segmentation"]))
             else:
-                dropped.add(annotation["image_id"])
+                incomplete.add(identity)
     except FileNotFoundError:
         fail(f"파일이 없습니다: {coco_path}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). 내보낼 때 CVAT와 Label Studio에서는 "
-             f"COCO, VIA에서는 Export Annotations (COCO format)을 고르세요. {IMPORT}")
-    if missing := set(args.category or ()) - set(known.values()):
-        fail(f"{coco_path}에 없는 범주입니다: {', '.join(sorted(missing))} (있는 것: {', '.join(known.values())})")
+        fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
+             f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
     if "boxes" in notes and not objects:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
-    used = {name: None for found in objects.values() for _, name in found}
-    for name in [name for name in known.values() if name in used] + list(used):
-        classes.setdefault(name, len(classes) + 1)
+    used = {name for found in objects.values() for name, _ in found}
+    for name in [*known.values(), *sorted(used)]:
+        classes[name] = classes.get(name) or name in used
 
-    places = defaultdict(set)
     folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
-    files = find_images(images, split, args.recursive, problems, notes, folders)
-    for file in files:
-        places[composed(file[1].relative_to(images).as_posix())].add(file)
-        places[file[0].partition("/")[2]].add(file)  # without train/ or val/
+    files, places = find_images(images, split, args.recursive, problems, notes, folders), defaultdict(set)
+    for file in files:  # by its path in the folder, and without train/ or val/
+        for place in (file[1].relative_to(images).as_posix(), file[0].partition("/")[2]):
+            places[composed(place)].add(file)
     for identity, (path, size) in paths.items():
-        found = next((places[end] for end in ends(path) if end in places), None)
-        if not found and (found := places.get(UPLOAD_PREFIX.sub("", path.rpartition("/")[2], count=1))):
+        found = next((places[end] for end in ends(path) if end in places), ())  # CVAT writes folders before the name
+        if not found and (found := places.get(UPLOAD_PREFIX.sub("", path.rpartition("/")[2], count=1), ())):
             notes["prefixes"].append((path, 1))
-        if not found:
-            problems[f"{split}/{path}"] = "이미지 없음"
-        for file in found or ():
-            entries[file].append((path, identity, size))
-            if len(found) > 1:
-                problems[file[0]] = f"COCO 파일의 {path}에 맞는 이미지가 여럿"
-    for file in files:
-        name, path = file
-        own = entries[file]
-        if not own:
+        if len(found) == 1:
+            entries[min(found)].append((path, identity, size))
+        else:
+            problems[f"{split}/{path}"] = "이미지 없음" if not found else (
+                f"이미지가 여럿: {', '.join(name for name, _ in sorted(found))}")
+    for name, path in files:
+        (entry, identity, size), *others = entries[name, path] or [("", None, ())]
+        if others:
+            problems[name] = f"COCO 파일에 두 번 나옴 ({entry}, {others[0][0]})"
+        elif not entry:
             problems[name] = "마스크 없음 (COCO 파일에 없음)"
-        elif len(own) > 1:
-            problems[name] = f"COCO 파일에 두 번 나옴 ({own[0][0]}, {own[1][0]})"
-        elif name not in problems:
-            _, identity, size = own[0]
-            if not objects[identity] and not (args.allow_empty and identity not in dropped):
-                problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
-            else:
-                segmentations, categories = zip(*objects[identity]) if objects[identity] else ((), ())
-                pairs.append(Pair(name, path, 0, partial(draw_objects, segmentations, size, args.merge, name,
-                                                         categories, classes)))
+        elif not objects[identity] and (identity in incomplete or not args.allow_empty):
+            problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
+        else:
+            read_mask = partial(draw_objects, objects[identity], size, args.merge, entry, classes)
+            pairs.append(Pair(name, path, 0, read_mask))
     return pairs, [coco_path]
 
 
 def ends(path):
-    """The ends of a path, the longest first: "a/b/c", "b/c", "c"; without absolute ones and those with ".."."""
-    parts = path.split("/")
-    found = ["/".join(parts[start:]) for start in range(len(parts))]
-    return [end for end in found if end and ".." not in end.split("/") and not Path(end).is_absolute()]
+    """The ends of a path, the longest first: "a/b/c", "b/c", "c"; none that could lead out of a folder."""
+    parts = re.sub(r".*(^|/)\.\.(/|$)", "", path).split("/")
+    return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
 
 
-def number_objects(categories, classes, name):
-    """Values of an image's objects in its mask: 1, 2, ..., or with classes, {name: number}, 1000 * class + 1, ..."""
-    counts, values = Counter(), []
-    for category in categories:
-        counts[category] += 1
-        values.append(1000 * classes[category] + counts[category] if classes else len(values) + 1)
-    if classes and max(counts.values(), default=0) > MAX_NUMBER:
-        fail(f"{name}: 한 클래스의 객체가 {max(counts.values())}개로 {MAX_NUMBER}개보다 많습니다. --category로 한 범주만 "
-             "쓰거나 --merge로 합치세요")
-    return values
+def draw_objects(objects, size, merge, name, classes=(), shape=None):
+    """Draw COCO objects, [(class name, segmentation)], as uint16 labels H x W; smaller objects cover larger ones.
 
-
-def draw_objects(segmentations, size, merge, name, categories=(), classes=(), shape=None):
-    """Draw COCO segmentations as uint16 labels H x W, see number_objects; smaller objects cover larger ones.
-
-    With `merge`, or for one segmentation without classes, returns their union, bool H x W. Invalid segmentations are
-    skipped and reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape`.
+    Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
+    `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
+    reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape`.
     """
     height, width = (int(side) if isinstance(side, float) and side.is_integer() else side
                      for side in (shape if None in size else size))
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
         raise ImageError(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
-    if len(segmentations) > 65535 and not merge:
-        raise ImageError("객체가 65,535개보다 많음")
-    rles, kept, problem = [], [], None
-    for segmentation, category in zip(segmentations, categories or [None] * len(segmentations)):
+    rles, values, counts, problem = [], [], Counter(), ""
+    for category, segmentation in objects:
         try:
             rles.append(to_rle(segmentation, height, width))
-            kept.append(category)
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
             problem = f"segmentation을 해석할 수 없음 ({error if type(error) is ValueError else type(error).__name__})"
+            continue
+        counts[category if classes else None] += 1
+        values.append(1000 * classes[category] + counts[category] if classes else len(rles))
     if problem and not rles:
         raise ImageError(problem)
     if problem:
-        tqdm.write(f"  제외: {name}의 객체 {len(segmentations) - len(rles)}개 - {problem}")
-    if merge or len(rles) == 1 and not classes:
+        tqdm.write(f"  제외: {name}의 객체 {len(objects) - len(rles)}개 - {problem}")
+    labels = np.zeros((height, width), np.uint16)
+    if rles and (merge or len(rles) == 1 and not classes):
         return coco_mask.decode(coco_mask.merge(rles)) > 0
-    labels, values = np.zeros((height, width), np.uint16), number_objects(kept, classes, name)
+    if not classes and len(rles) > 65535:
+        raise ImageError("객체가 65,535개보다 많음")
+    if classes and max(counts.values(), default=0) > MAX_NUMBER:
+        fail(f"{name}: 한 클래스의 객체가 {MAX_NUMBER}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
     areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
     for index in np.argsort(areas, kind="stable")[::-1]:
         labels[coco_mask.decode(rles[index]) > 0] = values[index]
@@ -648,13 +623,17 @@ def to_rle(segmentation, height, width):
     It is checked here because pycocotools crashes on polygons with NaN and leaves pixels beyond the runs undefined.
     """
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        counts = np.array(uncompress(counts) if isinstance(counts, str) else counts, np.int64)
-        if segmentation["size"] != [height, width] or counts.ndim != 1 or (counts < 0).any() or \
-                counts.sum() != height * width:
+        counts, is_short = segmentation["counts"], False
+        is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)  # see rleFrString() of cocoapi
+        if is_cut or segmentation["size"] != [height, width]:
             raise ValueError("RLE가 이미지 크기와 다름")
-        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        return coco_mask.encode(coco_mask.decode(rle))  # removes empty runs, on which merge() goes wrong
+        rle = {"counts": counts} if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, height, width)
+        with contextlib.suppress(ValueError):  # which decode() raises if the runs are longer, as they should be here
+            coco_mask.decode({**rle, "size": [height * width - 1, 1]})
+            is_short = True
+        if is_short:
+            raise ValueError("RLE가 이미지 크기와 다름")
+        return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))  # merge() fails on empty runs
     parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list
     polygons = [np.array(part, float) for part in parts if len(part) >= 6 or len(parts) == 1]  # fewer have no area
     for points in polygons:
@@ -665,66 +644,48 @@ def to_rle(segmentation, height, width):
     return coco_mask.merge(coco_mask.frPyObjects([points.tolist() for points in polygons], height, width))
 
 
-def uncompress(text):
-    """Decode COCO's compressed RLE string (cocoapi, rleFrString) to run lengths: 5 bits per letter, differences."""
-    counts, value, shift = [], 0, 0
-    for letter in text:
-        bits = ord(letter) - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the last letter of a number; its next bit is the sign
-            value -= (bits & 16) << shift - 4
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-    return counts
-
-
 # ---- writing data/ ----
 
 
 def write_pairs(pairs, problems, staging, args, notes):
-    """Write valid pairs as images/SPLIT/STEM.* and masks/SPLIT/STEM.png of `staging`; add invalid ones to `problems`.
+    """Write valid pairs as images/SPLIT/NAME and masks/SPLIT/STEM.png of `staging`; the others become `problems`.
 
-    Returns {"SPLIT/FILE NAME" of a written image: hash of its pixels}, and {the same: its group, see group_of}.
+    Returns {"SPLIT/NAME": hash of the image's pixels} and {"SPLIT/NAME": group}; a group is not split.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    stems = {pair.name: "/".join([pair.name.split("/")[0], pair.name.removesuffix(pair.image.suffix).split("/", 1)[1]
-                                  .replace("/", "__")]) for pair in pairs}
-    repeated, contents, groups = Counter(stems.values()), {}, {}
-    for pair in tqdm(sorted(pairs, key=lambda pair: pair.name), "준비", disable=None):
-        path, stem = one_page(pair.image, pair.page, staging / "pages"), stems[pair.name]
+    contents, groups, stems = {}, {}, {}
+    for pair in pairs:
+        split, _, name = pair.name.removesuffix(pair.image.suffix).partition("/")
+        stems.setdefault(f"{split}/{name.replace('/', '__')}", []).append(pair)
+    for stem, (pair, *others) in tqdm(sorted(stems.items()), "준비", disable=None):
         try:
-            if repeated[stem] > 1:
-                raise ImageError(f"이름이 같은 파일이 여럿 ({Path(stem).name})")
-            image, is_changed = read_over_white(path)
+            if others:
+                raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(
+                    other.name.partition("/")[2] for other in (pair, *others)))
+            path = one_page(pair.image, pair.page, staging / "image pages")
+            image, is_flattened = read_over_white(path)
             mask = fit_to_image(pair.read_mask(image.shape[:2]), path, image.shape[:2], notes, args.allow_empty)
         except ImageError as problem:
             problems[pair.name] = str(problem)
             continue
-        if is_changed:
-            notes["white"].append((path.name, 1))
-        is_own = path.suffix.lower() in KEPT_AS_IS and not is_changed
+        is_own = path.suffix.lower() in KEPT_AS_IS and not is_flattened
         name = stem + (path.suffix if is_own else ".png")
         mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
-        for file, content in ((f"images/{name}", path.read_bytes() if is_own else as_png(image[..., ::-1])),
-                              (f"masks/{stem}.png", as_png(mask))):
-            (staging / file).parent.mkdir(parents=True, exist_ok=True)
-            (staging / file).write_bytes(content)
-        contents[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
-        groups[name] = group_of(pair.name.split("/", 1)[1], args.group) or AUGMENTED.sub("", name)
-    if args.group and contents and all(group_of(pair.name.split("/", 1)[1], args.group) is None for pair in pairs):
-        fail(f"--group {args.group!r}에 맞는 이름이 없습니다 (예: {pairs[0].name.split('/', 1)[1]})")
+        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else as_png(image[..., ::-1])),
+                              (staging / "masks" / f"{stem}.png", as_png(mask))):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        found = re.search(args.group, pair.name.partition("/")[2]) if args.group else None
+        group = found and (found[min(1, found.re.groups)] or found[0])
+        notes["white"] += [(path.name, 1)] * is_flattened
+        notes["ungrouped"] += [(pair.name.partition("/")[2], 1)] * bool(args.group and not group)
+        contents[name] = f"{image.shape} {hashlib.sha256(image).hexdigest()}"
+        groups[name] = group or (AUGMENTED.sub("", name).partition("/")[2] if AUGMENTED.search(name) else name)
     return contents, groups
 
 
-def group_of(name, pattern):
-    """What the regular expression `pattern` (its first group, if it has any) matches in a name; None if nothing."""
-    found = re.search(pattern, name) if pattern else None
-    return found and found[min(1, found.re.groups)]
-
-
 def read_over_white(path):
-    """Read an image like read_image, with transparency composited over white; and whether there was any."""
+    """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
     image = read_image(path)
     with contextlib.suppress(Exception), Image.open(path) as file:  # what Pillow cannot read has no transparency
         if file.mode[-1] in "Aa" or "transparency" in file.info:
@@ -747,10 +708,11 @@ def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
         notes["either" if mask.shape == shape else "turned"].append((image_path.name, 1))
         mask = mask if mask.shape == shape else turned
     if mask.shape != shape:
-        raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape))
+        raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape)
+                         + " (90도 돌아간 마스크?)" * (mask.shape == shape[::-1]))
     if not mask.any():
         if not allow_empty:
-            raise ImageError("마스크가 비어 있음")
+            raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
         notes["empty"].append((image_path.name, 1))
     elif mask.min() == mask.max():
         raise ImageError("마스크가 이미지 전체를 덮음")
@@ -774,14 +736,16 @@ def turn(pixels, orientation):
 
 
 def upright(pixels, path):
-    """Turn pixels that OpenCV or Pillow decoded as they are stored; both turn TIFF files themselves."""
+    """Turn decoded pixels of a file upright; TIFF files are already turned by OpenCV and Pillow."""
     return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
 
 
-def same_images(train, val):
-    """The images of {name: content} that are in both splits, as "train name = val name"."""
-    names = {content: name for name, content in train.items()}
-    return [f"train/{names[content]} = val/{name}" for name, content in val.items() if content in names]
+def same_images(contents):
+    """Groups of equal images in {name: content}: [[name, name, ...]]."""
+    found = defaultdict(list)
+    for name, content in contents.items():
+        found[content].append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def as_png(image):
@@ -791,8 +755,8 @@ def as_png(image):
 def split_names(groups, val_ratio, shuffle_seed):
     """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, the first part to train.
 
-    With a shuffle_seed the sorted groups are shuffled first. The cut between two groups is the one that is nearest to
-    val_ratio, and leaves no part empty if there are two groups.
+    With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
+    val_ratio.
     """
     members = defaultdict(list)
     for name in sorted(groups):
@@ -801,29 +765,46 @@ def split_names(groups, val_ratio, shuffle_seed):
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
     names = [name for group in order for name in members[group]]
-    wanted = len(names) - round(len(names) * val_ratio)
-    cuts = [0, *accumulate(len(members[group]) for group in order)]
-    cuts = cuts[1:-1] or cuts if 0 < wanted < len(names) else cuts
-    cut = min(cuts, key=lambda cut: abs(cut - wanted))
+    wanted, cuts = len(names) - round(len(names) * val_ratio), [*accumulate(len(members[group]) for group in order)]
+    cut = min([0, *cuts] if wanted in (0, len(names)) else cuts[:-1] or cuts, key=lambda cut: abs(cut - wanted))
     return {"train": names[:cut], "val": names[cut:]}
+
+
+def warn_about_split(splits, contents, groups, pattern):
+    """Print what the two splits share: images, groups, and names that look like the frames of a few videos."""
+    sides = {name: f"{split}/{Path(name).name}" for split in SPLITS for name in splits[split]}
+    for names in same_images(contents):
+        if len({sides[name].split("/")[0] for name in names}) == 2:
+            print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {' = '.join(sorted(sides[name] for name in names))}")
+    train, val = ({groups[name] for name in splits[split]} for split in SPLITS)
+    if pattern and len({*groups.values()}) == 1:
+        print("  주의: 묶음이 하나라 검증에 둘 이미지가 없습니다")
+    for group in sorted(train & val):
+        print(f"  주의: 학습과 검증에 같은 묶음이 있습니다 - {group}")
+    stems = [Path(name).stem for name in contents if name.startswith("all/") and not pattern]
+    train, val = ({Path(name).stem.rstrip("0123456789") for name in splits[split]} for split in SPLITS)
+    is_numbered, videos, cut = all(stem[-1].isdecimal() for stem in stems), train | val, sorted(train & val)
+    if is_numbered and cut and 2 <= len(videos) <= len(stems) / 10:
+        print(f"  주의: 이름이 영상 {len(videos)}개의 프레임 같고, {cut[0]}의 프레임이 학습과 검증에 모두 있습니다. "
+              r"그렇다면 다시 실행할 때 --group '^(.*?)\d+\.\w+$'을 더하세요")
 
 
 def put_in_place(staging, target, splits, classes, record):
     """Replace the old pairs in `target` with the new ones; until all are moved, split.json marks it as unfinished."""
-    split_file = target / "split.json"
-    write_json(split_file, {"complete": False})
+    write_json(target / "split.json", {"complete": False})
     (target / "classes.json").unlink(missing_ok=True)
     for part in ("images", "masks"):
         shutil.rmtree(target / part, ignore_errors=True)
         for split, names in splits.items():
             (target / part / split).mkdir(parents=True)
-            for name in names if part == "images" else [str(Path(name).with_suffix(".png")) for name in names]:
-                (staging / part / name).rename(target / part / split / Path(name).name)
+            for name in names:
+                path = staging / part / (name if part == "images" else Path(name).with_suffix(".png"))
+                path.rename(target / part / split / path.name)
     if classes:
         write_json(target / "classes.json", {number: name for name, number in classes.items()})
     shutil.rmtree(staging)
     split = {split: [Path(name).name for name in names] for split, names in splits.items()}
-    write_json(split_file, {**record, "split": split, "checksums": checksums(target)})
+    write_json(target / "split.json", {**record, "split": split, "checksums": checksums(target)})
 
 
 def checksums(data_dir):
@@ -836,57 +817,70 @@ def checksums(data_dir):
 def print_notes(notes):
     """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
     for key, found in notes.items():
-        named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
-        print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
+        named = ", ".join(name.removeprefix("all/") for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
+        if found:
+            print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
 
 
 # ---- --check and --preview ----
 
 
-def check(data_dir):
-    """Print the contents of data/ and every problem by file; returns the number of problems."""
-    problems, contents, notes = [], {"train": {}, "val": {}}, defaultdict(list)
+def survey(data_dir, allow_empty):
+    """Measure every pair of data/; returns [Row], {name: problem}, notes and the classes, {number as text: name}."""
+    rows, problems, notes, classes = [], {}, defaultdict(list), {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # accepted images without an object are no problem
+        allow_empty |= bool(json.loads((data_dir / "split.json").read_text(encoding="utf-8")).get("allow_empty"))
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            classes = json.loads((data_dir / "classes.json").read_text(encoding="utf-8"))
+            classes = {str(int(number)): str(name) for number, name in classes.items()}
+        except (ValueError, AttributeError):
+            problems["classes.json"] = '{"1": "이름", ...} 꼴이 아님'
     for split in SPLITS:
-        folders, bad, good = [data_dir / part / split for part in ("images", "masks")], {}, {}
+        folders = [data_dir / part / split for part in ("images", "masks")]
         if split == "val" and not any(folder.is_dir() for folder in folders):
             print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
             continue
-        pairs = pair_by_stem(*(find_images(folder, split, False, bad, notes) for folder in folders), bad, notes)
-        for _, (image_path, _), (mask_path, _) in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
+        files = [find_images(folder, split, False, problems, notes) for folder in folders]
+        pairs = pair_by_stem(*files, problems, notes)
+        for name, (image, _), (mask, _) in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
             try:
-                good[image_path.name], contents[split][image_path.name] = measure_pair(image_path, mask_path, notes)
+                rows.append(measure_pair(name, image, mask, classes, allow_empty, notes))
             except ImageError as problem:
-                bad[f"{split}/{image_path.name}"] = problem
-        problems += [f"{name}: {problem}" for name, problem in sorted(bad.items())]
-        print(f"{split}: {len(good)}쌍")
-        if good:
-            print_statistics(good)
-    notes.pop("turned", None)  # a problem here
-    print_notes(notes)
-    problems += [f"학습과 검증에 같은 이미지: {pair}" for pair in same_images(*contents.values())]
-    if not any(contents.values()):
-        problems.append(f"{data_dir}에 이미지-마스크 쌍이 하나도 없습니다")
-    for problem in problems:
-        print(f"  문제: {problem}")
-    print(f"문제 {len(problems)}개" if problems else "문제 없음")
-    return len(problems)
+                problems[name] = problem
+                rows.append(Row(name, image, mask, None, 0, {}, name, ["problem"]))
+    by_name = {row.name: row for row in rows}
+    for names in same_images({row.name: row.content for row in rows}):
+        for name in names:
+            by_name[name].reasons.append("duplicate")
+        if names[0].split("/")[0] != names[-1].split("/")[0]:
+            problems[" = ".join(names)] = "학습과 검증에 같은 이미지"
+        else:
+            notes["duplicates"].append((" = ".join(names), len(names) - 1))
+    return rows, problems, notes, classes
 
 
-def measure_pair(image_path, mask_path, notes):
-    """Measure a pair of data/: size "WxH", share of foreground, and pixels of each object (at training size).
-
-    Returns these three and a hash of the image's pixels; raises ImageError if the pair cannot be used for training.
-    """
+def measure_pair(name, image_path, mask_path, classes, allow_empty, notes):
+    """Measure a pair of data/ as a Row; raises ImageError if the pair cannot be used for training."""
     if image_path.suffix.lower() not in KEPT_AS_IS:
         raise ImageError("이미지 없음 (jpg, jpeg, png)")
     if mask_path.name != f"{image_path.stem}.png":
         raise ImageError(f"마스크 없음 ({image_path.stem}.png이어야 함)")
     image, labels = read_image(image_path), read_labels(mask_path)
-    if fit_to_image(labels, image_path, image.shape[:2], notes) is not labels:
+    if fit_to_image(labels, image_path, image.shape[:2], notes, allow_empty) is not labels:
         raise ImageError("마스크가 돌리기 전의 픽셀에 맞음 (이미지의 EXIF 방향대로 돌려야 함)")
-    pixels = np.bincount(labels.ravel())[1:]
-    pixels = (pixels[pixels > 0] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
-    return (f"{image.shape[1]}x{image.shape[0]}", (labels > 0).mean(), pixels), hashlib.sha256(image).digest()
+    areas = np.bincount(labels.ravel())
+    numbers = np.flatnonzero(areas[1:]) + 1
+    if wrong := [number for number in numbers if classes and (str(number // 1000) not in classes or not number % 1000)]:
+        raise ImageError(f"classes.json에 없는 클래스의 값 {wrong[0]} (1000 * 클래스 + 번호여야 함)")
+    pixels = (areas[numbers] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
+    border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    found = {"empty": not len(numbers), "EXIF": read_orientation(image_path) > 1, "cut": np.count_nonzero(border),
+             "small": (pixels < MIN_FOREGROUND).sum(), "no_background": labels.all()}
+    for key in ("cut", "small", "no_background"):
+        notes[key] += [(name, int(found[key]))] * bool(found[key])
+    return Row(name, image_path, mask_path, image.shape[:2], (labels > 0).mean(), dict(zip(numbers.tolist(), pixels)),
+               f"{image.shape} {hashlib.sha256(image).hexdigest()}", [key for key, value in found.items() if value])
 
 
 def read_labels(path):
@@ -901,45 +895,57 @@ def read_labels(path):
     return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
 
 
-def print_statistics(good):
-    """Print sizes, shares of foreground and objects of {name: result of measure_pair}."""
-    sizes, shares, objects = zip(*good.values())
-    sizes = Counter(sizes)
-    common = ", ".join(f"{size} ({count}장)" for size, count in sizes.most_common(3))
-    print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-    print(f"  전경 비율: 최소 {min(shares):.1%}, 중앙값 {np.median(shares):.1%}, 최대 {max(shares):.1%}")
-    counts, pixels = [len(each) for each in objects], np.concatenate(objects)
-    print(f"  객체 {len(pixels)}개: 이미지마다 최소 {min(counts)}, 중앙값 {np.median(counts):g}, 최대 {max(counts)}개")
-    print(f"  객체 크기: 최소 {pixels.min()}픽셀, 중앙값 {np.median(pixels):g}픽셀, 최대 {pixels.max()}픽셀 "
-          f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
-    small = {name: int((each < MIN_FOREGROUND).sum()) for name, each in zip(good, objects)}
-    if named := [f"{name} {count}개" for name, count in small.items() if count]:
-        print(f"  학습에서 빠지는 작은 객체 ({MIN_FOREGROUND}픽셀 미만): {sum(small.values())}개 - "
-              f"{', '.join(named[:5])}{' 등' if len(named) > 5 else ''}")
+def print_check(rows, problems, notes, classes):
+    """Print sizes, shares of foreground and objects of both splits, then the notes and every problem by file."""
+    for split in SPLITS:
+        good = [row for row in rows if row.size and row.name.startswith(f"{split}/")]
+        filled, sizes = [row for row in good if row.objects], Counter(row.size for row in good).most_common()
+        print(f"{split}: {len(good)}쌍")
+        if filled:
+            shares, counts = [row.share for row in filled], [len(row.objects) for row in filled]
+            pixels = np.concatenate([[*row.objects.values()] for row in filled])
+            common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
+            print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
+            print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*np.quantile(shares, (0, 0.5, 1))))
+            print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
+                len(pixels), *np.quantile(counts, (0, 0.5, 1))))
+            small = [(pixels < limit).sum() for limit in (100, 1000)]
+            print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀".format(
+                *np.quantile(pixels, (0, 0.5, 1))) + f", 100픽셀 미만 {small[0]}개, 1,000픽셀 미만 {small[1]}개 "
+                f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
+            found = Counter(str(number // 1000) for row in filled for number in row.objects)
+            if classes:
+                print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
+    print_notes({key: found for key, found in notes.items() if key != "turned"})  # a problem here
+    for name, problem in sorted(problems.items()):
+        print(f"  문제: {name}: {problem}")
+    print(f"문제 {len(problems)}개" if problems else "문제 없음")
 
 
-def preview(data_dir, count):
-    """Write data/preview.png: `count` pairs spread over data/, each with its mask drawn over the image."""
-    images = [path for path in sorted(data_dir.glob("images/*/[!.]*")) if path.suffix.lower() in KEPT_AS_IS]
-    pairs = [(image, data_dir / "masks" / image.parent.name / f"{image.stem}.png") for image in images]
-    pairs = [(image, mask) for image, mask in pairs if mask.is_file()]
-    if not pairs:
+def preview(data_dir, rows, count):
+    """Write data/preview.png: `count` pairs spread over data/, those with a reason to look at them first."""
+    if not rows:
         fail(f"{data_dir}에 이미지-마스크 쌍이 없습니다. 먼저 데이터를 준비하세요")
-    count = min(count, len(pairs))
+    count, chosen = min(count, len(rows)), []
+    for part in ([row for row in rows if row.reasons], [row for row in rows if not row.reasons]):
+        part = sorted(part, key=lambda row: min(map(REASONS.index, row.reasons), default=0))
+        places = np.linspace(0, len(part) - 1, min(count - len(chosen), len(part))).round().astype(int)
+        chosen += [part[place] for place in places]
     columns = min(count, 6)
     sheet = np.full((-(-count // columns) * (TILE + CAPTION), columns * TILE, 3), 255, np.uint8)
-    for place, index in enumerate(np.linspace(0, len(pairs) - 1, count).round().astype(int)):
+    for place, row in enumerate(chosen):
         try:
-            tile = draw_tile(*pairs[index])
-        except ImageError as problem:
-            fail(f"{pairs[index][0].name}: {problem}. python prepare_data.py --check 로 확인하세요")
+            tile = draw_tile(row.image, row.mask)
+        except ImageError:
+            tile = np.full((TILE - 8, TILE - 8, 3), 128, np.uint8)  # an unreadable file is grey
         top, left = 4 + place // columns * (TILE + CAPTION), 4 + place % columns * TILE
         sheet[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
-        name = pairs[index][0].relative_to(data_dir / "images").as_posix()
-        caption = f"{place + 1} {name if len(name) < 34 else name[:14] + '...' + name[-16:]}".encode("ascii", "replace")
-        cv2.putText(sheet, caption.decode(), (left, top + TILE + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
-        if not name.isascii():  # OpenCV draws no other letters
-            print(f"  {place + 1}: {name}")
+        name = row.name if len(row.name) < 34 else row.name[:14] + "..." + row.name[-16:]
+        caption = " ".join([str(place + 1), *sorted(row.reasons, key=REASONS.index)[:1], name])[:36]
+        caption = caption.encode("ascii", "replace").decode()
+        cv2.putText(sheet, caption, (left, top + TILE + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
+        if not row.name.isascii():  # OpenCV draws no other letters
+            print(f"  {place + 1}: {row.name}")
     path = data_dir / "preview.png"
     write_file(path, as_png(sheet))
     print(f"저장: {path} ({count}쌍)")
