@@ -60,19 +60,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def main():
     args = parse_args()
     folder = args.dataset.resolve()
+    if not folder.is_dir():
+        fail(f"폴더가 아닙니다: {folder} (압축 파일은 먼저 푸세요)")
     layout, labels, problems = recognise(folder, args.layout)
     splits = report(folder, layout, labels, problems)
     labels = {image: labels[image] for images in splits.values() for image in images}
     with tempfile.TemporaryDirectory(prefix="import_labels-") as temporary:
         flags = stage(Path(temporary), splits, labels, args.output)
         if not any("segmentation" in each for _, _, objects in labels.values() for each in objects):
-            fail(f"{args.dataset}: 상자만 있습니다. {'' if args.output else '--output boxes.json을 더해 실행한 다음 '}"
-                 f"마스크를 만드세요: python extras/label_with_text.py --images {next(iter(labels)).parent} "
-                 f"--boxes {args.output or 'boxes.json'}")
+            fail(f"{args.dataset}: 상자만 있습니다. --output boxes.json으로 남겨 마스크를 만드세요: python extras/"
+                 f"label_with_text.py --images {next(iter(labels)).parent} --boxes {args.output or 'boxes.json'}")
         sys.stdout.flush()  # keeps the output of both processes in order
         command = [sys.executable, str(ROOT / "prepare_data.py"), *flags, *args.options]
-        code = subprocess.run(command).returncode
-    sys.exit(code)
+        sys.exit(subprocess.run(command).returncode)
 
 
 def parse_args():
@@ -82,8 +82,6 @@ def parse_args():
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="COCO JSON도 남김 (검증은 이름 뒤에 _val)")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="-- 뒤의 옵션은 prepare_data.py에 넘김")
     args = parser.parse_args()
-    if not args.dataset.is_dir():
-        parser.error(f"--dataset {args.dataset}: 폴더가 아닙니다 (압축 파일은 먼저 푸세요)")
     if args.output and args.dataset.resolve() in args.output.resolve().parents:
         parser.error(f"--output {args.output}: --dataset 폴더 밖에 쓰세요")
     return args
@@ -169,8 +167,7 @@ def read_yolo(folder, problems):
 
     An image without a text file has no objects, as in Ultralytics.
     """
-    names, files = yolo_files(folder, problems)
-    labels = {}
+    (names, files), labels = yolo_files(folder, problems), {}
     for image, (split, text) in tqdm(files.items(), "YOLO", disable=None):
         objects, before = [], len(problems)
         try:
@@ -254,8 +251,7 @@ def read_voc(folder, problems):
         if kind := re.fullmatch("Segmentation(Class|Object)(PNG)?", path.parent.name):
             masks[path.parent.parent, composed(path.stem)][kind[1]] = path
     for (root, stem), files in tqdm(masks.items(), "VOC", disable=None):
-        path = files.get("Object") or files["Class"]
-        name = relative(path, folder)
+        name = relative(path := files.get("Object") or files["Class"], folder)
         try:
             (names, splits), objects = voc_settings(root), []
             if splits and stem not in splits:

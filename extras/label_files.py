@@ -123,12 +123,13 @@ def yolo_files(folder, problems):
     """
     path, config, names = yolo_config(folder)
     images = yolo_images(folder, path, config, problems)
-    texts = {image: yolo_text(folder, image) for image in images}
+    known = {composed(text.as_posix()): text for text in list_files(folder, ".txt")}
+    texts = {image: yolo_text(image, known) for image in images}
     used = {*texts.values()} - {None}
     if not config and not used:
         return names, {}
     missing = [image for image in images if not texts[image]]
-    orphans = [text for text in list_files(folder, ".txt") if "labels" in text.parts and text not in used]
+    orphans = [text for text in known.values() if "labels" in text.parts and text not in used]
     for paths, problem in (missing, "라벨 파일이 없어 객체가 없는 것으로 봄"), (orphans, "라벨에 맞는 이미지가 없음"):
         problems += [(f"{relative(paths[0], folder)} 등 {len(paths)}개", problem)] if paths else []
     return names, {image: (split, texts[image]) for image, split in images.items()}
@@ -177,19 +178,13 @@ def yolo_images(folder, path, config, problems):
     return found
 
 
-def yolo_text(folder, image):
+def yolo_text(image, known):
     """The text file of an image: in labels/ if the image is in images/, or beside the image; None without one."""
-    known = texts_by_name(folder)
     before, found, after = composed(image.as_posix()).rpartition("/images/")
     places = [Path(f"{before}/labels/{after}"), image] if found else [image]
-    names = [place.with_suffix(".txt") for place in places]
-    return next((known.get(composed(name.as_posix()), name) for name in names
-                 if composed(name.as_posix()) in known or name.is_file()), None)
-
-
-@functools.cache
-def texts_by_name(folder):
-    return {composed(path.as_posix()): path for path in list_files(folder, ".txt")}
+    texts = [place.with_suffix(".txt") for place in places]
+    return next((known.get(composed(text.as_posix()), text) for text in texts
+                 if composed(text.as_posix()) in known or text.is_file()), None)
 
 
 def locate(entry, bases):

@@ -34,25 +34,26 @@ def two_parts():
     return mask
 
 
-# Ultralytics 8.4.190: convert_segment_masks_to_yolo_seg() of circle() as class 0, and convert_coco(use_segments=True) of
-# cv2's contours of two_parts() as class 1, which joins the parts
+# Ultralytics 8.4.190: convert_segment_masks_to_yolo_seg() of circle() as class 0, and convert_coco(use_segments=True)
+# of cv2's contours of two_parts() as class 1, which joins the parts
 YOLO_CIRCLE = (
-    "0 0.234375 0.125 0.21875 0.145833 0.171875 0.145833 0.109375 0.229167 0.109375 0.291667 0.09375 0.3125 0.109375 "
-    "0.333333 0.109375 0.395833 0.171875 0.479167 0.21875 0.479167 0.234375 0.5 0.25 0.479167 0.296875 0.479167 "
-    "0.359375 0.395833 0.359375 0.333333 0.375 0.3125 0.359375 0.291667 0.359375 0.229167 0.296875 0.145833 0.25 "
-    "0.145833\n")
+    "0 0.234375 0.125 0.21875 0.145833 0.171875 0.145833 0.109375 0.229167 0.109375 0.291667 0.09375 0.3125 "
+    "0.109375 0.333333 0.109375 0.395833 0.171875 0.479167 0.21875 0.479167 0.234375 0.5 0.25 0.479167 0.296875 "
+    "0.479167 0.359375 0.395833 0.359375 0.333333 0.375 0.3125 0.359375 0.291667 0.359375 0.229167 0.296875 "
+    "0.145833 0.25 0.145833\n")
 YOLO_TWO_PARTS = (
-    "1 0.703125 0.4375 0.59375 0.4375 0.578125 0.458333 0.5625 0.458333 0.546875 0.479167 0.546875 0.5 0.53125 0.520833 "
-    "0.53125 0.604167 0.546875 0.625 0.546875 0.645833 0.5625 0.666667 0.5625 0.6875 0.609375 0.75 0.625 0.75 0.640625 "
-    "0.770833 0.65625 0.770833 0.671875 0.791667 0.6875 0.791667 0.703125 0.8125 0.8125 0.8125 0.828125 0.791667 "
-    "0.84375 0.791667 0.875 0.75 0.875 0.645833 0.859375 0.625 0.859375 0.604167 0.84375 0.583333 0.84375 0.5625 "
-    "0.796875 0.5 0.78125 0.5 0.75 0.458333 0.71875 0.458333 0.703125 0.4375 0.78125 0.166667 0.921875 0.166667 "
-    "0.921875 0.0416667 0.78125 0.0416667 0.78125 0.166667\n")
+    "1 0.703125 0.4375 0.59375 0.4375 0.578125 0.458333 0.5625 0.458333 0.546875 0.479167 0.546875 0.5 0.53125 "
+    "0.520833 0.53125 0.604167 0.546875 0.625 0.546875 0.645833 0.5625 0.666667 0.5625 0.6875 0.609375 0.75 0.625 "
+    "0.75 0.640625 0.770833 0.65625 0.770833 0.671875 0.791667 0.6875 0.791667 0.703125 0.8125 0.8125 0.8125 "
+    "0.828125 0.791667 0.84375 0.791667 0.875 0.75 0.875 0.645833 0.859375 0.625 0.859375 0.604167 0.84375 "
+    "0.583333 0.84375 0.5625 0.796875 0.5 0.78125 0.5 0.75 0.458333 0.71875 0.458333 0.703125 0.4375 0.78125 "
+    "0.166667 0.921875 0.166667 0.921875 0.0416667 0.78125 0.0416667 0.78125 0.166667\n")
 # supervision 0.31.2: DetectionDataset.as_yolo(), which writes five decimals
 SUPERVISION_CIRCLE = (
-    "0 0.23438 0.12500 0.21875 0.14583 0.17188 0.14583 0.10938 0.22917 0.10938 0.29167 0.09375 0.31250 0.10938 0.33333 "
-    "0.10938 0.39583 0.17188 0.47917 0.21875 0.47917 0.23438 0.50000 0.25000 0.47917 0.29688 0.47917 0.35938 0.39583 "
-    "0.35938 0.33333 0.37500 0.31250 0.35938 0.29167 0.35938 0.22917 0.29688 0.14583 0.25000 0.14583")
+    "0 0.23438 0.12500 0.21875 0.14583 0.17188 0.14583 0.10938 0.22917 0.10938 0.29167 0.09375 0.31250 0.10938 "
+    "0.33333 0.10938 0.39583 0.17188 0.47917 0.21875 0.47917 0.23438 0.50000 0.25000 0.47917 0.29688 0.47917 "
+    "0.35938 0.39583 0.35938 0.33333 0.37500 0.31250 0.35938 0.29167 0.35938 0.22917 0.29688 0.14583 0.25000 "
+    "0.14583")
 
 # LabelMe 6.3.1: LabelFile.save(); below, what its shapes_to_label() draws for these shapes
 LABELME = {"version": "6.3.1", "flags": {}, "shapes": [
@@ -63,15 +64,15 @@ LABELME = {"version": "6.3.1", "flags": {}, "shapes": [
     {"label": "tool", "points": [[50.0, 30.0], [50.0, 37.0]], "group_id": 3, "description": "", "shape_type": "circle",
      "flags": {}, "mask": None},
     {"label": "폴립", "points": [[10.0, 30.0], [18.0, 36.0]], "group_id": None, "description": "", "shape_type": "mask",
-     "flags": {}, "mask": "iVBORw0KGgoAAAANSUhEUgAAAAkAAAAHCAAAAAD/8Di8AAAAIklEQVR4nF3IsQ0AMAzDMDr//5xO9RBNhPiFgJ2+ga1SnR5"
-                          "XlgIKIK+W2QAAAABJRU5ErkJggg=="},
+     "flags": {}, "mask": "iVBORw0KGgoAAAANSUhEUgAAAAkAAAAHCAAAAAD/8Di8AAAAIklEQVR4nF3IsQ0AMAzDMDr//5xO9RBNhPiFgJ"
+                          "2+ga1SnR5XlgIKIK+W2QAAAABJRU5ErkJggg=="},
     {"label": "폴립", "points": [[40.0, 20.0]], "group_id": None, "description": "", "shape_type": "point", "flags": {},
      "mask": None}], "imagePath": "p.png", "imageData": None, "imageHeight": 48, "imageWidth": 64}
 LABELME_DRAWS = ["f72^14L4L4L3MO1000O10O10000O1000O12M5L3M4Loi1",
                  "U]18X10000000000000000000g3MZL4M2N2O0O2O00000001N101N2N3LV8", "ob05[100MfN0Z130000QT2"]
 
-# imgviz 2.1.0, which labelme2voc.py uses: the files that io.lblsave() writes of VOC_CLASS, and of the same without void as
-# object numbers; compressed here because of VOC's palette
+# imgviz 2.1.0, which labelme2voc.py uses: the files that io.lblsave() writes of VOC_CLASS, and of the same without void
+# as object numbers; compressed here because of VOC's palette
 VOC_CLASS = np.select([circle(), two_parts()], [1, 2]).astype(np.uint8)
 VOC_CLASS[44:46, 3:30] = 255
 VOC_CLASS_FILE = (
@@ -95,17 +96,20 @@ VOC_OBJECT_FILE = (
     "w+fffnr8687M1zsfbP5xrhbvnXx3/a+f/v5olS8Pd8++vvV2Yf/N7umHxyfOv372ZHt4sLWVjeWfL8fOe+pNh4o=")
 
 # Datumaro 1.13.12, with which CVAT exports: coco_instances; it marks masks as iscrowd
-DATUMARO = {"categories": [{"id": 1, "name": "polyp", "supercategory": ""}, {"id": 2, "name": "tool", "supercategory": ""}],
+DATUMARO = {"categories": [{"id": 1, "name": "polyp", "supercategory": ""},
+                           {"id": 2, "name": "tool", "supercategory": ""}],
             "images": [{"id": 2, "width": 64, "height": 48, "file_name": "p.jpg", "license": 0, "flickr_url": "",
                         "coco_url": "", "date_captured": 0}],
             "annotations": [
                 {"id": 1, "image_id": 2, "category_id": 1, "segmentation": {"size": [48, 64], "counts": [
-                    303, 1, 43, 9, 38, 11, 36, 13, 34, 15, 32, 17, 31, 17, 31, 17, 31, 17, 30, 19, 30, 17, 31, 17, 31, 17,
-                    31, 17, 32, 15, 34, 13, 36, 11, 38, 9, 43, 1, 1904]}, "area": 253.0, "bbox": [6.0, 6.0, 19.0, 19.0],
+                    303, 1, 43, 9, 38, 11, 36, 13, 34, 15, 32, 17, 31, 17, 31, 17, 31, 17, 30, 19, 30, 17, 31, 17, 31,
+                    17, 31, 17, 32, 15, 34, 13, 36, 11, 38, 9, 43, 1, 1904]}, "area": 253.0, "bbox": [6.0, 6.0, 19.0,
+                    19.0],
                  "iscrowd": 1},
                 {"id": 2, "image_id": 2, "category_id": 2, "segmentation": {"size": [48, 64], "counts": [
-                    1657, 5, 41, 9, 38, 12, 36, 13, 34, 15, 33, 16, 32, 16, 32, 17, 31, 17, 31, 18, 30, 18, 30, 19, 30, 18,
-                    30, 18, 30, 18, 31, 17, 32, 16, 32, 16, 33, 15, 34, 13, 36, 12, 38, 9, 41, 6, 347]}, "area": 333.0,
+                    1657, 5, 41, 9, 38, 12, 36, 13, 34, 15, 33, 16, 32, 16, 32, 17, 31, 17, 31, 18, 30, 18, 30, 19, 30,
+                    18, 30, 18, 30, 18, 31, 17, 32, 16, 32, 16, 33, 15, 34, 13, 36, 12, 38, 9, 41, 6, 347]},
+                    "area": 333.0,
                  "bbox": [34.0, 21.0, 23.0, 19.0], "iscrowd": 1}]}
 
 
@@ -132,7 +136,8 @@ def mask_in(folder, name):
 
 
 def names_of(folder):
-    return {split: sorted(path.name for path in (folder / "data/images" / split).iterdir()) for split in ("train", "val")}
+    return {split: sorted(path.name for path in (folder / "data/images" / split).iterdir())
+            for split in ("train", "val")}
 
 
 def read(layout, folder):
@@ -195,8 +200,8 @@ def test_the_paths_in_data_yaml_are_those_of_any_computer(tmp_path, settings, ex
     (tmp_path / "data.yaml").write_bytes(settings.encode())
     write(tmp_path, "list.txt", "./images/val/q.png\n\ndata/images/val/none.png\n")
     labels, problems = read("yolo", tmp_path)
-    assert [split for split, _, _ in labels.values()] == expected.split() or [*labels.values()][0][0] == "val"
-    assert {path.name: split for path, (split, _, _) in labels.items()} == dict(zip(("p.png", "q.png"), expected.split()))
+    found = {path.name: split for path, (split, _, _) in labels.items()}
+    assert found == dict(zip(("p.png", "q.png"), expected.split()))
     for _, size, objects in labels.values():
         (category, mask), = decoded(objects)
         assert size == (HEIGHT, WIDTH) and category == "a" and (mask == circle()).all()
@@ -205,8 +210,8 @@ def test_the_paths_in_data_yaml_are_those_of_any_computer(tmp_path, settings, ex
 
 def test_bad_lines_of_yolo_are_named_and_the_others_kept(tmp_path):
     lines = {"0 0.1 0.2": "좌표 2개", "0 0.1 0.1 0.5 0.1 0.5": "좌표 5개", "7 0 0 1 0 1 1": "클래스 번호 7",
-             "0 10 10 50 10 50 40": "비율이 아님", "0 a b c d e f": "could not convert", "0 nan 0 1 0 1 1": "비율이 아님",
-             "0 1.1 1.1 1.4 1.1 1.4 1.4": "픽셀이 없음"}
+             "0 10 10 50 10 50 40": "비율이 아님", "0 a b c d e f": "could not convert",
+             "0 nan 0 1 0 1 1": "비율이 아님", "0 1.1 1.1 1.4 1.1 1.4 1.4": "픽셀이 없음"}
     put(tmp_path, "images/p.png", "images/broken.png", "images/none.png", "images/twin.jpg")
     (tmp_path / "images/broken.png").write_bytes(b"no image")
     write(tmp_path, "labels/p.txt", "\ufeff" + SUPERVISION_CIRCLE + "\n" + "\n".join(lines) + "\n0 0.5 0.5 0.2 0.4\n")
@@ -219,10 +224,11 @@ def test_bad_lines_of_yolo_are_named_and_the_others_kept(tmp_path):
     assert (decoded([polygon])[0][1] == circle()).all()
     assert box == {"category": "polyp", "bbox": pytest.approx([25.6, 14.4, 12.8, 19.2])}
     for number, words in enumerate(lines.values(), 2):
-        assert sum(problem.startswith(f"labels/p.txt {number}번째 줄 - ") and words in problem for problem in problems) == 1
+        own, = (problem for problem in problems if problem.startswith(f"labels/p.txt {number}번째 줄 - "))
+        assert words in own
     assert labels[tmp_path / "images/none.png"] == ("", (HEIGHT, WIDTH), [])
-    for words in ("images/broken.png - 읽을 수 없는 이미지", "images/twin.jpg - twin.txt: UTF-8", "images/none.png 등 1개",
-                  "labels/orphan.txt 등 1개 - 라벨에 맞는 이미지가 없음"):
+    for words in ("images/broken.png - 읽을 수 없는 이미지", "images/twin.jpg - twin.txt: UTF-8",
+                  "images/none.png 등 1개", "labels/orphan.txt 등 1개 - 라벨에 맞는 이미지가 없음"):
         assert any(problem.startswith(words) for problem in problems), problems
     assert len(problems) == len(lines) + 4
 
@@ -282,12 +288,13 @@ def test_labelme_is_drawn_as_labelme_draws_it(tmp_path):
 
 
 def test_labelme_names_every_file_that_it_cannot_place(tmp_path):
-    put(tmp_path, "a.png", "b.png", "sub/c.png", "same/c.png", "images/only.jpg")
+    put(tmp_path, "a.png", "b.png", "sub/c.png", "same/c.png", "images/only.jpg", "points.png")
     write(tmp_path, "a.json", {**LABELME, "imagePath": "/home/kim/photos/a.png", "imageHeight": None})
     write(tmp_path, "b.json", {**LABELME, "imagePath": "a.png"})
     write(tmp_path, "copy of a.json", {**LABELME, "imagePath": "a.png"})
     write(tmp_path, "c.json", {**LABELME, "imagePath": "c.png"})
     write(tmp_path, "gone.json", {**LABELME, "imagePath": "gone.png"})
+    write(tmp_path, "points.json", {**LABELME, "imagePath": "points.png", "shapes": LABELME["shapes"][-1:]})
     write(tmp_path, "broken.json", "{")
     write(tmp_path, "coco.json", {"images": []})
     write(tmp_path, "train/only.json", {**LABELME, "imagePath": "only.png", "shapes": LABELME["shapes"][:1] + [
@@ -295,12 +302,13 @@ def test_labelme_names_every_file_that_it_cannot_place(tmp_path):
     labels, problems = read("labelme", tmp_path)
     assert {path.name: (split, size) for path, (split, size, _) in labels.items()} == {
         "a.png": ("", (HEIGHT, WIDTH)), "only.jpg": ("train", (HEIGHT, WIDTH))}
-    for words in ("b.json - 라벨할 이미지가 a.png인지 b.png인지", "copy of a.json - imagePath의 a.png에 다른 라벨이 있음: a.json",
+    for words in ("b.json - 라벨할 이미지가 a.png인지 b.png인지",
+                  "copy of a.json - imagePath의 a.png에 다른 라벨이 있음: a.json",
                   "c.json - c.png: 같은 이름의 이미지가 여럿", "gone.json - gone.png: 이미지가 없음", "broken.json - ",
                   "coco.json - LabelMe JSON이 아님", "train/only.json 2번째 도형", "train/only.json 3번째 도형",
                   "train/only.json 4번째 도형"):
         assert sum(problem.startswith(words) for problem in problems) == 1, (words, problems)
-    assert len(problems) == 9 + 1  # and the point of a.json
+    assert len(problems) == 9 + 2  # and the points of a.json and points.json
 
 
 def test_voc_palettes_of_labelme2voc(tmp_path):
@@ -316,7 +324,8 @@ def test_voc_palettes_of_labelme2voc(tmp_path):
     write(tmp_path / "set", "ImageSets/Segmentation/val.txt", "q\n")
     done = convert(tmp_path)
     for words in ("void 픽셀 108개를 배경으로", "SegmentationObject/lost.png - ../JPEGImages/lost: 이미지가 없음",
-                  "SegmentationObject/r.png - ImageSets/Segmentation의 목록에 없음", "이미지 2장은 쓰지 않습니다: r.jpg, s.jpg"):
+                  "SegmentationObject/r.png - ImageSets/Segmentation의 목록에 없음",
+                  "이미지 2장은 쓰지 않습니다: r.jpg, s.jpg"):
         assert words in done.stdout
     assert names_of(tmp_path) == {"train": ["p.jpg"], "val": ["q.jpg"]}
     assert json.loads((tmp_path / "data/classes.json").read_text()) == {"1": "polyp", "2": "tool"}
@@ -346,8 +355,9 @@ def test_one_folder_per_image_with_one_mask_per_object(tmp_path):
         put(folder, f"images/{name}.png", seed=int(name[1], 16))
         for number, mask in enumerate((circle(), ellipse()) if split == "stage1_train" else ()):
             write_image(folder / f"masks/{number}.png", mask.astype(np.uint8) * 255)
-    write_image(tmp_path / "set/stage1_train/0a1/masks/grey.png", np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(48, 64))
-    write_image(tmp_path / "set/stage1_train/0a1/masks/empty.png", np.zeros((HEIGHT, WIDTH), np.uint8))
+    masks = tmp_path / "set/stage1_train/0a1/masks"
+    write_image(masks / "grey.png", np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH))
+    write_image(masks / "empty.png", np.zeros((HEIGHT, WIDTH), np.uint8))
     done = convert(tmp_path, "--", "--val-ratio", "0.5")
     assert "folders 형식, 이미지 2장 (train 2), 객체 4개 (object 4)" in done.stdout
     assert "0a1/masks/grey.png - " in done.stdout and "0a1/masks/empty.png - 이미지 안에 픽셀이 없음" in done.stdout
@@ -373,7 +383,8 @@ def test_coco_folders_of_roboflow_and_cvat(tmp_path):
     labels, problems = read("coco", cvat)
     assert {path.relative_to(cvat).as_posix(): split for path, (split, _, _) in labels.items()} == {
         "images/train/p.jpg": "train", "images/val/deep/p.jpg": "val"}
-    assert len(problems) == 2 and "gone.jpg: 이미지가 없음" in problems[0] and "같은 이름의 이미지가 여럿" in problems[1]
+    gone, unclear = problems
+    assert "gone.jpg: 이미지가 없음" in gone and "같은 이름의 이미지가 여럿" in unclear
 
 
 def test_two_coco_files_for_one_image_are_refused(tmp_path):
@@ -400,7 +411,8 @@ def test_yolo_with_two_classes_is_trained_and_compared(tmp_path):
             contour, = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
             points = " ".join(f"{value:.6f}" for value in (contour[:, 0] / (80, 60)).ravel())
             write(tmp_path / "set/labels" / split, f"{number}.txt", f"{number % 2} {points}\n")
-    write(tmp_path / "set", "data.yaml", "path: set\ntrain: images/train\nval: images/val\nnames: {0: polyp, 1: tool}\n")
+    write(tmp_path / "set", "data.yaml",
+          "path: set\ntrain: images/train\nval: images/val\nnames: {0: polyp, 1: tool}\n")
     convert(tmp_path)
     model = ("--model-cfg", SMALL_CFG, "--checkpoint", ROOT / "demo/sam2_demo.pt", "--device", "cpu")
     run("train_sam2_proper.py", *model, "--iterations", 20, "--save-every", 20, cwd=tmp_path)
