@@ -114,7 +114,7 @@ def report(folder, layout, labels, problems):
     counts = Counter(each["category"] for _, _, objects in labels.values() for each in objects)
     shares = ", ".join(f"{split or '나뉘지 않음'} {len(images)}" for split, images in sorted(splits.items()))
     print(f"{folder}: {layout} 형식, 이미지 {len(labels)}장 ({shares}), 객체 {counts.total()}개 "
-          f"({', '.join(f'{name} {count}' for name, count in counts.most_common())})")
+          f"({', '.join(f'{name} {count}' for name, count in counts.most_common(9))}{' 등' * (len(counts) > 9)})")
     for name, problem in problems:
         print(f"  제외: {name} - {problem}")
     unread = [path for path in list_files(folder, *FORMATS) if path.parent in beside and path not in labels]

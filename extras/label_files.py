@@ -56,14 +56,15 @@ def images_by_name(folder):
 def find_image(folder, label, name, stem=""):
     """The image that a label file calls `name`, where it says or elsewhere in the folder; ValueError if unclear.
 
-    Of images with the same name, one with the same folders as `name`, of the same split or nearer to the file is used.
+    Of images with the same name, one with the same folders as `name`, of the same split or nearer to `label` is used.
     """
     name, known = composed(name).replace("\\", "/"), images_by_name(folder)
     exact, base = Path(os.path.normpath(label.parent / name)), name.rsplit("/", 1)[-1]
-    if exact.suffix.lower() in FORMATS and exact.is_file():
+    is_image = exact.suffix.lower() in FORMATS and exact.is_file()
+    if is_image and not Path(name).is_absolute():
         return exact
     keys = (base, UPLOAD_PREFIX.sub("", base), Path(base).stem, composed(stem))
-    found = next(filter(None, map(known.get, keys)), [])
+    found = next(filter(None, map(known.get, keys)), [exact] if is_image else [])
     ranks = {path: (path.as_posix().endswith(f"/{name}"), split_of(path, folder) == split_of(label / "", folder),
                     len(os.path.commonpath([path, label]))) for path in found}
     best = [path for path in found if ranks[path] == max(ranks.values())]
@@ -103,9 +104,7 @@ def read_json(path):
         data = json.loads(read_text(path))
     except RecursionError:
         raise ValueError("JSON이 아님") from None
-    if isinstance(data, dict):
-        data.pop("imageData", None)
-    return data
+    return {key: data[key] for key in data if key != "imageData"} if isinstance(data, dict) else data
 
 
 def refuse_other_tools(folder):
@@ -143,11 +142,12 @@ def yolo_config(folder):
             if isinstance(config, dict) and "names" in config:
                 if "kpt_shape" in config:
                     raise ValueError("자세(kpt_shape) 라벨에는 마스크가 없음. 분할(segmentation)로 내보내세요")
-                names = config["names"]
-                names = names if isinstance(names, dict) else dict(enumerate(list(names)))
-                return path, config, {int(number): str(name) for number, name in names.items()}
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            fail(f"{path}: 읽을 수 없는 YAML입니다 ({' '.join(str(error).split())[:200]})")
+                if not isinstance(names := config["names"], (list, dict)):
+                    raise ValueError("names가 목록이 아님")
+                items = names.items() if isinstance(names, dict) else enumerate(names)
+                return path, config, {int(number): str(name) for number, name in items}
+        except (yaml.YAMLError, ValueError) as error:
+            fail(f"{path}: 쓸 수 없는 YAML입니다 ({' '.join(str(error).split())[:200]})")
     for path in list_files(folder, ".txt", ".names"):
         if path.name in ("classes.txt", "obj.names"):
             return path, {}, dict(enumerate(map(str.strip, read_text(path).split("\n"))))
@@ -182,9 +182,8 @@ def yolo_text(image, known):
     """The text file of an image: in labels/ if the image is in images/, or beside the image; None without one."""
     before, found, after = composed(image.as_posix()).rpartition("/images/")
     places = [Path(f"{before}/labels/{after}"), image] if found else [image]
-    texts = [place.with_suffix(".txt") for place in places]
-    return next((known.get(composed(text.as_posix()), text) for text in texts
-                 if composed(text.as_posix()) in known or text.is_file()), None)
+    texts = [composed(place.with_suffix(".txt").as_posix()) for place in places]
+    return next((known.get(text) or Path(text) for text in texts if text in known or Path(text).is_file()), None)
 
 
 def locate(entry, bases):
@@ -246,7 +245,7 @@ def image_size(path):
 def draw(polygon, height, width):
     """Fill a polygon (N x 2; x, y in pixels), with the pixels of its edge, as YOLO and LabelMe do: uint8 H x W.
 
-    Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are no part of it.
+    Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are left out.
     """
     path, places, parts = [], {}, []
     for point in [*map(tuple, polygon), tuple(polygon[0])]:
@@ -258,7 +257,8 @@ def draw(polygon, height, width):
         else:
             places[point] = len(path)
             path.append(point)
-    parts = [part for part in parts if len(part) > 2] or [polygon]
+    starts = {part[0] for part in parts if len(part) > 2}
+    parts = [part for part in parts if len(part) > 2 or part[-1] not in starts]  # a thin end stays
     points = [np.floor(np.array(part) + 0.05).astype(np.int32) for part in parts]  # 0.05: rounded fractions
     return cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1)
 
@@ -277,8 +277,8 @@ def draw_shape(shape, height, width):
         return np.pad(pixels, ((top, bottom), (left, right))).astype(np.uint8)
     if kind == "circle" and len(points) == 2:  # its center and a point of its edge
         angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
-        radius = np.hypot(*(points[1] - points[0]))
-        points = np.rint(points[0] + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1))
+        circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        points = np.rint(points[0] + np.hypot(*(points[1] - points[0])) * circle)
     elif kind == "rectangle" and len(points) == 2:
         points = np.array([points[0], (points[1, 0], points[0, 1]), points[1], (points[0, 0], points[1, 1])])
     elif kind not in ("polygon", "rectangle", "oriented_rectangle") or len(points) < 3:
