@@ -231,8 +231,29 @@ def test_bad_lines_of_yolo_are_named_and_the_others_kept(tmp_path):
     assert len(problems) == len(lines) + 4
 
 
+def test_names_are_kept_as_they_are_written(tmp_path):
+    folder = unicodedata.normalize("NFD", "훈련")
+    put(tmp_path, f"{folder}/images/p.png")
+    write(tmp_path, "훈련/labels/p.txt", YOLO_CIRCLE + YOLO_TWO_PARTS)
+    write(tmp_path, "data.yaml", "names: [no, 1.10]\n")
+    labels, problems = read("yolo", tmp_path)
+    assert [each["category"] for each in labels[tmp_path / folder / "images/p.png"][2]] == ["no", "1.10"]
+    assert not problems
+
+
+def test_an_image_whose_objects_cannot_be_read_is_not_an_image_without_objects(tmp_path):
+    put(tmp_path / "set", "images/p1/good.png", "images/p1/empty.png", "images/p2/bad.png", "images/p2/box.png")
+    for name, text in (("p1/good", YOLO_CIRCLE), ("p1/empty", ""), ("p2/bad", "0 5 5 9 9 5 9\n"),
+                       ("p2/box", "0 .5 .5 .2 .2\n")):
+        write(tmp_path / "set", f"labels/{name}.txt", text)
+    done = convert(tmp_path, "--", "--allow-empty", "--val-ratio", "0")
+    assert names_of(tmp_path) == {"train": ["p1__empty.png", "p1__good.png"], "val": []}
+    assert "labels/p2/bad.txt 1번째 줄" in done.stdout and "p2/box.png - 마스크 없음" in done.stdout
+
+
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("data.yaml", "names: [a]\nkpt_shape: [17, 3]\ntrain: images\n", ["kpt_shape", "segmentation"]),
+    ("data.yaml", "names: classes.txt\ntrain: images\n", ["data.yaml", "names가 목록이 아님"]),
     ("data.yaml", "names: [a\n", ["data.yaml", "YAML"]),
     ("annotations.xml", '<?xml version="1.0"?>\n<annotations>\n<version>1.1</version></annotations>', ["COCO 1.0"]),
     ("Annotations/p.xml", "<annotation><object><bndbox></bndbox></object></annotation>", ["--boxes", "상자만"]),
@@ -296,7 +317,8 @@ def test_labelme_names_every_file_that_it_cannot_place(tmp_path):
     write(tmp_path, "broken.json", "{")
     write(tmp_path, "coco.json", {"images": []})
     write(tmp_path, "train/only.json", {**LABELME, "imagePath": "only.png", "shapes": LABELME["shapes"][:1] + [
-        {"label": "far", "points": [[90, 90], [99, 90], [99, 99]]}, {"label": "x", "points": [["a", 1]]}, 7]})
+        {"label": "far", "points": [[90, 90], [99, 90], [99, 99]]}, {"label": "x", "points": [["a", 1]]}, 7,
+        {**LABELME["shapes"][3], "points": [[-1, 2], [7, 8]]}]})
     labels, problems = read("labelme", tmp_path)
     assert {path.name: (split, size) for path, (split, size, _) in labels.items()} == {
         "a.png": ("", (HEIGHT, WIDTH)), "only.jpg": ("train", (HEIGHT, WIDTH))}
@@ -304,9 +326,15 @@ def test_labelme_names_every_file_that_it_cannot_place(tmp_path):
                   "copy of a.json - imagePath의 a.png에 다른 라벨이 있음: a.json",
                   "c.json - c.png: 같은 이름의 이미지가 여럿", "gone.json - gone.png: 이미지가 없음", "broken.json - ",
                   "coco.json - LabelMe JSON이 아님", "train/only.json 2번째 도형", "train/only.json 3번째 도형",
-                  "train/only.json 4번째 도형"):
+                  "train/only.json 4번째 도형", "train/only.json 5번째 도형 - 읽을 수 없음 (mask가 이미지 밖에 있음)"):
         assert sum(problem.startswith(words) for problem in problems) == 1, (words, problems)
-    assert len(problems) == 9 + 2  # and the points of a.json and points.json
+    assert len(problems) == 10 + 2  # and the points of a.json and points.json
+
+
+def test_the_copy_in_the_data_set_is_used_not_the_original(tmp_path):
+    put(tmp_path, "original/a.png", "set/a.png")
+    write(tmp_path, "set/a.json", {**LABELME, "imagePath": str(tmp_path / "original/a.png")})
+    assert list(read("labelme", tmp_path / "set")[0]) == [tmp_path / "set/a.png"]
 
 
 def test_voc_palettes_of_labelme2voc(tmp_path):
@@ -357,7 +385,8 @@ def test_one_folder_per_image_with_one_mask_per_object(tmp_path):
     write_image(masks / "grey.png", np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH))
     write_image(masks / "empty.png", np.zeros((HEIGHT, WIDTH), np.uint8))
     done = convert(tmp_path, "--", "--val-ratio", "0.5")
-    assert "folders 형식, 이미지 2장 (train 2), 객체 4개 (object 4)" in done.stdout
+    assert "folders 형식, 이미지 3장 (test 1, train 2), 객체 4개 (object 4)" in done.stdout
+    assert "test의 이미지 1장은 쓰지 않습니다: 0c3.png" in done.stdout
     assert "0a1/masks/grey.png - " in done.stdout and "0a1/masks/empty.png - 이미지 안에 픽셀이 없음" in done.stdout
     (name,), (other,) = names_of(tmp_path).values()
     assert "0a1" in name and "0b2" in other
@@ -399,6 +428,8 @@ def test_a_polygon_keeps_its_thin_parts():
     assert draw(square, HEIGHT, WIDTH).sum() == 11 * 11
     joined = np.concatenate([square, square[:1], square + 20, square[:1] + 20])
     assert draw(joined, HEIGHT, WIDTH).sum() == 2 * 11 * 11  # without the line between them
+    whisker = np.concatenate([square, square[:1], [[4, 10]]])
+    assert draw(whisker, HEIGHT, WIDTH).sum() == 11 * 11 + 6
 
 
 def test_yolo_with_two_classes_is_trained_and_compared(tmp_path):
