@@ -155,7 +155,7 @@ def parse_args():
         given = [bool(getattr(args, name)) for name in (images, masks, coco)]
         if given not in ([False] * 3, [True, True, False], [True, False, True]):
             images, masks, coco = (f"--{name.replace('_', '-')}" for name in (images, masks, coco))
-            parser.error(f"{images}에는 {masks}나 {coco} 중 하나만 함께 있어야 합니다. {IMPORT}")
+            parser.error(f"{images}에는 {masks} 또는 {coco} 하나만 함께 있어야 합니다. {IMPORT}")
     if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
         parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
@@ -497,13 +497,13 @@ def to_labels(values, classes=False):
 # ---- COCO ----
 
 
-def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
-    """Like pairs_from_masks, for the objects of a COCO file or of the given categories only.
+def read_coco(coco_path, args, notes):
+    """Read a COCO file, or the given categories of it; a region marked iscrowd may contain several objects.
 
-    Adds the file's categories to `classes`: {name: whether it has objects}. A region marked iscrowd may contain several
-    objects; it is skipped if its category also has single objects.
+    It is skipped if its category also has single objects. Returns {image id: (path, (H, W))}, {image id: [(category,
+    segmentation)]}, the ids of images with other objects, which cannot be used, and the names of all categories.
     """
-    objects, entries, paths, incomplete, pairs = defaultdict(list), defaultdict(list), {}, set(), []
+    paths, objects, incomplete = {}, defaultdict(list), set()
     try:
         coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
@@ -537,13 +537,20 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
              f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
+    return paths, objects, incomplete, [*known.values()]
+
+
+def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
+    """Like pairs_from_masks, for a COCO file; adds its categories to `classes`: {name: whether it has objects}."""
+    paths, objects, incomplete, categories = read_coco(coco_path, args, notes)
     if "boxes" in notes and not objects:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
     used = {name for found in objects.values() for name, _ in found}
-    for name in [*known.values(), *sorted(used)]:
+    for name in [*categories, *sorted(used)]:
         classes[name] = classes.get(name) or name in used
 
+    entries, pairs = defaultdict(list), []
     folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
     files, places = find_images(images, split, args.recursive, problems, notes, folders), defaultdict(set)
     for file in files:  # by its path in the folder, and without train/ or val/

@@ -62,8 +62,9 @@ WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/o
                      r"(output/comparison/)?compare_1\.png|masks/00000\.png|training_summary_(\*|날짜_시각)\.json|"
                      r"processor_config\.json")
 BROUGHT = ("annotations.json", "_annotations.coco.json", "2.jpg", "10.jpg", "test_images/dog.jpg", "이름.png",
-           "sam_med3d_turbo.pth", "data.yaml", "labels/", "images/", "masks/", "SegmentationClass/",
-           "SegmentationObject/", "ImageSets/Segmentation/", "train/_annotations.coco.json")  # by users
+           "sam_med3d_turbo.pth", "train/", "val/", "valid/", "test/", "data.yaml", "labels/", "images/", "masks/",
+           "SegmentationClass/", "SegmentationObject/", "ImageSets/Segmentation/",
+           "train/_annotations.coco.json")  # by users
 
 
 def text(document):

@@ -583,6 +583,8 @@ def test_the_line_about_void_shows_a_value_that_does_not_occur_and_255_of_voc_is
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/a.png", SMALL)
     assert "void 픽셀 0개" in prepare_masks(tmp_path, "--void", 9).stdout
+    done = prepare_masks(tmp_path, "--void", 255, "--allow-empty", "--data-dir", "other", code=1)
+    assert "제외: a.png - void뿐인 마스크" in done.stdout  # not an image without an object
     save_voc(tmp_path / "masks/a.png", class_maps()["void"])
     for void in ((9,), (224, 224, 192)):
         prepare_masks(tmp_path, "--void", *void)
@@ -850,7 +852,8 @@ def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
     done = prepare(tmp_path, "--recursive", code=1)
     command = ("--mask-suffix=_1_ids", "--image-suffix=_1_left")
     assert_fails_in_one_line(done, *command)
-    prepare(tmp_path, "--recursive", *command, "--val-ratio", 0)
+    (tmp_path / "images/aachen/loop").symlink_to(tmp_path / "images")  # is not followed
+    assert "제외 0개" in prepare(tmp_path, "--recursive", *command, "--val-ratio", 0).stdout
     assert split_of(tmp_path)["train"] == ["aachen__aachen_1_left.png", "bochum__bochum_1_left.png"]
     write_pairs(tmp_path, ["a/b__c", "a__b/c"], masks="images/masks")  # the masks inside the images
     done = prepare(tmp_path, "--recursive", masks="images/masks", code=1)
@@ -867,6 +870,7 @@ def test_groups_stay_on_one_side(tmp_path):
         sides = [{name[0] for name in split_of(tmp_path)[split]} for split in ("train", "val")]
         assert len(sides[0]) == 3 and len(sides[1]) == 1 and not sides[0] & sides[1] and "주의" not in done.stdout
     assert_fails_in_one_line(prepare(tmp_path, "--recursive", "--group", "patient", code=1), "--group", "a/a_f00.png")
+    assert "묶음이 하나라" in prepare(tmp_path, "--recursive", "--group", "_f").stdout
 
 
 def test_the_cut_is_between_groups_and_nearest_to_the_ratio():
@@ -915,6 +919,11 @@ def test_classes_are_numbered_by_name_over_both_files_and_sub_folders(tmp_path):
     assert "클래스의 값 2001" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
     assert_fails_in_one_line(run("prepare_data.py", *both, "--merge", cwd=tmp_path, code=1), "classes.json")
     (tmp_path / "data/classes.json").unlink()
+    coco = (tmp_path / "two.json").read_text("utf-8").replace('"category_id": 1', '"category_id": "1"')
+    (tmp_path / "two.json").write_text(coco, encoding="utf-8")
+    assert "categories에 없는 category_id의 객체 1개" in run("prepare_data.py", *both, cwd=tmp_path).stdout
+    coco = coco.replace('"category_id": "1"', '"category_id": 1')
+    (tmp_path / "two.json").write_text(coco, encoding="utf-8")
     run("prepare_data.py", *both, "--category", "용종", cwd=tmp_path)
     assert not (tmp_path / "data/classes.json").exists()
     assert set(np.unique(read_grey(tmp_path / "data/masks/val/v__a.png"))) == {0, 255}
