@@ -256,7 +256,7 @@ Kvasir-SEG 받기: python download_dataset.py""")
 # ---- finding pairs ----
 
 
-def find_images(folder, split, recursive, problems, notes, subfolders=(), skip=None):
+def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=None):
     """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become `problems`.
 
     split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then are it.
@@ -268,8 +268,8 @@ def find_images(folder, split, recursive, problems, notes, subfolders=(), skip=N
               and not SYSTEM_FILES.search(f"/{path.name}/")]
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     own = own if set(own.values()) == set(SPLITS) else {}
-    paths = set(list_files(folder, recursive and not own, skip)).union(
-        *(list_files(folder / name, recursive, skip) for name in [*own, *subfolders]))
+    paths = set(walk_files(folder, recursive and not own, skip)).union(
+        *(walk_files(folder / name, recursive, skip) for name in [*own, *subfolders]))
     found = []
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
@@ -288,18 +288,18 @@ def find_images(folder, split, recursive, problems, notes, subfolders=(), skip=N
     return found
 
 
-def list_files(folder, recursive, skip=None):
+def walk_files(folder, recursive, skip=None):
     """The files of a folder, and of those inside if recursive; OSError if one is unreadable (glob() would skip it)."""
     for path in folder.iterdir():
         if path.is_file():
             yield path
         elif recursive and path.is_dir() and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
-            yield from list_files(path, True, skip)
+            yield from walk_files(path, True, skip)
 
 
 def pairs_from_masks(masks, images, split, args, problems, notes):
     """Pair images and mask files by stem: [Pair], and the mask files; adds {name: problem} for the others."""
-    find = partial(find_images, split=split, recursive=args.recursive, problems=problems, notes=notes)
+    find = partial(images_in, split=split, recursive=args.recursive, problems=problems, notes=notes)
     if images.resolve() != masks.resolve():
         image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
     elif args.mask_suffix:
@@ -497,7 +497,7 @@ def to_labels(values, classes=False):
 # ---- COCO ----
 
 
-def read_coco(coco_path, args, notes):
+def read_annotations(coco_path, args, notes):
     """Read a COCO file, or the given categories of it; a region marked iscrowd may contain several objects.
 
     It is skipped if its category also has single objects. Returns {image id: (path, (H, W))}, {image id: [(category,
@@ -542,7 +542,7 @@ def read_coco(coco_path, args, notes):
 
 def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     """Like pairs_from_masks, for a COCO file; adds its categories to `classes`: {name: whether it has objects}."""
-    paths, objects, incomplete, categories = read_coco(coco_path, args, notes)
+    paths, objects, incomplete, categories = read_annotations(coco_path, args, notes)
     if "boxes" in notes and not objects:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
@@ -552,7 +552,7 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
 
     entries, pairs = defaultdict(list), []
     folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
-    files, places = find_images(images, split, args.recursive, problems, notes, folders), defaultdict(set)
+    files, places = images_in(images, split, args.recursive, problems, notes, folders), defaultdict(set)
     for file in files:  # by its path in the folder, and without train/ or val/
         for place in (file[1].relative_to(images).as_posix(), file[0].partition("/")[2]):
             places[composed(place)].add(file)
@@ -848,7 +848,7 @@ def survey(data_dir, allow_empty):
         if split == "val" and not any(folder.is_dir() for folder in folders):
             print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
             continue
-        files = [find_images(folder, split, False, problems, notes) for folder in folders]
+        files = [images_in(folder, split, False, problems, notes) for folder in folders]
         pairs = pair_by_stem(*files, problems, notes)
         for name, (image, _), (mask, _) in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
             try:
