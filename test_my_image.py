@@ -2,6 +2,7 @@
 
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg                    # a window
+    python test_my_image.py --image test_images --auto                     # what the model was trained to find
     python test_my_image.py --image test_images --everything
     python test_my_image.py --image photos --annotate masks                # label a folder, one window per image
 
@@ -10,7 +11,7 @@ Chapters:
     the run             main(), the command line, the two models
     images and prompts  the images, the names of their results, checks of the prompts
     every object        --everything: sam2's automatic mask generator
-    prompted objects    masks from points, boxes or a rough mask
+    prompted objects    masks from points, boxes or a rough mask, or from no prompt: --auto
     the window          clicks, keys and --annotate
     results             the output files
     drawing             masks and prompts over an image
@@ -18,8 +19,11 @@ Chapters:
 """
 
 import argparse
+import collections
 import contextlib
 import copy
+import csv
+import io
 import json
 import math
 import os
@@ -30,6 +34,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -100,10 +105,12 @@ def main():
               "Enter를 누르거나 창을 닫으면 저장합니다.")
 
     run_mode = run_everything if args.everything else run_annotation if args.annotate else run_prompts
-    done, failed = 0, []
-    for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
+    done, failed, args.rows = 0, [], []
+    bar = tqdm(paths, "분할", disable=True if len(paths) == 1 else None)
+    for path, name, image in zip(bar, result_names(paths), read_ahead(read_or_error, paths, 1, 2)):
         try:
-            image = read_image(path)
+            if isinstance(image, ImageError):
+                raise image
             check_prompts(path, image, args.point, args.box, args.mask)
             if not args.everything:
                 set_image_in_all(predictors.values(), image, shared)
@@ -120,6 +127,10 @@ def main():
         done += bool(lines)
         if lines and (len(paths) == 1 or args.interactive):
             tqdm.write("\n".join(lines))
+    if args.rows:
+        write_rows(args.rows, args.output / "auto.csv")
+        found = sum(row["found"] for row in args.rows)
+        print(f"{len(args.rows)}장 가운데 {found}장에서 찾음: {args.output / 'auto.csv'}")
     if len(paths) > 1:
         print(f"이미지 {done}장을 분할했습니다. 저장: {args.annotate or args.output}")
     if failed:
@@ -140,6 +151,8 @@ def parse_args():
         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: %(default)s)")
     add("--annotate", type=Path, metavar="DIR",
         help="DIR에 마스크가 아직 없는 이미지를 하나씩 창에서 라벨링해 DIR/이름.png로 저장")
+    add("--auto", action="store_true",
+        help="프롬프트 없이, 모델이 학습한 것을 찾아 분할 (--recipe strongest나 --prompt any로 학습한 모델)")
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
     add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
     add("--pred-iou-thresh", type=float, default=0.88,
@@ -163,12 +176,14 @@ def parse_args():
         parser.error("--everything은 --point, --box, --mask, --refine, --compare와 함께 쓸 수 없습니다")
     if args.annotate and (prompted or args.everything or args.compare):
         parser.error("--annotate는 --point, --box, --mask, --everything, --compare와 함께 쓸 수 없습니다")
+    if args.auto and (prompted or args.everything or args.annotate):
+        parser.error("--auto는 --point, --box, --mask, --everything, --annotate와 함께 쓸 수 없습니다")
     if args.compare and args.original:
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
     for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
-    args.interactive = not (prompted or args.everything)
+    args.interactive = not (prompted or args.everything or args.auto)
     return args
 
 
@@ -224,6 +239,8 @@ def load_models(args):
         predictors[title] = copy.deepcopy(predictors[first])
         load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
     print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
+    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
     return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
 
 
@@ -269,6 +286,14 @@ def find_images(names):
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
+
+
+def read_or_error(path):
+    """The image, see read_image, or the ImageError: a thread reads ahead."""
+    try:
+        return read_image(path)
+    except ImageError as error:
+        return error
 
 
 def without_mask(paths, mask_dir):
@@ -418,7 +443,10 @@ def run_prompts(path, name, image, predictors, args):
     if args.compare:
         pictures["original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
     lines = [f"창에서 준 프롬프트: {prompts_as_flags(*item[:2])}" for item in objects] if args.interactive else []
-    number, _, score = objects[0].best(title)
+    number, mask, score = objects[0].best(title)
+    if args.auto:
+        args.rows.append({"image": text_cell(path.name), "found": int(mask.any()), "area": int(mask.sum()),
+                          "area_share": round(float(mask.mean()), 6), "score": round(score, 4)})
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
     return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
         "result.png": partial(save_result, image=image, name=path.name, objects=objects, rough=args.mask),
@@ -454,10 +482,12 @@ def split_prompts(points, boxes):
 def segment(predictor, points, box, rough=None, refine=0):
     """Segment one object in the current image: bool masks 3 x H x W and scores 3.
 
+    Without any prompt it is what the model was trained to find: the point with label -1 as in SAM2Base.
     points: (x, y, label) in pixels; box: [x1, y1, x2, y2] or None; rough: a mask to start from, bool H x W, or None;
     refine: how many times the best mask is fed back to the model as a prompt.
     """
-    logits = None
+    logits, prompted = None, points or box or rough is not None
+    points = points if prompted else [(0, 0, -1)]
     if rough is not None:  # as logits, with the values of SAM2Base._use_mask_as_output
         height, width = predictor.model.sam_prompt_encoder.mask_input_size
         logits = 20 * cv2.resize(rough.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)[None] - 10
@@ -469,7 +499,7 @@ def segment(predictor, points, box, rough=None, refine=0):
             box=np.array(box, np.float32) if box else None,
             mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
-    return masks > 0, scores
+    return np.zeros_like(masks, bool) if not prompted and nothing_found(predictor.model) else masks > 0, scores
 
 
 def number_objects(objects, title):
@@ -685,6 +715,20 @@ def write_results(args, name, writers):
     return "저장: " + ", ".join(str(paths[kind]) for kind in writers)
 
 
+def write_rows(rows, path):
+    """Write dictionaries with the same keys as a CSV file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def text_cell(text):
+    """A table cell that no spreadsheet evaluates: a text that begins with = + - @, tab or CR gets an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def prompts_as_flags(points, box):
     """The points and the box of an object as command-line flags."""
     flags = ["--point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"'] if points else []
@@ -773,6 +817,18 @@ plt.rcParams["text.parse_math"] = False  # file names may contain "$"
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
+
+
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
 
 class ImageError(OSError):
@@ -913,6 +969,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     return predictor
 
 
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
+
+
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint, {"model": state_dict} or a bare state dict, into a SAM 2 of the config `model_cfg`.
 
@@ -940,6 +1001,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
