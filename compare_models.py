@@ -85,7 +85,9 @@ def main():
         fail(f"비교할 쌍이 없습니다. 이미지는 {args.image_dir}, 이름이 같은 마스크는 {args.mask_dir} 폴더에 넣으세요")
     count, classes = len(pairs), read_classes(args.mask_dir)
     empty = {pair for pair in tqdm(pairs, "정답 확인", leave=False, disable=None) if not has_objects(pair[1], classes)}
-    if args.prompt != "none":
+    if args.prompt == "none":
+        classes = {}  # the union of an image's objects has no class
+    else:
         pairs = [pair for pair in pairs if pair not in empty]
     if len(pairs) <= len(empty) * (args.prompt == "none"):
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
@@ -355,7 +357,7 @@ def error_click(predicted, gt_mask):
 def measure(name, objects, gt_masks, results, classes):
     """The rows of per_image.csv for one image; results: {"original": (masks, prompts), "fine-tuned": ...}.
 
-    objects: their numbers; "" for a mask that is no numbered object. classes: see read_classes.
+    objects: their numbers, or "" for a mask that is no numbered object; classes: see read_classes, {} without classes.
     """
     calculate, rows = (calculate_iou, calculate_dice, calculate_boundary_f), []
     for number, gt_mask, *predicted in zip(objects, gt_masks, *(masks for masks, _ in results.values())):
@@ -363,7 +365,7 @@ def measure(name, objects, gt_masks, results, classes):
         for title, function in zip(MEASURES, calculate):
             row |= {f"{model}_{title}": function(mask, gt_mask) for model, mask in zip(MODELS, predicted)}
         row |= {"area": area, "size": SIZES[np.searchsorted(SIZE_LIMITS, area, "right")]}
-        rows.append(row | ({"class": classes[number // 1000] if number else ""} if classes else {}))
+        rows.append(row | ({"class": classes[number // 1000]} if classes else {}))
     return rows
 
 
