@@ -152,9 +152,11 @@ FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image
                   "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
+ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with equal probability
 MAX_POINTS = 3         # of --prompt points in training; validation and compare_models.py always use three
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
+OBJECT_WEIGHT = 0.2    # of the object score's loss, without a prompt, if there are images without any object
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 AT_ONCE = 16           # images that a GPU encodes at once for the cache
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
@@ -760,8 +762,7 @@ class Batches(Dataset):
         rng = np.random.default_rng([args.seed, iteration])
         size = args.batch_size * args.accumulate * self.processes
         indices = rng.integers(self.masks.filled, size=size)
-        kind = ("point", "points", "box", "none")[rng.integers(4)] if args.prompt == "any" else \
-            prompt_kind(args.prompt, rng.integers(3))
+        kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
             indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
@@ -985,7 +986,7 @@ class BatchLoss(torch.nn.Module):
         if batch.kind == "none" and self.model.knows_absence:
             visible = torch.tensor([[float(masks.any())] for masks in batch.gt_masks]).to(loss.device)
             object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()
-            loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(object_scores, visible)
+            loss = loss + OBJECT_WEIGHT * torch.nn.functional.binary_cross_entropy_with_logits(object_scores, visible)
         return loss, iou
 
 
