@@ -48,6 +48,7 @@ from tracking import (
     add_prompts,
     as_label,
     check_frame_prompts,
+    find_without_prompt,
     object_scores,
     parse_numbers,
     sorted_box,
@@ -103,6 +104,9 @@ def main():
     print(f"모델: {checkpoint}, 장치: {device}, {args.axis} 슬라이스 {len(slices)}장, 가로 {width}, 세로 {height}픽셀")
     mask, scores = np.zeros((len(slices), height, width), bool), np.full(len(slices), np.nan)
 
+    if args.auto:
+        prompts = find_without_prompt(predictor, slices)
+
     def follow(prompts):
         return segment_slices(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
 
@@ -135,6 +139,8 @@ def parse_args():
                         help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_slice_boxes, default={},
                         help='상자: "슬라이스,x1,y1,x2,y2", 여러 슬라이스면 ";"로 이어서')
+    parser.add_argument("--auto", action="store_true",
+                        help="프롬프트 없이, 모델이 학습한 것이 가장 분명한 슬라이스에서 시작")
     parser.add_argument("--axis", choices=AXES, default="axial",
                         help="슬라이스의 방향 (기본: axial)")
     parser.add_argument("--window", type=parse_window, default="brain", metavar="이름",
@@ -152,9 +158,11 @@ def parse_args():
     args = parser.parse_args([re.sub("^(?=-[0-9.]+,)", " ", argument) for argument in sys.argv[1:]])
     args.prompts = {(number, 1): ([point for own, point in args.point if own == number], args.box.get(number))
                     for number in {number for number, _ in args.point} | set(args.box)}
-    args.interactive = not args.prompts
+    args.interactive = not (args.prompts or args.auto)
     if args.web is not None and not args.interactive:
         parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
+    if args.auto and (args.prompts or args.each_slice):
+        parser.error("--auto는 --point, --box, --each-slice와 함께 쓸 수 없습니다")
     if args.max_gap < 0:
         parser.error("--max-gap은 0 이상이어야 합니다")
     if args.truth_label and not args.truth:
@@ -436,7 +444,7 @@ def save_volume_results(args, volume, slices, prompts, mask, scores, truth, mode
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
                "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
                "each_slice": args.each_slice, "max_gap": args.max_gap,
-               "prompts": as_flags(mirror(prompts, slices.size)), **model}
+               "prompts": "--auto" if args.auto else as_flags(mirror(prompts, slices.size)), **model}
     reached = np.flatnonzero(~np.isnan(scores))
     if not args.each_slice and len(reached) < len(slices):
         print(f"슬라이스 {reached[0]}~{reached[-1]}만 따라갔습니다. 그 밖에는 대상이 없다고 보았습니다 "

@@ -16,6 +16,7 @@ Chapters:
 import argparse
 import collections
 import contextlib
+import math
 import os
 import tempfile
 import time
@@ -25,9 +26,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from files import ImageError
+from common import nothing_found
+from files import ImageError, fail
 from matplotlib.widgets import Slider
 from PIL import Image
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
 from window import Window, object_color, say, show_view
 
 # ---- settings ----
@@ -118,9 +122,14 @@ class ModelInput:
 def add_prompts(predictor, state, prompts):
     """Add prompts to the state; every prompted frame becomes a conditioning frame.
 
+    prompts: {(frame, object): (points, box), or a mask as the bytes of a PNG}.
     Returns a list of the N object numbers and their logits on the last prompted frame, float32 N x H x W.
     """
-    for (frame, number), (points, box) in sorted(prompts.items()):
+    for (frame, number), prompt in sorted(prompts.items()):
+        if isinstance(prompt, bytes):
+            _, objects, logits = predictor.add_new_mask(state, frame, number, decode_mask(prompt))
+            continue
+        points, box = prompt
         _, objects, logits = predictor.add_new_points_or_box(
             state, frame, number, points=[point[:2] for point in points] if points else None,
             labels=[point[2] for point in points] if points else None, box=box)
@@ -190,7 +199,10 @@ def check_frame_prompts(prompts, frames, source, unit):
     source: the file to name; unit: the Korean word for a frame.
     """
     height, width = frames.size
-    for (frame, number), (points, box) in prompts.items():
+    for (frame, number), prompt in prompts.items():
+        points, box = ((), None) if isinstance(prompt, bytes) else prompt
+        if isinstance(prompt, bytes) and decode_mask(prompt).shape != (height, width):
+            raise ImageError(f"{source}: {unit} {frame}: 마스크의 크기가 그림과 다릅니다")
         if not 0 <= frame < len(frames):
             raise ImageError(f"{source}: {unit} {frame}: 없는 번호입니다. 0부터 {len(frames) - 1}까지 있습니다")
         if not 1 <= number <= MAX_OBJECTS:
@@ -206,6 +218,36 @@ def check_frame_prompts(prompts, frames, source, unit):
             raise ImageError(f"{source}: {unit} {frame}: 점의 라벨은 1(전경) 또는 0(배경)이어야 합니다")
         if box and (box[0] >= box[2] or box[1] >= box[3]):
             raise ImageError(f"{source}: {unit} {frame}: 상자는 x1 < x2, y1 < y2 여야 합니다")
+
+
+def decode_mask(png):
+    """The mask, bool H x W, in the bytes of a PNG; no pixels if they are damaged."""
+    mask = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE) if png else None
+    return np.zeros((0, 0), bool) if mask is None else mask > 127
+
+
+def find_without_prompt(predictor, frames, confident=math.inf):
+    """Segment frames without a prompt: {(frame, 1): mask}, in the form of add_prompts.
+
+    It is the first frame on which the predicted IoU reaches `confident`, or else the one where it is highest.
+    Fails if nothing is found on any frame.
+    """
+    if predictor.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
+    finder, best = SAM2ImagePredictor(predictor), (-math.inf, None, None)
+    finder._bb_feat_sizes = [(predictor.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    for frame in tqdm(range(len(frames)), "찾기", unit="장", leave=False, disable=None):
+        finder.set_image(frames[frame])
+        masks, scores, _ = finder.predict(np.zeros((1, 2)), np.array([-1]))  # no prompt, as in SAM2Base
+        if scores.max() > best[0] and masks[scores.argmax()].any() and not nothing_found(predictor):
+            best = float(scores.max()), frame, masks[scores.argmax()]
+        if best[0] >= confident:
+            break
+    score, frame, mask = best
+    if frame is None:
+        fail("프롬프트 없이 찾은 것이 없습니다. 프롬프트를 주세요")
+    print(f"프롬프트 없이 찾음: {frame}번, 넓이 {mask.mean():.1%}, 점수 {score:.3f}")
+    return {(frame, 1): cv2.imencode(".png", mask.astype(np.uint8) * 255)[1].tobytes()}
 
 
 # ---- the window ----

@@ -600,3 +600,18 @@ def test_padding_below_air_does_not_hide_that_values_are_no_hounsfield_units():
     assert not volume_files.doubts_about_values(np.where(chest == -2000, -1024, chest), (0, 80))
     shifted = np.where(chest == -2000, chest, chest + 1024)
     assert len(volume_files.doubts_about_values(shifted, (0, 80))) == 1
+
+
+# ----------------------------------------------------------------------------- --auto
+
+def test_auto_starts_from_the_clearest_slice(tmp_path, visible):
+    save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    done = segment(tmp_path, visible, "--auto", "--window", "40,80")
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    slices = segment_volume.Slices(segment_volume.Volume(tmp_path / "ct.nii.gz"), "axial", (0, 80))
+    (number, _), = tracking.find_without_prompt(predictor, slices)
+    assert f"프롬프트 없이 찾음: {number}번" in done.stdout
+    summary = json.loads((tmp_path / "output/my_volumes/ct/summary.json").read_text(encoding="utf-8"))
+    assert summary["prompts"] == "--auto" and summary["voxels"] > 0
+    refused = segment(tmp_path, visible, "--auto", "--point", "4,10,10", code=2)
+    assert "--auto" in refused.stderr

@@ -1062,3 +1062,42 @@ def test_a_mirrored_video_is_refused(tmp_path):
     (tmp_path / "mirrored.mp4").write_bytes(content)
     with pytest.raises(track_video.ImageError, match="뒤집힌"):
         track_video.VideoFile(tmp_path / "mirrored.mp4")
+
+
+# ----------------------------------------------------------------------------- --auto
+
+def test_auto_starts_from_the_first_certain_frame_and_its_prompt_can_be_used_again(clip, visible, monkeypatch, capsys):
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    frames = draw_clip()[0]
+    finder = tracking.SAM2ImagePredictor(predictor)
+    finder._bb_feat_sizes = [(predictor.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    scores = []
+    for frame in frames:
+        finder.set_image(frame)
+        scores.append(float(finder.predict(np.zeros((1, 2)), np.array([-1]))[1].max()))
+    second = sorted(scores)[-2]
+    first_of_these = min(index for index, score in enumerate(scores) if score >= second)
+    (frame, number), = tracking.find_without_prompt(predictor, frames, second)
+    assert (frame, number) == (first_of_these, 1) and "--recipe strongest" in capsys.readouterr().out
+    (frame, _), = tracking.find_without_prompt(predictor, frames)
+    assert frame == np.argmax(scores)
+
+    track(clip, visible, "--auto")
+    found = read_masks(clip / "output/my_tracks/frames")
+    entry, = json.loads((clip / "output/my_tracks/frames/prompts.json").read_text())
+    mask = tracking.decode_mask(track_video.base64.b64decode(entry["mask"]))
+    assert mask.shape == (60, 80) and mask.any() and entry["object"] == 1
+    (clip / "again.json").write_text(json.dumps([entry]))
+    track(clip, visible, "--prompts", "again.json", "--output", "again")
+    assert np.array_equal(read_masks(clip / "again"), found)
+    entry["mask"] = entry["mask"][:40]
+    (clip / "again.json").write_text(json.dumps([entry]))
+    assert_fails_in_one_line(track(clip, visible, "--prompts", "again.json", "--output", "again", code=1), "again.json")
+
+
+def test_auto_fails_where_nothing_is_found(clip, visible):
+    weights = torch.load(visible, weights_only=True)
+    last = max(name for name in weights["model"] if re.search(r"pred_obj_score_head.*bias", name))
+    weights["model"][last] -= 1000
+    torch.save({**weights, "prompt": "any", "empty_images": 3}, clip / "never.pt")
+    assert_fails_in_one_line(track(clip, clip / "never.pt", "--auto", code=1), "찾은 것이 없습니다")
