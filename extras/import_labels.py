@@ -31,10 +31,11 @@ from files import FORMATS, fail, run, write_json
 from label_files import (
     VOID,
     composed,
-    draw,
+    draw_polygon,
     draw_shape,
+    encode_mask,
     find_image,
-    image_size,
+    header_size,
     images_by_name,
     list_files,
     number_regions,
@@ -44,7 +45,6 @@ from label_files import (
     refuse_other_tools,
     relative,
     split_of,
-    to_rle,
     unite,
     voc_settings,
     yolo_files,
@@ -171,7 +171,7 @@ def read_yolo(folder, problems):
     for image, (split, text) in tqdm(files.items(), "YOLO", disable=None):
         objects, before = [], len(problems)
         try:
-            size, lines = image_size(image), read_text(text).splitlines() if text else ()
+            size, lines = header_size(image), read_text(text).splitlines() if text else ()
         except ValueError as error:
             problems.append((relative(image, folder), error))
             continue
@@ -199,7 +199,7 @@ def yolo_object(words, names, height, width):
     if len(values) < 6 or len(values) % 2:
         raise ValueError(f"점이 셋 이상인 다각형이 아님 (좌표 {len(values)}개)")
     polygon = np.reshape(values, (-1, 2)) * (width, height)
-    return {"category": name, "segmentation": to_rle(draw(polygon, height, width))}
+    return {"category": name, "segmentation": encode_mask(draw_polygon(polygon, height, width))}
 
 
 # ---- LabelMe ----
@@ -221,11 +221,11 @@ def read_labelme(folder, problems):
             if image in sources:
                 raise ValueError(f"imagePath의 {image.name}에 다른 라벨이 있음: {sources[image]}")
             size = data.get("imageHeight"), data.get("imageWidth")
-            size = size if all(type(side) is int and 0 < side < 2**15 for side in size) else image_size(image)
+            size = size if all(type(side) is int and 0 < side < 2**15 for side in size) else header_size(image)
             for number, shape in enumerate(data["shapes"], 1):
                 try:
                     group = number if shape.get("group_id") is None else f"group {shape['group_id']}"
-                    rle = to_rle(draw_shape(shape, *size))
+                    rle = encode_mask(draw_shape(shape, *size))
                     masks[str(shape["label"]), group].append(rle)
                 except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
                     problems.append((f"{name} {number}번째 도형", f"읽을 수 없음 ({error})"))
@@ -267,7 +267,7 @@ def read_voc(folder, problems):
                 mask = (numbers == number) & has_both & ~is_void
                 index = np.bincount(classes[mask]).argmax()
                 category = names.get(index, f"class {index}") if "Class" in files else "object"
-                objects.append({"category": category, "segmentation": to_rle(mask)})
+                objects.append({"category": category, "segmentation": encode_mask(mask)})
             if not objects and (classes | numbers).any():
                 raise ValueError("쓸 객체가 없음 (void뿐이거나 클래스와 객체가 맞지 않음)")
             labels[image] = splits.get(stem) or split_of(path, folder), numbers.shape, objects
@@ -292,7 +292,7 @@ def read_folders(folder, problems):
         try:
             if len(images[root]) != 1 or not (masks[root] or split == "test"):
                 raise ValueError(f"images에 이미지가 {len(images[root])}장, masks에 {len(masks[root])}장")
-            size = image_size(images[root][0])
+            size = header_size(images[root][0])
         except ValueError as error:
             problems.append((relative(root, folder), error))
             continue
@@ -302,7 +302,7 @@ def read_folders(folder, problems):
                     pixels = np.array(file.convert("L"))
                 if pixels.shape != size or len(np.unique(pixels)) > 2:
                     raise ValueError("이미지와 크기가 다르거나 값이 둘이 아닌 마스크")
-                objects.append({"category": "object", "segmentation": to_rle(pixels > 0)})
+                objects.append({"category": "object", "segmentation": encode_mask(pixels > 0)})
             except (ValueError, OSError) as error:
                 problems.append((relative(path, folder), error))
         if objects or len(problems) == before:

@@ -233,7 +233,7 @@ def number_regions(classes):
     return numbers
 
 
-def image_size(path):
+def header_size(path):
     """(H, W) of an image, turned upright; ValueError if it cannot be read."""
     try:
         with Image.open(path) as file:
@@ -242,7 +242,7 @@ def image_size(path):
         raise ValueError(f"읽을 수 없는 이미지 ({error})") from None
 
 
-def draw(polygon, height, width):
+def draw_polygon(polygon, height, width):
     """Fill a polygon (N x 2; x, y in pixels), with the pixels of its edge, as YOLO and LabelMe do: uint8 H x W.
 
     Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are left out.
@@ -283,10 +283,10 @@ def draw_shape(shape, height, width):
         points = np.array([points[0], (points[1, 0], points[0, 1]), points[1], (points[0, 0], points[1, 1])])
     elif kind not in ("polygon", "rectangle", "oriented_rectangle") or len(points) < 3:
         raise ValueError(f"넓이가 없는 도형: {kind}, 점 {len(points)}개")
-    return draw(points, height, width)
+    return draw_polygon(points, height, width)
 
 
-def to_rle(mask):
+def encode_mask(mask):
     """A mask, H x W, as COCO's RLE; ValueError if it is empty."""
     if not mask.any():
         raise ValueError("이미지 안에 픽셀이 없음")

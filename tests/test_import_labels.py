@@ -10,7 +10,7 @@ import import_labels
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, write_image
-from label_files import draw
+from label_files import draw_polygon
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -422,14 +422,14 @@ def test_two_coco_files_for_one_image_are_refused(tmp_path):
 
 
 def test_a_polygon_keeps_its_thin_parts():
-    line = draw(np.array([[3, 4], [30, 4]]), HEIGHT, WIDTH)
+    line = draw_polygon(np.array([[3, 4], [30, 4]]), HEIGHT, WIDTH)
     assert line.sum() == 28 and line[4, 3:31].all()
     square = np.array([[10, 10], [20, 10], [20, 20], [10, 20]])
-    assert draw(square, HEIGHT, WIDTH).sum() == 11 * 11
+    assert draw_polygon(square, HEIGHT, WIDTH).sum() == 11 * 11
     joined = np.concatenate([square, square[:1], square + 20, square[:1] + 20])
-    assert draw(joined, HEIGHT, WIDTH).sum() == 2 * 11 * 11  # without the line between them
+    assert draw_polygon(joined, HEIGHT, WIDTH).sum() == 2 * 11 * 11  # without the line between them
     whisker = np.concatenate([square, square[:1], [[4, 10]]])
-    assert draw(whisker, HEIGHT, WIDTH).sum() == 11 * 11 + 6
+    assert draw_polygon(whisker, HEIGHT, WIDTH).sum() == 11 * 11 + 6
 
 
 def test_yolo_with_two_classes_is_trained_and_compared(tmp_path):
