@@ -3,6 +3,13 @@
 pydicom reads and decodes the files, highdicom writes the SEG. highdicom.get_volume_from_series() is not used: it
 refuses a tilted gantry, gives no reason if slices are missing, and inverts Hounsfield units of MONOCHROME1 images.
 Messages contain neither values of the patient's header nor messages of pydicom, which quote them.
+
+Chapters:
+    settings   attributes of the header
+    series     which slices of a folder belong together
+    geometry   the order of the slices, and their place in the patient
+    pixels     a series as a NIfTI image
+    writing    a mask as DICOM SEG
 """
 
 import collections
@@ -22,6 +29,8 @@ from files import ImageError
 from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.sr.codedict import codes
 from volume_files import TOLERANCE
+
+# ---- settings ----
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.settings.writing_validation_mode = \
     pydicom.config.IGNORE  # scanners write invalid values; a SEG must repeat those of its patient
@@ -44,13 +53,16 @@ REQUIRED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "Acces
             "StudyTime")  # by highdicom; may be empty
 
 
+# ---- series ----
+
+
 @dataclass(eq=False)
 class Plane:
     """One slice: a single-frame file, or frame `frame` of an enhanced file.
 
     position: 3, the centre of the first pixel, and orientation: 2 x 3, the directions of rows and columns, both in the
-    patient's LPS coordinates, in mm; spacing: 2, between rows and between columns, in mm; rescale: the dataset with
-    slope and intercept.
+    patient's LPS coordinates, in mm; spacing: 2, between rows and between columns, in mm; thickness in mm, 0 if it is
+    unknown; rescale: the dataset with slope and intercept; order: what slices are listed by.
     """
 
     path: Path
@@ -59,7 +71,9 @@ class Plane:
     position: np.ndarray
     orientation: np.ndarray
     spacing: np.ndarray
+    thickness: float
     rescale: pydicom.Dataset
+    order: tuple
 
 
 @dataclass(eq=False)
@@ -74,7 +88,7 @@ class Series:
     planes: list
     difference: str = ""
     image: nib.Nifti1Image | None = None
-    doubts: tuple = ()
+    doubts: list = ()
 
     @property
     def modality(self):
@@ -88,35 +102,42 @@ class Series:
 
 
 def is_dicom(path):
-    """Whether a path is a folder or a DICOM file."""
+    """Whether a path is a folder, or a file that begins as DICOM does: with its preamble, or, in old files, without."""
     path = Path(path)
-    return path.is_dir() or path.is_file() and pydicom.misc.is_dicom(path)
+    if not path.is_file():
+        return path.is_dir()
+    with path.open("rb") as file:
+        start = file.read(132)
+    return start[128:] == b"DICM" or start[:4] in (b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0", b"\2\0\0\0")
 
 
 def choose_series(path, number=None):
     """The Series at a path: a folder and those below it, a DICOMDIR, or one of the series' own files.
 
-    Prints what is skipped. Raises ImageError, after a list of the series, if there are several and `number` chooses
-    none of them.
+    Prints what is skipped. Raises ImageError, after a list of the series, unless there is one or `number` chooses it.
     """
     path = Path(path)
     is_slice = path.is_file() and path.name != "DICOMDIR"
     folder = path if path.is_dir() else path.parent
-    slices, skipped = scan(sorted(folder.glob("*") if is_slice else folder.rglob("*")))
+    slices, skipped, left_out = scan(sorted(folder.glob("*") if is_slice else folder.rglob("*")))
     found = []
     for planes in group(slices):
-        if "LOCALIZER" in (planes[0].header.get("ImageType") or ()) or len(planes) == 1:
+        header = planes[0].header
+        if "LOCALIZER" in (header.get("ImageType") or ()) or len(planes) == 1:
             skipped["스카우트나 한 장뿐인 영상"] += len(planes)
+            left_out[header.SeriesInstanceUID] += len(planes)
         else:
-            found += [Series(len(found) + number, part, difference)
-                      for number, (difference, part) in enumerate(split(planes), 1)]
+            found += [Series(len(found) + place, part, difference)
+                      for place, (difference, part) in enumerate(split(planes), 1)]
     if skipped:
         print(f"건너뛴 파일: {', '.join(f'{reason} {count}개' for reason, count in skipped.items())}")
     if is_slice:
         found = [series for series in found if path in [plane.path for plane in series.planes]]
     chosen = [series for series in found if number in (None, series.number)]
     if len(chosen) == 1:
-        return chosen[0]
+        count = left_out[chosen[0].planes[0].header.SeriesInstanceUID]
+        return replace(chosen[0], doubts=[
+            f"이 시리즈의 영상 {count}개는 방향이나 간격이 다르거나 손상되어 뺐습니다"] * bool(count))
     for series in found:
         print(f"  {series}")
     raise ImageError(f"{path}: " + ("시리즈를 --series 번호로 고르세요" if found else
@@ -124,28 +145,32 @@ def choose_series(path, number=None):
 
 
 def scan(paths):
-    """The slices in files, in the order of series and instance numbers, and a Counter of what else was found."""
-    planes, seen, skipped = [], {}, collections.Counter()
-    for path in filter(Path.is_file, paths):
-        if not pydicom.misc.is_dicom(path):
+    """The slices in files, sorted by the numbers of series and instance; Counters of skipped files by reason, and of
+    those of which the slices could not be read by series."""
+    planes, seen, skipped, left_out = [], {}, collections.Counter(), collections.Counter()
+    for path in paths:
+        if not path.is_file() or path.name == "DICOMDIR":
+            continue
+        if not is_dicom(path):
             skipped["DICOM이 아닌 파일"] += 1
             continue
+        header = {}
         try:
-            header = pydicom.dcmread(path, specific_tags=list(HEADER), stop_before_pixels=True)
-            if "Rows" not in header or header.get("Modality") not in MODALITIES:
+            header = pydicom.dcmread(path, force=True, specific_tags=list(HEADER), stop_before_pixels=True)
+            if header.get("Modality", "CT") not in MODALITIES:
                 skipped["CT, MR, PET 영상이 아닌 DICOM"] += 1
                 continue
             found = planes_of(path, header)
+            first = seen.setdefault(header.SOPInstanceUID, path)
         except Exception:  # pydicom raises many error types for a damaged file
             skipped["위치와 간격이 없거나 손상된 DICOM"] += 1
+            left_out[header.get("SeriesInstanceUID")] += 1
             continue
-        first = seen.setdefault(header.SOPInstanceUID, path)
         if first is not path and filecmp.cmp(first, path, shallow=False):
             skipped["같은 파일의 사본"] += 1
         else:
             planes += found
-    return sorted(planes, key=lambda plane: (plane.header.get("SeriesNumber") or 0, plane.header.SeriesInstanceUID,
-                                             plane.header.get("InstanceNumber") or 0)), skipped
+    return sorted(planes, key=lambda plane: plane.order), skipped, left_out
 
 
 def planes_of(path, header):
@@ -153,8 +178,11 @@ def planes_of(path, header):
     frames, shared = header.get("PerFrameFunctionalGroupsSequence"), header.get("SharedFunctionalGroupsSequence")
     if (header.get("NumberOfFrames") or 1) != len(frames or [0]) or "ConcatenationUID" in header:
         raise ValueError("frames without position")
-    if header.get("SamplesPerPixel", 1) != 1:
-        raise ValueError("color")
+    if header.get("SamplesPerPixel", 1) != 1 or not (header.Rows and header.Columns and header.SeriesInstanceUID):
+        raise ValueError("color or incomplete")
+    order = (int(header.get("SeriesNumber") or 0), header.SeriesInstanceUID, int(header.get("InstanceNumber") or 0),
+             header.SOPInstanceUID)
+    thickness = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 0))
     planes = []
     for number, groups in enumerate([(frame, *(shared or ())) for frame in frames] if frames else [(header,)]):
         def holder(sequence, groups=groups):
@@ -165,8 +193,8 @@ def planes_of(path, header):
         orientation = holder("PlaneOrientationSequence").ImageOrientationPatient
         spacing = holder("PixelMeasuresSequence").PixelSpacing
         plane = Plane(path, header, number if frames else None, np.array(position, float),
-                      np.array(orientation, float).reshape(2, 3), np.array(spacing, float),
-                      holder("PixelValueTransformationSequence"))
+                      np.array(orientation, float).reshape(2, 3), np.array(spacing, float), thickness,
+                      holder("PixelValueTransformationSequence"), order)
         numbers = np.concatenate([plane.position, plane.orientation.ravel(), plane.spacing])
         is_orthonormal = np.allclose(plane.orientation @ plane.orientation.T, np.eye(2), atol=1e-3)
         if numbers.shape != (11,) or not np.isfinite(numbers).all() or not is_orthonormal or plane.spacing.min() <= 0:
@@ -193,16 +221,6 @@ def group(planes):
     return [planes for alike in groups.values() for planes in alike]
 
 
-def heights(planes):
-    """Positions along the normal of the slices, in mm."""
-    return np.array([plane.position for plane in planes]) @ np.cross(*planes[0].orientation)
-
-
-def has_duplicates(planes):
-    """Whether two slices have one position."""
-    return bool((np.diff(np.sort(heights(planes))) < 0.01 * planes[0].spacing.min()).any())
-
-
 def split(planes):
     """Split slices of which several have one position: [(", name value" of the attribute that differs, slices)].
 
@@ -215,6 +233,19 @@ def split(planes):
         if len(set(map(len, parts.values()))) == 1 and not any(map(has_duplicates, parts.values())):
             return [(f", {name} {value}", part) for value, part in parts.items()]
     return [("", planes)]
+
+
+# ---- geometry ----
+
+
+def heights(planes):
+    """Positions along the normal of the slices, in mm."""
+    return np.array([plane.position for plane in planes]) @ np.cross(*planes[0].orientation)
+
+
+def has_duplicates(planes):
+    """Whether two slices have one position."""
+    return bool((np.diff(np.sort(heights(planes))) < 0.01 * planes[0].spacing.min()).any())
 
 
 def grid_of(planes):
@@ -246,6 +277,9 @@ def grid_of(planes):
     return planes, np.diag([-1, -1, 1, 1]) @ affine
 
 
+# ---- pixels ----
+
+
 def read_series(series):
     """Read the pixels of a series: the Series with its slices sorted, image and doubts. Raises ImageError.
 
@@ -256,8 +290,7 @@ def read_series(series):
     planes, affine = grid_of(series.planes)
     slices = []
     for path, own in itertools.groupby(planes, key=lambda plane: plane.path):
-        frames = decode(path, planes[0].header)
-        slices += [rescale(frames[plane.frame or 0], plane.rescale) for plane in own]
+        slices += decode(path, list(own))
     values, header = np.stack(slices), planes[0].header
     if header.get("PhotometricInterpretation") == "MONOCHROME1" and series.modality != "CT":
         values = values.min() + values.max() - values
@@ -267,45 +300,55 @@ def read_series(series):
     image.set_sform(affine, 1)  # scanner's coordinates
     normal, step = np.cross(*planes[0].orientation), affine[:3, 2] * (-1, -1, 1)
     tilt = np.degrees(np.arccos(min(1, normal @ step / np.linalg.norm(step))))
-    doubts = []
+    doubts = [*series.doubts]
     if tilt < 0.1:
         image.set_qform(affine, 1)  # cannot express a tilt
     else:
         doubts.append(f"갠트리가 {tilt:.1f}도 기울어 슬라이스가 비스듬히 쌓였습니다. 부피와 위치는 맞지만, "
                       "coronal과 sagittal의 그림은 그만큼 기울어 보입니다")
-    expected = float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 0)
-    if 0 < 1.9 * abs(expected) <= normal @ step:
-        doubts.append(f"슬라이스 간격 {normal @ step:.4g} mm가 파일에 적힌 {abs(expected):.4g} mm보다 훨씬 넓습니다. "
+    if 0 < 1.9 * planes[0].thickness <= normal @ step:
+        doubts.append(f"슬라이스의 간격이 {normal @ step:.4g} mm인데 헤더에는 {planes[0].thickness:.4g} mm입니다. "
                       "슬라이스가 빠졌을 수 있습니다")
     if series.modality == "CT" and planes[0].rescale.get("RescaleType", "HU") != "HU":
         doubts.append("CT인데 값의 단위가 Hounsfield 단위(HU)가 아니라고 적혀 있습니다")
-    return replace(series, planes=planes, image=image, doubts=tuple(doubts))
+    return replace(series, planes=planes, image=image, doubts=doubts)
 
 
-def decode(path, header):
-    """The pixels of a file as stored, frames x rows x columns. Raises ImageError."""
-    shape = int(header.get("NumberOfFrames") or 1), header.Rows, header.Columns
+def decode(path, planes):
+    """The slices of one file in real values, a list of float32 rows x columns. Raises ImageError."""
+    header = planes[0].header
     try:
-        dataset = pydicom.dcmread(path)
-        return pixel_array(dataset).reshape(shape)
+        dataset = pydicom.dcmread(path, force=True)
+        if "TransferSyntaxUID" not in dataset.file_meta:  # old files are not compressed
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        if dataset.HighBit != dataset.BitsStored - 1:  # pydicom would not shift the bits
+            raise ValueError("HighBit")
+        frames = pixel_array(dataset).reshape(int(header.get("NumberOfFrames") or 1), header.Rows, header.Columns)
+        slices = [rescale(frames[plane.frame or 0], plane.rescale) for plane in planes]
+        if not np.isfinite(slices).all():
+            raise ValueError("not finite")
+        return slices
     except MemoryError:
         raise
     except Exception:  # pydicom and each decoder raise their own errors
-        raise ImageError(f"{path}: 픽셀을 읽을 수 없습니다. 손상되었거나 지원하지 않는 압축입니다 "
-                         "(gdcmconv --raw로 압축을 풀어 보세요)") from None
+        raise ImageError(f"{path}: 픽셀을 읽을 수 없습니다. 손상되었거나 지원하지 않는 형식입니다 "
+                         "(압축되었으면 gdcmconv --raw로 풀어 보세요)") from None
 
 
 def rescale(values, dataset):
-    """Stored values to real ones, float32: the slope and intercept in a dataset, or its lookup table."""
+    """Stored values to real ones, float32: by the slope and intercept in a dataset, or its lookup table."""
     if "ModalityLUTSequence" in dataset:
         return apply_modality_lut(values, dataset).astype(np.float32)
     slope, intercept = dataset.get("RescaleSlope") or 1, dataset.get("RescaleIntercept") or 0
     return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
+# ---- writing ----
+
+
 def patient_of(series):
     """What --keep-patient shows: {name: text}, of the attributes that the series has."""
-    header = pydicom.dcmread(series.planes[0].path, stop_before_pixels=True)
+    header = pydicom.dcmread(series.planes[0].path, force=True, stop_before_pixels=True)
     return {name: "".join(filter(str.isprintable, str(header[name].value))) for name in PATIENT if name in header}
 
 
@@ -316,19 +359,22 @@ def seg_bytes(series, mask, mark):
     mark: its content description, at most 64 characters.
     """
     planes = series.planes
-    first = pydicom.dcmread(planes[0].path, stop_before_pixels=True)
+    first = pydicom.dcmread(planes[0].path, force=True, stop_before_pixels=True)
     for name in REQUIRED:
         first.setdefault(name, "")
     is_enhanced = planes[0].frame is not None
+    sources = [first] if is_enhanced else [first, *(plane.header for plane in planes[1:])]
+    for source in sources[1:]:  # highdicom requires equal ones, to the last digit
+        source.ImageOrientationPatient, source.PixelSpacing = first.ImageOrientationPatient, first.PixelSpacing
     pixels = np.zeros((int(first.NumberOfFrames) if is_enhanced else len(planes), first.Rows, first.Columns), np.uint8)
     pixels[[plane.frame for plane in planes] if is_enhanced else slice(None)] = mask.transpose(2, 1, 0)
     algorithm = hd.AlgorithmIdentificationSequence("SAM 2.1", codes.DCM.ArtificialIntelligence, "2.1")
-    described = hd.seg.SegmentDescription(1, "object", codes.SCT.Tissue, codes.SCT.Tissue, "SEMIAUTOMATIC", algorithm)
+    segment = hd.seg.SegmentDescription(1, "object", codes.SCT.Tissue, codes.SCT.Tissue, "SEMIAUTOMATIC", algorithm,
+                                        display_color=hd.color.CIELabColor(53, 80, 67))  # red
     seg = hd.seg.Segmentation(
-        [first] if is_enhanced else [first, *(plane.header for plane in planes[1:])], pixels, "BINARY", [described],
-        series_instance_uid=hd.UID(), series_number=1000 + int(first.get("SeriesNumber") or 0),
-        sop_instance_uid=hd.UID(), instance_number=1, manufacturer="segment_volume.py",
-        manufacturer_model_name="SAM 2.1", software_versions="1", device_serial_number="0",
+        sources, pixels, "BINARY", [segment], series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(),
+        series_number=1000 + int(first.get("SeriesNumber") or 0), instance_number=1, manufacturer="segment_volume.py",
+        manufacturer_model_name="SAM 2.1", software_versions="2.1", device_serial_number="0",
         content_label="SEGMENTATION", content_description=mark, series_description="SAM 2.1 segmentation")
     buffer = io.BytesIO()
     seg.save_as(buffer)
