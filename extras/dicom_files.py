@@ -123,7 +123,7 @@ def choose_series(path, number=None):
     found = []
     for planes in group(slices):
         header = planes[0].header
-        if "LOCALIZER" in (header.get("ImageType") or ()) or len(planes) == 1:
+        if "LOCALIZER" in str(header.get("ImageType")) or len(planes) == 1:
             skipped["스카우트나 한 장뿐인 영상"] += len(planes)
             left_out[header.SeriesInstanceUID] += len(planes)
         else:
@@ -379,3 +379,11 @@ def seg_bytes(series, mask, mark):
     buffer = io.BytesIO()
     seg.save_as(buffer)
     return buffer.getvalue()
+
+
+def is_own_seg(path, mark):
+    """Whether a file is a DICOM SEG of seg_bytes() with this mark; programs that save an edited one replace it."""
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True).ContentDescription == mark
+    except Exception:  # pydicom raises many error types for a damaged file
+        return False

@@ -31,7 +31,7 @@ import cv2
 import nibabel as nib
 import numpy as np
 from common import add_model_flags, choose_checkpoint, load_video_predictor
-from dicom_files import choose_series, is_dicom, patient_of, read_series, seg_bytes
+from dicom_files import choose_series, is_dicom, is_own_seg, patient_of, read_series, seg_bytes
 from files import (
     ImageError,
     calculate_iou,
@@ -248,25 +248,27 @@ def check_results(args):
     for path in filter(None, (args.volume, args.truth)):
         if Path(path).resolve() in [result.resolve() for result in results]:
             fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
-    found = [path for path in results if path.exists()]
-    if found and not (is_own_mask(results[0]) and is_of_volume(results[2], args)):
-        fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+    found, mark = [path for path in results if path.exists()], mark_of(results[0])
+    edited = [path for path in found if path.suffix == ".dcm" and not is_own_seg(path, mark)]
+    if edited or found and not (mark and is_of_volume(results[2], args)):
+        fail(f"{(edited or found)[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if found:
         print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
 
 
-def is_own_mask(path):
-    """Whether a mask is unchanged since this script wrote it."""
+def mark_of(path):
+    """The mark of a mask that is unchanged since this script wrote it, or None."""
     try:
         image = load_nifti(path)
-        return bytes(image.header["descrip"]).rstrip(b"\0") == voxel_mark(np.asarray(image.dataobj))
+        mark = voxel_mark(np.asarray(image.dataobj))
+        return mark if bytes(image.header["descrip"]).rstrip(b"\0") == mark.encode() else None
     except Exception:  # nibabel, gzip and zlib each raise their own errors
-        return False
+        return None
 
 
 def voxel_mark(voxels):
-    """MARK and a checksum of a mask's voxels, as bytes."""
-    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}".encode()
+    """MARK and a checksum of a mask's voxels."""
+    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}"
 
 
 def is_of_volume(summary_path, args):
@@ -489,7 +491,7 @@ def save_seg(path, series, voxels):
     """Write the mask of a series, uint8 on the grid of its image, as DICOM SEG; warn if the series lacks attributes."""
     path.unlink(missing_ok=True)  # of an earlier run
     try:
-        write_file(path, seg_bytes(series, voxels, voxel_mark(voxels).decode()))
+        write_file(path, seg_bytes(series, voxels, voxel_mark(voxels)))
         print(f"{path.name}: DICOM SEG라서 시리즈의 환자 이름과 ID가 그대로 들어 있습니다")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         print(f"주의: {path.name}: 쓰지 않았습니다. 시리즈의 헤더에 DICOM SEG가 요구하는 항목이 없거나 틀렸습니다 "
