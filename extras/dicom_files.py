@@ -42,7 +42,7 @@ MODALITIES = ("CT", "MR", "PT")  # not SEG and RTDOSE, which may lie beside them
 DIFFERENCES = ("ImageType", "EchoTime", "EchoNumbers", "InversionTime", "DiffusionBValue", "FlipAngle",
                "TemporalPositionIdentifier", "AcquisitionNumber")  # of several images at one position
 HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
-          "Modality", "SeriesNumber", "InstanceNumber", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+          "Modality", "SeriesNumber", "InstanceNumber", "Rows", "Columns", "NumberOfFrames",
           "PhotometricInterpretation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
           "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "RescaleType",
           "ModalityLUTSequence", "ConcatenationUID", "SharedFunctionalGroupsSequence",
@@ -108,7 +108,8 @@ def is_dicom(path):
         return path.is_dir()
     with path.open("rb") as file:
         start = file.read(132)
-    return start[128:] == b"DICM" or start[:4] in (b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0", b"\2\0\0\0")
+    is_old = start[:4] in (b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0", b"\2\0\0\0")
+    return start[128:] == b"DICM" or is_old and path.suffix != ".img"  # of a NIfTI pair
 
 
 def choose_series(path, number=None):
@@ -117,7 +118,7 @@ def choose_series(path, number=None):
     Prints what is skipped. Raises ImageError, after a list of the series, unless there is one or `number` chooses it.
     """
     path = Path(path)
-    is_slice = path.is_file() and path.name != "DICOMDIR"
+    is_slice = path.is_file() and path.name.upper() != "DICOMDIR"
     folder = path if path.is_dir() else path.parent
     slices, skipped, left_out = scan(sorted(folder.glob("*") if is_slice else folder.rglob("*")))
     found = []
@@ -149,7 +150,7 @@ def scan(paths):
     those of which the slices could not be read by series."""
     planes, seen, skipped, left_out = [], {}, collections.Counter(), collections.Counter()
     for path in paths:
-        if not path.is_file() or path.name == "DICOMDIR":
+        if not path.is_file() or path.name.upper() == "DICOMDIR":
             continue
         if not is_dicom(path):
             skipped["DICOM이 아닌 파일"] += 1
@@ -160,6 +161,7 @@ def scan(paths):
             if header.get("Modality", "CT") not in MODALITIES:
                 skipped["CT, MR, PET 영상이 아닌 DICOM"] += 1
                 continue
+            list(header)  # converts all values; fails if one is invalid
             found = planes_of(path, header)
             first = seen.setdefault(header.SOPInstanceUID, path)
         except Exception:  # pydicom raises many error types for a damaged file
@@ -178,11 +180,11 @@ def planes_of(path, header):
     frames, shared = header.get("PerFrameFunctionalGroupsSequence"), header.get("SharedFunctionalGroupsSequence")
     if (header.get("NumberOfFrames") or 1) != len(frames or [0]) or "ConcatenationUID" in header:
         raise ValueError("frames without position")
-    if header.get("SamplesPerPixel", 1) != 1 or not (header.Rows and header.Columns and header.SeriesInstanceUID):
+    if not (header.PhotometricInterpretation in ("MONOCHROME1", "MONOCHROME2") and header.Rows and header.Columns
+            and header.Modality and header.SeriesInstanceUID):
         raise ValueError("color or incomplete")
     order = (int(header.get("SeriesNumber") or 0), header.SeriesInstanceUID, int(header.get("InstanceNumber") or 0),
              header.SOPInstanceUID)
-    thickness = abs(float(header.get("SpacingBetweenSlices") or header.get("SliceThickness") or 0))
     planes = []
     for number, groups in enumerate([(frame, *(shared or ())) for frame in frames] if frames else [(header,)]):
         def holder(sequence, groups=groups):
@@ -191,10 +193,11 @@ def planes_of(path, header):
             return found[0] if found else groups[0]
         position = holder("PlanePositionSequence").ImagePositionPatient
         orientation = holder("PlaneOrientationSequence").ImageOrientationPatient
-        spacing = holder("PixelMeasuresSequence").PixelSpacing
+        measures = holder("PixelMeasuresSequence")
+        thickness = float(measures.get("SpacingBetweenSlices") or measures.get("SliceThickness") or 0)
         plane = Plane(path, header, number if frames else None, np.array(position, float),
-                      np.array(orientation, float).reshape(2, 3), np.array(spacing, float), thickness,
-                      holder("PixelValueTransformationSequence"), order)
+                      np.array(orientation, float).reshape(2, 3), np.array(measures.PixelSpacing, float),
+                      abs(thickness), holder("PixelValueTransformationSequence"), order)
         numbers = np.concatenate([plane.position, plane.orientation.ravel(), plane.spacing])
         is_orthonormal = np.allclose(plane.orientation @ plane.orientation.T, np.eye(2), atol=1e-3)
         if numbers.shape != (11,) or not np.isfinite(numbers).all() or not is_orthonormal or plane.spacing.min() <= 0:
@@ -231,7 +234,7 @@ def split(planes):
         for plane in planes:
             parts[str(plane.header.get(name))].append(plane)
         if len(set(map(len, parts.values()))) == 1 and not any(map(has_duplicates, parts.values())):
-            return [(f", {name} {value}", part) for value, part in parts.items()]
+            return [(f", {name} {printable(value)}", part) for value, part in parts.items()]
     return [("", planes)]
 
 
@@ -349,7 +352,12 @@ def rescale(values, dataset):
 def patient_of(series):
     """What --keep-patient shows: {name: text}, of the attributes that the series has."""
     header = pydicom.dcmread(series.planes[0].path, force=True, stop_before_pixels=True)
-    return {name: "".join(filter(str.isprintable, str(header[name].value))) for name in PATIENT if name in header}
+    return {name: printable(header[name].value) for name in PATIENT if name in header}
+
+
+def printable(value):
+    """A value of a header as text without control characters."""
+    return "".join(filter(str.isprintable, str(value)))
 
 
 def seg_bytes(series, mask, mark):
@@ -366,6 +374,8 @@ def seg_bytes(series, mask, mark):
     sources = [first] if is_enhanced else [first, *(plane.header for plane in planes[1:])]
     for source in sources[1:]:  # highdicom requires equal ones, to the last digit
         source.ImageOrientationPatient, source.PixelSpacing = first.ImageOrientationPatient, first.PixelSpacing
+    if len({source.SOPInstanceUID for source in sources}) < len(sources):
+        raise ValueError("instances with one UID")
     pixels = np.zeros((int(first.NumberOfFrames) if is_enhanced else len(planes), first.Rows, first.Columns), np.uint8)
     pixels[[plane.frame for plane in planes] if is_enhanced else slice(None)] = mask.transpose(2, 1, 0)
     algorithm = hd.AlgorithmIdentificationSequence("SAM 2.1", codes.DCM.ArtificialIntelligence, "2.1")
