@@ -80,14 +80,15 @@ class Plane:
 class Series:
     """Slices of one series, orientation, size and spacing.
 
-    number: for --series; difference: what distinguishes it from others of the same series, such as an echo time; image
-    and doubts, warnings in Korean: see read_series().
+    number: for --series; difference: what distinguishes it from others of the same series, such as an echo time; image,
+    is_tilted and doubts, warnings in Korean: see read_series().
     """
 
     number: int
     planes: list
     difference: str = ""
     image: nib.Nifti1Image | None = None
+    is_tilted: bool = False
     doubts: list = ()
 
     @property
@@ -288,7 +289,7 @@ def read_series(series):
 
     The image's axes are those of the files: column, row, slice, the last sorted by position. Its values are rescaled,
     float32; its affine leads to nibabel's RAS. MONOCHROME1 inverts the brightness of all but CT, where Hounsfield units
-    do not depend on it.
+    do not depend on it. is_tilted: the last slice lies half a pixel or more beside the normal through the first.
     """
     planes, affine = grid_of(series.planes)
     slices = []
@@ -302,19 +303,20 @@ def read_series(series):
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, 1)  # scanner's coordinates
     normal, step = np.cross(*planes[0].orientation), affine[:3, 2] * (-1, -1, 1)
-    tilt = np.degrees(np.arccos(min(1, normal @ step / np.linalg.norm(step))))
-    doubts = [*series.doubts]
-    if tilt < 0.1:
-        image.set_qform(affine, 1)  # cannot express a tilt
+    doubts, aside = [*series.doubts], step - (normal @ step) * normal
+    is_tilted = bool(np.linalg.norm(aside) * (len(planes) - 1) >= planes[0].spacing.min() / 2)
+    if is_tilted:
+        tilt = np.degrees(np.arctan2(np.linalg.norm(aside), normal @ step))
+        doubts.append(f"갠트리가 {tilt:.1f}도 기울었습니다. 부피와 NIfTI의 위치는 맞지만, coronal과 sagittal의 그림이 "
+                      "비스듬하고, DICOM SEG는 쓰지 않습니다 (3D Slicer 같은 뷰어가 다른 자리에 놓음)")
     else:
-        doubts.append(f"갠트리가 {tilt:.1f}도 기울어 슬라이스가 비스듬히 쌓였습니다. 부피와 위치는 맞지만, "
-                      "coronal과 sagittal의 그림은 그만큼 기울어 보입니다")
+        image.set_qform(affine, 1)  # cannot express a tilt
     if 0 < 1.9 * planes[0].thickness <= normal @ step:
         doubts.append(f"슬라이스의 간격이 {normal @ step:.4g} mm인데 헤더에는 {planes[0].thickness:.4g} mm입니다. "
                       "슬라이스가 빠졌을 수 있습니다")
     if series.modality == "CT" and planes[0].rescale.get("RescaleType", "HU") != "HU":
         doubts.append("CT인데 값의 단위가 Hounsfield 단위(HU)가 아니라고 적혀 있습니다")
-    return replace(series, planes=planes, image=image, doubts=doubts)
+    return replace(series, planes=planes, image=image, is_tilted=is_tilted, doubts=doubts)
 
 
 def decode(path, planes):

@@ -509,8 +509,14 @@ def save_volume_results(args, volume, slices, prompts, mask, scores, truth, deta
 
 
 def save_seg(path, series, voxels):
-    """Write the mask of a series, uint8 on the grid of its image, as DICOM SEG; warn if the series lacks attributes."""
+    """Write the mask of a series, uint8 on the grid of its image, as DICOM SEG; warn if the series lacks attributes.
+
+    None is written for a tilted series: its slices lie correctly in a SEG, but dcmqi (3D Slicer) and SimpleITK stack
+    them along the normal.
+    """
     path.unlink(missing_ok=True)  # of an earlier run
+    if series.is_tilted:
+        return
     try:
         write_file(path, seg_bytes(series, voxels, voxel_mark(voxels)))
         print(f"{path.name}: DICOM SEG라서 시리즈의 환자 이름과 ID가 그대로 들어 있습니다")
