@@ -143,7 +143,7 @@ def test_a_tilted_gantry_is_kept_in_the_affine_and_reported(tmp_path):
     assert doubt.startswith("갠트리가 16.7도 기울었습니다") and "DICOM SEG는 쓰지 않습니다" in doubt
     image = read(tmp_path / "ct")[0]
     assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == (0, 1)  # a qform has no shear
-    assert abs(np.linalg.det(segment_volume.Volume("ct", read(tmp_path / "ct")[2]).affine)) == pytest.approx(6 * 4)
+    assert abs(np.linalg.det(segment_volume.Volume("ct", read(tmp_path / "ct")[2]).affine)) == pytest.approx(1 * 1.5 * 4)
 
 
 # ----------------------------------------------------------------------------- files
@@ -198,7 +198,7 @@ def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, vi
     assert (tmp_path / "out/mr_2_mask.nii.gz").is_file() and (tmp_path / "out/mr_2_seg.dcm").is_file()
     assert "이전 결과를 덮어씁니다" in segment(tmp_path, visible, "--series", 2, *arguments, volume="mr").stdout
     failed = segment(tmp_path, visible, "--series", 3, *arguments, volume="mr", code=1)
-    assert_fails_in_one_line(failed, "summary.json: 이 볼륨의 이전 결과가 아니어서")
+    assert_fails_in_one_line(failed, "slices.csv: 이 볼륨의 이전 결과가 아니어서")
     edited = pydicom.dcmread(tmp_path / "out/mr_2_seg.dcm")
     edited.ContentDescription = "corrected"
     edited.save_as(tmp_path / "out/mr_2_seg.dcm")
