@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import convert_checkpoint
+import export_onnx
 import label_with_text
 import numpy as np
 import pytest
@@ -45,11 +46,12 @@ SECTIONS = {  # path of a script: the document that explains it, and the beginni
     "extras/segment_volume.py": (EXTRAS_GUIDE, "설치", "CT와 MR에서 따라가기"),
     "extras/label_with_text.py": (EXTRAS_GUIDE, "설치", "단어나 상자로 라벨 만들기"),
     "extras/convert_checkpoint.py": (EXTRAS_GUIDE, "Hugging Face 형식으로"),
+    "extras/export_onnx.py": (EXTRAS_GUIDE, "ONNX로 내보내기"),
     "extras/sam_med3d_ich/train.py": (EXTRAS_GUIDE, "SAM-Med3D로 뇌 CT의 출혈 분할하기"),
 }
 SCRIPTS = dict(zip(SECTIONS, (
     download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image, track_video, segment_volume,
-    label_with_text, convert_checkpoint, train)))
+    label_with_text, convert_checkpoint, export_onnx, train)))
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
                   for path in sorted((ROOT / folder).glob("*.py")))
 # files whose names the scripts compose or a package chooses, and folders that appear when they run
