@@ -114,9 +114,9 @@ def export_files(model, encoder, decoder):
 
 
 def export(module, inputs, path, input_names, output_names, dynamic_axes):
+    """Export a module by tracing: torch.export (dynamo=True) fails on a dynamic N and needs one more package."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns of each shape that it makes constant; all but N and K are
-        # the exporter of torch.export (dynamo=True) makes N and K constant and needs one more package
+        warnings.simplefilter("ignore")  # tracing warns of each shape that becomes constant: all except N and K
         torch.onnx.export(module, inputs, path, input_names=input_names, output_names=output_names,
                           dynamic_axes=dynamic_axes, opset_version=18, dynamo=False)
     model = onnx.load(path)
