@@ -17,6 +17,7 @@ Chapters:
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -30,6 +31,7 @@ import textwrap
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
@@ -72,8 +74,10 @@ def main():
     if not pairs:
         fail(f"비교할 쌍이 없습니다. 이미지는 {args.image_dir}, 이름이 같은 마스크는 {args.mask_dir} 폴더에 넣으세요")
     count = len(pairs)
-    pairs = [pair for pair in tqdm(pairs, "정답 확인", leave=False, disable=None) if read_mask(pair[1]).any()]
-    if not pairs:
+    empty = {pair for pair in tqdm(pairs, "정답 확인", leave=False, disable=None) if not read_mask(pair[1]).any()}
+    if args.prompt != "none":
+        pairs = [pair for pair in pairs if pair not in empty]
+    if len(pairs) <= len(empty) * (args.prompt == "none"):
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
     original = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
     finetuned = copy.deepcopy(original)
@@ -86,23 +90,33 @@ def main():
     for old in args.output_dir.glob("compare_[0-9]*.png"):  # left by an earlier run
         old.unlink()
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
-    rows, unsampled = [], 0
-    for number, (image_path, mask_path) in enumerate(tqdm(pairs, "비교", disable=None)):
-        image, labels = read_pair(image_path, mask_path)
-        objects, gt_masks, left_out = split_objects(labels, args.max_objects)
+    rows, unsampled, right = [], 0, {title: [] for title in predictors}  # right: of images without any object
+    for number, (image_path, image, labels) in enumerate(tqdm(
+            read_ahead(read_pair, pairs, 1, 2), "비교", len(pairs), disable=None)):
+        kind = prompt_kind(args.prompt, number)
+        objects, gt_masks, left_out = ([""], labels[None] > 0, 0) if kind == "none" else \
+            split_objects(labels, args.max_objects)
         unsampled += left_out
         set_image_in_all(predictors.values(), image, shared)
-        kind = prompt_kind(args.prompt, number)
         results = {title: predict_objects(predictor, kind, gt_masks) for title, predictor in predictors.items()}
-        rows += measure(image_path.name, objects, gt_masks, results)
+        if gt_masks.any():
+            rows += measure(image_path.name, objects, gt_masks, results)
+        else:
+            for title, (masks, _) in results.items():
+                right[title].append(not masks.any())
         if number in chosen:
             path = args.output_dir / f"compare_{chosen.index(number) + 1}.png"
             save_comparison(path, image_path.name, image, gt_masks, results)
 
-    mean = save_results(rows, len(pairs), args, device, original.model.image_size)
+    specificity = {f"{title.replace('-', '')}_specificity": float(np.mean(nothing))
+                   for title, nothing in right.items() if nothing}
+    mean = save_results(rows, specificity, len(pairs), args, device, original.model.image_size)
     print(result_box(mean["original_iou"], mean["finetuned_iou"]))
     print(f"이미지 {len(pairs)}장, 객체 {len(rows)}개, 프롬프트 {args.prompt}, 장치 {device}, "
           f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")
+    if specificity:
+        before, after = specificity.values()
+        print(f"객체가 없는 이미지 {len(empty)}장 가운데 아무것도 찾지 않은 비율(특이도): {before:.2%} → {after:.2%}")
     if len(pairs) < count:
         print(f"정답 마스크가 비어 있어 뺀 이미지: {count - len(pairs)}장")
     if unsampled:
@@ -127,7 +141,8 @@ def parse_args():
     option("--num-visualize", 5, "비교 그림을 몇 장 저장할지, 고르게 뽑음", type=int)
     option("--max-objects", 20, "이미지마다 객체를 몇 개까지 비교할지. 더 많으면 무작위로 뽑은, 늘 같은 표본", type=int)
     option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 거기에 가장 크게 틀린 곳의 점 둘을 더함, "
-           "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아", choices=["point", "points", "box", "mixed"])
+           "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아, none 프롬프트 없이 모든 객체를 한 마스크로",
+           choices=["point", "points", "box", "mixed", "none"])
     option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 "
            "정확도가 떨어짐 (기본: 모델 설정대로)", type=int, choices=[512, 768, 1024])
     option("--device", "auto", "장치: auto, mps, cuda, cpu")
@@ -158,12 +173,13 @@ def find_pairs(image_dir, mask_dir):
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
-def read_pair(image_path, mask_path):
-    """Read an image and its numbered mask; ImageError if their sizes differ."""
+def read_pair(pair):
+    """Read (image path, mask path): the image's path, the image and its mask; ImageError if their sizes differ."""
+    image_path, mask_path = pair
     image, labels = read_image(image_path), read_mask(mask_path)
     if image.shape[:2] != labels.shape:
         raise ImageError(f"{image_path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-    return image, labels
+    return image_path, image, labels
 
 
 def split_objects(labels, max_objects):
@@ -222,6 +238,8 @@ def predict_objects(predictor, kind, gt_masks):
     for part in in_parts(gt_masks, gt_masks.shape[1:]):
         logits, scores, prompts = predict_prompted(predictor, kind, part)
         masks.append(logits[np.arange(len(logits)), scores.argmax(1)] > 0)
+        if kind == "none" and nothing_found(predictor.model):
+            masks[-1][:] = False
         coords.append(prompts[0])
         labels.append(prompts[1])
     return np.concatenate(masks), (np.concatenate(coords), np.concatenate(labels))
@@ -237,7 +255,8 @@ def predict_prompted(predictor, kind, gt_masks):
     """Predict masks for the current image, with a prompt made from each of gt_masks (bool N x H x W).
 
     kind: "point", the mask's middle pixel; "box", its tight box; "points", its middle pixel and then two
-        clicks, one after the other, each on the largest error of the mask with the highest score.
+        clicks, one after the other, each on the largest error of the mask with the highest score; "none", the point
+        with label -1 that SAM2Base._forward_sam_heads gives if there is no prompt.
     Returns: logits N x 3 x H x W, scores N x 3, and the prompts as (coordinates N x P x 2 in pixels, labels
         N x P): 1 for a click on the object, 0 outside it, 2 and 3 for a box's corners, as in SAM.
     """
@@ -248,6 +267,8 @@ def predict_prompted(predictor, kind, gt_masks):
     if kind == "box":
         coords = np.stack([mask_box(gt_mask).reshape(2, 2) for gt_mask in gt_masks])
         labels = np.tile([2, 3], (len(gt_masks), 1))
+    elif kind == "none":
+        coords, labels = np.zeros((len(gt_masks), 1, 2), np.float32), np.full((len(gt_masks), 1), -1)
     else:
         coords, labels = np.stack([middle_point(gt_mask) for gt_mask in gt_masks]), np.ones((len(gt_masks), 1), int)
     logits, scores = predict(coords, labels)
@@ -328,7 +349,8 @@ def save_comparison(path, name, image, gt_masks, results):
         panel.imshow(overlay_objects(image, masks, COLORS[title]))
         draw_prompts(panel, coords[:, shared:], labels[:, shared:])
         iou = np.mean([calculate_iou(mask, gt_mask) for mask, gt_mask in zip(masks, gt_masks)])
-        panel.set_title(f"{title}, {'' if single else 'mean '}IoU {iou:.1%}")
+        panel.set_title(f"{title}, {'' if single else 'mean '}IoU {iou:.1%}" if gt_masks.any() else
+                        f"{title}, {'something' if masks.any() else 'nothing'} found")
     for panel in panels:
         panel.axis("off")
     save_figure(figure, path)
@@ -342,6 +364,8 @@ def draw_prompts(panel, coords, labels):
             panel.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
             continue
         for (x, y), label in zip(own_coords, own_labels):
+            if label < 0:  # no prompt
+                continue
             panel.scatter(x, y, s=180 if len(coords) == 1 else 70, marker="*", color="lime" if label else "red",
                           edgecolor="black", linewidth=0.8)
 
@@ -375,7 +399,7 @@ def overlay(image, mask, color):
 # ---- results ----
 
 
-def save_results(rows, images, args, device, image_size):
+def save_results(rows, specificity, images, args, device, image_size):
     """Write per_image.csv, scatter.png and summary.json; returns the mean of each measure."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
@@ -384,7 +408,7 @@ def save_results(rows, images, args, device, image_size):
     write_file(args.output_dir / "per_image.csv", text.getvalue().encode(errors="surrogateescape"))
     save_scatter(args.output_dir / "scatter.png", rows)
     mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name not in ("image", "object")}
-    summary = {"num_images": images, "num_objects": len(rows), **mean,
+    summary = {"num_images": images, "num_objects": len(rows), **mean, **specificity,
                "difference_pp": 100 * (mean["finetuned_iou"] - mean["original_iou"]),
                "prompt": args.prompt, "device": device, "image_size": image_size,
                "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
@@ -438,6 +462,18 @@ plt.rcParams["text.parse_math"] = False  # file names may contain "$"
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
+
+
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
 
 class ImageError(OSError):
@@ -578,6 +614,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     return predictor
 
 
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
+
+
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint, {"model": state_dict} or a bare state dict, into a SAM 2 of the config `model_cfg`.
 
@@ -605,6 +646,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -2,34 +2,40 @@
 
     python test_my_image.py --image test_images/dog.jpg --point "320,200"
     python test_my_image.py --image test_images/dog.jpg                    # a window
+    python test_my_image.py --image test_images/dog.jpg --web              # the window in a browser
+    python test_my_image.py --image test_images --auto                     # what the model was trained to find
     python test_my_image.py --image test_images --everything
-    python test_my_image.py --image photos --annotate masks                # label a folder, one window per image
 
 Chapters:
-    settings            sizes, file names, colors, the keys of the window
+    settings            sizes, file names, the keys of the window
     the run             main(), the command line, the two models
     images and prompts  the images, the names of their results, checks of the prompts
-    every object        --everything: sam2's automatic mask generator
-    prompted objects    masks from points, boxes or a rough mask
-    the window          clicks, keys and --annotate
-    results             the output files
-    drawing             masks and prompts over an image
+    segmenting          masks from prompts, from none (--auto), or --everything: sam2's automatic mask generator
+    the window          on a screen or in a browser; clicks and keys
+    results             the output files, masks and prompts over an image
     shared block        identical in train_sam2_proper.py and compare_models.py
 """
 
 import argparse
+import asyncio
+import collections
 import contextlib
 import copy
+import csv
+import io
 import json
 import math
 import os
 import re
+import secrets
+import shlex
 import sys
 import textwrap
 import time
 import warnings
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,10 +74,9 @@ DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows a
 EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
 RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts; of --everything;
            ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
-COLORS = {"original model": (255, 255, 0), "fine-tuned model": (30, 110, 255)}  # distinct to the colour-blind too
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letters on the same keys
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㅂ": "q"}  # the letters on the same keys
 
 
 # ---- the run ----
@@ -79,49 +84,46 @@ KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s"}  # the letter
 
 def main():
     args = parse_args()
-    for path in filter(None, [*args.image, args.mask]):
-        if not Path(path).exists():
-            fail(f"파일이 없습니다: {path}")
-    paths = find_images(args.image)
-    if args.annotate:
-        paths = without_mask(paths, args.annotate)
+    paths = find_images(args.image, args.mask)
     if args.interactive:
-        require_display("화면이 있는 컴퓨터에서 실행하세요" if args.annotate else "좌표를 직접 주세요: --point \"x,y\"")
+        require_display(args.web, '--point "x,y"로 좌표를 주거나, --auto로 찾거나')
     else:
         plt.switch_backend("Agg")
     args.inputs = {Path(path).resolve() for path in [*paths, args.mask or paths[0]]}
-    args.mask = read_rough_mask(args.mask) if args.mask else None
+    if args.mask and not (mask := read_mask(args.mask) > 0).any():
+        raise ImageError(f"{args.mask}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
+    args.mask = mask if args.mask else None
     if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
     if args.interactive:
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다.",
-              "Enter는 저장, s는 건너뛰기이고, 창을 닫으면 끝냅니다." if args.annotate else
-              "Enter를 누르거나 창을 닫으면 저장합니다.")
-
-    run_mode = run_everything if args.everything else run_annotation if args.annotate else run_prompts
-    done, failed = 0, []
-    for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
+    failed, args.rows = [], []
+    bar = tqdm(paths, "분할", disable=True if len(paths) == 1 else None)
+    for path, name, image in zip(bar, result_names(paths), read_ahead(read_or_error, paths, 1, 2)):
         try:
-            image = read_image(path)
+            if isinstance(image, ImageError):
+                raise image
             check_prompts(path, image, args.point, args.box, args.mask)
-            if not args.everything:
+            if args.everything:
+                lines = run_everything(path, name, image, predictors, args)
+            else:
                 set_image_in_all(predictors.values(), image, shared)
-            lines = run_mode(path, name, image, predictors, args)
+                lines = run_prompts(path, name, image, predictors, args)
         except ImageError as error:
             if len(paths) == 1:
                 raise
             failed.append(path)
             tqdm.write(f"오류: {error}", file=sys.stderr)
             continue
-        if lines is None:  # the window was closed
-            tqdm.write(f"창을 닫아 끝냅니다. 저장하지 않은 이미지: {path.name}")
-            break
-        done += bool(lines)
-        if lines and (len(paths) == 1 or args.interactive):
+        if len(paths) == 1 or args.interactive:
             tqdm.write("\n".join(lines))
+    if args.rows:
+        write_rows(args.rows, args.output / "auto.csv")
+        found = sum(row["found"] for row in args.rows)
+        print(f"{len(args.rows)}장 가운데 {found}장에서 찾음: {args.output / 'auto.csv'}")
     if len(paths) > 1:
-        print(f"이미지 {done}장을 분할했습니다. 저장: {args.annotate or args.output}")
+        print(f"이미지 {len(paths) - len(failed)}장을 분할했습니다. 저장: {args.output}")
     if failed:
         fail(f"{len(failed)}장은 분할하지 못했습니다: {', '.join(path.name for path in failed[:5])}")
 
@@ -132,51 +134,47 @@ def parse_args():
     add("--image", "-i", required=True, nargs="+", metavar="PATH", help="이미지 경로, 여러 개나 폴더도 됨 (필수)")
     add("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
     add("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
-    add("--point", "-p", type=parse_points, default=[],
-        help='점 좌표: "x,y" 또는 "x,y,라벨;x,y,라벨" (라벨 1 전경, 0 배경; 기본 1)')
+    add("--point", "-p", type=parse_points, default=[], help='점: "x,y" 또는 "x,y,라벨;..." (라벨 1 전경, 0 배경)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
-    add("--refine", type=int, default=0, metavar="N",
-        help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: %(default)s)")
-    add("--annotate", type=Path, metavar="DIR",
-        help="DIR에 마스크가 아직 없는 이미지를 하나씩 창에서 라벨링해 DIR/이름.png로 저장")
+    add("--refine", type=int, default=0, metavar="N", help="마스크를 다시 넣어 N번 다듬기 (기본: %(default)s)")
+    add("--web", type=int, nargs="?", const=8988, metavar="PORT", help="창을 브라우저에 띄움 (PORT를 빼면 8988)")
+    add("--annotate", metavar="DIR", help=argparse.SUPPRESS)  # earlier versions
+    add("--auto", action="store_true",
+        help="프롬프트 없이, 모델이 학습한 것을 찾아 분할 (--recipe strongest나 --prompt any로 학습한 모델)")
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
     add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
-    add("--pred-iou-thresh", type=float, default=0.88,
-        help="--everything: 예측 점수가 이보다 낮은 마스크는 버림 (기본: %(default)s)")
-    add("--stability-score-thresh", type=float, default=0.95,
-        help="--everything: 경계가 이보다 불안정한 마스크는 버림 (기본: %(default)s)")
-    add("--min-mask-region-area", type=int, default=100,
-        help="--everything: 이보다 작은 조각과 구멍은 없앰, 픽셀 (기본: %(default)s)")
+    add("--pred-iou-thresh", type=float, default=0.88, help="--everything: 가장 낮은 예측 점수 (기본: %(default)s)")
+    add("--stability-score-thresh", type=float, default=0.95, help="--everything: 가장 낮은 안정성 (기본: %(default)s)")
+    add("--min-mask-region-area", type=int, default=100, help="--everything: 없앨 조각의 픽셀 수 (기본: %(default)s)")
     add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: %(default)s)")
-    add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml",
-        help="모델 설정 이름 또는 YAML 경로 (기본: %(default)s)")
+    add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml", help="설정 이름이나 YAML 경로 (기본: %(default)s)")
     add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
     add("--finetuned", default="output/sam2_best.pt", help="파인튜닝한 체크포인트 (기본: %(default)s)")
-    add("--image-size", type=int, choices=[512, 768, 1024],
-        help="모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 정확도가 떨어짐 "
-             "(기본: 모델 설정대로)")
+    add("--image-size", type=int, choices=[512, 768, 1024], help="모델 입력 한 변, 픽셀 (기본: 모델 설정대로)")
     add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
     prompted = bool(args.point or args.box or args.mask)
     if args.everything and (prompted or args.compare or args.refine):
         parser.error("--everything은 --point, --box, --mask, --refine, --compare와 함께 쓸 수 없습니다")
-    if args.annotate and (prompted or args.everything or args.compare):
-        parser.error("--annotate는 --point, --box, --mask, --everything, --compare와 함께 쓸 수 없습니다")
+    if args.annotate:
+        command = ["python", "extras/annotate.py", "--images", *args.image, "--output", args.annotate]
+        fail(f"--annotate 대신: {shlex.join(command)}")
+    if args.auto and (prompted or args.everything):
+        parser.error("--auto는 --point, --box, --mask, --everything과 함께 쓸 수 없습니다")
     if args.compare and args.original:
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
-    for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
-    args.interactive = not (prompted or args.everything)
+    args.interactive = not (prompted or args.everything or args.auto)
+    if args.web is not None and not args.interactive:
+        parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
+    for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0), ("web", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: {least} 이상이어야 합니다")
     return args
 
 
 def parse_points(text):
-    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels; label 1 (the default) or 0.
-
-    Raises argparse.ArgumentTypeError, naming the part that is wrong.
-    """
+    """Parse "x,y" or "x,y,label;x,y,label": a list of (x, y, label), in pixels; label 1 (the default) or 0."""
     points = []
     for part in text.strip().strip(";").split(";"):
         try:
@@ -190,10 +188,7 @@ def parse_points(text):
 
 
 def parse_boxes(text):
-    """Parse "x1,y1,x2,y2" or several of them, separated by ";": a list of [x1, y1, x2, y2] in pixels, in order.
-
-    Raises argparse.ArgumentTypeError, naming the part that is wrong.
-    """
+    """Parse "x1,y1,x2,y2" or several of them, separated by ";": a list of [x1, y1, x2, y2] in pixels, in order."""
     boxes = []
     for part in text.strip().strip(";").split(";"):
         try:
@@ -207,10 +202,7 @@ def parse_boxes(text):
 
 
 def load_models(args):
-    """Load the models, {title: SAM2ImagePredictor}; also returns whether their image encoders are equal.
-
-    With --compare there are two. If no fine-tuned model exists, this is reported and only the original is used.
-    """
+    """Load the models, {title: SAM2ImagePredictor}, two with --compare; also whether their image encoders are equal."""
     if not args.original and not Path(args.finetuned).is_file():
         print(f"파인튜닝한 모델이 아직 없어 원본 모델을 사용합니다: {args.finetuned}")
         args.original, args.compare = True, False
@@ -224,6 +216,8 @@ def load_models(args):
         predictors[title] = copy.deepcopy(predictors[first])
         load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
     print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
+    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
     return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
 
 
@@ -252,16 +246,15 @@ def set_image_in_all(predictors, image, shared):
 # ---- images and prompts ----
 
 
-def find_images(names):
-    """The image files given by --image: files as they are, folders as the sorted images in them.
-
-    Other files in a folder, such as HEIC photos, are listed in one line.
-    """
+def find_images(names, *others):
+    """The image files of --image, and those in its folders, sorted; lists other files; fails if one is missing."""
+    for path in filter(None, [*names, *others]):
+        if not Path(path).exists():
+            fail(f"파일이 없습니다: {path}")
     paths, unread = [], []
     for path in map(Path, names):
-        files = sorted(path.iterdir()) if path.is_dir() else []
-        for file in files:  # macOS writes ._a.jpg beside a.jpg
-            if file.is_file() and not file.name.startswith("."):
+        for file in sorted(path.iterdir()) if path.is_dir() else ():
+            if file.is_file() and not file.name.startswith("."):  # macOS writes ._a.jpg beside a.jpg
                 (paths if file.suffix.lower() in IMAGE_SUFFIXES else unread).append(file)
         paths += [] if path.is_dir() else [path]
     if unread:
@@ -271,20 +264,12 @@ def find_images(names):
     return paths
 
 
-def without_mask(paths, mask_dir):
-    """The images that have no mask mask_dir/STEM.png yet.
-
-    Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
-    """
-    stems = Counter(path.stem for path in paths)
-    for path in paths:
-        if stems[path.stem] > 1:
-            fail(f"이름이 같은 이미지가 둘 이상입니다: {path}. 하나만 남기세요")
-        if path.parent.resolve() == mask_dir.resolve():
-            fail(f"마스크 폴더가 이미지 폴더와 같습니다: {mask_dir}. 다른 폴더를 쓰세요")
-    remaining = [path for path in paths if not (mask_dir / f"{path.stem}.png").exists()]
-    print(f"이미지 {len(paths)}장 가운데 {len(paths) - len(remaining)}장은 마스크가 있습니다: {mask_dir}")
-    return remaining or sys.exit()
+def read_or_error(path):
+    """The image, see read_image, or the ImageError: a thread reads ahead."""
+    try:
+        return read_image(path)
+    except ImageError as error:
+        return error
 
 
 def result_names(paths):
@@ -298,47 +283,25 @@ def result_names(paths):
     return list(names)
 
 
-def require_display(alternative):
-    """Fail, with what to do instead, if matplotlib cannot open a window here."""
-    with contextlib.suppress(Exception):  # each toolkit has its own error for "no display"
-        framework = plt.figure().canvas.required_interactive_framework
-        plt.close()
-        if framework:
-            return
-    advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-    fail(f"창을 띄울 수 없습니다. {alternative}{advice}")
-
-
-def read_rough_mask(path):
-    """The foreground of a mask file: bool H x W. Raises ImageError if there is none."""
-    mask = read_mask(path) > 0
-    if not mask.any():
-        raise ImageError(f"{path}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
-    return mask
-
-
 def check_prompts(path, image, points, boxes, rough):
     """Raise ImageError, with the image's size, if a prompt does not fit the image.
 
-    A box may end at the image's edge (x2 = width); a point may not, because there is no pixel. With several
-    boxes, each point must lie in a box, which determines its object.
+    A box may end at the image's edge, a point may not. Of several boxes, one around each point determines its object.
     """
     height, width = image.shape[:2]
+    size = f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다"
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
     outside += [(x, y) for box in boxes for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
     if outside:
-        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. "
-                         f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다")
+        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. {size}")
     of_objects = [point for own, _ in split_prompts(points, boxes) for point in own]
     if lost := [point for point in points if point not in of_objects]:
-        raise ImageError(f"{path}: 어느 상자에도 들어 있지 않은 점입니다: ({lost[0][0]:g}, {lost[0][1]:g}). "
-                         "상자가 여럿이면 점은 자기 상자 안에 있어야 합니다")
+        raise ImageError(f"{path}: 상자가 여럿인데 어느 상자에도 없는 점입니다: ({lost[0][0]:g}, {lost[0][1]:g})")
     if rough is not None and rough.shape != (height, width):
-        raise ImageError(f"{path}: --mask의 크기가 이미지와 다릅니다. 마스크는 가로 {rough.shape[1]}, "
-                         f"세로 {rough.shape[0]}픽셀, 이미지는 가로 {width}, 세로 {height}픽셀입니다")
+        raise ImageError(f"{path}: --mask는 가로 {rough.shape[1]}, 세로 {rough.shape[0]}픽셀인데 {size}")
 
 
-# ---- every object ----
+# ---- segmenting ----
 
 
 def run_everything(path, name, image, predictors, args):
@@ -363,10 +326,9 @@ def run_everything(path, name, image, predictors, args):
 
 
 def segment_everything(predictor, reduced, size, args):
-    """Run SAM 2's automatic mask generator: [(COCO annotation, mask bool h x w)], the largest first.
+    """Run SAM 2's automatic mask generator on `reduced`, h x w: [(COCO annotation, mask bool h x w)], largest first.
 
-    reduced: the image, uint8 h x w x 3, at the generator's size; size: (H, W) of the full image. bbox [x, y, width,
-    height], area and segmentation (compressed RLE) are in full-image pixels; score is the predicted IoU.
+    Annotations are in pixels of the full image, whose size is (H, W); score is the predicted IoU.
     """
     generator = SAM2AutomaticMaskGenerator(
         predictor.model, points_per_side=args.points_per_side, pred_iou_thresh=args.pred_iou_thresh,
@@ -389,20 +351,17 @@ def segment_everything(predictor, reduced, size, args):
             for number, (annotation, mask) in enumerate(found, start=1)]
 
 
-# ---- prompted objects ----
-
-
 def run_prompts(path, name, image, predictors, args):
-    """Segment one image with every model, with prompts from the arguments or the window, and write the results.
+    """Segment an image, which is set in all predictors, by prompts of the arguments or the window; write the results.
 
-    The image must be set in `predictors`. The masks of the last model are written, with --compare also those of the
-    original. Returns the lines to print.
+    The masks of the last model are written, with --compare also those of the original. Returns the lines to print.
     """
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
+    shown_name = path.name.encode(errors="replace").decode()  # matplotlib cannot draw what is not valid UTF-8
     if args.interactive:
-        window = Window(image, models, printable(path.name))
-        plt.show()
+        window = Window(image, models, shown_name)
+        show_window(window.figure)
         objects = window.objects()
         if not objects:
             raise ImageError(f"{path}: 분할한 것이 없습니다. 창에서 분할할 곳을 클릭하거나 --point \"x,y\"를 쓰세요")
@@ -418,18 +377,20 @@ def run_prompts(path, name, image, predictors, args):
     if args.compare:
         pictures["original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
     lines = [f"창에서 준 프롬프트: {prompts_as_flags(*item[:2])}" for item in objects] if args.interactive else []
-    number, _, score = objects[0].best(title)
+    number, mask, score = objects[0].best(title)
+    if args.auto:
+        args.rows.append({"image": text_cell(path.name), "found": int(mask.any()), "area": int(mask.sum()),
+                          "area_share": round(float(mask.mean()), 6), "score": round(score, 4)})
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
     return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
-        "result.png": partial(save_result, image=image, name=path.name, objects=objects, rough=args.mask),
+        "result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
         **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
 
 
 class Segmented(NamedTuple):
     """An object: its prompts in pixels, points (x, y, label) and box [x1, y1, x2, y2] or None, and its predictions.
 
-    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: the index of the picked candidate, or
-    None for the one with the highest score.
+    candidates: {title of the model: (masks bool N x H x W, scores N)}; choice: index of a candidate, None for the best.
     """
     points: list
     box: list | None
@@ -452,24 +413,24 @@ def split_prompts(points, boxes):
 
 
 def segment(predictor, points, box, rough=None, refine=0):
-    """Segment one object in the current image: bool masks 3 x H x W and scores 3.
+    """Segment one object in the current image: bool masks 3 x H x W and scores 3. points and box: as in Segmented.
 
-    points: (x, y, label) in pixels; box: [x1, y1, x2, y2] or None; rough: a mask to start from, bool H x W, or None;
-    refine: how many times the best mask is fed back to the model as a prompt.
+    Without any prompt it is what the model was trained to find: the point with label -1 as in SAM2Base.
+    rough: a mask to start from, bool H x W, or None; refine: how many times the best mask is fed back as a prompt.
     """
-    logits = None
+    logits, prompted = None, points or box or rough is not None
+    points = points if prompted else [(0, 0, -1)]
     if rough is not None:  # as logits, with the values of SAM2Base._use_mask_as_output
         height, width = predictor.model.sam_prompt_encoder.mask_input_size
         logits = 20 * cv2.resize(rough.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)[None] - 10
     for _ in range(refine + 1):
         # always three masks: fine-tuning trains these, not SAM 2's single-mask output
         masks, scores, low_res = predictor.predict(
-            point_coords=np.array([point[:2] for point in points], np.float32) if points else None,
-            point_labels=np.array([point[2] for point in points]) if points else None,
-            box=np.array(box, np.float32) if box else None,
-            mask_input=logits, multimask_output=True)
+            np.array([point[:2] for point in points], np.float32) if points else None,
+            np.array([point[2] for point in points]) if points else None,
+            np.array(box, np.float32) if box else None, mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
-    return masks > 0, scores
+    return np.zeros_like(masks, bool) if not prompted and nothing_found(predictor.model) else masks > 0, scores
 
 
 def number_objects(objects, title):
@@ -484,44 +445,61 @@ def number_objects(objects, title):
 # ---- the window ----
 
 
-def run_annotation(path, name, image, predictors, args):
-    """Label one image in the window and write its mask in the format of data/: 8-bit for one object, else numbered.
+def require_display(web, alternative):
+    """Let windows open on this screen or, with `web` (a port), in a browser, at a secret address on this machine."""
+    if web is None and plt.get_backend().lower() != "webagg":
+        with contextlib.suppress(Exception):  # each toolkit has its own error for "no display"
+            framework = plt.figure().canvas.required_interactive_framework
+            plt.close()
+            if framework:
+                return
+        advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
+        fail(f"창을 띄울 수 없습니다. {alternative}, --web으로 브라우저에 띄우세요{advice}")
+    try:
+        plt.switch_backend("WebAgg")
+        from matplotlib.backends.backend_webagg import WebAggApplication as Server
+        plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
+        Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
+    except (ImportError, RuntimeError, OverflowError) as error:
+        fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
+    print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
+          f"다른 컴퓨터에서 보려면 거기서 먼저: ssh -L {Server.port}:127.0.0.1:{Server.port} 사용자@서버", flush=True)
 
-    Returns the lines to print: none for an image that was skipped, None if the window was closed.
-    """
-    (title, predictor), = predictors.items()
-    window = Window(image, {title: partial(segment, predictor, refine=args.refine)}, printable(path.name),
-                    can_skip=True)
-    plt.show()
-    if window.closed_by != "enter":
-        return [] if window.closed_by == "s" else None
-    objects = window.objects()
-    labels = number_objects(objects, title)
-    mask_path = args.annotate / f"{name}.png"
-    write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
-    return [f"객체 {len(objects)}개, 저장: {mask_path}"]
+
+def show_window(figure):
+    """Show a window and wait until it is closed; in a browser only plt.close() closes it, not the end of a tab."""
+    if plt.get_backend().lower() != "webagg":
+        return plt.show()
+    from tornado.ioloop import IOLoop
+
+    async def wait(manager):
+        while plt.fignum_exists(figure.number):
+            await asyncio.sleep(0.05)
+        manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
+        await asyncio.sleep(0.1)
+
+    IOLoop.current().run_sync(partial(wait, figure.canvas.manager))
 
 
 class Window:
     """A matplotlib window in which each click and each dragged box segments the image again.
 
     models: {title: function of (points, box) that returns masks 3 x H x W and scores 3}; one panel each.
-    title: title of the window. can_skip: whether "s" also closes the window.
-    After plt.show(), objects() returns the segmented objects; closed_by is the key that closed the window, or None.
+    title: title of the window. After show_window(), objects() returns the segmented objects.
     """
 
-    def __init__(self, image, models, title, can_skip=False):
-        self.image, self.models, self.can_skip = image, models, can_skip
+    def __init__(self, image, models, title):
+        self.image, self.models, self.size = image, models, image.shape[:2]
         self.finished, self.current = [], Segmented([], None, {})
-        self.history, self.markers, self.pressed, self.closed_by = [], [], None, None
-        height, width = image.shape[:2]
+        self.history, self.markers, self.pressed = [], [], None
+        height, width = self.size
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
         self.figure = plt.figure(layout="constrained", figsize=(
             max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
         self.panels = self.figure.subplots(1, len(models), squeeze=False)[0]
         canvas = self.figure.canvas
         canvas.manager.set_window_title(title)
-        self.figure.supxlabel(WINDOW_HELP + ("    s: skip" if can_skip else ""), fontsize=10)
+        self.figure.supxlabel(WINDOW_HELP, fontsize=10)
         canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # disables matplotlib's own keys
         for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
                               ("button_release_event", self.on_release), ("key_press_event", self.on_key)):
@@ -535,14 +513,15 @@ class Window:
 
     def position(self, event):
         """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
-        height, width = self.image.shape[:2]
+        height, width = self.size
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
         return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode:
-            height, width = self.image.shape[:2]  # after panning, there is space beside it
+        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
+        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
+            height, width = self.size  # after panning, there is space beside it
             if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
                 self.pressed = event
 
@@ -564,14 +543,11 @@ class Window:
         # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
         if not self.pressed or event.button not in (self.pressed.button, 1):
             return
-        points, box = self.current.points, self.current.box
-        if dragged := self.dragged_box(event):
-            box = dragged
-        else:
-            points = [*points, (*self.position(self.pressed), int(self.pressed.button == 1))]
+        box = self.dragged_box(event)
+        points = [] if box else [(*self.position(self.pressed), int(self.pressed.button == 1))]
         self.pressed = None
         self.remember()
-        self.set_prompts(points, box)
+        self.set_prompts([*self.current.points, *points], box or self.current.box)
 
     def on_key(self, event):
         key = (event.key or "").lower()  # with Caps Lock too
@@ -579,18 +555,16 @@ class Window:
         if key in ("u", "backspace") and self.history:
             self.finished, before = self.history.pop()
             self.set_prompts(*before)
-        elif key == "r":
-            self.remember()
-            self.set_prompts([], None)
         elif key in ("1", "2", "3") and self.current.candidates:
             self.current = self.current._replace(choice=int(key) - 1)
             self.update()
-        elif key == "n" and len(self.objects()) > len(self.finished):
+        elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
             self.remember()
-            self.finished = [*self.finished, self.current]
+            self.finished = self.objects() if key == "n" else self.finished
             self.set_prompts([], None)
-        elif key == "enter" and self.objects() or key == "s" and self.can_skip or key in plt.rcParams["keymap.quit"]:
-            self.closed_by = key
+        elif key == "enter" and not self.objects():
+            self.update("nothing to save yet: click an object")
+        elif key == "enter" or key in plt.rcParams["keymap.quit"]:
             plt.close(self.figure)
 
     def remember(self):
@@ -608,12 +582,12 @@ class Window:
             artist.remove()
         self.markers = [artist for axes in self.panels for artist in mark_prompts(axes, points, box)]
 
-    def update(self):
-        """Show the image, the finished objects, the current one's mask, and its prompts."""
+    def update(self, message=""):
+        """Show the image, the finished objects, the current one's mask, its prompts, and a message."""
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.models):
-            text = f"{title}, object {len(self.finished) + 1}" if self.finished else title
-            if self.current.candidates:
+            text = message or (f"{title}, object {len(self.finished) + 1}" if self.finished else title)
+            if self.current.candidates and not message:
                 number, _, score = self.current.best(title)
                 text += f": mask {number + 1} of 3, score {score:.3f}"
             show(axes, self.image, colored_masks(objects, title))
@@ -634,14 +608,11 @@ def save_result(path, image, name, objects, rough):
     if len(objects) == 1 and len(objects[0].candidates) == 1:
         (heading, candidates), = objects[0].candidates.items()  # the panels are named after their masks
         chosen, _, _ = objects[0].best(heading)
-        for number, (mask, score) in enumerate(zip(*candidates)):
-            text = f"mask {number + 1}, score {score:.3f}{'  (best)' if number == chosen else ''}"
-            panels.append((text, [(mask, COLORS[heading])], number == chosen))
-    else:
-        for title in objects[0].candidates:
-            text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
-            panels.append((title + text, colored_masks(objects, title), False))
-
+        panels = [(f"mask {index + 1}, score {score:.3f}" + "  (best)" * (index == chosen),
+                   [(mask, object_color(1))], index == chosen) for index, (mask, score) in enumerate(zip(*candidates))]
+    for title in () if panels else objects[0].candidates:
+        text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
+        panels.append((title + text, colored_masks(objects, title), False))
     flatness = image.shape[1] / image.shape[0]
     count = len(panels) + 1
     columns = count if flatness < 1.6 else 1 if flatness > 5 else 2  # wide images are put below each other
@@ -650,7 +621,7 @@ def save_result(path, image, name, objects, rough):
     height = min(max(width / flatness, 1), 9) + 0.4
     figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
                                 layout="constrained")
-    heading = textwrap.fill(printable(heading), int(5 * width))  # a Korean letter is up to 1/6 inch wide
+    heading = textwrap.fill(heading, int(5 * width))  # a Korean letter is up to 1/6 inch wide
     for axis, (title, masks, framed) in zip(axes.flat, [(heading, [], False), *panels]):
         show(axis, image, masks)
         axis.set_title(title)
@@ -667,8 +638,8 @@ def save_result(path, image, name, objects, rough):
 def write_results(args, name, writers):
     """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them.
 
-    Removes other kinds left by an earlier run, if the first file of their group in RESULTS exists: a NAME_mask.png
-    alone belongs to the user. Keeps inputs, and NAME_original_mask.png if it is the mask of an image NAME_original.
+    Removes others of an earlier run, which wrote the first file of their group in RESULTS; NAME_mask.png alone is the
+    user's, as inputs are. NAME_original_mask.png may be the mask of an image NAME_original.
     """
     paths = {kind: args.output / f"{name}_{kind}" for group in RESULTS for kind in group}
     kept = {*args.inputs, *(paths[kind].resolve() for kind in writers)}
@@ -685,19 +656,30 @@ def write_results(args, name, writers):
     return "저장: " + ", ".join(str(paths[kind]) for kind in writers)
 
 
+def write_rows(rows, path):
+    """Write dictionaries with the same keys as a CSV file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def text_cell(text):
+    """A table cell that no spreadsheet evaluates: a text that begins with = + - @, tab or CR gets an apostrophe."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def prompts_as_flags(points, box):
     """The points and the box of an object as command-line flags."""
-    flags = ["--point \"" + ";".join(f"{x:g},{y:g},{label}" for x, y, label in points) + '"'] if points else []
-    flags += ["--box \"" + ",".join(f"{number:g}" for number in box) + '"'] if box else []
-    return " ".join(flags)
+    given = {"point": ";".join(f"{x:g},{y:g},{label}" for x, y, label in points),
+             "box": ",".join(f"{edge:g}" for edge in box or [])}
+    return " ".join(f'--{flag} "{text}"' for flag, text in given.items() if text)
 
 
 def write_png(path, array):
     """Write uint8 or uint16 H x W, or uint8 H x W x 3 (BGR), as a PNG."""
     write_file(path, cv2.imencode(".png", array)[1].tobytes())
-
-
-# ---- drawing ----
 
 
 def show(axes, image, masks=()):
@@ -726,9 +708,8 @@ def mark_prompts(axes, points, box):
 
 
 def colored_masks(objects, title):
-    """The masks of one model's objects, [(bool H x W, RGB)]: one has the model's colour, several have one each."""
-    return [(item.best(title)[1], object_color(number) if len(objects) > 1 else COLORS[title])
-            for number, item in enumerate(objects)]
+    """The masks of one model's objects, [(bool H x W, RGB)]: a colour belongs to the object's number, from 1."""
+    return [(item.best(title)[1], object_color(number)) for number, item in enumerate(objects, start=1)]
 
 
 def object_color(number):
@@ -755,11 +736,6 @@ def reduce_to(array, max_side, interpolation):
     return cv2.resize(array, size, interpolation=interpolation)
 
 
-def printable(name):
-    """A file's name with "?" for bytes that are not valid UTF-8, which matplotlib cannot draw."""
-    return name.encode(errors="replace").decode()
-
-
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----
 
 for _stream in (sys.stdout, sys.stderr):
@@ -773,6 +749,18 @@ plt.rcParams["text.parse_math"] = False  # file names may contain "$"
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
+
+
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
 
 class ImageError(OSError):
@@ -913,6 +901,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     return predictor
 
 
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
+
+
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint, {"model": state_dict} or a bare state dict, into a SAM 2 of the config `model_cfg`.
 
@@ -940,6 +933,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

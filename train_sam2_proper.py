@@ -25,6 +25,7 @@ Chapters:
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import functools
@@ -44,13 +45,13 @@ import textwrap
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import cv2
-import matplotlib
 import numpy as np
 import psutil
 import torch
@@ -58,6 +59,9 @@ import torch.distributed
 import torch.utils.checkpoint
 import torchvision
 from filelock import FileLock, Timeout
+from matplotlib import font_manager
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -74,10 +78,6 @@ except (ImportError, RuntimeError) as error:  # not installed, or hidden by a fo
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
-
-matplotlib.use("Agg")
-from matplotlib import font_manager
-from matplotlib import pyplot as plt
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is OpenCV's
 
@@ -112,9 +112,11 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("max_grad_norm", 0.0, (float, 0), "기울기 노름을 이 값 이하로 제한, 0이면 제한하지 않음"),
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
     # prompts and loss
-    ("prompt", "point", ["point", "points", "box", "mixed"], "학습할 프롬프트: point 마스크 안의 점 하나, "
-     "points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음"),
-    ("val_prompt", "point", ["point", "points", "box", "mixed"], "검증할 프롬프트: compare_models.py --prompt와 같음"),
+    ("prompt", "point", ["point", "points", "box", "mixed", "none", "any"], "학습할 프롬프트: point 마스크 안의 점 "
+     "하나, points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음, none 프롬프트 없이 이미지의 모든 "
+     "객체, any 넷을 섞음"),
+    ("val_prompt", "point", ["point", "points", "box", "mixed", "none"],
+     "검증할 프롬프트: compare_models.py --prompt와 같음"),
     ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
     ("supervise", "first", ["first", "all"], "손실에 넣을 마스크: first 첫째, all 셋 모두"),
     # image encoder
@@ -125,7 +127,7 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
     ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
-    ("workers", 2, (int, 0), "캐시가 없을 때 이미지를 미리 읽을 프로세스 수, 0이면 미리 읽지 않음"),
+    ("workers", 2, (int, 0), "이미지를 미리 읽을 프로세스 수, 캐시를 쓸 때는 스레드 수"),
     # output and system
     ("output_dir", "output", str, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
@@ -142,7 +144,7 @@ RECIPES = {  # what --recipe sets, unless a flag is given
     # the same 3000 training examples in all three; chosen by benchmarks/study_recipes.py, see the guide
     "reference": {},
     "improved": IMPROVED,
-    "strongest": {**IMPROVED, "encoder": "full"},
+    "strongest": {**IMPROVED, "encoder": "full", "prompt": "any"},
 }
 ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, unless --encoder-lr is given
 FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image_dir", "val_mask_dir", "iterations",
@@ -154,6 +156,7 @@ MAX_POINTS = 3         # of --prompt points in training; validation and compare_
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
+AT_ONCE = 16           # images that a GPU encodes at once for the cache
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
 DECODER = r"sam_prompt_encoder\.|sam_mask_decoder\."
 TRAINED = {            # names of the weights that --encoder trains
@@ -272,8 +275,8 @@ def open_trackers(args, rank):
     except ImportError as error:
         fail(f"따로 설치해야 하는 패키지입니다 ({error}): pip install {error.name or 'tensorboard'}")
     except Exception as error:  # W&B: no login, no network, no such project
-        fail(f"--wandb를 시작할 수 없습니다 ({textwrap.shorten(str(error), 200)}). "
-             "로그인: wandb login, 로그인 없이: 환경 변수 WANDB_MODE=offline")
+        fail(f"--tensorboard나 --wandb를 시작할 수 없습니다 ({textwrap.shorten(str(error), 200)}). "
+             "W&B 로그인: wandb login, 로그인 없이: 환경 변수 WANDB_MODE=offline")
 
     def track(row):
         for name, value in row.items() if board else ():
@@ -301,6 +304,10 @@ def print_setup(training):
     print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
     print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
           f"{masks.left_out}개{broken}), 검증 {len(val_masks)}장, 객체 {val_masks.count}개{unsampled}")
+    for name, each, prompts in (("학습", masks, args.prompt), ("검증", val_masks, args.val_prompt)):
+        if each.empty:
+            print(f"{name} 이미지 중 객체가 없는 것 {each.empty}장: 프롬프트가 없을 때만 쓰므로 "
+                  f"{name}에 {'씁니다' if prompts in ('none', 'any') else '쓰지 않습니다'}")
     trained, total = (sum(map(torch.numel, weights)) for weights in (training.parameters, training.model.parameters()))
     print(f"학습하는 가중치: {trained:,} / {total:,} ({encoder})")
     if cache is None:
@@ -308,7 +315,7 @@ def print_setup(training):
     else:
         print(f"특징 캐시: 학습 {len(masks)}장 중 {min(len(masks), cache.capacity)}장, 검증 {len(val_masks)}장 중 "
               f"{min(len(val_masks), processes * val_cache.capacity)}장이 들어갑니다 "
-              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {val_cache.limit / 1e9:.3g} GB)"
+              f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {sum(val_cache.limits) / 1e9:.3g} GB)"
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
     if same := same_files(masks.paths, val_masks.paths):
         print(f"주의: 검증 이미지 {len(same)}장이 학습 이미지와 같은 파일입니다 ({', '.join(same[:3])}). "
@@ -321,7 +328,7 @@ def print_setup(training):
 
 def check_images_and_step(training):
     """--test, once the setup has succeeded: decode every image and run one step."""
-    free, problems, started = free_memory(), [], time.time()
+    (_, free), problems, started = free_memory(), [], time.time()
     if free < 2e9:
         fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
     images = [image for masks in (training.masks, training.val_masks) for image in zip(masks.paths, masks.sizes)]
@@ -333,6 +340,7 @@ def check_images_and_step(training):
     if problems:
         fail(f"쓸 수 없는 이미지 {len(problems)}장: {', '.join(problems)}")
     training.step(training.iteration + 1)
+    training.fetch()
     print(f"이미지 {len(images)}장을 모두 읽고 한 번 학습했습니다: loss {training.mean[0]:.4f}, "
           f"{time.time() - started:.1f}초, 남은 메모리 {free / 1e9:.1f} GB")
     print("버전: " + ", ".join(" ".join(pair) for pair in versions().items()))
@@ -347,23 +355,12 @@ def versions():
     return found
 
 
-def free_memory():
-    """Bytes of memory that are free: of the machine, or of the container (cgroup 2) if that has a lower limit."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
-        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        used -= int(statistics["inactive_file"])  # cached files: freed when memory is needed
-        free = max(0, min(free, limit - used))
-    return free
-
-
 # ---- the training loop ----
 
 
 def train(training, track):
     """Run all iterations; log, validate and save at the set intervals. Ctrl-C saves and ends the program."""
-    args, rank = training.args, training.rank
+    args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
     bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
                total=args.iterations, disable=True if rank else None)
     with contextlib.closing(bar), deferred_interrupts(training.processes) as interrupted:
@@ -375,17 +372,23 @@ def train(training, track):
                 bar.write(f"{training.iteration}회에 일찍 끝냅니다: "
                           f"{training.best_iteration}회 이후로 나아지지 않았습니다.")
                 break
+            validating = iteration % args.save_every == 0 or iteration == args.iterations
+            logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
+            stopping = False
             try:
-                stopping = training.step(iteration, interrupted)
-            except OSError:  # an unreadable image
+                training.step(iteration)
+                if logging or on_cpu or interrupted and training.processes == 1:  # else do not wait for the GPU
+                    stopping = training.fetch(interrupted)
+                    bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
+                if logging:
+                    log(training, track, validating)
+            except ImageError:
                 if rank == 0 and training.iteration:
+                    if training.pending and training.processes == 1:
+                        training.fetch()
                     save(training, better=False)
                     bar.write(f"{training.iteration}회까지 저장했습니다. 고친 뒤에: {resume_command(training)}")
                 raise
-            bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
-            validating = iteration % args.save_every == 0 or iteration == args.iterations
-            if validating or iteration % LOG_EVERY == 0 or iteration == 1:
-                log(training, track, validating)
             better = validating and training.is_best_so_far()
             if (validating or stopping) and rank == 0:
                 save(training, better)
@@ -404,6 +407,7 @@ def log(training, track, validating):
         row.update(validate(training))
         means = f"loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}" if training.mean else "학습 전"
         measured = f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
+        measured += f", 특이도 {row['val_specificity']:.2%}" if "val_specificity" in row else ""
         tqdm.write(f"[{training.iteration}/{training.args.iterations}] {means}, 검증 {measured}")
     track(row)
 
@@ -436,8 +440,13 @@ class Training:
         self.data = {f"{split}/{path.name}": digest  # hash of each mask, for --resume to compare
                      for split, masks in (("train", self.masks), ("val", self.val_masks))
                      for path, digest in zip(masks.paths, masks.hashes)}
-        self.cache, self.val_cache = make_caches(self.predictor, math.ceil(len(self.val_masks) / processes), args)
+        cached = args.encoder == "frozen" and not args.augment  # the features of training images stay the same
+        self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes)
+        share = range(len(self.val_masks))[rank::processes]
+        self.cache, self.val_cache = make_caches(
+            self.predictor, self.dataset, [(self.val_masks.paths[i], self.val_masks.sizes[i]) for i in share], args)
         choose_weights(self.model, args)
+        self.model.knows_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.sam_mask_decoder.train()
         self.model.sam_prompt_encoder.train()
@@ -450,9 +459,11 @@ class Training:
         self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
         self.iteration, self.rows, self.mean, self.encoded = 0, [], None, 0  # encoded: images, by this process
+        self.pending = []  # of each iteration since the last fetch(): a tensor (loss, IoU) on the device
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
         if args.resume:
             restore(self, load_last(args.output_dir))
+            self.dataset.start = self.iteration * args.accumulate
 
     def count_encoded(self, _encoder, inputs, _outputs):
         self.encoded += len(inputs[0])
@@ -460,19 +471,18 @@ class Training:
     @functools.cached_property
     def batches(self):
         """The Batches from the next iteration on, read ahead by --workers if nothing is cached."""
-        args, cached = self.args, self.cache is not None
-        dataset = Batches(self.masks, args, None if cached else self.model.image_size, self.rank, self.processes)
-        return iter(DataLoader(dataset, sampler=itertools.count(self.iteration * args.accumulate),
-                               collate_fn=operator.itemgetter(0), num_workers=0 if cached else args.workers,
-                               worker_init_fn=ignore_interrupts))
+        return iter(DataLoader(self.dataset, sampler=itertools.count(self.dataset.start),
+                               collate_fn=operator.itemgetter(0), worker_init_fn=ignore_interrupts,
+                               num_workers=self.args.workers if self.dataset.image_size else 0,
+                               pin_memory=self.predictor.device.type == "cuda"))
 
     def close(self):
         """End the worker processes: they ignore signals, so Python would wait for them when it exits."""
         self.__dict__.pop("batches", None)
 
-    def step(self, iteration, interrupted=()):
-        """One step of the optimizer. Returns whether any process was interrupted: its `interrupted` is not empty."""
-        args, total = self.args, torch.zeros(3)  # loss, IoU, interrupted
+    def step(self, iteration):
+        """One step of the optimizer, without waiting for the device: fetch() gets the loss and the IoU."""
+        args, total = self.args, 0
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration)
         for number in range(1, args.accumulate + 1):
@@ -480,27 +490,38 @@ class Training:
             synchronize = number == args.accumulate or self.processes == 1
             with contextlib.nullcontext() if synchronize else self.batch_loss.no_sync():
                 loss, iou = self.batch_loss(batch)
-                if not loss.isfinite():
-                    names = ", ".join(self.masks.paths[index].name for index in batch.indices)
-                    fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
-                         "이번 반복은 적용하지 않았고, 전에 저장한 모델은 그대로입니다")
                 self.scaler.scale(loss / args.accumulate).backward()
-            total += torch.tensor([loss.item(), iou.item(), 0]) / args.accumulate
+            total = total + torch.stack([loss.detach(), iou.detach()]) / args.accumulate
         if args.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()  # frees the memory of the gradients for validation and saving
-        total[2] = bool(interrupted)
-        if self.processes > 1:
-            total = total.to(self.predictor.device)
-            torch.distributed.all_reduce(total)
-            total = total.cpu() / self.processes
-        now = total[:2].tolist()
-        self.mean = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(self.mean, now)] if self.mean else now
+        self.pending.append(total)
         self.iteration = iteration
-        return bool(total[2])
+
+    def fetch(self, interrupted=()):
+        """Wait for the device and add the steps since the last call to the running means of loss and IoU.
+
+        Returns whether any process was interrupted: its `interrupted` is not empty. Fails if a loss is not finite;
+        each save is preceded by this call, so nothing that was learned from such a loss is saved.
+        """
+        values = torch.stack([*self.pending, torch.full_like(self.pending[-1], bool(interrupted))])
+        if self.processes > 1:
+            torch.distributed.all_reduce(values)
+        *steps, (stopping, _) = (values.cpu() / self.processes).tolist()
+        for iteration, now in enumerate(steps, self.iteration + 1 - len(steps)):
+            if not math.isfinite(now[0]):
+                count = self.args.accumulate
+                names = ", ".join(self.masks.paths[index].name for number in range(count)
+                                  for index in self.dataset.draw((iteration - 1) * count + number)[0])
+                fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
+                     "이번 반복은 저장하지 않았고, 전에 저장한 모델은 그대로입니다")
+            before = self.mean
+            self.mean = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, now)] if before else now
+        self.pending = []
+        return bool(stopping)
 
     def is_best_so_far(self):
         """Whether the last row's validation IoU or, without validation images, training IoU is the best so far."""
@@ -531,11 +552,12 @@ def learning_rate_factor(args, iteration):
 
 def load_masks(args):
     """The training masks and the validation masks (none, if there is no folder of validation images)."""
-    masks = Masks(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND)
-    if not masks:
+    masks = Masks(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND,
+                  keep_empty=args.prompt in ("none", "any"))
+    if not masks.filled:
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
-    return masks, Masks(val_pairs, math.inf, 1, args.max_objects)
+    return masks, Masks(val_pairs, math.inf, 1, args.max_objects, keep_empty=args.val_prompt == "none")
 
 
 def find_pairs(image_dir, mask_dir):
@@ -568,14 +590,14 @@ class Masks:
     """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
 
     Masks are reduced to max_side, which damages `broken` objects. Skipped: objects below min_foreground pixels
-    (`left_out`, an empty mask counts as one) and all but a sample of max_objects in an image (`unsampled`); `count`
-    objects are left. For each image that has any: its path in `paths`, (H, W) of its mask in `sizes`, the numbers of
-    its objects in `objects`, the hash of its mask in `hashes`.
+    (`left_out`), all but a sample of max_objects in an image (`unsampled`), and the `empty` images, whose masks are
+    black, unless keep_empty: then these follow after the `filled` images. For each image: its path in `paths`, (H, W)
+    of its mask in `sizes`, the numbers of its objects in `objects` (`count` in all), the hash of its mask in `hashes`.
     """
 
-    def __init__(self, pairs, max_side, min_foreground, max_objects=None):
+    def __init__(self, pairs, max_side, min_foreground, max_objects=None, keep_empty=False):
         self.left_out = self.broken = self.unsampled = self.count = 0
-        kept = []
+        filled, empty = [], []
         for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
             labels = read_mask(mask_path)
             check_header(image_path, labels.shape)
@@ -584,15 +606,18 @@ class Masks:
             large = numbers[areas >= min_foreground]
             objects = sample_objects(large, max_objects)
             self.broken += broken
-            self.left_out += max(len(numbers), 1) - len(large)
+            self.left_out += len(numbers) - len(large)
             self.unsampled += len(large) - len(objects)
             self.count += len(objects)
-            if len(objects):
+            if len(objects) or not len(numbers):
                 pixels = labels.ravel()
                 starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))
                 values, lengths = pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
                 digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes())
-                kept.append((image_path, labels.shape, objects, digest.hexdigest(), (values, lengths)))
+                example = image_path, labels.shape, objects, digest.hexdigest(), (values, lengths)
+                (filled if len(objects) else empty).append(example)
+        self.filled, self.empty = len(filled), len(empty)
+        kept = filled + empty * keep_empty
         self.paths, self.sizes, self.objects, self.hashes, self.runs = zip(*kept) if kept else ((),) * 5
 
     def __len__(self):
@@ -714,42 +739,55 @@ class Batch(NamedTuple):
     kind: str                           # of the prompts: point, points or box
     corrections: int                    # further clicks, one after the other, on wrong pixels
     rngs: list                          # a Generator for each image, of its view and its prompt
-    gt_masks: list                      # for each image bool 1 x H x W
+    gt_masks: list                      # for each image bool tensor 1 x H x W
     images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
 
 
 class Batches(Dataset):
     """Item i is a run's i-th Batch (from 0) and depends only on the seed and i: resuming needs no saved random state.
 
-    image_size: the side to which images are read and resized; None if their features are cached.
+    image_size: the side to which images are read and resized; None if their features are cached. start: the first item
+    that is needed.
     """
 
     def __init__(self, masks, args, image_size=None, rank=0, processes=1):
-        self.masks, self.args, self.image_size, self.rank, self.processes = masks, args, image_size, rank, processes
+        self.masks, self.args, self.image_size, self.start = masks, args, image_size, 0
+        self.rank, self.processes = rank, processes
 
-    def __getitem__(self, number):
-        """The Batch, or an ImageError: raised in a worker process, it would print many lines."""
-        args, masks, gt_masks, images = self.args, self.masks, [], []
-        iteration, part = number // args.accumulate + 1, number % args.accumulate
+    def draw(self, number):
+        """What the seed determines of a Batch: the indices of its images, kind, corrections and generators."""
+        args, iteration, part = self.args, number // self.args.accumulate + 1, number % self.args.accumulate
         rng = np.random.default_rng([args.seed, iteration])
-        indices = rng.integers(len(masks), size=args.batch_size * args.accumulate * self.processes)
-        kind = prompt_kind(args.prompt, rng.integers(3))
+        size = args.batch_size * args.accumulate * self.processes
+        indices = rng.integers(self.masks.filled, size=size)
+        kind = ("point", "points", "box", "none")[rng.integers(4)] if args.prompt == "any" else \
+            prompt_kind(args.prompt, rng.integers(3))
+        if kind == "none":
+            indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
         places = range(len(indices))[self.rank::self.processes][part * args.batch_size:][:args.batch_size]
         rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]
-        for index, rng in zip(indices[places], rngs):
+        return indices[places], kind, corrections, rngs
+
+    def __getitem__(self, number):
+        """The Batch, or an ImageError: raised in a worker process, it would print many lines."""
+        masks, gt_masks, images = self.masks, [], []
+        indices, kind, corrections, rngs = self.draw(number)
+        for index, rng in zip(indices, rngs):
             objects = masks.objects[index]
-            gt_mask = masks.decode(index, objects[rng.permutation(len(objects))[:1]])
+            gt_mask = masks.decode(index, objects[rng.permutation(len(objects))[:1]]) if kind != "none" else \
+                masks.labels(index)[None] > 0
+            gt_mask = torch.from_numpy(gt_mask)
             if self.image_size is not None:
                 try:
                     image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
                 except ImageError as error:
                     return error
-                if args.augment:
+                if self.args.augment:
                     image, gt_mask = augment_example(rng, image, gt_mask)
                 images.append(v2.functional.resize(image, [self.image_size] * 2))
             gt_masks.append(gt_mask)
-        return Batch(indices[places], kind, corrections, rngs, gt_masks, torch.stack(images) if images else None)
+        return Batch(indices, kind, corrections, rngs, gt_masks, torch.stack(images) if images else None)
 
 
 def ignore_interrupts(_worker):
@@ -770,12 +808,12 @@ def augment_example(rng, image, gt_masks):
         v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
         v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
         v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
-    layers = torch.from_numpy(gt_masks).to(torch.uint8) * 255
+    layers = gt_masks.to(torch.uint8) * 255
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
         for _ in range(5):
             moved = move(torch.cat([recolor(image), layers]))
-            masks = (moved[3:] > 127).numpy()
+            masks = moved[3:] > 127
             if (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
                 return moved[:3], masks
     return image, gt_masks
@@ -784,72 +822,124 @@ def augment_example(rng, image, gt_masks):
 # ---- features ----
 
 
-def make_caches(predictor, val_images, args):
-    """Caches of the features of training and of val_images validation images: (FeatureCache or None, FeatureCache).
+def make_caches(predictor, batches, val_images, args):
+    """Caches of the features of training and of validation images: (FeatureCache or None, FeatureCache).
 
+    batches: the run's Batches from its next iteration on; val_images: [(path, (H, W) of its mask), ...].
     None if training images are encoded at every visit: by a trained encoder, or augmented. Validation images get
     their memory first, as every validation needs all of them, and full precision, as in compare_models.py.
     """
     if args.encoder != "frozen":
-        return None, FeatureCache(predictor, 0, torch.float32, amp=False)  # features change with every iteration
-    limit = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limit = limit if args.cache_gb is None else int(min(limit, args.cache_gb * 1e9))
-    val_cache = FeatureCache(predictor, limit, torch.float32, False, args.cache_dir, args.model_cfg)
-    rest = max(0, limit - val_images * val_cache.bytes_per_image)
-    return None if args.augment else FeatureCache(
-        predictor, rest, torch.float16, args.amp, args.cache_dir, args.model_cfg), val_cache
+        return None, FeatureCache(predictor, (0, 0), [], torch.float32, amp=False)  # features change all the time
+    on_device, on_host = free_memory(predictor.device)
+    limits = on_device // 2, on_host // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if args.cache_gb is not None:
+        limits = tuple(int(min(limit, args.cache_gb * 1e9)) for limit in limits)
+    val_cache = FeatureCache(predictor, limits, val_images, torch.float32, False, args)
+    if batches.image_size:
+        return None, val_cache
+    used = min(len(val_images), val_cache.on_device)
+    used = used, min(len(val_images), val_cache.capacity) - used
+    rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, used)]
+    return FeatureCache(predictor, rest, first_visits(batches), torch.float16, args.amp, args), val_cache
+
+
+def free_memory(device="cpu"):
+    """Bytes of free memory: of the device, if it has its own, and of the machine or its container (cgroup 2)."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+        limit, used = (int(Path("/sys/fs/cgroup", f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used -= int(statistics["inactive_file"])  # cached files: freed when memory is needed
+        free = max(0, min(free, limit - used))
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else 0, free
+
+
+def first_visits(batches):
+    """(path, (H, W) of its mask) of each image of a run, in the order in which the batches use them first."""
+    masks, seen = batches.masks, set()
+    for number in range(batches.start, batches.args.iterations * batches.args.accumulate):
+        for index in batches.draw(number)[0]:
+            if index not in seen:
+                seen.add(index)
+                yield masks.paths[index], masks.sizes[index]
 
 
 class FeatureCache:
     """The features in predictor._features of each image: encoded at its first visit and kept from then on.
 
-    limit: bytes to keep in memory. Other images are encoded at each visit, and rounded to `dtype` too, so that results
-        do not depend on the memory. amp: encode in mixed precision on CUDA.
-    folder: if given, features are also kept there as files, across runs. A file's name is a hash of everything that
-        its content depends on; a damaged file is written again.
+    limits: bytes to keep on the device and, when that is full, in the memory of the machine. Other images are encoded
+        at each visit, and rounded to `dtype` too, so that results do not depend on the memory.
+    visits: images in the order of their first visits; they are read ahead by `workers` threads and, on a GPU, encoded
+        AT_ONCE at a time. amp: encode in mixed precision on CUDA.
+    settings: with its cache_dir, features are also kept there as files, across runs. A file's name is a hash of
+        everything that its content depends on; a damaged file is written again.
     """
 
-    def __init__(self, predictor, limit, dtype=torch.float16, amp=True, folder=None, model_cfg=None):
-        self.predictor, self.limit, self.dtype, self.amp, self.folder = predictor, limit, dtype, amp, folder
-        self.kept, model = {}, predictor.model
+    def __init__(self, predictor, limits, visits=(), dtype=torch.float16, amp=True, settings=None):
+        self.predictor, self.dtype, self.amp, self.kept, model = predictor, dtype, amp, {}, predictor.model
+        self.folder, self.limits = settings and settings.cache_dir, limits
         # a model has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
         self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
-        self.capacity = limit // self.bytes_per_image  # images
-        if folder:
+        self.on_device = limits[0] // self.bytes_per_image  # images
+        self.capacity = self.on_device + limits[1] // self.bytes_per_image
+        self.at_once = 1 if predictor.device.type == "cpu" else AT_ONCE  # one: the same bits as set_image()
+        self.ahead = read_ahead(self.read, itertools.islice(visits, self.capacity),
+                                settings.workers if settings else 0, 2 * self.at_once)
+        if self.folder:
             on_cuda = amp and predictor.device.type == "cuda"
             self.identity = hashlib.sha256(repr([
                 model.image_size, dtype, predictor.device.type, autocast_dtype() if on_cuda else None,
-                OmegaConf.to_yaml(read_config(model_cfg)), versions()]).encode())
+                OmegaConf.to_yaml(read_config(settings.model_cfg)), versions()]).encode())
             for name, tensor in model.state_dict().items():
                 if not TRAINED["frozen"].match(name):
                     self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())
 
     def __call__(self, images):
         """Features of [(path, (H, W) of its mask), ...]: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
-        found = []
-        for path, size in images:
-            found.append(self.kept.get(path) or self.read_or_encode(path, size))
-            if len(self.kept) < self.capacity:
-                self.kept[path] = found[-1]
-        embeddings, *others = (torch.cat(levels).to(self.predictor.device).float() for levels in zip(*found))
+        device, found = self.predictor.device, []
+        for image in images:
+            levels = self.kept.get(image[0])
+            while levels is None:
+                group = list(itertools.islice(self.ahead, self.at_once)) or [self.read(image)]
+                for path, encoded in self.encode(group):
+                    if len(self.kept) < self.capacity:
+                        place = device if len(self.kept) < self.on_device else "cpu"
+                        self.kept[path] = [level.to(place) for level in encoded]
+                    if path == image[0]:
+                        levels = encoded
+            found.append(levels)
+        embeddings, *others = (torch.cat([level.to(device, non_blocking=True) for level in levels]).float()
+                               for levels in zip(*found))
         return {"image_embed": embeddings, "high_res_feats": others}
 
-    def read_or_encode(self, path, size):
-        """Features of one image: [image_embed, stride 4, stride 8], each 1 x C x h x w in self.dtype, on the CPU."""
+    def read(self, image):
+        """(path, file of its features or None, the features in that file or the image as uint8 H x W x 3)."""
+        (path, size), entry = image, None
         if self.folder:
             key = self.identity.copy()
             key.update(repr(size).encode() + path.read_bytes())
             entry = Path(self.folder, f"{key.hexdigest()}.npz")
             with contextlib.suppress(Exception), np.load(entry) as stored:  # missing or damaged: many error types
                 if stored.zip.testzip() is None:  # all checksums are right
-                    return [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
-        with mixed_precision(self.predictor.device, self.amp):
-            self.predictor.set_image(read_reduced(path, size))
-        features = self.predictor._features
-        levels = [level.to(self.dtype).cpu() for level in (features["image_embed"], *features["high_res_feats"])]
-        if self.folder:
-            write_file(entry, lambda file: np.savez(file, *(level.numpy() for level in levels)))
-        return levels
+                    return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
+        return path, entry, read_reduced(path, size)
+
+    @torch.no_grad()
+    def encode(self, group):
+        """[(path, [image_embed, stride 4, stride 8]), ...] of what read() gave: each 1 x C x h x w in self.dtype."""
+        transforms, device = self.predictor._transforms.transforms, self.predictor.device
+        if new := [pixels for _, _, pixels in group if isinstance(pixels, np.ndarray)]:
+            images = [torch.from_numpy(pixels).to(device).permute(2, 0, 1).contiguous().float() / 255 for pixels in new]
+            with mixed_precision(device, self.amp):
+                features = encode_images(self.predictor, torch.stack([transforms(image) for image in images]))
+            levels = [level.to(self.dtype) for level in (features["image_embed"], *features["high_res_feats"])]
+            encoded = zip(*(level.split(1) for level in levels))
+        results = [(path, content if isinstance(content, list) else next(encoded)) for path, _, content in group]
+        for (_, entry, content), (_, levels) in zip(group, results):
+            if entry and isinstance(content, np.ndarray):
+                write_file(entry, lambda file: np.savez(file, *(level.cpu().numpy() for level in levels)))  # noqa: B023
+        return results
 
 
 def mixed_precision(device, wanted=True):
@@ -883,13 +973,20 @@ class BatchLoss(torch.nn.Module):
             if self.cache is not None:
                 features = self.cache([(self.masks.paths[index], self.masks.sizes[index]) for index in batch.indices])
             else:
+                images = batch.images.to(predictor.device, non_blocking=True).float() / 255
+                images = v2.functional.normalize(images, predictor._transforms.mean, predictor._transforms.std)
                 with torch.set_grad_enabled(args.encoder != "frozen"):
-                    features = encode_images(predictor, batch.images)
-            low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, batch.gt_masks,
-                                                     batch.rngs, batch.corrections)
+                    features = encode_images(predictor, images)
+            low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, [
+                masks.numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
         results = [image_loss(predictor, *example, args)
                    for example in zip(low_res_masks.split(1), scores.split(1), batch.gt_masks)]
-        return torch.stack([torch.stack(result) for result in results]).mean(0).unbind()
+        loss, iou = torch.stack([torch.stack(result) for result in results]).mean(0).unbind()
+        if batch.kind == "none" and self.model.knows_absence:
+            visible = torch.tensor([[float(masks.any())] for masks in batch.gt_masks]).to(loss.device)
+            object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()
+            loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(object_scores, visible)
+        return loss, iou
 
 
 def prompt_kind(kind, number):
@@ -921,7 +1018,12 @@ def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections
 
 
 def first_prompt(kind, mask, rng=None):
-    """A box (jittered with rng) or a click on a bool H x W mask: (float32 P x 2 (x, y) in pixels, int32 P labels)."""
+    """A box (jittered with rng) or a click on a bool H x W mask: (float32 P x 2 (x, y) in pixels, int32 P labels).
+
+    Of kind "none": the point with label -1 that SAM2Base._forward_sam_heads gives if there is no prompt.
+    """
+    if kind == "none":
+        return np.zeros((1, 2), np.float32), np.array([-1], np.int32)
     if kind != "box":
         return pick_pixel(mask, rng)[None], np.ones(1, np.int32)
     box = mask_box(mask)
@@ -995,11 +1097,11 @@ def best_masks(predictor, sizes, low_res_masks, scores):
 
 
 def image_loss(predictor, low_res_masks, scores, gt_masks, args):
-    """training_loss of the K prompts on one image, at the size of gt_masks, bool K x H x W."""
+    """training_loss of the K prompts on one image, at the size of gt_masks, bool tensor K x H x W."""
     if args.supervise == "first":  # only masks in the loss are enlarged
         low_res_masks = low_res_masks[:, :1]
     logits = predictor._transforms.postprocess_masks(low_res_masks, gt_masks.shape[1:])
-    target = torch.from_numpy(gt_masks).to(logits.device).float()
+    target = gt_masks.to(logits.device, non_blocking=True).float()
     return training_loss(logits, scores.float(), target, args.dice_weight, args.supervise)
 
 
@@ -1020,7 +1122,8 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
         mask_loss = mask_loss + dice_weight * (1 - dice)
     predicted = (prob > 0.5).float()
     intersection = (gt * predicted).sum((-2, -1))
-    iou = intersection / (gt.sum((-2, -1)) + predicted.sum((-2, -1)) - intersection + 1e-6)
+    union = gt.sum((-2, -1)) + predicted.sum((-2, -1)) - intersection
+    iou = torch.where(union == 0, 1.0, intersection / (union + 1e-6))
     chosen_iou = iou.gather(1, scores.argmax(1, keepdim=True))
     return mask_loss.mean() + SCORE_WEIGHT * torch.abs(scores - iou).mean(), chosen_iou.mean()
 
@@ -1062,9 +1165,8 @@ class LowRank(torch.nn.Module):
 
 
 def encode_images(predictor, images):
-    """What predictor.set_image() computes, without its no_grad, for a batch (uint8 N x 3 x S x S)."""
-    model, transforms = predictor.model, predictor._transforms
-    images = v2.functional.normalize(images.to(predictor.device).float() / 255, transforms.mean, transforms.std)
+    """What predictor.set_image() computes, without its no_grad, for a normalized batch (float N x 3 x S x S)."""
+    model = predictor.model
     levels = model.forward_image(images)["backbone_fpn"][-3:]
     if model.directly_add_no_mem_embed:
         levels[-1] = levels[-1] + model.no_mem_embed.view(1, -1, 1, 1)
@@ -1075,7 +1177,8 @@ def encode_images(predictor, images):
 
 
 def validate(training):
-    """The loss, and what compare_models.py would measure now: {"val_loss", "val_iou", "val_dice"}, or {}."""
+    """The loss, and what compare_models.py would measure now: "val_loss", "val_iou", "val_dice" and, without prompts,
+    "val_specificity": the share of images without any object in which nothing is found. Without such images: {}."""
     share = range(training.rank, len(training.val_masks), training.processes)
     bar = tqdm(share, "검증", leave=False, disable=True if training.rank else None)
     results = [result for index in bar for result in validate_image(training, index)]
@@ -1083,23 +1186,33 @@ def validate(training):
         shares = [None] * training.processes
         torch.distributed.all_gather_object(shares, results)
         results = sum(shares, [])
-    return dict(zip(("val_loss", "val_iou", "val_dice"), (float(np.mean(values)) for values in zip(*results))))
+    columns = zip(("val_loss", "val_iou", "val_dice", "val_specificity"), zip(*results))
+    columns = {name: [value for value in values if value is not None] for name, values in columns}
+    return {name: float(np.mean(values)) for name, values in columns.items() if values}
 
 
 @torch.no_grad()
 def validate_image(training, index):
-    """(loss, IoU, Dice) of each object of the index-th validation image; the loss at most at MAX_SIDE."""
+    """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss at most at MAX_SIDE.
+
+    Without prompts: of the union of its objects; (loss, None, None, whether nothing is found) if there is none.
+    """
     args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
     features = training.val_cache([(masks.paths[index], masks.sizes[index])])
-    kind, labels = prompt_kind(args.val_prompt, index), masks.labels(index)
+    kind, labels, numbers = prompt_kind(args.val_prompt, index), masks.labels(index), masks.objects[index]
+    if kind == "none":
+        labels, numbers = (labels > 0).astype(np.uint16), np.ones(1, np.uint16)
     reduced, _ = reduce_labels(labels, MAX_SIDE)
-    for numbers in in_parts(masks.objects[index], labels.shape):
-        gt_masks = labels == numbers[:, None, None]
+    for part in in_parts(numbers, labels.shape):
+        gt_masks = labels == part[:, None, None]
         low_res_masks, scores = simulate_prompts(predictor, features, kind, [gt_masks])
-        loss, _ = image_loss(predictor, low_res_masks, scores, reduced == numbers[:, None, None], args)
+        target = torch.from_numpy(reduced == part[:, None, None])
+        loss, _ = image_loss(predictor, low_res_masks, scores, target, args)
         best, = best_masks(predictor, [labels.shape], low_res_masks, scores)
-        results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask))
-                    for mask, gt_mask in zip(best, gt_masks)]
+        if kind == "none" and nothing_found(predictor.model):
+            best[:] = False
+        results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None) if gt_mask.any()
+                    else (loss.item(), None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
     return results
 
 
@@ -1124,8 +1237,8 @@ def save(training, better):
     """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt."""
     folder, state = Path(training.args.output_dir), training.model.state_dict()
     if better:
-        save_model(training.model, folder / "sam2_best.pt")
-    save_model(training.model, folder / "sam2_last.pt", optimizer=training.optimizer.state_dict(),
+        save_model(training, folder / "sam2_best.pt")
+    save_model(training, folder / "sam2_last.pt", optimizer=training.optimizer.state_dict(),
                low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
                scaler=training.scaler.state_dict(), **{name: getattr(training, name) for name in PROGRESS},
                seconds=time.time() - training.started, settings={name: getattr(training.args, name) for name in CONFIG},
@@ -1138,12 +1251,14 @@ def save(training, better):
                        "다른 프로그램에서 닫으세요", file=sys.stderr)
 
 
-def save_model(model, path, **more):
+def save_model(training, path, **more):
     """Save official_weights in the official form {"model": ...}, `more` beside it; fails if they are not finite."""
-    weights = official_weights(model)
+    weights = official_weights(training.model)
+    more.update(image_size=training.model.image_size, prompt=training.args.prompt,
+                empty_images=len(training.masks) - training.masks.filled)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         fail("가중치가 유한하지 않아 저장하지 않습니다. --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
-    write_file(path, lambda file: torch.save({"model": weights, "image_size": model.image_size, **more}, file))
+    write_file(path, lambda file: torch.save({"model": weights, **more}, file))
 
 
 def official_weights(model):
@@ -1180,6 +1295,8 @@ def restore(training, last):
         fail(f"다른 데이터로 한 학습이라 이어서 할 수 없습니다. 마스크가 {'; '.join(named)}")
     if last["processes"] != training.processes:
         fail(f"프로세스 {last['processes']}개로 한 학습이라 {training.processes}개로 이어서 할 수 없습니다")
+    if last["iteration"] > training.args.iterations:
+        fail(f"이미 {last['iteration']}회까지 학습했습니다. --iterations를 더 크게 주세요")
     if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
     weights = {**last["model"], **last["low_rank"]}
@@ -1202,8 +1319,12 @@ def resume_command(training):
 def save_log(rows, output_dir):
     """Write train_log.csv: the rows logged so far."""
     text = io.StringIO(newline="")
-    names = ("iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "seconds")
-    writer = csv.DictWriter(text, [name for name in names if name != "encoder_lr" or name in rows[0]])
+    names = ["iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
+             "seconds"]
+    for name in ("encoder_lr", "val_specificity"):
+        if not any(name in row for row in rows):
+            names.remove(name)
+    writer = csv.DictWriter(text, names)
     writer.writeheader()
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
@@ -1211,7 +1332,8 @@ def save_log(rows, output_dir):
 
 def save_curve(rows, output_dir):
     """Write training_curve.png: loss and IoU of the rows logged so far."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))  # not pyplot's: callers from Python keep their backend
+    left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.99, bottom=0.13, top=0.91, wspace=0.17)
     for axes, name, train, val in ((left, "loss", "loss", "val_loss"), (right, "IoU", "train_iou", "val_iou")):
         for key, style, label in ((train, "-", "training (running mean)"), (val, "o-", "validation")):
@@ -1229,7 +1351,7 @@ def save_curve(rows, output_dir):
 def finish(training):
     """Write sam2_final.pt and training_summary.json; print how long the training took and what it reached."""
     rows, folder = training.rows, Path(training.args.output_dir)
-    save_model(training.model, folder / "sam2_final.pt")
+    save_model(training, folder / "sam2_final.pt")
     seconds, start = time.time() - training.started, rows[0].get("val_iou")
     write_json(folder / "training_summary.json", {
         "settings": {**vars(training.args), "processes": training.processes}, "device": training.device,
@@ -1262,6 +1384,18 @@ plt.rcParams["text.parse_math"] = False  # file names may contain "$"
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # called inside sam2
+
+
+def read_ahead(function, items, workers, window):
+    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        queue = collections.deque()
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > window:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
 
 class ImageError(OSError):
@@ -1402,6 +1536,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     return predictor
 
 
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
+
+
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint, {"model": state_dict} or a bare state dict, into a SAM 2 of the config `model_cfg`.
 
@@ -1429,6 +1568,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")
@@ -1437,4 +1580,5 @@ def load_weights(model, checkpoint, model_cfg):
 
 
 if __name__ == "__main__":
-    run(main, "--batch-size를 줄이거나, --grad-checkpointing, --image-size 512, --workers 0을 쓰세요")
+    run(main, "--workers 0이나 --cache-gb로, 새로 시작한다면 작은 --batch-size나 --image-size 512로, "
+              "인코더도 학습한다면 --grad-checkpointing으로 줄이세요")

@@ -7,7 +7,10 @@ The budget is a number of decoder passes: one prompt on one image, forward and b
 counted separately. The study trains on four fifths of data/images/train and measures on the held-back fifth;
 --final, to be run once, trains only the recipes of train_sam2_proper.py, on all training images, and measures
 on data/images/val. It measures the model after the last iteration on the highest-scored mask, for one click
-in the middle and for the box. It runs one training per core in parallel.
+in the middle, for the box and without a prompt (the union of an image's objects; images without any object count
+as specificity). It runs one training per core in parallel.
+
+--unet SECONDS trains MONAI's BasicUNet from scratch instead, for that CPU time, on the same images.
 """
 
 import argparse
@@ -69,6 +72,8 @@ STUDY = {
     "mixed, full 3e-4, augment": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4 --augment"},
     "mixed, full 3e-4, average": {"flags": f"{MIXED} --encoder full --encoder-lr 3e-4", "average": 0.99},
 }
+MEASURES = (project.calculate_iou, project.calculate_dice)
+COLUMNS = ("point IoU", "point Dice", "box IoU", "box Dice", "first mask", "none IoU", "none Dice")
 FINAL = {"reference": {"flags": "--recipe reference"}, "reference, lr 1e-4": {"flags": "--recipe reference --lr 1e-4"},
          "improved": {"flags": "--recipe improved"}, "strongest": {"flags": "--recipe strongest"},
          "strongest, lora": {"flags": "--recipe strongest --encoder lora"}}
@@ -85,6 +90,7 @@ def main():
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", help="names of recipes, separated by ';'")
     parser.add_argument("--cache-dir", type=Path, help="features, kept for the next run")
+    parser.add_argument("--unet", type=float, metavar="SECONDS", help="train a U-Net instead, for this CPU time")
     parser.add_argument("--final", action="store_true", help="train_sam2_proper.py's recipes on data/images/val")
     args = parser.parse_args()
     temporary = None if args.cache_dir else tempfile.TemporaryDirectory()
@@ -96,23 +102,24 @@ def main():
     else:
         val = pairs["train"][::5]
         train = [pair for pair in pairs["train"] if pair not in val]
-    recipes = {"original": {"flags": ""}, **(FINAL if args.final else STUDY)}
+    recipes = {"original": {"flags": ""}, **(FINAL if args.final else STUDY)} if not args.unet else {"U-Net": {}}
     if args.only:
         recipes = {name: recipes[name] for name in args.only.split(";")}
     jobs = [(name, options, seed, train, val, args) for name, options in recipes.items()
             for seed in range(args.seeds if name != "original" else 1)]
     print(f"{args.model_cfg}, {len(train)} images to train on, {len(val)} to measure on, {args.passes} decoder passes, "
           f"{args.seeds} seeds; mean ± standard deviation, in percent", flush=True)
-    print(f"{'recipe':24} {'point IoU':>12} {'point Dice':>12} {'box IoU':>12} {'box Dice':>12} {'first mask':>12} "
+    print(f"{'recipe':24} " + "".join(f"{name:>12} " for name in COLUMNS) + f"{'specificity':>12} "
           f"{'encodings':>9} {'CPU s':>7}  point IoU by seed", flush=True)
     done = {name: [] for name in recipes}
     with ProcessPoolExecutor(args.workers) as pool:
-        for name, *result in pool.map(run, jobs):
+        for name, *result in pool.map(run_unet if args.unet else run, jobs):
             done[name].append(result)
             if len(done[name]) < (args.seeds if name != "original" else 1):
                 continue
             values = np.array([values for values, *_ in done[name]])
-            cells = " ".join(f"{mean:6.1f} ± {spread:3.1f}" for mean, spread in zip(values.mean(0), values.std(0)))
+            cells = " ".join(f"{mean:6.1f} ± {spread:3.1f}" if mean >= 0 else f"{'-':>12}"  # NaN: not measured
+                             for mean, spread in zip(values.mean(0), values.std(0)))
             print(f"{name:24} {cells} {done[name][0][1]:9} {np.mean([seconds for *_, seconds in done[name]]):7.0f}  "
                   + " ".join(f"{value:.1f}" for value in values[:, 0]), flush=True)
     if temporary:
@@ -140,7 +147,8 @@ def run(job):
     if "views" in options:
         pairs = write_views(pairs, options["views"], args.cache_dir / "views")
     patches.append(mock.patch.object(project, "load_masks", lambda _: (
-        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND), project.Masks(val_pairs, 10**9, 1))))
+        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND, keep_empty=True),
+        project.Masks(val_pairs, 10**9, 1, keep_empty=True))))
     patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
     started = time.process_time()
     for patch in patches:
@@ -209,22 +217,73 @@ def view(array, number):
 
 
 def measure(training):
-    """Mean IoU and Dice in percent on the validation masks for a click, for the box, and for the click's first mask."""
-    predictor, masks, values = training.predictor, training.val_masks, []
-    for index in range(len(masks)):
-        gt_masks, size, columns = masks.decode(index), masks.sizes[index], []
-        features = training.val_cache([(masks.paths[index], size)])
-        for kind in ("point", "box"):
+    """COLUMNS and specificity on the validation images, in percent; NaN where there is nothing to measure."""
+    predictor, masks, objects, unions, right = training.predictor, training.val_masks, [], [], []
+    for index, (path, size) in enumerate(zip(masks.paths, masks.sizes)):
+        features, gt_masks, columns = training.val_cache([(path, size)]), masks.decode(index), []
+        union = masks.labels(index)[None] > 0
+        for kind in ("point", "box", "none") if index < masks.filled else ("none",):
             with torch.no_grad():
-                low_res_masks, scores = project.simulate_prompts(predictor, features, kind, [gt_masks])
+                low_res_masks, scores = project.simulate_prompts(
+                    predictor, features, kind, [union if kind == "none" else gt_masks])
             best, = project.best_masks(predictor, [size], low_res_masks, scores)
-            columns += [[calculate(*pair) for pair in zip(best, gt_masks)]
-                        for calculate in (project.calculate_iou, project.calculate_dice)]
+            if kind == "none" and project.nothing_found(predictor.model):
+                best[:] = False
+            if kind == "none" and index < masks.filled:
+                unions.append([calculate(best[0], union[0]) for calculate in MEASURES])
+            elif kind == "none":
+                right.append(not best.any())
+            else:
+                columns += [[calculate(*pair) for pair in zip(best, gt_masks)] for calculate in MEASURES]
             if kind == "point":
                 first, = project.best_masks(predictor, [size], low_res_masks[:, :1], scores[:, :1])
                 first = [project.calculate_iou(*pair) for pair in zip(first, gt_masks)]
-        values += zip(*columns, first)
-    return 100 * np.mean(values, 0)
+        if columns:
+            objects += zip(*columns, first)
+    return 100 * np.array([*np.mean(objects, 0), *np.mean(unions, 0), np.mean(right) if right else np.nan])
+
+
+def run_unet(job):
+    """Train MONAI's BasicUNet (2.0 M parameters) at 256 px for args.unet CPU seconds; the same result as run()."""
+    from monai.losses import DiceCELoss
+    from monai.networks.nets import BasicUNet
+    name, _, seed, pairs, val_pairs, args = job
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    net = BasicUNet(2, 3, 1, features=(32, 32, 64, 128, 256, 32))
+    optimizer, loss_of = torch.optim.AdamW(net.parameters(), 1e-3), DiceCELoss(sigmoid=True)
+
+    def read(pair):
+        image = cv2.resize(project.read_image(pair[0]), (256, 256), interpolation=cv2.INTER_AREA)
+        return torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, project.read_mask(pair[1]) > 0
+
+    def resized(mask):
+        return torch.from_numpy(cv2.resize(mask.astype(np.float32), (256, 256), interpolation=cv2.INTER_AREA))[None]
+
+    rng, started, seen = np.random.default_rng(seed), time.process_time(), 0
+    examples = [(image, resized(mask)) for image, mask in map(read, pairs)]
+    while (done := (time.process_time() - started) / args.unet) < 1:
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + np.cos(np.pi * done)) / 2
+        chosen = [torch.cat(examples[index]) for index in rng.integers(len(examples), size=8)]
+        flipped = [part.flip([axis for axis in (1, 2) if rng.random() < 0.5]) for part in chosen]
+        batch = torch.stack(flipped)
+        optimizer.zero_grad()
+        loss_of(net(batch[:, :3]), batch[:, 3:]).backward()
+        optimizer.step()
+        seen += len(batch)
+    net.eval()
+    unions, right = [], []
+    for pair in val_pairs:
+        image, mask = read(pair)
+        with torch.no_grad():
+            logits = torch.nn.functional.interpolate(net(image[None]), mask.shape, mode="bilinear")[0, 0]
+        found = logits.numpy() > 0
+        if mask.any():
+            unions.append([calculate(found, mask) for calculate in MEASURES])
+        else:
+            right.append(not found.any())
+    values = [np.nan] * 5 + [*np.mean(unions, 0), np.mean(right) if right else np.nan]
+    return name, 100 * np.array(values), seen, time.process_time() - started
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def load_predictor(model_cfg, checkpoint, device, image_size=None):
     return predictor
 
 
+def nothing_found(model):
+    """Whether, at its last prediction without a prompt, a model that was trained on empty images found no object."""
+    return model.knows_absence and model.sam_mask_decoder.pred_obj_score_head.last.item() < 0
+
+
 def load_weights(model, checkpoint, model_cfg):
     """Load a checkpoint, {"model": state_dict} or a bare state dict, into a SAM 2 of the config `model_cfg`.
 
@@ -74,6 +79,10 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    if model.pred_obj_scores:  # predict() does not return the object score
+        model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
+            lambda head, _, scores: setattr(head, "last", scores))
     trained_size = saved.get("image_size", model.image_size)
     if trained_size != model.image_size:
         print(f"주의: {checkpoint}는 --image-size {trained_size}로 학습했는데 {model.image_size}로 실행합니다.")

@@ -44,14 +44,13 @@ from files import (
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 from tracking import (
-    Window,
+    FrameWindow,
     add_prompts,
     as_label,
     check_frame_prompts,
+    find_without_prompt,
     object_scores,
-    overlay_labels,
     parse_numbers,
-    require_window,
     sorted_box,
     start_state,
     track,
@@ -66,6 +65,9 @@ from volume_files import (
     load_nifti,
     voxels_apart,
 )
+from window import add_web_flag, overlay_labels
+
+from test_my_image import require_display
 
 # ---- settings ----
 
@@ -83,7 +85,7 @@ MARK = "segment_volume.py"  # header field "descrip" of every mask written here;
 def main():
     args = parse_args()
     if args.interactive:
-        require_window('--point "슬라이스,x,y"')
+        require_display(args.web, '--point "슬라이스,x,y"를 주거나')
     else:
         plt.switch_backend("Agg")
     check_results(args)
@@ -102,15 +104,20 @@ def main():
     print(f"모델: {checkpoint}, 장치: {device}, {args.axis} 슬라이스 {len(slices)}장, 가로 {width}, 세로 {height}픽셀")
     mask, scores = np.zeros((len(slices), height, width), bool), np.full(len(slices), np.nan)
 
+    if args.auto:
+        prompts = find_without_prompt(predictor, slices)
+
     def follow(prompts):
         return segment_slices(predictor, slices, prompts, args.each_slice, mask, scores, args.max_gap)
 
     is_done = False
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자입니다. Enter를 누르면 분할하고, 창을 닫으면 저장합니다.")
-        window = Window(slices, predictor, follow, args.name.encode(errors="replace").decode(), max_object=1,
-                        unit="slice", aspect=slices.aspect)
+        window = FrameWindow(slices, predictor, follow, args.name.encode(errors="replace").decode(), max_object=1,
+                             first=len(slices) // 2, aspect=slices.aspect, voxel_ml=voxel_volume(volume) / 1000,
+                             sides="AP" if args.axis == "sagittal" else "RL")
         window.show()
+        args.window = slices.window
         prompts, is_done = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
             fail("프롬프트가 없습니다. 창에서 대상을 클릭하거나 --point \"슬라이스,x,y\"를 쓰세요")
@@ -132,6 +139,8 @@ def parse_args():
                         help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_slice_boxes, default={},
                         help='상자: "슬라이스,x1,y1,x2,y2", 여러 슬라이스면 ";"로 이어서')
+    parser.add_argument("--auto", action="store_true",
+                        help="프롬프트 없이, 모델이 학습한 것이 가장 분명한 슬라이스에서 시작")
     parser.add_argument("--axis", choices=AXES, default="axial",
                         help="슬라이스의 방향 (기본: axial)")
     parser.add_argument("--window", type=parse_window, default="brain", metavar="이름",
@@ -143,12 +152,17 @@ def parse_args():
     parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산 (0.5보다 큰 값이 대상)")
     parser.add_argument("--truth-label", type=int, action="append", metavar="N",
                         help="정답 마스크에 라벨이 여럿이면 비교할 라벨, 여러 번 주면 합침")
+    add_web_flag(parser)
     add_model_flags(parser, "output/my_volumes/이름")
     # after a space, because argparse takes "-600,1500" for a flag
     args = parser.parse_args([re.sub("^(?=-[0-9.]+,)", " ", argument) for argument in sys.argv[1:]])
     args.prompts = {(number, 1): ([point for own, point in args.point if own == number], args.box.get(number))
                     for number in {number for number, _ in args.point} | set(args.box)}
-    args.interactive = not args.prompts
+    args.interactive = not (args.prompts or args.auto)
+    if args.web is not None and not args.interactive:
+        parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
+    if args.auto and (args.prompts or args.each_slice):
+        parser.error("--auto는 --point, --box, --each-slice와 함께 쓸 수 없습니다")
     if args.max_gap < 0:
         parser.error("--max-gap은 0 이상이어야 합니다")
     if args.truth_label and not args.truth:
@@ -327,10 +341,17 @@ class Slices:
         self.values = self.to_pictures(volume.data)
         finite = volume.data[np.isfinite(volume.data)]
         self.low, self.high = window or np.percentile(finite, [1, 99])
+        self.window = window
         self.size = self.values.shape[1:]
         across, down = (volume.affine[:3, axis] for axis in range(3) if axis != self.axis)
         self.aspect = np.linalg.norm(down) / np.linalg.norm(across)
         self.pixel_area = np.linalg.norm(np.cross(across, down))
+
+    def change_window(self, level, width):
+        """Raise the level by this many tenths of the width and multiply the width, both rounded to three digits."""
+        new_width = float(f"{(self.high - self.low) * width:.3g}") or 1
+        new_level = float(f"{(self.low + self.high) / 2 + (self.high - self.low) * level / 10:.3g}")
+        self.low, self.high = self.window = new_level - new_width / 2, new_level + new_width / 2
 
     def to_pictures(self, data):
         """X x Y x Z to slices x H x W in radiological view, without copying."""
@@ -419,11 +440,11 @@ def save_volume_results(args, volume, slices, prompts, mask, scores, truth, mode
     restored = volume.restore(slices.from_pictures(mask))
     write_file(mask_path, gzip.compress(restored.to_bytes(), mtime=0))
 
-    voxel = abs(np.linalg.det(volume.affine[:3, :3]))  # mm³; also for oblique and sheared grids
+    voxel = voxel_volume(volume)
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
                "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
                "each_slice": args.each_slice, "max_gap": args.max_gap,
-               "prompts": as_flags(mirror(prompts, slices.size)), **model}
+               "prompts": "--auto" if args.auto else as_flags(mirror(prompts, slices.size)), **model}
     reached = np.flatnonzero(~np.isnan(scores))
     if not args.each_slice and len(reached) < len(slices):
         print(f"슬라이스 {reached[0]}~{reached[-1]}만 따라갔습니다. 그 밖에는 대상이 없다고 보았습니다 "
@@ -448,6 +469,11 @@ def save_volume_results(args, volume, slices, prompts, mask, scores, truth, mode
     write_csv(slices_path, rows)
     save_figure(draw_montage(slices, mask, truth), montage_path)
     print(f"저장: {args.output} ({', '.join(path.name for path in paths)})")
+
+
+def voxel_volume(volume):
+    """The volume of a voxel in mm³; also for oblique and sheared grids."""
+    return abs(np.linalg.det(volume.affine[:3, :3]))
 
 
 def calculate_dice(pred_mask, gt_mask):

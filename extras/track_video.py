@@ -16,6 +16,7 @@ Chapters:
 """
 
 import argparse
+import base64
 import io
 import json
 import math
@@ -47,20 +48,23 @@ from matplotlib import pyplot as plt
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 from tracking import (
-    Window,
+    FrameWindow,
     as_label,
     check_frame_prompts,
+    decode_mask,
+    find_without_prompt,
     label_map,
-    overlay_labels,
     parse_numbers,
-    reduce_to,
-    require_window,
     sorted_box,
     track,
 )
+from window import add_web_flag, overlay_labels
+
+from test_my_image import reduce_to, require_display
 
 # ---- settings ----
 
+AUTO_SCORE = 0.7             # predicted IoU that --auto takes for certain
 FOLDER_RATE = 25             # frames per second of the overlay, for a folder of images
 OVERLAY_SIDE = 1280          # pixels: the overlay of a larger video is reduced to this
 CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h263,h264,hevc,vvc,vc1,av1,obu,ivf,flv,asf,ogg,mxf,gif,nut,"
@@ -77,7 +81,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 def main():
     args = parse_args()
     if args.interactive:
-        require_window('--point "x,y"나 --prompts')
+        require_display(args.web, '--point "x,y"나 --prompts를 주거나')
     else:
         plt.switch_backend("Agg")
     video = open_video(args.video)
@@ -92,6 +96,9 @@ def main():
     height, width = video.size
     print(f"모델: {checkpoint}, 장치: {device}, 영상: {len(video)}프레임, 가로 {width}, 세로 {height}픽셀")
 
+    if args.auto:
+        prompts = find_without_prompt(predictor, video, AUTO_SCORE)
+
     def follow(prompts):
         return track_and_save(predictor, video, prompts, args)
 
@@ -99,8 +106,8 @@ def main():
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, 숫자 키와 [ ]는 대상 번호입니다. "
               f"Enter를 누르면 프롬프트를 {args.output / 'prompts.json'}에 저장하고 추적합니다.")
-        window = Window(video, predictor, follow, args.name.encode(errors="replace").decode(),
-                        aspect=float(1 / video.pixel_aspect))
+        window = FrameWindow(video, predictor, follow, args.name.encode(errors="replace").decode(),
+                             aspect=float(1 / video.pixel_aspect))
         window.show()
         prompts, is_tracked = window.prompts, window.tracked_prompts == window.prompts
         if not prompts:
@@ -127,12 +134,14 @@ def parse_args():
     parser.add_argument("--prompts", metavar="FILE",
                         help='JSON 프롬프트: [{"frame": 0, "object": 1, "points": [[x, y, 라벨], ...], '
                              '"box": [x1, y1, x2, y2]}, ...]')
+    parser.add_argument("--auto", action="store_true", help="프롬프트 없이, 모델이 학습한 것을 찾아 그 프레임부터 추적")
     parser.add_argument("--to-data", type=int, metavar="N",
                         help="N 프레임마다 이미지와 마스크를 to_data/에 남김 (prepare_data.py로 이어서 학습에 씀)")
+    add_web_flag(parser)
     add_model_flags(parser, "output/my_tracks/이름")
     args = parser.parse_args()
-    if args.prompts and (args.point or args.box):
-        parser.error("--prompts와 --point, --box는 함께 쓸 수 없습니다")
+    if bool(args.prompts) + bool(args.point or args.box) + args.auto > 1:
+        parser.error("--prompts, --auto, 그리고 --point나 --box는 함께 쓸 수 없습니다")
     if args.frame is not None and not (args.point or args.box):
         parser.error("--frame은 --point나 --box와 함께 씁니다")
     if args.to_data is not None and args.to_data < 1:
@@ -141,7 +150,9 @@ def parse_args():
     args.name = path.resolve().name if path.is_dir() else path.stem
     if args.output == parser.get_default("output"):
         args.output = args.output.with_name(args.name)
-    args.interactive = not (args.prompts or args.point or args.box)
+    args.interactive = not (args.prompts or args.point or args.box or args.auto)
+    if args.web is not None and not args.interactive:
+        parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
     return args
 
 
@@ -429,7 +440,7 @@ def upright_size(frame):
 
 
 def read_prompts(path):
-    """Read a JSON file of prompts: {(frame, object): (points, box)}. Raises ImageError, naming the entry."""
+    """Read a JSON file of prompts: {(frame, object): (points, box) or PNG}. Raises ImageError, naming the entry."""
     try:
         entries = json.loads(Path(path).read_text("utf-8-sig"))
     except ValueError as error:
@@ -443,6 +454,9 @@ def read_prompts(path):
             is_valid = all(type(number) is int for number in (*key, *(label for _, _, label in points))) and \
                 (points or box) and len(box or range(4)) == 4 and \
                 np.isfinite([number for x, y, _ in points for number in (x, y)] + (box or [])).all()
+            if entry.get("mask"):
+                mask = base64.b64decode(entry["mask"], validate=True)
+                is_valid = all(type(number) is int for number in key) and not points and decode_mask(mask).any()
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             is_valid = False
         if not is_valid:
@@ -450,7 +464,7 @@ def read_prompts(path):
                              '"points": [[x, y, 라벨], ...], "box": [x1, y1, x2, y2]} 형식이 아닙니다')
         if key in prompts:
             raise ImageError(f"{path}: 프레임 {key[0]}, 대상 {key[1]}의 프롬프트가 두 번 나옵니다. 하나로 합치세요")
-        prompts[key] = points, box
+        prompts[key] = mask if entry.get("mask") else (points, box)
     if not prompts:
         raise ImageError(f"{path}: 프롬프트가 없습니다")
     return prompts
@@ -486,8 +500,13 @@ def track_and_save(predictor, video, prompts, args):
 
 def write_prompts(path, prompts):
     """The inverse of read_prompts."""
-    write_json(path, [{"frame": frame, "object": number, "points": points, **({"box": box} if box else {})}
-                      for (frame, number), (points, box) in sorted(prompts.items())])
+    entries = []
+    for (frame, number), prompt in sorted(prompts.items()):
+        given = {"mask": base64.b64encode(prompt).decode()} if isinstance(prompt, bytes) else {"points": prompt[0]}
+        if not isinstance(prompt, bytes) and prompt[1]:
+            given["box"] = prompt[1]
+        entries.append({"frame": frame, "object": number, **given})
+    write_json(path, entries)
 
 
 def clear(folder, name, to_data):

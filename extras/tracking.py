@@ -7,40 +7,48 @@ Prompts are {(frame, object): (points, box)}: points a list of (x, y, label) in 
 0 (background); box [x1, y1, x2, y2] or None; objects are numbered from 1.
 
 Chapters:
-    settings    sizes, keys of the window
+    settings    sizes, times, the hints
     tracking    sam2's propagation with bounded memory
     prompts     numbers from the command line, checks
-    drawing     colors of objects, overlays
-    the window  clicks, slider, tracking while one watches
+    the window  prompts on frames, tracking while one watches
 """
 
 import argparse
+import collections
 import contextlib
+import math
 import os
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from common import nothing_found
 from files import ImageError, fail
-from matplotlib import pyplot as plt
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.widgets import Slider
 from PIL import Image
+from sam2.sam2_image_predictor import SAM2ImagePredictor
+from tqdm import tqdm
+from window import Window, object_color, say, show_view
 
 # ---- settings ----
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
-SHOWN_SIDE = 1000   # pixels: larger frames are reduced to this in the window
 MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
-REDRAW_SECONDS = 0.3  # minimum between two redraws of the window during tracking
+REDRAW_SECONDS, PLAY_SECONDS = 0.3, 0.1  # minimum between two redraws during tracking, between two frames of playing
+FOLLOW_SECONDS = 0.1  # the window's events wait at most this long, or one frame, for tracking
 SAME_SHARE = 0.1    # two masks that overlap in less of the smaller one are different objects
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r"}  # the letters on the same keys
-WINDOW_HELP = ("left click: object    right click: background    drag: box    {digits}u: undo    r: clear this {unit}\n"
-               "slider, left, right, page up, page down: go to another {unit}    Enter: track    Esc: stop tracking")
+OBJECT_HINTS = say("1 ... 9 or [ ]: object    ", "1 ... 9, [ ]: 대상 번호    ")
+VOLUME_HINTS = say("\nup, down: level    -, =: width", "\n위, 아래: 밝기의 가운데    -, =: 밝기의 폭")
+HINTS = say("left click: object    right click: background    drag: box    {}u: undo    r: clear here    h: hide\n"
+            "slider, left, right, page up, page down: move    space: play    wheel: zoom, 0: whole    "
+            "Enter: track    Esc: stop    q: quit{}",
+            "좌클릭: 대상    우클릭: 배경    끌기: 상자    {}u: 취소    r: 여기 것 모두 취소    h: 마스크 숨기기\n"
+            "슬라이더, 왼쪽, 오른쪽, Page Up, Page Down: 이동    스페이스: 재생    휠: 확대, 0: 전체    "
+            "Enter: 따라가기    Esc: 멈춤    q: 끝{}")
 
 
 # ---- tracking ----
@@ -114,9 +122,14 @@ class ModelInput:
 def add_prompts(predictor, state, prompts):
     """Add prompts to the state; every prompted frame becomes a conditioning frame.
 
+    prompts: {(frame, object): (points, box), or a mask as the bytes of a PNG}.
     Returns a list of the N object numbers and their logits on the last prompted frame, float32 N x H x W.
     """
-    for (frame, number), (points, box) in sorted(prompts.items()):
+    for (frame, number), prompt in sorted(prompts.items()):
+        if isinstance(prompt, bytes):
+            _, objects, logits = predictor.add_new_mask(state, frame, number, decode_mask(prompt))
+            continue
+        points, box = prompt
         _, objects, logits = predictor.add_new_points_or_box(
             state, frame, number, points=[point[:2] for point in points] if points else None,
             labels=[point[2] for point in points] if points else None, box=box)
@@ -186,7 +199,10 @@ def check_frame_prompts(prompts, frames, source, unit):
     source: the file to name; unit: the Korean word for a frame.
     """
     height, width = frames.size
-    for (frame, number), (points, box) in prompts.items():
+    for (frame, number), prompt in prompts.items():
+        points, box = ((), None) if isinstance(prompt, bytes) else prompt
+        if isinstance(prompt, bytes) and decode_mask(prompt).shape != (height, width):
+            raise ImageError(f"{source}: {unit} {frame}: 마스크의 크기가 그림과 다릅니다")
         if not 0 <= frame < len(frames):
             raise ImageError(f"{source}: {unit} {frame}: 없는 번호입니다. 0부터 {len(frames) - 1}까지 있습니다")
         if not 1 <= number <= MAX_OBJECTS:
@@ -204,169 +220,137 @@ def check_frame_prompts(prompts, frames, source, unit):
             raise ImageError(f"{source}: {unit} {frame}: 상자는 x1 < x2, y1 < y2 여야 합니다")
 
 
-# ---- drawing ----
+def decode_mask(png):
+    """The mask, bool H x W, in the bytes of a PNG; no pixels if they are damaged."""
+    mask = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE) if png else None
+    return np.zeros((0, 0), bool) if mask is None else mask > 127
 
 
-def object_color(number):
-    """A color for the number-th object, RGB, 0 to 255: distant hues in turn (golden ratio), without red (tissue)."""
-    return tuple(int(255 * part) for part in hsv_to_rgb((1 / 6 + 2 / 3 * (number * 0.618 % 1), 0.85, 1)))
+def find_without_prompt(predictor, frames, confident=math.inf):
+    """Segment frames without a prompt: {(frame, 1): mask}, in the form of add_prompts.
 
-
-def overlay_labels(image, labels):
-    """A copy of `image`, uint8 H x W x 3, with every object of a label map, uint8 H x W, tinted and outlined."""
-    drawn = image.copy()
-    for number in np.unique(labels[labels > 0]):
-        drawn = overlay(drawn, labels == number, object_color(int(number)))
-    return drawn
-
-
-def overlay(image, mask, color):
-    """`image` with `mask` tinted in `color` (RGB, 0 to 255) and outlined: uint8 H x W x 3."""
-    inside = mask.astype(np.uint8)
-    tint = np.full_like(image, color)
-    tinted = cv2.copyTo(cv2.addWeighted(image, 0.55, tint, 0.45, 0), inside, image.copy())
-    edges, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
-
-
-def reduce_to(array, max_side, interpolation):
-    """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
-    height, width = array.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return array
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(array, size, interpolation=interpolation)
-
-
-def require_window(flags):
-    """Fail if matplotlib cannot open a window. flags: the flags that the message suggests instead."""
-    try:
-        figure = plt.figure()
-        is_interactive = figure.canvas.required_interactive_framework is not None
-        plt.close(figure)
-    except Exception:  # each toolkit has its own error for "no display"
-        is_interactive = False
-    if not is_interactive:
-        advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-        fail(f"창을 띄울 수 없습니다. 대신 쓸 옵션: {flags}{advice}")
+    It is the first frame on which the predicted IoU reaches `confident`, or else the one where it is highest.
+    Fails if nothing is found on any frame.
+    """
+    if predictor.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
+    finder, best = SAM2ImagePredictor(predictor), (-math.inf, None, None)
+    finder._bb_feat_sizes = [(predictor.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    for frame in tqdm(range(len(frames)), "찾기", unit="장", leave=False, disable=None):
+        finder.set_image(frames[frame])
+        masks, scores, _ = finder.predict(np.zeros((1, 2)), np.array([-1]))  # no prompt, as in SAM2Base
+        if scores.max() > best[0] and masks[scores.argmax()].any() and not nothing_found(predictor):
+            best = float(scores.max()), frame, masks[scores.argmax()]
+        if best[0] >= confident:
+            break
+    score, frame, mask = best
+    if frame is None:
+        fail("프롬프트 없이 찾은 것이 없습니다. 프롬프트를 주세요")
+    print(f"프롬프트 없이 찾음: {frame}번, 넓이 {mask.mean():.1%}, 점수 {score:.3f}")
+    return {(frame, 1): cv2.imencode(".png", mask.astype(np.uint8) * 255)[1].tobytes()}
 
 
 # ---- the window ----
 
 
-class Window:
-    """A matplotlib window: prompt objects on any frame, track them, correct any frame, track again.
+class FrameWindow(Window):
+    """A window on frames: prompt objects on any frame, track them, correct any frame, track again.
 
-    follow: function of prompts that tracks and yields (frame, label map), and then (None, None) while it saves; called
-    when Enter is pressed.
-    max_object: the highest object number; unit: the English word for a frame; aspect: height of a pixel / its width.
+    follow: function of prompts that tracks and yields (frame, label map), and then (None, None) while it saves.
+    max_object: the highest object number; first: the frame shown first; aspect: height of a pixel / its width.
+    voxel_ml: volume of a voxel; sides: letters drawn at the left and the right edge. Both are only for volumes, whose
+    frames are called slices and have change_window(level, width).
 
     After show(), prompts holds the current prompts; tracked_prompts, those of the last complete tracking, or None;
-    is_tracking, whether the window was closed during tracking.
+    is_tracking, whether the window was closed during tracking. Only the frame that is shown is encoded by the worker:
+    what else uses the model waits until that is done.
 
     The first click on a tracked frame also adds the box around the object's tracked mask as a prompt, so that the
     click corrects the object instead of selecting a new one. The box is omitted if the click selects something that
-    the mask does not cover, because then the object was lost. The mask shown after a click is the one that tracking
-    will give for this frame.
+    the mask does not cover, because then the object was lost. The mask shown is the one that tracking will give.
     """
 
-    def __init__(self, frames, predictor, follow, title, max_object=MAX_OBJECTS, unit="frame", aspect=1):
-        self.frames, self.predictor, self.follow = frames, predictor, follow
-        self.max_object, self.unit = max_object, unit
+    WAITING_KEYS = ("enter",)
+
+    def __init__(self, frames, predictor, follow, title, max_object=MAX_OBJECTS, first=0, aspect=1, voxel_ml=None,
+                 sides=()):
+        self.frames, self.predictor, self.follow, self.max_object = frames, predictor, follow, max_object
+        self.voxel_ml, self.unit = voxel_ml, say("frame", "프레임") if voxel_ml is None else say("slice", "슬라이스")
         self.state = start_state(predictor, frames)
-        self.prompts, self.history, self.frame, self.object = {}, [], 0, 1
+        self.prompts, self.history, self.frame, self.object = {}, [], first, 1
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
         self.followed = {}  # the prompts that produced self.tracked, even if incomplete
-        self.pressed, self.drawn, self.error = None, [], None
-        self.is_tracking, self.is_saving, self.is_stopped, self.is_closed = False, False, False, False
+        self.following, self.encoded, self.asked, self.redrawn, self.tracked_ml = None, None, None, 0, ""
+        self.is_tracking, self.is_saving, self.is_stopped, self.is_playing = False, False, False, False
         # fits a laptop of 1280 x 720
-        self.figure = plt.figure(figsize=(10, min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.5) + 1.6))
-        self.axes = self.figure.add_axes((0.03, 0.17, 0.94, 0.77))
-        self.picture = self.axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect, extent=(
-            -0.5, frames.size[1] - 0.5, frames.size[0] - 0.5, -0.5))
-        self.axes.set(xticks=[], yticks=[])
-        self.slider = Slider(self.figure.add_axes((0.12, 0.1, 0.76, 0.04)), unit, 0, max(1, len(frames) - 1),
-                             valinit=0, valstep=1, valfmt="%d")
+        height = min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.2) + 1.9
+        super().__init__(1, (10, height), 0.24, HINTS.format(
+            OBJECT_HINTS if max_object > 1 else "", "" if voxel_ml is None else VOLUME_HINTS), frames.size, aspect)
+        self.axes, = self.panels
+        for x, where, side in zip((0.01, 0.99), ("left", "right"), sides):
+            self.axes.text(x, 0.5, side, color="yellow", ha=where, transform=self.axes.transAxes,
+                           bbox={"facecolor": "black", "pad": 1.5})
+        self.slider = Slider(self.figure.add_axes((0.12, 0.16, 0.76, 0.04)), self.unit, 0, max(1, len(frames) - 1),
+                             valinit=first, valstep=1, valfmt="%d")
         self.slider.on_changed(self.guarded(self.on_slider))
-        digits = "1 ... 9 or [ ]: object number    " if max_object > 1 else ""
-        self.figure.text(0.5, 0.02, WINDOW_HELP.format(digits=digits, unit=unit), ha="center", fontsize=9)
         self.figure.canvas.manager.set_window_title(title)
-        self.figure.canvas.mpl_disconnect(self.figure.canvas.manager.key_press_handler_id)  # disables its own keys
-        for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
-                              ("button_release_event", self.on_release), ("key_press_event", self.on_key),
-                              ("close_event", self.on_close)):
-            self.figure.canvas.mpl_connect(name, self.guarded(handler))
-        self.update()
-
-    def guarded(self, handler):
-        """Wrap an event handler: an exception closes the window and is raised by show() (a GUI toolkit would print it
-        and go on)."""
-        def handle(event):
-            try:
-                handler(event)
-            except BaseException as error:  # Ctrl-C too
-                self.error = error
-                plt.close(self.figure)
-        return handle
+        self.set_view()
 
     def show(self):
-        plt.show()
-        if self.error:
-            raise self.error
+        super().show()
+        if self.is_saving:
+            collections.deque(self.following, maxlen=0)  # closing the window does not stop the saving
+        elif self.is_tracking:
+            self.following.close()
 
     def on_slider(self, value):
-        frame = min(int(value), len(self.frames) - 1)
-        if frame != self.frame and not self.is_tracking:
+        if not self.is_tracking:
+            self.act(partial(self.go_to, min(int(value), len(self.frames) - 1)), False)
+
+    def go_to(self, frame):
+        if frame != self.frame:
             self.frame, self.pressed = frame, None
             self.update()
 
-    def on_close(self, _):
-        self.is_closed = self.is_stopped = True
+    def on_key(self, event):
+        if not (self.is_saving and event.key == "enter"):
+            super().on_key(event)
 
-    def position(self, event):
-        """(x, y) of an event in pixels of the frame, clipped to the frame and rounded to one decimal."""
-        height, width = self.frames.size
-        x, y = self.axes.transData.inverted().transform((event.x, event.y)).tolist()
-        return round(min(max(x, 0), width - 1), 1), round(min(max(y, 0), height - 1), 1)
+    def tick(self):
+        super().tick()
+        if self.following:
+            self.follow_on()
+        elif self.is_playing and time.monotonic() > self.redrawn + PLAY_SECONDS:
+            self.redrawn = time.monotonic()
+            self.slider.set_val((self.frame + 1) % len(self.frames))
+
+    def encode(self, frame, pixels):
+        """In the worker: encode a frame as SAM2VideoPredictor does, unless another one is shown by now; its number."""
+        if frame == self.frame:
+            with torch.inference_mode():
+                image = pixels.to(self.state["device"]).float()[None]
+                self.state["cached_features"] = {frame: (image, self.predictor.forward_image(image))}
+            return frame
+
+    def on_encoded(self, frame):
+        self.encoded = self.encoded if frame is None else frame
+        self.update()
 
     def on_press(self, event):
-        is_toolbar_busy = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        if event.inaxes is self.axes and event.button in (1, 3) and not is_toolbar_busy and not self.is_tracking:
-            height, width = self.frames.size  # after panning, there is space beside it
-            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
-                self.pressed = event
+        if self.is_playing:
+            self.press_key(" ")
+        if not self.is_tracking:
+            super().on_press(event)
 
-    def dragged_box(self, event):
-        """The box from where the left button was pressed to `event`; None for a click that barely moved."""
-        start = self.pressed
-        moved = max(abs(event.x - start.x), abs(event.y - start.y)) / self.figure.canvas.device_pixel_ratio
-        if start.button != 1 or moved < 6:
-            return None
-        x1, y1, x2, y2 = box = sorted_box(*self.position(start), *self.position(event))
-        return box if x1 < x2 and y1 < y2 else None
+    def add_prompt(self, point, box):
+        if not self.is_tracking:  # otherwise a click that began before tracking
+            self.act(partial(self.prompt_object, (self.frame, self.object), point, box), True)
+            self.update()
 
-    def on_motion(self, event):
-        if self.pressed and not self.is_tracking and (box := self.dragged_box(event)):
-            self.draw_prompts({(self.frame, self.object): ([], box)})
-            self.figure.canvas.draw_idle()
-
-    def on_release(self, event):
-        if self.is_tracking:  # a click that began before tracking
-            self.pressed = None
-        # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
-        if not self.pressed or event.button not in (self.pressed.button, 1):
-            return
-        key = (self.frame, self.object)
-        if box := self.dragged_box(event):
-            points, _ = self.prompts.get(key, ([], None))
-            prompt = (points, box)
-        else:
-            click = (*self.position(self.pressed), int(self.pressed.button == 1))
-            points, box = self.prompts.get(key) or ([], self.tracked_box(click))
-            prompt = ([*points, click], box)
-        self.pressed = None
-        self.set_prompts({**self.prompts, key: prompt})
+    def prompt_object(self, key, point, box):
+        """Add a point, or replace the box, of an object on a frame; key: (frame, object)."""
+        points, old_box = self.prompts.get(key) or ([], self.tracked_box(point) if point else None)
+        self.set_prompts({**self.prompts, key: (points, box) if box else ([*points, point], old_box)})
 
     def is_outdated(self, number):
         """Whether an object's tracked mask on this frame came from prompts that have since been removed."""
@@ -406,16 +390,16 @@ class Window:
         self.previews.pop(self.frame, None)
         self.update()
 
-    def on_key(self, event):
+    def press_key(self, key):
         steps, turns = {"left": -1, "right": 1, "pageup": -10, "pagedown": 10}, {"[": -1, "]": 1}
-        key = (event.key or "").lower()  # None for a key without a name
-        key = KOREAN_KEYBOARD.get(key, key)
-        if key in plt.rcParams["keymap.quit"]:
-            plt.close(self.figure)
-        elif key == "escape":
-            self.is_stopped = True
+        levels = {"up": (1, 1), "down": (-1, 1), "-": (0, 0.8), "=": (0, 1.25), "+": (0, 1.25)}  # of the width
+        if key == "escape":
+            self.is_stopped, self.is_playing = True, False
         elif self.is_tracking:
             return
+        elif key == " ":
+            self.is_playing = not self.is_playing
+            self.update()
         elif key in steps:
             self.slider.set_val(min(max(self.frame + steps[key], 0), len(self.frames) - 1))
         elif key in turns or key and key in "123456789":
@@ -423,48 +407,46 @@ class Window:
             if 1 <= number <= self.max_object:
                 self.object, self.pressed = number, None
                 self.update()
+        elif key in levels and self.voxel_ml is not None:
+            self.frames.change_window(*levels[key])
+            self.previews, self.tracked_prompts = {}, None
+            self.encoded = self.asked = None  # the model sees the slice as the user does
+            self.update()
         elif key in ("u", "backspace") and self.history:
             self.prompts = self.history.pop()
             self.previews.clear()
             self.update()
         elif key == "r":
             self.set_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] != self.frame})
-        elif key == "enter" and self.prompts and not self.is_saving:
-            self.run_tracking()
+        elif key == "enter" and not self.prompts:
+            self.update(say("click an object first", "먼저 대상을 클릭하세요"))
+        elif key == "enter":
+            self.is_tracking, self.is_stopped, self.is_playing, self.tracked, self.tracked_prompts = \
+                True, False, False, {}, None
+            self.followed, self.frame_before = self.prompts, self.frame
+            self.following = self.follow(self.followed)
 
-    def run_tracking(self):
-        """Track with the current prompts and show some of the frames; Esc or closing the window stops it.
-
-        While the results are saved, everything but tracking is possible. Closing the window does not stop the saving.
-        """
-        shown, redrawn = self.frame, 0
-        self.is_tracking, self.is_stopped, self.tracked, self.tracked_prompts = True, False, {}, None
-        self.followed = self.prompts
-        with contextlib.closing(self.follow(self.followed)) as following:
-            for frame, labels in following:
-                if labels is None:
-                    break
-                self.frame, self.tracked[frame] = frame, cv2.imencode(".png", labels)[1]
-                if time.monotonic() - redrawn > REDRAW_SECONDS:
-                    self.slider.set_val(frame)
-                    self.update()
-                    self.figure.canvas.draw()
-                    redrawn = time.monotonic()
-                self.figure.canvas.flush_events()
-                if self.is_stopped:
-                    break
-            if self.is_closed:
-                return
-            self.is_tracking, self.is_saving, self.frame = False, not self.is_stopped, shown
-            self.tracked_prompts = None if self.is_stopped else self.followed
-            self.slider.set_val(shown)
-            self.update()
-            self.figure.canvas.draw()
-            for _ in following if self.is_saving else ():
-                if not self.is_closed:
-                    self.figure.canvas.flush_events()
-        self.is_saving = False
-        if not self.is_closed:
+    def follow_on(self):
+        """Track, or save, for a moment; between two calls the window handles its events. Esc stops the tracking."""
+        end, status = time.monotonic() + FOLLOW_SECONDS, (self.is_tracking, self.is_saving)
+        while self.following and status == (self.is_tracking, self.is_saving) and time.monotonic() < end:
+            found = None if self.is_tracking and self.is_stopped else next(self.following, None)
+            if found and found[1] is not None:
+                self.frame, self.tracked[found[0]] = found[0], cv2.imencode(".png", found[1])[1]
+                continue
+            if self.is_tracking:
+                self.is_tracking, self.frame = False, self.frame_before
+                self.tracked_prompts = None if self.is_stopped else self.followed
+                voxels = sum(np.count_nonzero(decode_labels(png)) for png in self.tracked.values())
+                self.tracked_ml = f", {voxels * self.voxel_ml:.3g} ml" if self.voxel_ml else ""
+            if found is None:
+                self.following.close()
+                self.following = None
+            self.is_saving = found is not None
+        is_due = self.is_tracking and time.monotonic() > self.redrawn + REDRAW_SECONDS
+        if is_due or status != (self.is_tracking, self.is_saving):
+            self.redrawn = time.monotonic()
+            self.slider.set_val(self.frame)
             self.update()
 
     def labels(self):
@@ -473,38 +455,38 @@ class Window:
             np.zeros(self.frames.size, np.uint8)
         found[np.isin(found, [number for number in np.unique(found) if self.is_outdated(number)])] = 0
         here = {key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame}
-        if here and not self.is_tracking:
+        is_shown = self.frame in self.previews or self.encoded == self.frame and not self.waiting
+        if here and not self.is_tracking and is_shown:
             if self.frame not in self.previews:
                 self.previews[self.frame] = self.segment(here)
             found[np.isin(found, [number for _, number in here])] = 0
             found = np.where(self.previews[self.frame] > 0, self.previews[self.frame], found)
         return found
 
-    def draw_prompts(self, prompts):
-        """Draw points as stars (foreground green, background red) and boxes in the colour of their object."""
-        for artist in self.drawn:
-            artist.remove()
-        self.drawn = []
-        for (_, number), (points, box) in prompts.items():
-            edge = np.array(object_color(number)) / 255
-            self.drawn += [self.axes.scatter(x, y, s=140, marker="*", color="lime" if label else "red",
-                                             edgecolor=edge, linewidth=1.5, zorder=3) for x, y, label in points]
-            if box:
-                x1, y1, x2, y2 = box
-                self.drawn.append(self.axes.add_patch(plt.Rectangle(
-                    (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=2)))
-
-    def update(self):
-        """Show the frame, the masks and the prompts."""
-        image = reduce_to(self.frames[self.frame], SHOWN_SIDE, cv2.INTER_AREA)
-        labels = cv2.resize(self.labels(), image.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        self.picture.set_data(overlay_labels(image, labels))
-        self.draw_prompts({key: prompt for key, prompt in self.prompts.items() if key[0] == self.frame})
-        status = "tracking ..." if self.is_tracking else "saving ..." if self.is_saving else \
-            "no prompts yet" if not self.prompts else \
-            "tracked" if self.tracked_prompts == self.prompts else "press Enter to track"
-        chosen = f"object {self.object}, " if self.max_object > 1 else ""
-        self.axes.set_title(f"{self.unit} {self.frame} of 0 ... {len(self.frames) - 1}, {chosen}{status}",
+    def update(self, message=None):
+        """Show the frame, the masks, the prompts and a message, or what is going on; have the frame encoded."""
+        image = self.frames[self.frame]
+        is_free = not (self.is_tracking or self.is_playing)
+        if is_free and self.frame not in (self.encoded, self.asked):
+            self.asked = self.frame
+            self.ask(partial(self.encode, self.frame, self.state["images"][self.frame]), self.on_encoded)
+        labels = self.labels()
+        shown = [] if self.hides_masks else np.unique(labels[labels > 0]).tolist()
+        show_view(self.axes, image, [(labels == number, object_color(number)) for number in shown])
+        waiting = [(key, ([point] if point else [], box)) for key, point, box in (
+            action.args for action in self.delayed if action.func == self.prompt_object)]
+        self.draw_prompts([(*prompt, number) for (frame, number), prompt in (*self.prompts.items(), *waiting)
+                           if frame == self.frame])
+        status = message or (
+            say("tracking ...", "따라가는 중 ...") if self.is_tracking else
+            say("saving ...", "저장하는 중 ...") if self.is_saving else
+            say("encoding ...", "인코딩하는 중 ...") if self.waiting else
+            say("no prompts yet", "아직 프롬프트가 없음") if not self.prompts else
+            say("tracked", "따라갔음") + self.tracked_ml if self.tracked_prompts == self.prompts else
+            say("press Enter to track", "Enter를 누르면 따라감"))
+        chosen = say(f"object {self.object}, ", f"대상 {self.object}, ") if self.max_object > 1 else ""
+        self.axes.set_title(say(f"{self.unit} {self.frame} of 0 ... {len(self.frames) - 1}, ",
+                                f"{self.unit} {self.frame} / 0 ... {len(self.frames) - 1}, ") + chosen + status,
                             color=np.array(object_color(self.object)) / 300)
         self.figure.canvas.draw_idle()
 

@@ -1,5 +1,6 @@
 """Helpers of the tests: run a script as a user does, on a small SAM 2 and on small drawn images."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -175,18 +176,35 @@ def trained(tmp_path_factory, weights):
     return folder, done
 
 
+def require_tools(purpose, *tools, module):
+    """Skip the test, in CI on Linux fail, if a program or a Python module is missing."""
+    missing = [tool for tool in tools if not shutil.which(tool)]
+    missing += [] if importlib.util.find_spec(module) else [module]
+    if missing:
+        reason = f"{purpose} needs {', '.join(missing)}"
+        assert sys.platform != "linux" or not os.environ.get("CI"), reason
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium, driven by selenium."""
+    require_tools("the window in a browser", "chromium", "chromedriver", module="selenium")
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,900",
+                 f"user-data-dir={tmp_path / 'browser'}"):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
 @pytest.fixture
 def screen(tmp_path):
     """A virtual screen with a window manager: the value for DISPLAY."""
-    missing = [tool for tool in ("Xvfb", "openbox", "xdotool") if not shutil.which(tool)]
-    try:
-        import tkinter  # noqa: F401
-    except ImportError:
-        missing.append("tkinter")
-    if missing:
-        reason = f"the real window needs {', '.join(missing)}"
-        assert sys.platform != "linux" or not os.environ.get("CI"), reason
-        pytest.skip(reason)
+    require_tools("the real window", "Xvfb", "openbox", "xdotool", module="tkinter")
     read, write = os.pipe()
     xvfb = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x720x24",
                              "-dpi", "96"], pass_fds=[write],

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import annotate
 import convert_checkpoint
 import export_onnx
 import label_with_text
@@ -42,6 +43,7 @@ SECTIONS = {  # path of a script: the document that explains it, and the beginni
     "train_sam2_proper.py": (GUIDE, "4. 파인튜닝"),
     "compare_models.py": (GUIDE, "5. 원본과 비교"),
     "test_my_image.py": (GUIDE, "6. 내 이미지에 쓰기"),
+    "extras/annotate.py": (EXTRAS_GUIDE, "설치", "폴더 라벨링하기"),
     "extras/track_video.py": (EXTRAS_GUIDE, "설치", "영상에서 따라가기"),
     "extras/segment_volume.py": (EXTRAS_GUIDE, "설치", "CT와 MR에서 따라가기"),
     "extras/label_with_text.py": (EXTRAS_GUIDE, "설치", "단어나 상자로 라벨 만들기"),
@@ -50,14 +52,14 @@ SECTIONS = {  # path of a script: the document that explains it, and the beginni
     "extras/sam_med3d_ich/train.py": (EXTRAS_GUIDE, "SAM-Med3D로 뇌 CT의 출혈 분할하기"),
 }
 SCRIPTS = dict(zip(SECTIONS, (
-    download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image, track_video, segment_volume,
-    label_with_text, convert_checkpoint, export_onnx, train)))
+    download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image, annotate, track_video,
+    segment_volume, label_with_text, convert_checkpoint, export_onnx, train)))
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
                   for path in sorted((ROOT / folder).glob("*.py")))
 # files whose names the scripts compose or a package chooses, and folders that appear when they run
 WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/output|output/comparison|output/kvasir|"
                      r"plots|to_data|"
-                     r"output/my_(tracks|volumes)/이름|extras/demo/output/ich|models/(florence2|grounding-dino)|"
+                     r"output/my_(tracks|volumes)/이름|output/my_masks/폴더이름|extras/demo/output/ich|models/(florence2|grounding-dino)|"
                      r"data/(images|masks)/(train|val))/|checkpoints/sam2\.1_hiera_(small|base_plus)\.pt|"
                      r"(output/comparison/)?compare_1\.png|masks/00000\.png|training_summary_(\*|날짜_시각)\.json|"
                      r"processor_config\.json")
@@ -305,7 +307,7 @@ def test_every_message_that_the_guide_shows_is_in_a_script():
     shown = re.findall(r"^(?:오류|주의): (.*)$", text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
     assert len(shown) >= 7
     for message in shown:
-        words = re.split(r"메모리가 부족합니다\. |창을 띄울 수 없습니다\. |"
+        words = re.split(r"메모리가 부족합니다\. |창을 띄울 수 없습니다\. |, --web으로 브라우저에 띄우세요 |"
                          r"\(?No module named 'sam2'\)?|sam2\.1_hiera_s |\(\[Errno 2\].*?\)|"
                          r"'cuda'|"
                          r": cpu|checkpoints/\S+|small|\"x,y\"", message)

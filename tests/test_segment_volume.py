@@ -519,37 +519,51 @@ def test_the_window_for_a_volume_has_one_object(tmp_path, visible):
     slices = segment_volume.Slices(volume, "coronal", (0, 80))
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     mask, scores = np.zeros((20, 8, 24), bool), np.full(20, np.nan)
-    window = tracking.Window(slices, predictor, lambda prompts: segment_volume.segment_slices(
-        predictor, slices, prompts, False, mask, scores), "ct", max_object=1, unit="slice", aspect=slices.aspect)
+    window = tracking.FrameWindow(slices, predictor, lambda prompts: segment_volume.segment_slices(
+        predictor, slices, prompts, False, mask, scores), "ct", max_object=1, first=10, aspect=slices.aspect,
+        voxel_ml=0.5, sides="RL")
     hand = Hand(window)
-    hand.press("2", "]", "pagedown", "left", "left")
+    hand.press("2", "]", "left", "left")
     hand.click((7, 4))
     assert window.object == 1 and list(window.prompts) == [(8, 1)]
+    left, right = sorted(window.axes.texts, key=lambda text: text.get_position())
+    assert (left.get_text(), right.get_text()) == ("R", "L")
     shown = window.labels() > 0
     hand.press("enter")
     assert window.tracked_prompts == window.prompts and not np.isnan(scores).any() and (mask[8] == shown).all()
-    matplotlib.pyplot.close(window.figure)
+    assert window.axes.get_title().endswith(f"tracked, {mask.sum() * 0.5:.3g} ml")
+
+    before, picture = mask.copy(), slices[8]
+    hand.press("up", "=")  # the model sees what the user sees
+    assert slices.window == segment_volume.parse_window("48,100") == (-2, 98) and slices[8].mean() != picture.mean()
+    assert "press Enter" in window.axes.get_title() and window.encoded == 8
+    hand.press("enter")
+    assert window.tracked_prompts == window.prompts and (mask != before).any()
+    hand.press("-", "down")
+    assert slices.window == (0, 80)
+    window.close()
+    window.worker.close()
 
 
 def test_real_window_goes_to_a_slice_with_the_slider_clicks_segments_and_saves(tmp_path, screen):
     save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
     with TrackingWindow(tmp_path, screen, "segment_volume", "--volume", "ct.nii.gz", "-o", "clicked") as window:
-        window.wait_for_window("ct")
-        window.slide(4 / 7)
-        window.wait_for("ct", 4)
+        window.wait_for_window("ct", 4)  # the middle slice
+        window.slide(5 / 7)
+        window.wait_for("ct", 5)
         window.click(23 - 16, 19 - 6)  # voxel (16, 6): both axes are reversed in the picture
-        window.wait_for("ct", 4, 1, 1)
+        window.wait_for("ct", 5, 1, 1)
         window.xdotool("key", "Return")
-        window.wait_for("ct", 4, 1, 1, "tracked")
+        window.wait_for("ct", 5, 1, 1, "tracked")
         window.xdotool("key", "Left")
-        window.wait_for("ct", 3, 1, 1, "tracked")
+        window.wait_for("ct", 4, 1, 1, "tracked")
         window.close()
         flags = shlex.split(re.search("같은 결과를 얻는 옵션: (.*)", window.end())[1])
     (number, (x, y, label)), = segment_volume.parse_slice_points(flags[1])
-    assert flags[0] == "--point" and (number, label) == (4, 1) and (x, y) == pytest.approx((16, 6), abs=1)
+    assert flags[0] == "--point" and (number, label) == (5, 1) and (x, y) == pytest.approx((16, 6), abs=1)
     segment(tmp_path, ROOT / "demo/sam2_demo.pt", *flags, "-o", "typed")
     clicked, typed = (nib.load(tmp_path / name / "ct_mask.nii.gz").get_fdata() for name in ("clicked", "typed"))
-    assert clicked[13:20, 4:10, 4].any() and (clicked == typed).all()
+    assert clicked[13:20, 4:10, 5].any() and (clicked == typed).all()
 
 
 # ----------------------------------------------------------------------------- demo
@@ -586,3 +600,18 @@ def test_padding_below_air_does_not_hide_that_values_are_no_hounsfield_units():
     assert not volume_files.doubts_about_values(np.where(chest == -2000, -1024, chest), (0, 80))
     shifted = np.where(chest == -2000, chest, chest + 1024)
     assert len(volume_files.doubts_about_values(shifted, (0, 80))) == 1
+
+
+# ----------------------------------------------------------------------------- --auto
+
+def test_auto_starts_from_the_clearest_slice(tmp_path, visible):
+    save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
+    done = segment(tmp_path, visible, "--auto", "--window", "40,80")
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    slices = segment_volume.Slices(segment_volume.Volume(tmp_path / "ct.nii.gz"), "axial", (0, 80))
+    (number, _), = tracking.find_without_prompt(predictor, slices)
+    assert f"프롬프트 없이 찾음: {number}번" in done.stdout
+    summary = json.loads((tmp_path / "output/my_volumes/ct/summary.json").read_text(encoding="utf-8"))
+    assert summary["prompts"] == "--auto" and summary["voxels"] > 0
+    refused = segment(tmp_path, visible, "--auto", "--point", "4,10,10", code=2)
+    assert "--auto" in refused.stderr

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import struct
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,12 +21,14 @@ import pytest
 import torch
 import track_video
 import tracking
+import window as window_module
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, make_visible, run, write_image
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from PIL import Image, PngImagePlugin
 from sam2.build_sam import build_sam2_video_predictor
 from test_window import RealWindow
 
+window_module.HAS_HANGUL = False  # as here, texts in the window are English then
 PROMPTS = [{"frame": 1, "object": 1, "points": [[20, 20, 1]]},
            {"frame": 1, "object": 2, "box": [40, 20, 60, 40]},
            {"frame": 3, "object": 1, "points": [[26, 22, 1], [5, 50, 0]]}]  # a correction on a later frame
@@ -315,11 +318,11 @@ files.write_file = write_and_die""")
     assert read_masks(folder).shape == (3, 60, 80) and json.loads((folder / "prompts.json").read_text())
     assert not (folder / "overlay.mp4").exists() and not (folder / "tracks.csv").exists()
     track(clip, visible, "--point", "20,20", code=-signal.SIGKILL, before="""
-import tracking
+import window
 def draw_and_die(image, labels, drawn=[]):
     drawn.append(image)
     return image if len(drawn) < 3 else os.kill(os.getpid(), 9)
-tracking.overlay_labels = draw_and_die""")
+window.overlay_labels = draw_and_die""")
     assert (folder / "tracks.csv").exists() and not (folder / "overlay.mp4").exists()
     (folder / "overlay.mp4.1.tmp").touch()  # where the encoder had begun to write
     done = track(clip, visible, "--point", "20,20")
@@ -578,11 +581,22 @@ def test_tracking_ends_after_a_gap_beyond_the_prompts(monkeypatch, max_gap, fram
 # ----------------------------------------------------------------------------- window
 
 class Hand:
-    """Clicks, drags and presses keys in a tracking.Window, through matplotlib's own chain of events."""
+    """Clicks, drags and presses keys in a FrameWindow, through matplotlib's own chain of events.
+
+    After each, it does what the window's timer does on a screen, until nothing is left to do.
+    """
 
     def __init__(self, window):
-        self.window, self.canvas = window, window.figure.canvas
+        self.window, self.canvas, self.is_settling = window, window.figure.canvas, False
         self.canvas.draw()
+        self.settle()
+
+    def settle(self):
+        if not self.is_settling:  # not within a follow() that presses keys
+            self.is_settling = True
+            while (self.window.waiting or self.window.following) and not self.window.error:
+                self.window.guarded(self.window.tick)()
+            self.is_settling = False
 
     def mouse(self, name, place, button):
         x, y = self.window.axes.transData.transform(place)
@@ -593,6 +607,7 @@ class Hand:
         self.mouse("button_press_event", start, button)
         self.mouse("motion_notify_event", end, button)
         self.mouse("button_release_event", end, button)
+        self.settle()
 
     def click(self, place, button=1):
         self.drag(place, place, button)
@@ -600,6 +615,7 @@ class Hand:
     def press(self, *keys):
         for key in keys:
             self.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", self.canvas, key))
+            self.settle()
             assert self.window.error is None
 
 
@@ -609,10 +625,11 @@ def window(clip, visible):
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     video = track_video.ImageFolder(clip / "frames")
     args = argparse.Namespace(output=clip / "windowed", name="frames", to_data=None, video_hash=0)
-    made = tracking.Window(video, predictor, lambda prompts: track_video.track_and_save(
+    made = tracking.FrameWindow(video, predictor, lambda prompts: track_video.track_and_save(
         predictor, video, prompts, args), "clip")
     yield made
-    matplotlib.pyplot.close(made.figure)
+    made.close()
+    made.worker.close()
 
 
 def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visible):
@@ -648,6 +665,7 @@ def test_prompts_are_on_disk_when_the_window_begins_to_track(window, clip, monke
     hand.click((20, 20))
     monkeypatch.setattr(track_video, "track", lambda *_: 1 / 0)
     hand.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", hand.canvas, "enter"))
+    hand.settle()
     assert isinstance(window.error, ZeroDivisionError)
     assert track_video.read_prompts(clip / "windowed/prompts.json") == window.prompts != {}
 
@@ -670,7 +688,7 @@ class DrawnFrames(list):
 def test_a_click_on_a_later_frame_picks_up_a_lost_object(monkeypatch):
     matplotlib.use("Agg")
     predictor, frames = common.load_video_predictor(SMALL_CFG, ROOT / "demo/sam2_demo.pt", "cpu"), DrawnFrames()
-    window = tracking.Window(frames, predictor, lambda prompts: (
+    window = tracking.FrameWindow(frames, predictor, lambda prompts: (
         (frame, tracking.label_map(objects, logits)) for frame, objects, logits, _ in tracking.track(
             predictor, frames, prompts)), "clip")
     hand = Hand(window)
@@ -704,6 +722,34 @@ def test_objects_above_9_are_chosen_with_brackets(window):
     window.object = 254
     hand.press("]", "]")
     assert window.object == 255
+
+
+def test_space_plays_the_video_and_stops_it(window):
+    hand = Hand(window)
+    hand.press(" ")
+    while window.frame < 2:
+        window.tick()
+    assert window.encoded == 0  # frames that pass are not encoded
+    hand.press(" ")
+    assert not window.is_playing and window.encoded == window.frame >= 2
+
+
+def test_a_frame_opens_before_it_is_encoded_and_keeps_the_clicks(window):
+    hold = threading.Event()
+    forward_image = window.predictor.forward_image
+    window.predictor.forward_image = lambda image: hold.wait() and forward_image(image)
+    window.slider.set_val(3)
+    assert "encoding ..." in window.axes.get_title()
+    assert window.axes.images[0].get_array().std() > 10  # the frame is visible
+    hand = Hand.__new__(Hand)
+    hand.window, hand.canvas, hand.is_settling = window, window.figure.canvas, True  # does not wait for the worker
+    hand.click((20, 20))
+    hand.press("2", "right")
+    assert not window.prompts and window.frame == 3 and len(window.drawn) == 1  # the star is there already
+    hold.set()
+    hand.is_settling = False
+    hand.settle()
+    assert list(window.prompts) == [(3, 1)] and (window.frame, window.object) == (4, 2)
 
 
 def test_the_window_can_be_used_while_the_results_are_saved(window):
@@ -847,6 +893,7 @@ def test_ctrl_c_while_the_window_tracks_closes_it_and_ends_the_script(window, mo
 
     window.follow = follow_and_interrupt
     hand.canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", hand.canvas, "enter"))
+    hand.settle()
     assert not matplotlib.pyplot.fignum_exists(window.figure.number)
     monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
     with pytest.raises(KeyboardInterrupt):
@@ -873,12 +920,14 @@ import sys
 sys.path.insert(0, {folder!r})
 import tracking
 
-class Window(tracking.Window):
+class FrameWindow(tracking.FrameWindow):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.figure.canvas.mpl_connect("draw_event", self.tell)
 
     def tell(self, event):
+        if self.waiting:
+            return
         status = "tracking" if self.is_tracking else "saving" if self.is_saving else \\
             "tracked" if self.tracked_prompts == self.prompts else "prompting"
         (left, top), (right, bottom) = self.axes.transData.transform([(0, 0), (100, 100)])
@@ -888,7 +937,7 @@ class Window(tracking.Window):
               status, slider.x0, slider.x1, height - (slider.y0 + slider.y1) / 2, left, height - top, right,
               height - bottom, flush=True)
 
-tracking.Window = Window
+tracking.FrameWindow = FrameWindow
 import {script} as script
 script.run(script.main, "")
 """
@@ -1013,3 +1062,42 @@ def test_a_mirrored_video_is_refused(tmp_path):
     (tmp_path / "mirrored.mp4").write_bytes(content)
     with pytest.raises(track_video.ImageError, match="뒤집힌"):
         track_video.VideoFile(tmp_path / "mirrored.mp4")
+
+
+# ----------------------------------------------------------------------------- --auto
+
+def test_auto_starts_from_the_first_certain_frame_and_its_prompt_can_be_used_again(clip, visible, monkeypatch, capsys):
+    predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
+    frames = draw_clip()[0]
+    finder = tracking.SAM2ImagePredictor(predictor)
+    finder._bb_feat_sizes = [(predictor.image_size // stride,) * 2 for stride in (4, 8, 16)]
+    scores = []
+    for frame in frames:
+        finder.set_image(frame)
+        scores.append(float(finder.predict(np.zeros((1, 2)), np.array([-1]))[1].max()))
+    second = sorted(scores)[-2]
+    first_of_these = min(index for index, score in enumerate(scores) if score >= second)
+    (frame, number), = tracking.find_without_prompt(predictor, frames, second)
+    assert (frame, number) == (first_of_these, 1) and "--recipe strongest" in capsys.readouterr().out
+    (frame, _), = tracking.find_without_prompt(predictor, frames)
+    assert frame == np.argmax(scores)
+
+    track(clip, visible, "--auto")
+    found = read_masks(clip / "output/my_tracks/frames")
+    entry, = json.loads((clip / "output/my_tracks/frames/prompts.json").read_text())
+    mask = tracking.decode_mask(track_video.base64.b64decode(entry["mask"]))
+    assert mask.shape == (60, 80) and mask.any() and entry["object"] == 1
+    (clip / "again.json").write_text(json.dumps([entry]))
+    track(clip, visible, "--prompts", "again.json", "--output", "again")
+    assert np.array_equal(read_masks(clip / "again"), found)
+    entry["mask"] = entry["mask"][:40]
+    (clip / "again.json").write_text(json.dumps([entry]))
+    assert_fails_in_one_line(track(clip, visible, "--prompts", "again.json", "--output", "again", code=1), "again.json")
+
+
+def test_auto_fails_where_nothing_is_found(clip, visible):
+    weights = torch.load(visible, weights_only=True)
+    last = max(name for name in weights["model"] if re.search(r"pred_obj_score_head.*bias", name))
+    weights["model"][last] -= 1000
+    torch.save({**weights, "prompt": "any", "empty_images": 3}, clip / "never.pt")
+    assert_fails_in_one_line(track(clip, clip / "never.pt", "--auto", code=1), "찾은 것이 없습니다")

@@ -1,4 +1,4 @@
-"""test_my_image.py: prompts on the command line and in the window."""
+"""test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py."""
 
 import argparse
 import contextlib
@@ -52,6 +52,10 @@ def draw_discs(path):
 
 def read_png(path):
     return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def masks_in(folder):
+    return {path.stem: read_png(path) for path in sorted(folder.glob("*"))}
 
 
 def read_mask(folder, name="내 사진"):
@@ -109,7 +113,7 @@ def test_a_file_that_is_no_image_is_named(photo, weights):
 
 def test_without_a_display_it_says_so_before_the_model_is_loaded(photo):
     done = segment(photo, "missing.pt", env=NO_DISPLAY, code=1)
-    assert_fails_in_one_line(done, "--point")
+    assert_fails_in_one_line(done, "--point", "--auto", "--web")
     if sys.platform == "linux":
         assert "python3-tk" in done.stderr
 
@@ -584,7 +588,7 @@ def test_number_keys_pick_a_candidate_until_the_next_prompt(window):
 
 def test_enter_closes_the_window_once_there_is_something_to_save(window):
     press(window.figure, "enter")
-    assert plt.fignum_exists(window.figure.number)
+    assert plt.fignum_exists(window.figure.number) and "nothing to save yet" in window.figure.axes[0].get_title()
     click(window.figure, 40, 30)
     press(window.figure, "enter")
     assert not plt.fignum_exists(window.figure.number) and len(window.objects()) == 1
@@ -640,91 +644,7 @@ def test_two_models_share_the_prompts():
     assert titles == ["original model: mask 3 of 3, score 0.300", "fine-tuned model: mask 3 of 3, score 0.300"]
 
 
-# ----------------------------------------------------------------------------- labelling a folder
-
-def save_two(figure):
-    for x, y in ((40, 40), (110, 80)):
-        click(figure, x, y)
-        press(figure, "n")
-    press(figure, "enter")
-
-
-def save_one(figure):
-    drag(figure, (13, 13), (67, 67))
-    press(figure, "enter")
-
-
-def skip(figure):
-    click(figure, 40, 40)
-    press(figure, "ㄴ")
-
-
-def close(figure):
-    click(figure, 40, 40)
-    press(figure, "n")
-    plt.close(figure)
-
-
-@pytest.fixture
-def annotate(tmp_path, monkeypatch):
-    """Label images/ into masks/ in this process; windows: the user's actions, one entry per window."""
-    def annotate(*windows, more=()):
-        left = list(windows)
-        monkeypatch.setattr(plt, "show", lambda: left.pop(0)(plt.gcf()))
-        monkeypatch.setattr(test_my_image, "require_display", lambda alternative: None)
-        try:
-            main(monkeypatch, tmp_path, "--image", "images", "--annotate", "masks", *more)
-        finally:
-            assert not left
-    return annotate
-
-
-def masks_in(folder):
-    return {path.stem: read_png(path) for path in sorted(folder.glob("*"))}
-
-
-def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_path, annotate, capsys):
-    for number, name in enumerate("abcd"):
-        image = draw_discs(tmp_path / f"images/{name}.jpg")
-        image[0, :40] = 60 * number  # no two are the same image
-        write_image(tmp_path / f"images/{name}.jpg", image)
-    annotate(save_two, skip, save_one, close)
-    assert "이미지 2장을 분할했습니다. 저장: masks" in (printed := capsys.readouterr().out) and "d.jpg" in printed
-    masks = masks_in(tmp_path / "masks")
-    assert list(masks) == ["a", "c"] and masks["a"].dtype == np.uint16 and masks["c"].dtype == np.uint8
-    assert [masks["a"][place] for place in ((40, 40), (80, 110), (5, 5))] == [1, 2, 0]
-    assert [masks["c"][place] for place in ((40, 40), (80, 110), (5, 5))] == [255, 0, 0]
-    annotate(save_one, save_one)
-    assert "4장 가운데 2장은 마스크가 있습니다" in capsys.readouterr().out
-    again = masks_in(tmp_path / "masks")
-    assert list(again) == list("abcd") and all((again[name] == masks[name]).all() for name in masks)
-    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0.5, cwd=tmp_path)
-    assert "객체 3개: 이미지마다 최소 1" in run("prepare_data.py", "--check", cwd=tmp_path).stdout  # a and b
-    with pytest.raises(SystemExit) as stop:  # nothing is left to do
-        annotate(more=("--finetuned", "missing.pt"))
-    assert not stop.value.code and "4장 가운데 4장" in capsys.readouterr().out
-
-
-def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, annotate, capsys):
-    for name in "ac":
-        draw_discs(tmp_path / f"images/{name}.png")
-    (tmp_path / "images/b.png").write_bytes(b"broken")
-    with pytest.raises(SystemExit, match="1장은 분할하지 못했습니다: b.png"):
-        annotate(save_one, save_two)
-    assert list(masks_in(tmp_path / "masks")) == ["a", "c"] and "images/b.png" in capsys.readouterr().err
-
-
-def test_labelling_refuses_what_would_mix_masks_up(tmp_path, annotate):
-    draw_discs(tmp_path / "images/a.png")
-    with pytest.raises(SystemExit, match="마스크 폴더가 이미지 폴더와 같습니다"):
-        annotate(more=("--annotate", "images"))
-    draw_discs(tmp_path / "images/a.jpg")
-    with pytest.raises(SystemExit, match="이름이 같은 이미지"):
-        annotate()
-    with pytest.raises(SystemExit) as stop:
-        annotate(more=("--point", "40,40"))
-    assert stop.value.code == 2
-
+# ----------------------------------------------------------------------------- on a screen
 
 DRIVER = f"""
 import sys
@@ -780,13 +700,13 @@ class RealWindow:
         for line in self.script.stdout:
             self.output += line
             if line.startswith(f"drawn {name} {finished} {points} {box} "):
-                self.corners = [float(number) for number in line.split()[5:]]
+                self.corners = [float(number) for number in line.split()[5:9]]
                 return
         raise AssertionError(self.output)
 
-    def wait_for_window(self, name):
-        """Wait until the window of the image `name` is on the screen and has the keyboard focus."""
-        self.wait_for(name)
+    def wait_for_window(self, name, *state):
+        """Wait until the window of the image `name` is on the screen, in this state, and has the keyboard focus."""
+        self.wait_for(name, *state)
         self.id = self.xdotool("search", "--sync", "--onlyvisible", "--name", name).split()[0]
         self.xdotool("windowactivate", "--sync", self.id)
 
@@ -863,42 +783,3 @@ def test_real_window_closing_saves(tmp_path, screen):
         window.end()
     mask = read_mask(tmp_path / "output/my_results", "a")
     assert mask[80, 110] and not mask[40, 40]
-
-
-def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
-    for name in "abcd":
-        draw_discs(tmp_path / f"images/{name}.png")
-    with RealWindow(tmp_path, screen, "--image", "images", "--annotate", "masks") as window:
-        window.wait_for_window("a.png")
-        window.click(40, 40)
-        window.wait_for("a.png", points=1)
-        window.xdotool("key", "n")
-        window.wait_for("a.png", finished=1)
-        window.click(110, 80)
-        window.wait_for("a.png", finished=1, points=1)
-        window.xdotool("key", "Return")
-        window.wait_for_window("b.png")
-        window.xdotool("key", "s")
-        window.wait_for_window("c.png")
-        window.drag((12, 12), (70, 69))
-        window.wait_for("c.png", box=1)
-        window.xdotool("key", "Return")
-        window.wait_for_window("d.png")
-        window.click(40, 40)
-        window.wait_for("d.png", points=1)
-        window.close()
-        assert "이미지 2장을 분할했습니다" in window.end()
-    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
-    two, one = read_png(tmp_path / "masks/a.png"), read_png(tmp_path / "masks/c.png")
-    assert two.dtype == np.uint16 and (two[40, 40], two[80, 110], two[5, 5]) == (1, 2, 0)
-    assert one.dtype == np.uint8 and (one[40, 40], one[80, 110], one[5, 5]) == (255, 0, 0)
-    with RealWindow(tmp_path, screen, "--image", "images", "--annotate", "masks") as window:
-        window.wait_for_window("b.png")
-        window.click(110, 80)
-        window.wait_for("b.png", points=1)
-        window.xdotool("key", "Return")
-        window.wait_for_window("d.png")
-        window.close()
-        assert "4장 가운데 2장은 마스크가 있습니다" in window.end()
-    assert (read_png(tmp_path / "masks/a.png") == two).all()
-    assert read_png(tmp_path / "masks/b.png")[80, 110] == 255

@@ -1,0 +1,234 @@
+"""Label a folder of images in a window: click, look at the mask, press Enter, and the next image opens.
+
+    python extras/annotate.py --images photos --output photo_masks       goes on where it stopped
+    python prepare_data.py --images photos --masks photo_masks           and train
+
+Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from common import add_model_flags
+from files import ImageError, fail, read_image, run
+from tqdm import tqdm
+from window import NEXT, Window, add_web_flag, say, show_view
+
+from test_my_image import (
+    Segmented,
+    colored_masks,
+    find_images,
+    load_models,
+    number_objects,
+    require_display,
+    segment,
+    set_image_in_all,
+    write_png,
+)
+
+HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
+            "u: undo    r: reset    Enter: save    s: skip    h: hide masks    wheel: zoom, 0: whole image    q: quit",
+            "좌클릭: 대상    우클릭: 배경    끌기: 상자    1 2 3: 후보    n: 다음 객체    u: 취소    r: 다시\n"
+            "Enter: 저장하고 다음으로    s: 건너뛰기    h: 마스크 숨기기    휠: 확대, 0: 전체    q: 끝")
+
+
+def main():
+    args = parse_args()
+    paths = find_images(args.images)
+    remaining = without_mask(paths, args.output)
+    require_display(args.web, "화면이 있는 컴퓨터에서 실행하거나")
+    predictors, shared = load_models(args)
+    print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter는 저장, s는 건너뛰기, q는 끝입니다.")
+    window = AnnotationWindow(remaining, len(paths), predictors, shared, args)
+    window.show()
+    if window.path:
+        print(f"창을 닫아 끝냅니다. 저장하지 않은 이미지: {window.path.name}")
+    print(f"이미지 {window.saved}장을 라벨링했습니다. 저장: {args.output}")
+    if window.failed:
+        fail(f"{len(window.failed)}장은 읽지 못했습니다: {', '.join(path.name for path in window.failed[:5])}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="폴더의 이미지를 창에서 하나씩 라벨링해 마스크를 씁니다.")
+    parser.add_argument("--images", required=True, nargs="+", metavar="PATH",
+                        help="라벨링할 이미지 폴더, 여러 개나 이미지 파일도 됨 (필수)")
+    parser.add_argument("--compare", action="store_true",
+                        help="원본과 파인튜닝 모델을 나란히 보기. 저장하는 것은 파인튜닝 모델의 마스크")
+    parser.add_argument("--refine", type=int, default=0, metavar="N",
+                        help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
+    add_web_flag(parser)
+    add_model_flags(parser, "output/my_masks/폴더이름")
+    args = parser.parse_args()
+    if args.compare and args.original:
+        parser.error("--compare와 --original은 함께 쓸 수 없습니다")
+    if args.refine < 0:
+        parser.error(f"--refine {args.refine}: 0 이상이어야 합니다")
+    if args.output == parser.get_default("output"):
+        args.output = args.output.with_name(Path(args.images[0]).resolve().name)
+    return args
+
+
+def without_mask(paths, mask_dir):
+    """The images that have no mask mask_dir/STEM.png yet.
+
+    Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
+    """
+    stems = Counter(path.stem for path in paths)
+    for path in paths:
+        if stems[path.stem] > 1:
+            fail(f"이름이 같은 이미지가 둘 이상입니다: {path}. 하나만 남기세요")
+        if path.parent.resolve() == mask_dir.resolve():
+            fail(f"마스크 폴더가 이미지 폴더와 같습니다: {mask_dir}. 다른 폴더를 쓰세요")
+    remaining = [path for path in paths if not (mask_dir / f"{path.stem}.png").exists()]
+    print(f"이미지 {len(paths)}장 가운데 {len(paths) - len(remaining)}장은 마스크가 있습니다: {mask_dir}")
+    return remaining or sys.exit()
+
+
+class AnnotationWindow(Window):
+    """A window that shows one image after the other, with one panel for each model, and writes a mask for each.
+
+    paths: the images to label; total: their number with those that have a mask; predictors: {title: predictor}; the
+    last one's masks are written; shared: see set_image_in_all. After show(): path is the image open at the end or
+    None; saved, the number of masks written; failed, the images that were unreadable.
+    """
+
+    WAITING_KEYS = ("1", "2", "3", "n", "enter")
+
+    def __init__(self, paths, total, predictors, shared, args):
+        self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
+        self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
+        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a laptop of 1280 x 720
+        self.status = self.figure.text(0.5, 0.955, "", ha="center")
+        self.open_next()
+
+    def open_next(self):
+        """Open the next image, have it encoded and then the one after it; close the window after the last one."""
+        self.path = None
+        while self.paths and not self.path:
+            path = self.paths.pop(0)
+            try:
+                self.image, self.path = read_image(path), path
+            except ImageError as error:
+                self.failed.append(path)
+                tqdm.write(f"오류: {error}", file=sys.stderr)
+        if not self.path:
+            return self.close()
+        self.size, self.delayed = self.image.shape[:2], []
+        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
+        name = self.path.name.encode(errors="replace").decode()
+        self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total})")
+        self.is_encoded = False
+        self.ask(partial(self.encode, self.path), self.on_encoded)
+        if self.paths:
+            self.worker.add(NEXT, partial(self.encode, self.paths[0]))
+        self.set_view()
+
+    def encode(self, path):
+        """In the worker: keep the features of an image, one (features, (H, W)) per model, in self.encoded."""
+        for old in self.encoded.keys() - {path, self.path}:
+            del self.encoded[old]
+        if path not in self.encoded:
+            with contextlib.suppress(ImageError):  # open_next() reports it
+                set_image_in_all(self.predictors.values(), read_image(path), self.shared)
+                self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
+
+    def on_encoded(self, _):
+        self.is_encoded = True
+        self.update()
+
+    def predict(self, path, asked):
+        """In the worker: the candidates for the prompts of an object, {} if there are newer prompts by now."""
+        candidates = {}
+        for (title, predictor), encoded in zip(self.predictors.items(), self.encoded[path]):
+            if asked is self.current:
+                predictor._features, predictor._orig_hw = encoded
+                candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
+        return candidates
+
+    def on_candidates(self, asked, candidates):
+        if asked is self.current:
+            self.current = asked._replace(candidates=candidates)
+        self.update()
+
+    def add_prompt(self, point, box):
+        self.act(partial(self.prompt, point, box), False)
+
+    def prompt(self, point, box):
+        self.remember()
+        self.set_prompts([*self.current.points, *([point] if point else [])], box or self.current.box)
+
+    def remember(self):
+        """Save the state that "u" restores."""
+        self.history.append((self.finished, (self.current.points, self.current.box, self.current.choice)))
+
+    def set_prompts(self, points, box, choice=None):
+        """Take new prompts for the current object and have them segmented; until then the old mask is shown."""
+        self.current = Segmented(points, box, self.current.candidates if points or box else {}, choice)
+        if points or box:
+            self.ask(partial(self.predict, self.path, self.current), partial(self.on_candidates, self.current))
+        self.update()
+
+    def objects(self):
+        """The finished objects, and the current one if the last model predicts a pixel of it."""
+        is_found = self.current.candidates and self.current.best([*self.predictors][-1])[1].any()
+        return [*self.finished, self.current] if is_found else self.finished
+
+    def press_key(self, key):
+        if key in ("u", "backspace") and self.history:
+            self.finished, before = self.history.pop()
+            self.set_prompts(*before)
+        elif key in ("1", "2", "3") and self.current.candidates:
+            self.choose(int(key) - 1)
+        elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
+            self.remember()
+            self.finished = self.objects() if key == "n" else self.finished
+            self.set_prompts([], None)
+        elif key == "enter" and self.objects():
+            self.save(self.objects())
+        elif key == "s":
+            self.open_next()
+        elif key in ("n", "enter"):
+            self.update(say("nothing drawn yet: click an object, or press s to skip this image",
+                            "아직 그린 것이 없습니다. 객체를 클릭하거나, s로 이 이미지를 건너뛰세요"))
+
+    def choose(self, choice):
+        """Pick a candidate in every panel, and show in which of them this changes the mask."""
+        changed = ", ".join(title for title in self.predictors if self.current.best(title)[0] != choice)
+        self.current = self.current._replace(choice=choice)
+        self.update(say(f"candidate {choice + 1}, changed in: {changed or 'no panel'}",
+                        f"후보 {choice + 1}, 바뀐 쪽: {changed or '없음'}"))
+
+    def save(self, objects):
+        """Write the mask in the format of data/, 8-bit for one object, else numbered, and open the next image."""
+        labels = number_objects(objects, [*self.predictors][-1])
+        mask_path = self.args.output / f"{self.path.stem}.png"
+        write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
+        print(f"객체 {len(objects)}개, 저장: {mask_path}")
+        self.saved += 1
+        self.open_next()
+
+    def update(self, message=""):
+        """Show the image, the objects' masks, the current one's prompts, and a message or what is going on."""
+        objects = [*self.finished, self.current] if self.current.candidates else self.finished
+        for axes, title in zip(self.panels, self.predictors):
+            show_view(axes, self.image, [] if self.hides_masks else colored_masks(objects, title))
+            axes.set_title(title, size=10)
+            if self.current.candidates:
+                number, _, score = self.current.best(title)
+                found = say(f"mask {number + 1} of 3, score {score:.3f}", f"마스크 {number + 1} / 3, 점수 {score:.3f}")
+                axes.set_title(f"{title}: {found}", size=10)
+        self.draw_prompts([(self.current.points, self.current.box, len(self.finished) + 1)])
+        status = message or (
+            say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
+            say("segmenting ...", "분할하는 중 ...") if self.waiting else say("ready", "준비됨"))
+        self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
+        self.figure.canvas.draw_idle()
+
+
+if __name__ == "__main__":
+    run(main, "--image-size 512나 --device cpu를 써 보세요")

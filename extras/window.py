@@ -1,0 +1,274 @@
+"""The matplotlib window of annotate.py, track_video.py and segment_volume.py: clicks, boxes, zoom, keys, a worker.
+
+    from window import Window      Python finds this file beside the script
+
+A window opens on this screen or, with --web, in a browser. It never waits for the model: that runs in a Worker, whose
+results tick() collects. What depends on such a result waits in Window.delayed, so that no click is lost. The functions
+that open and draw are those of test_my_image.py. Three methods of its window are repeated here letter for letter.
+
+Chapters:
+    settings    sizes, keys, the language of the hints
+    worker      the thread that owns the model
+    drawing     the part of the image that is shown
+    the window  clicks, drags, zoom, keys
+"""
+
+import itertools
+import queue
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib import pyplot as plt
+
+sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
+from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_window  # noqa: E402
+
+# ---- settings ----
+
+LEAST_VIEW = 16         # pixels of the image: the width of the closest zoom
+TICK_MS = 10            # between two looks at the worker's results
+CLICK, NEXT, BACKGROUND = range(3)  # priorities of the worker's jobs: the window waits for it; the next image; the rest
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h"}  # the letters on the same keys
+HAS_HANGUL = len(plt.rcParams["font.family"]) > 1  # test_my_image.py found a font with Hangul
+
+
+def say(english, korean):
+    """The text to draw in a window: Korean, as on the terminal, if there is a font for it."""
+    return korean if HAS_HANGUL else english
+
+
+def add_web_flag(parser):
+    parser.add_argument("--web", type=int, nargs="?", const=8988, metavar="PORT",
+                        help="창을 브라우저에 띄움: 화면이 없는 서버에서도 됨 (PORT를 빼면 8988)")
+
+
+# ---- worker ----
+
+
+class Worker:
+    """A thread that owns the model: it runs the job of the first priority (CLICK, NEXT, BACKGROUND), oldest first."""
+
+    def __init__(self):
+        self.jobs, self.done, self.order = queue.PriorityQueue(), queue.SimpleQueue(), itertools.count()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def add(self, priority, job, then=None):
+        """Queue job(), a function; deliver() will call then(its result)."""
+        self.jobs.put((priority, next(self.order), job, then))
+
+    def run(self):
+        while (entry := self.jobs.get())[2]:
+            _, _, job, then = entry
+            try:
+                self.done.put((then, job(), None))
+            except BaseException as error:
+                self.done.put((then, None, error))
+
+    def deliver(self):
+        """In the window's thread: pass on the results so far; raises what a job raised."""
+        while not self.done.empty():
+            then, result, error = self.done.get()
+            if error:
+                raise error
+            if then:
+                then(result)
+
+    def close(self):
+        """End the thread after its current job."""
+        self.add(-1, None)
+        self.thread.join()
+
+
+# ---- drawing ----
+
+
+def overlay_labels(image, labels):
+    """A copy of `image`, uint8 H x W x 3, with every object of a label map, uint8 H x W, tinted and outlined."""
+    drawn = image.copy()
+    for number in np.unique(labels[labels > 0]):
+        drawn = overlay(drawn, labels == number, object_color(int(number)))
+    return drawn
+
+
+def show_view(axes, image, masks):
+    """Draw the part of `image` that the axes show, with `masks`, (bool H x W, color), over it, in image coordinates."""
+    height, width = image.shape[:2]
+    (left, right), (down, up) = axes.get_xlim(), axes.get_ylim()
+    x1, y1 = (int(np.clip(np.floor(edge + 0.5), 0, side - 1)) for edge, side in ((left, width), (up, height)))
+    x2, y2 = (int(np.clip(np.ceil(edge + 0.5), start + 1, side)) for edge, start, side in
+              ((right, x1, width), (down, y1, height)))
+    part = reduce_to(image[y1:y2, x1:x2], DISPLAY_SIDE, cv2.INTER_AREA)
+    times = max(1, DISPLAY_SIDE // 2 // max(part.shape))  # outlines thinner than the pixels of a small image
+    part = part.repeat(times, axis=0).repeat(times, axis=1)
+    for mask, color in masks:
+        inside = mask[y1:y2, x1:x2].astype(np.uint8)
+        part = overlay(part, cv2.resize(inside, part.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT) > 0, color)
+    axes.images[0].set(data=part, extent=(x1 - 0.5, x2 - 0.5, y2 - 0.5, y1 - 0.5))
+
+
+# ---- the window ----
+
+
+class Window:
+    """A matplotlib window on images: clicks, dragged boxes, zoom, keys; the model's work is done by self.worker.
+
+    panels: their number; all show the same image. figsize in inches; bottom: where the panels end, as a share of it;
+    hints: text below them; size: (H, W) of the image shown; aspect: height of a pixel / its width.
+
+    A subclass defines add_prompt(point, box), press_key(key) and update(), and WAITING_KEYS, the keys that depend on
+    the model's answer to the clicks before them. show() raises what any handler raised.
+    """
+
+    WAITING_KEYS = ()
+
+    def __init__(self, panels, figsize, bottom, hints, size, aspect=1):
+        self.size, self.worker, self.waiting, self.delayed = size, Worker(), 0, []
+        self.pressed, self.drawn, self.marked, self.error, self.hides_masks = None, [], [], None, False
+        self.figure = plt.figure(figsize=figsize)
+        self.panels = list(self.figure.subplots(1, panels, squeeze=False, gridspec_kw={
+            "left": 0.02, "right": 0.98, "bottom": bottom, "top": 0.9, "wspace": 0.03})[0])
+        for axes in self.panels:
+            axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect)
+            axes.set(xticks=[], yticks=[], autoscale_on=False)
+            axes.callbacks.connect("ylim_changed", self.guarded(lambda axes: self.update()))  # by the toolbar too
+        self.figure.text(0.5, 0.015, hints, ha="center", fontsize=9)
+        canvas = self.figure.canvas
+        canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # disables matplotlib's own keys
+        for name, handler in (("button_press_event", self.on_press), ("motion_notify_event", self.on_motion),
+                              ("button_release_event", self.on_release), ("key_press_event", self.on_key),
+                              ("scroll_event", self.on_scroll)):
+            canvas.mpl_connect(name, self.guarded(handler))
+        if hasattr(canvas, "set_capture_scroll"):  # a browser would scroll the page
+            canvas.set_capture_scroll(True)
+        self.timer = canvas.new_timer(interval=TICK_MS)
+        self.timer.add_callback(self.guarded(self.tick))
+
+    def guarded(self, handler):
+        """Wrap an event handler: show() raises its exception, which closes the window (GUI toolkits only print it)."""
+        def handle(*event):
+            try:
+                handler(*event)
+            except BaseException as error:  # Ctrl-C too
+                self.error = error
+                self.close()
+        return handle
+
+    def show(self):
+        """Show the window until it is closed."""
+        try:
+            self.timer.start()
+            show_window(self.figure)
+        finally:
+            self.close()
+            self.worker.close()
+        if self.error:
+            raise self.error
+
+    def close(self):
+        self.timer.stop()
+        plt.close(self.figure)
+
+    def ask(self, job, then):
+        """Let the worker run job() and then, here, then(its result); whatever depends on it waits."""
+        def finish(result):
+            self.waiting -= 1
+            then(result)
+        self.waiting += 1
+        self.worker.add(CLICK, job, finish)
+
+    def act(self, action, waits):
+        """Do action() now or, with `waits`, once the worker has answered; always after the actions that wait."""
+        if self.delayed or waits and self.waiting:
+            self.delayed.append(action)
+        else:
+            action()
+
+    def tick(self):
+        self.worker.deliver()
+        while self.delayed and not self.waiting:
+            self.delayed.pop(0)()
+
+    def position(self, event):
+        """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
+        height, width = self.size
+        place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
+        return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
+
+    def on_press(self, event):
+        toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
+        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
+        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
+            height, width = self.size  # after panning, there is space beside it
+            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
+                self.pressed = event
+
+    def dragged_box(self, event):
+        """The box from where the left button was pressed to `event`; None for a click that barely moved."""
+        start = self.pressed
+        moved = max(abs(event.x - start.x), abs(event.y - start.y)) / self.figure.canvas.device_pixel_ratio
+        if start.button != 1 or moved < 6:
+            return None
+        (x1, y1), (x2, y2) = self.position(start), self.position(event)
+        return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
+
+    def on_motion(self, event):
+        if self.pressed and (box := self.dragged_box(event)):
+            self.draw_prompts(self.marked, dragged=box)
+            self.figure.canvas.draw_idle()
+
+    def on_release(self, event):
+        # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
+        if not self.pressed or event.button not in (self.pressed.button, 1):
+            return
+        box = self.dragged_box(event)
+        point = None if box else (*self.position(self.pressed), int(self.pressed.button == 1))
+        self.pressed = None
+        self.add_prompt(point, box)
+
+    def on_scroll(self, event):
+        """Zoom about the pointer."""
+        if event.inaxes in self.panels:
+            (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.size[1]
+            share = min(max((right - left) * 0.8 ** event.step, LEAST_VIEW), width) / width
+            x, y, change = event.xdata, event.ydata, share * width / (right - left)
+            self.set_view(x - (x - left) * change, y - (y - top) * change, share)
+
+    def set_view(self, left=-0.5, top=-0.5, share=1):
+        """Show a part of the image in all panels: its left and top edge, kept inside; its share of the sides."""
+        height, width = self.size
+        left, top = (min(max(edge, -0.5), (1 - share) * side - 0.5) for edge, side in ((left, width), (top, height)))
+        for axes in self.panels:
+            axes.set(xlim=(left, left + share * width), ylim=(top + share * height, top))
+
+    def on_key(self, event):
+        key = (event.key or "").lower()  # None for a key without a name; with Caps Lock too
+        key = KOREAN_KEYBOARD.get(key, key)
+        if key in plt.rcParams["keymap.quit"]:
+            self.close()
+        elif key == "0":
+            self.set_view()
+        elif key == "h":
+            self.hides_masks = not self.hides_masks
+            self.update()
+        else:
+            self.act(partial(self.press_key, key), key in self.WAITING_KEYS)
+
+    def draw_prompts(self, prompts, dragged=None):
+        """Draw, in every panel, [(points, box, object)]: stars, green or red, as large as suits a panel; boxes."""
+        for artist in self.drawn:
+            artist.remove()
+        self.drawn, self.marked = [], prompts
+        for axes, (points, box, number) in itertools.product(self.panels, [*prompts, ([], dragged, 0)]):
+            size = 0.035 * min(axes.bbox.size) * 72 / self.figure.dpi  # points of 1/72 inch
+            self.drawn += [axes.scatter(x, y, s=max(size, 6) ** 2, marker="*", color="lime" if label else "red",
+                                        edgecolor="black", linewidth=0.7, zorder=3) for x, y, label in points]
+            if box:
+                x1, y1, x2, y2 = box
+                color = np.array(object_color(number)) / 255
+                frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=2)
+                self.drawn.append(axes.add_patch(frame))

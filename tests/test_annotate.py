@@ -1,0 +1,343 @@
+"""extras/annotate.py: a folder is labelled in one window, on a screen."""
+
+import shlex
+import sys
+import threading
+
+import annotate
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import window as window_module
+from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, run, write_image
+from matplotlib import pyplot as plt
+from matplotlib.backend_bases import MouseEvent
+from test_window import NO_DISPLAY, RealWindow, click, drag, draw_discs, masks_in, mouse, press, read_png, rounded
+
+matplotlib.use("Agg")
+window_module.HAS_HANGUL = False  # texts in the window are English then
+DEMO = ("--model-cfg", SMALL_CFG, "--finetuned", ROOT / "demo/sam2_demo.pt", "--device", "cpu")
+
+
+def save_two(figure):
+    for x, y in ((40, 40), (110, 80)):
+        click(figure, x, y)
+        press(figure, "n")
+    press(figure, "enter")
+
+
+def save_one(figure):
+    drag(figure, (13, 13), (67, 67))
+    press(figure, "enter")
+
+
+def skip(figure):
+    click(figure, 40, 40)
+    press(figure, "ㄴ")
+
+
+def close(figure):
+    click(figure, 40, 40)
+    press(figure, "n")
+    plt.close(figure)
+
+
+def settle(window):
+    """Let the worker answer everything that the window waits for."""
+    while window.waiting:
+        window.tick()
+    assert window.error is None
+
+
+@pytest.fixture
+def label(tmp_path, monkeypatch):
+    """Label images/ into masks/ in this process; actions: functions of the figure, one for each image.
+
+    An action does not wait for the model: its image is still being encoded when it clicks.
+    """
+    def label(*actions, more=()):
+        left, opened = list(actions), []
+
+        def show(figure):
+            for action in actions:
+                left.remove(action)
+                action(figure)
+                settle(opened[0])
+            assert not plt.fignum_exists(figure.number) or actions == (), "the window is still open"
+
+        monkeypatch.setattr(window_module, "show_window", show)
+        monkeypatch.setattr(annotate, "require_display", lambda web, alternative: None)
+        monkeypatch.setattr(annotate.AnnotationWindow, "show", lambda self: opened.append(self) or
+                            window_module.Window.show(self))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["annotate.py", "--images", "images", "--output", "masks",
+                                          *map(str, (*DEMO, *more))])
+        try:
+            annotate.main()
+        finally:
+            assert not left
+        return opened[0]
+    return label
+
+
+def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_path, label, capsys):
+    for number, name in enumerate("abcd"):
+        image = draw_discs(tmp_path / f"images/{name}.jpg")
+        image[0, :40] = 60 * number  # no two are the same image
+        write_image(tmp_path / f"images/{name}.jpg", image)
+    label(save_two, skip, save_one, close)
+    assert "이미지 2장을 라벨링했습니다. 저장: masks" in (printed := capsys.readouterr().out) and "d.jpg" in printed
+    masks = masks_in(tmp_path / "masks")
+    assert list(masks) == ["a", "c"] and masks["a"].dtype == np.uint16 and masks["c"].dtype == np.uint8
+    assert [masks["a"][place] for place in ((40, 40), (80, 110), (5, 5))] == [1, 2, 0]
+    assert [masks["c"][place] for place in ((40, 40), (80, 110), (5, 5))] == [255, 0, 0]
+    label(save_one, save_one)
+    assert "4장 가운데 2장은 마스크가 있습니다" in capsys.readouterr().out
+    again = masks_in(tmp_path / "masks")
+    assert list(again) == list("abcd") and all((again[name] == masks[name]).all() for name in masks)
+    run("prepare_data.py", "--images", "images", "--masks", "masks", "--val-ratio", 0.5, cwd=tmp_path)
+    assert "객체 3개: 이미지마다 최소 1" in run("prepare_data.py", "--check", cwd=tmp_path).stdout  # a and b
+    with pytest.raises(SystemExit) as stop:  # nothing is left to do
+        label(more=("--finetuned", "missing.pt"))
+    assert not stop.value.code and "4장 가운데 4장" in capsys.readouterr().out
+
+
+def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, label, capsys):
+    for name in "ac":
+        draw_discs(tmp_path / f"images/{name}.png")
+    (tmp_path / "images/b.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match="1장은 읽지 못했습니다: b.png"):
+        label(save_one, save_two)
+    assert list(masks_in(tmp_path / "masks")) == ["a", "c"] and "images/b.png" in capsys.readouterr().err
+
+
+def test_labelling_refuses_what_would_mix_masks_up(tmp_path, label):
+    draw_discs(tmp_path / "images/a.png")
+    with pytest.raises(SystemExit, match="마스크 폴더가 이미지 폴더와 같습니다"):
+        label(more=("--output", "images"))
+    draw_discs(tmp_path / "images/a.jpg")
+    with pytest.raises(SystemExit, match="이름이 같은 이미지"):
+        label()
+    with pytest.raises(SystemExit) as stop:
+        label(more=("--compare", "--original"))
+    assert stop.value.code == 2
+
+
+def test_annotate_of_earlier_versions_answers_with_the_new_command(tmp_path):
+    draw_discs(tmp_path / "내 사진/a.png")
+    done = run("test_my_image.py", "--image", "내 사진", "--annotate", "masks", cwd=tmp_path, code=1)
+    assert_fails_in_one_line(done, "python extras/annotate.py --images '내 사진' --output masks")
+    command = shlex.split(done.stderr.split("python ")[1])
+    done = run(*command, *DEMO, cwd=tmp_path, env=NO_DISPLAY, code=1)
+    assert_fails_in_one_line(done, "창을 띄울 수 없습니다", "--web")
+
+
+@pytest.fixture
+def window(tmp_path, monkeypatch):
+    """A window on one image with two discs, with the demo's model as both models; not encoded yet."""
+    for name in "ab":
+        draw_discs(tmp_path / f"images/{name}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["annotate.py", "--images", "images", "--output", "masks", "--compare",
+                                      "--checkpoint", str(ROOT / "demo/sam2_demo.pt"), *map(str, DEMO)])
+    args = annotate.parse_args()
+    paths = annotate.find_images(args.images)
+    made = annotate.AnnotationWindow(paths, len(paths), *annotate.load_models(args), args)
+    made.figure.canvas.draw()
+    yield made
+    made.close()
+    made.worker.close()
+
+
+def title(window):
+    return window.figure.canvas.manager.get_window_title()
+
+
+def test_an_image_opens_before_it_is_encoded_and_keeps_the_clicks(window, monkeypatch):
+    assert "encoding" in window.status.get_text()
+    shown = window.panels[0].images[0].get_array()
+    assert shown[120, 120].tolist() != shown[15, 15].tolist()  # the disc is visible, in an image enlarged to 480 x 360
+    click(window.figure, 40, 40)
+    click(window.figure, 100, 20, button=3)
+    assert rounded(*window.current[:2]) == ([(40, 40, 1), (100, 20, 0)], None) and not window.current.candidates
+    press(window.figure, "enter")  # waits for the mask
+    click(window.figure, 5, 5)     # waits behind it, for an image that is gone by then
+    assert window.path.name == "a.png"
+    settle(window)
+    assert window.path.name == "b.png" and not window.current.points
+    mask, = masks_in(window.args.output).values()
+    predictor = annotate.load_models(window.args)[0]["fine-tuned model"]
+    predictor.set_image(annotate.read_image("images/a.png"))
+    masks, scores = annotate.segment(predictor, [(40, 40, 1), (100, 20, 0)], None)
+    assert (mask > 0).tolist() == masks[scores.argmax()].tolist()
+
+
+def test_the_worker_takes_clicks_first_then_the_next_image_then_the_rest():
+    worker, order, hold = window_module.Worker(), [], threading.Event()
+    worker.add(window_module.BACKGROUND, hold.wait)
+    for name, priority in (("rest", window_module.BACKGROUND), ("next", window_module.NEXT),
+                           ("click 1", window_module.CLICK), ("click 2", window_module.CLICK)):
+        worker.add(priority, lambda name=name: name, order.append)
+    worker.add(window_module.BACKGROUND, lambda: 1 / 0)
+    hold.set()
+    with pytest.raises(ZeroDivisionError):  # in the window's thread
+        while True:
+            worker.deliver()
+    worker.close()
+    assert order == ["click 1", "click 2", "next", "rest"] and not worker.thread.is_alive()
+
+
+def test_clicks_stay_in_image_pixels_while_zoomed(window):
+    settle(window)
+    mouse(window.figure, "scroll", 110, 80, None)  # a wheel event without a step does not move
+    before = window.panels[1].transData.transform((110, 80))
+    across, down = window.panels[0].transData.transform((110, 80))
+    for _ in range(6):
+        event = MouseEvent("scroll_event", window.figure.canvas, across, down, step=1)
+        window.figure.canvas.callbacks.process("scroll_event", event)
+    left, right = window.panels[0].get_xlim()
+    assert right - left == pytest.approx(160 * 0.8 ** 6) and left < 110 < right
+    assert window.panels[1].get_xlim() == (left, right)
+    assert window.panels[1].transData.transform((110, 80)) == pytest.approx(before, abs=1.5)  # about the pointer
+    click(window.figure, 115, 85)
+    drag(window.figure, (100, 70), (120, 90))
+    points, box = window.current[:2]
+    assert points[0] == pytest.approx((115, 85, 1), abs=0.4) and box == pytest.approx((100, 70, 120, 90), abs=0.4)
+    settle(window)
+    press(window.figure, "0")
+    assert window.panels[0].get_xlim() == (-0.5, 159.5) and window.panels[0].get_ylim() == (119.5, -0.5)
+    for _ in range(3):
+        event = MouseEvent("scroll_event", window.figure.canvas, across, down, step=-1)
+        window.figure.canvas.callbacks.process("scroll_event", event)
+    assert window.panels[0].get_xlim() == (-0.5, 159.5)  # never beyond the image
+
+
+def test_a_color_belongs_to_an_object_number_in_every_panel_and_h_hides_masks(window):
+    def color(place, panel):
+        shown = window.panels[panel].images[0].get_array()
+        scale = shown.shape[0] // 120
+        return shown[place[0] * scale, place[1] * scale].tolist()
+
+    bare = [color((40, 40), 0), color((80, 110), 0)]
+    click(window.figure, 40, 40)
+    settle(window)
+    first = color((40, 40), 0)
+    press(window.figure, "n")
+    click(window.figure, 110, 80)
+    settle(window)
+    assert color((40, 40), 0) == color((40, 40), 1) == first != bare[0]
+    assert color((80, 110), 0) == color((80, 110), 1) not in (first, bare[1])
+    press(window.figure, "ㅗ")  # the key of h
+    assert [color((40, 40), 0), color((80, 110), 0)] == bare
+    press(window.figure, "h")
+    assert color((40, 40), 0) == first
+
+
+def test_the_window_tells_progress_what_is_missing_and_which_side_changes(window):
+    assert title(window) == "a.png (1/2)"
+    settle(window)
+    press(window.figure, "enter")
+    assert "nothing drawn yet" in window.status.get_text()
+    click(window.figure, 40, 40)
+    settle(window)
+    best = window.current.best("fine-tuned model")[0]
+    press(window.figure, str((best + 1) % 3 + 1))
+    assert "original model, fine-tuned model" in window.status.get_text()
+    press(window.figure, str((best + 1) % 3 + 1))
+    assert "no panel" in window.status.get_text()
+    press(window.figure, "s")
+    assert title(window) == "b.png (2/2)"
+    press(window.figure, "s")
+    assert not plt.fignum_exists(window.figure.number) and window.path is None and not window.args.output.exists()
+
+
+def test_undo_reset_and_the_next_object(window):
+    settle(window)
+    click(window.figure, 40, 40)
+    settle(window)
+    press(window.figure, "3")
+    press(window.figure, "n")
+    click(window.figure, 110, 80)
+    settle(window)
+    press(window.figure, "ㅕ")
+    assert len(window.finished) == 1 and not window.current.points
+    press(window.figure, "u")
+    assert not window.finished and window.current.choice == 2
+    settle(window)
+    press(window.figure, "r")
+    assert window.current == ([], None, {}, None)
+
+
+def test_models_with_other_encoders_are_each_encoded(tmp_path, label):
+    draw_discs(tmp_path / "images/a.png")
+    saved = torch.load(ROOT / "demo/sam2_demo.pt", weights_only=True)
+    name = next(name for name in saved["model"] if name.startswith("image_encoder"))
+    saved["model"][name] = saved["model"][name] + 0.01
+    torch.save(saved, tmp_path / "other.pt")
+    window = label(save_one, more=("--compare", "--checkpoint", "other.pt"))
+    assert not window.shared and list(masks_in(tmp_path / "masks")) == ["a"]
+
+
+DRIVER = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "extras")!r})
+import annotate
+
+class AnnotationWindow(annotate.AnnotationWindow):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.figure.canvas.mpl_connect("draw_event", self.tell)
+
+    def tell(self, event):
+        transform = self.panels[0].transData
+        (left, top), (right, bottom) = transform.transform([(0, 0), (100, 100)])
+        height = self.figure.canvas.get_width_height(physical=True)[1]
+        if self.path and not self.waiting:
+            print("drawn", self.figure.canvas.manager.get_window_title().split()[0], len(self.finished),
+                  len(self.current.points), int(bool(self.current.box)),
+                  left, height - top, right, height - bottom, self.current.points, flush=True)
+
+annotate.AnnotationWindow = AnnotationWindow
+annotate.run(annotate.main, "")
+"""
+
+
+def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
+    for name in "abcd":
+        draw_discs(tmp_path / f"images/{name}.png")
+    folder = ("--images", "images", "--output", "masks")
+    with RealWindow(tmp_path, screen, *folder, driver=DRIVER) as window:
+        window.wait_for_window("a.png")
+        window.click(40, 40)
+        window.wait_for("a.png", points=1)
+        window.xdotool("key", "n")
+        window.wait_for("a.png", finished=1)
+        window.click(110, 80)
+        window.wait_for("a.png", finished=1, points=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("b.png")
+        window.xdotool("key", "s")
+        window.wait_for_window("c.png")
+        window.drag((12, 12), (70, 69))
+        window.wait_for("c.png", box=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("d.png")
+        window.click(40, 40)
+        window.wait_for("d.png", points=1)
+        window.close()
+        assert "이미지 2장을 라벨링했습니다" in window.end()
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
+    two, one = read_png(tmp_path / "masks/a.png"), read_png(tmp_path / "masks/c.png")
+    assert two.dtype == np.uint16 and (two[40, 40], two[80, 110], two[5, 5]) == (1, 2, 0)
+    assert one.dtype == np.uint8 and (one[40, 40], one[80, 110], one[5, 5]) == (255, 0, 0)
+    with RealWindow(tmp_path, screen, *folder, driver=DRIVER) as window:
+        window.wait_for_window("b.png")
+        window.click(110, 80)
+        window.wait_for("b.png", points=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("d.png")
+        window.close()
+        assert "4장 가운데 2장은 마스크가 있습니다" in window.end()
+    assert (read_png(tmp_path / "masks/a.png") == two).all()
+    assert read_png(tmp_path / "masks/b.png")[80, 110] == 255

@@ -1,0 +1,143 @@
+"""Segmentation without prompts: what train_sam2_proper.py learns with --prompt none and any, and how it is used.
+
+| tests | subject |
+|---|---|
+| training | images without any object, the draws, the loss of an empty target |
+| numbers | --val-prompt none equals compare_models.py --prompt none, specificity |
+| use | test_my_image.py --auto: masks, auto.csv, models that were not trained for it |
+"""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
+
+import train_sam2_proper
+
+MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
+
+
+def train(data, weights, *arguments, code=0):
+    return run("train_sam2_proper.py", *MODEL, "--checkpoint", weights, "--workers", 0, *arguments, cwd=data, code=code)
+
+
+def read_rows(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def with_empty(data):
+    """data/ with two images without any object in each split."""
+    for split in ("train", "val"):
+        for number in (1, 2):
+            write_image(data / f"data/images/{split}/empty_{number}.png", np.full((60, 80, 3), 30 * number, np.uint8))
+            write_image(data / f"data/masks/{split}/empty_{number}.png", np.zeros((60, 80), np.uint8))
+    return data
+
+
+def test_images_without_an_object_are_drawn_for_no_prompt_only(with_empty):
+    folder = with_empty / "data"
+    pairs = train_sam2_proper.find_pairs(folder / "images/train", folder / "masks/train")
+    masks = train_sam2_proper.Masks(pairs, 1024, 100, keep_empty=True)
+    assert (len(masks), masks.filled, masks.empty, masks.left_out) == (8, 6, 2, 0)
+    assert [path.stem for path in masks.paths[6:]] == ["empty_1", "empty_2"]
+    assert len(train_sam2_proper.Masks(pairs, 1024, 100)) == 6
+    args = train_sam2_proper.argparse.Namespace(**{**train_sam2_proper.CONFIG, "prompt": "any", "batch_size": 8})
+    batches, kinds, drawn = train_sam2_proper.Batches(masks, args), set(), {True: set(), False: set()}
+    for number in range(60):
+        batch = batches[number]
+        kinds.add(batch.kind)
+        drawn[batch.kind == "none"] |= set(batch.indices.tolist())
+        for index, mask in zip(batch.indices, batch.gt_masks):
+            assert mask.any() == (index < 6)
+            if batch.kind == "none":
+                assert np.array_equal(mask[0].numpy(), masks.labels(index) > 0)
+    assert kinds == {"point", "points", "box", "none"} and drawn == {True: set(range(8)), False: set(range(6))}
+
+
+def test_no_prompt_is_the_point_that_sam2_gives(data, weights):
+    predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
+    predictor.set_image(train_sam2_proper.read_image(data / "data/images/val/pair_100.png"))
+    features = predictor._features
+    with torch.no_grad():
+        ours, scores = train_sam2_proper.simulate_prompts(
+            predictor, features, "none", [np.zeros((1, 60, 80), bool)])
+        expected = predictor.model._forward_sam_heads(
+            features["image_embed"], high_res_features=features["high_res_feats"], multimask_output=True)
+    assert torch.equal(ours, expected[0]) and torch.equal(scores, expected[2])
+
+
+def test_the_loss_of_an_empty_target():
+    logits = torch.full((1, 3, 4, 5), -30.0)
+    scores, nothing = torch.tensor([[1.0, 0.5, 0.0]]), torch.zeros(1, 4, 5)
+    loss, iou = train_sam2_proper.training_loss(logits, scores, nothing, dice_weight=1.0, supervise="all")
+    # nothing is predicted: cross-entropy and Dice loss are 0, the IoU is 1, |score - 1| is 0.5 on average
+    assert iou == 1 and loss == pytest.approx(0.05 * 0.5, abs=1e-4)
+    loss, iou = train_sam2_proper.training_loss(logits + 60, scores, nothing, dice_weight=1.0, supervise="all")
+    # all 20 pixels are predicted: -log(1e-5), 1 - (0 + 1) / (20 + 1), |score - 0| is 0.5 on average
+    assert iou == 0 and loss == pytest.approx(-np.log(1e-5) + 20 / 21 + 0.05 * 0.5, rel=1e-3)
+
+
+def test_validation_without_prompts_equals_the_comparison(with_empty, weights):
+    done = train(with_empty, weights, "--prompt", "any", "--val-prompt", "none", "--iterations", 6, "--save-every", 3,
+                 "--lr", "1e-3", "--batch-size", 2)
+    assert "학습 이미지 중 객체가 없는 것 2장" in done.stdout and "검증 이미지 중 객체가 없는 것 2장" in done.stdout
+    last = read_rows(with_empty / "output/train_log.csv")[-1]
+    done = run("compare_models.py", *MODEL, "--checkpoint", weights, "--finetuned", "output/sam2_final.pt",
+               "--prompt", "none", cwd=with_empty)
+    summary = json.loads((with_empty / "output/comparison/summary.json").read_text(encoding="utf-8"))
+    assert summary["finetuned_iou"] == float(last["val_iou"])
+    assert summary["finetuned_specificity"] == float(last["val_specificity"])
+    assert (summary["num_images"], summary["num_objects"]) == (6, 4) and "특이도" in done.stdout
+    rows = read_rows(with_empty / "output/comparison/per_image.csv")
+    assert [row["object"] for row in rows] == [""] * 4
+
+
+def test_several_objects_are_one_target_without_a_prompt(data, weights):
+    for path in (data / "data/masks/val").iterdir():
+        labels = cv2.imread(str(path), -1).astype(np.uint16)
+        labels[:10, :10] = 7
+        write_image(path, labels)
+    train(data, weights, "--iterations", 1, "--val-prompt", "none")
+    arguments = (*MODEL, "--checkpoint", weights, "--prompt")
+    run("compare_models.py", *arguments, "none", cwd=data)
+    assert len(read_rows(data / "output/comparison/per_image.csv")) == 4
+    run("compare_models.py", *arguments, "point", cwd=data)
+    assert len(read_rows(data / "output/comparison/per_image.csv")) == 8
+
+
+def test_auto_segments_a_folder(with_empty, weights):
+    train(with_empty, weights, "--prompt", "any", "--iterations", 2)
+    done = run("test_my_image.py", *MODEL, "--auto", "--image", "data/images/val", cwd=with_empty)
+    assert "주의" not in done.stdout
+    results = with_empty / "output/my_results"
+    rows = read_rows(results / "auto.csv")
+    assert [row["image"] for row in rows] == sorted(path.name for path in (with_empty / "data/images/val").iterdir())
+    assert f"{len(rows)}장 가운데 {sum(row['found'] == '1' for row in rows)}장에서 찾음" in done.stdout
+    for row in rows:
+        mask = cv2.imread(str(results / f"{row['image'][:-4]}_mask.png"), -1)
+        assert mask.shape == (60, 80) and set(np.unique(mask)) <= {0, 255}
+        assert int(row["area"]) == (mask > 0).sum() and int(row["found"]) == mask.any()
+        assert float(row["area_share"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
+        assert (results / f"{row['image'][:-4]}_result.png").is_file()
+
+
+def test_auto_says_if_the_model_was_not_trained_for_it(data, weights):
+    train(data, weights, "--iterations", 1)
+    done = run("test_my_image.py", *MODEL, "--auto", "--image", "data/images/val/pair_100.png", cwd=data)
+    warning, = (line for line in done.stdout.splitlines() if line.startswith("주의"))
+    assert "--recipe strongest" in warning and (data / "output/my_results/auto.csv").is_file()
+    refused = run("test_my_image.py", *MODEL, "--auto", "-p", "1,1", "-i", "data/images/val/pair_100.png", cwd=data,
+                  code=2)
+    assert "--auto" in refused.stderr
+
+
+def test_a_folder_with_empty_masks_only_cannot_be_trained(data, weights):
+    for path in (data / "data/masks/train").iterdir():
+        write_image(path, np.zeros((60, 80), np.uint8))
+    assert_fails_in_one_line(train(data, weights, "--prompt", "any", code=1), "학습할 쌍이 없습니다")
