@@ -47,12 +47,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         encoder, decoder = Path(folder, "encoder.onnx"), Path(folder, "decoder.onnx")
         export_files(predictor.model, encoder, decoder)
-        difference = report_difference(predictor, encoder, decoder, "float32")
+        difference = report_files(predictor, encoder, decoder, "float32")
         if not difference < LIMIT:  # also if it is NaN
             fail(f"ONNX Runtime의 결과가 torch와 {LIMIT:g} 이상 달라 저장하지 않았습니다: {args.out_dir}")
         if args.fp16 or args.int8:
             (halve_weights if args.fp16 else quantize_weights)(encoder)
-            report_difference(predictor, encoder, decoder, "fp16" if args.fp16 else "int8")
+            report_files(predictor, encoder, decoder, "fp16" if args.fp16 else "int8")
         for path in (encoder, decoder):
             target = args.out_dir / f"{args.checkpoint.stem}.{path.name}"
             replaced = " (있던 파일을 바꿈)" if target.exists() else ""
@@ -152,16 +152,16 @@ def quantize_weights(path):
                      weight_type=QuantType.QUInt8)  # signed weights saturate on CPUs without VNNI
 
 
-def report_difference(predictor, encoder, decoder, precision):
+def report_files(predictor, encoder, decoder, precision):
     """Print the files' sizes and the largest difference between them and torch, and return it."""
-    difference = largest_difference(predictor, encoder, decoder)
+    difference = difference_from_torch(predictor, encoder, decoder)
     sizes = ", ".join(f"{name} {path.stat().st_size / 1e6:.1f} MB"
                       for name, path in (("인코더", encoder), ("디코더", decoder)))
     print(f"{precision}: {sizes}, 로짓과 점수의 최대 차이 {difference:.1e}")
     return difference
 
 
-def largest_difference(predictor, encoder, decoder):
+def difference_from_torch(predictor, encoder, decoder):
     """Segment a synthetic image with a SAM2ImagePredictor and with the ONNX files, from prompts of every kind.
 
     Returns the largest absolute difference of the low-resolution logits (clamped to ±32, as sam2 returns them) and of
