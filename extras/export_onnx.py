@@ -42,7 +42,7 @@ def main():
     args = parse_args()
     predictor = load_predictor(args.model_cfg, args.checkpoint, "cpu", trained_image_size(args.checkpoint))
     if predictor.model.knows_absence:
-        print("주의: 프롬프트가 없을 때 대상이 없다고 판단하는 점수는 ONNX 파일에 없습니다 (test_my_image.py --auto에는 있음)")
+        print("주의: 프롬프트가 없을 때 대상이 없다고 판단하는 점수는 ONNX 파일에 없습니다 (test_my_image.py에는 있음)")
     args.out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         encoder, decoder = Path(folder, "encoder.onnx"), Path(folder, "decoder.onnx")
