@@ -96,6 +96,8 @@ def main():
     if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
+    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     failed, args.rows = [], []
@@ -216,8 +218,6 @@ def load_models(args):
         predictors[title] = copy.deepcopy(predictors[first])
         load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
     print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
-    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
-        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
     return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
 
 
