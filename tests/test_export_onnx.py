@@ -112,7 +112,7 @@ def test_prompts_of_every_number_give_the_masks_of_torch(exported):
             largest_difference(twenty, labels, point_coords=twenty[0], point_labels=labels[0]),
             largest_difference(corners, np.array([[2, 3]]), box=box),
             largest_difference(corners, np.array([[2, 3]]), rough, box=box),
-            largest_difference(np.concatenate([corners, twenty], 1), np.insert(labels, 0, [2, 3], 1), box=box,
+            largest_difference(np.concatenate([corners, twenty], 1), np.insert(labels, [0, 0], [2, 3], 1), box=box,
                                point_coords=twenty[0], point_labels=labels[0]),
             largest_difference(twenty.reshape(5, 4, 2), labels.reshape(5, 4),
                                point_coords=twenty.reshape(5, 4, 2), point_labels=labels.reshape(5, 4)),
