@@ -455,12 +455,14 @@ def require_display(web, alternative):
                 return
         advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
         fail(f"창을 띄울 수 없습니다. {alternative}, --web으로 브라우저에 띄우세요{advice}")
+    if web is not None and not 0 < web < 65536:  # getaddrinfo() takes it modulo 65536
+        fail(f"--web {web}: 포트는 1부터 65535까지입니다")
     try:
         plt.switch_backend("WebAgg")
         from matplotlib.backends.backend_webagg import WebAggApplication as Server
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
         Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
-    except (ImportError, RuntimeError, OverflowError) as error:
+    except (ImportError, RuntimeError) as error:
         fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
     print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
           f"다른 컴퓨터에서 보려면 거기서 먼저: ssh -L {Server.port}:127.0.0.1:{Server.port} 사용자@서버", flush=True)
