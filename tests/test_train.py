@@ -546,7 +546,7 @@ def test_batches_of_images_of_several_sizes_train(data, weights):
 
 def test_a_batch_decodes_as_its_images_and_clicks_do_one_by_one(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
-    cache = train_sam2_proper.FeatureCache(predictor, 10**9)
+    cache = train_sam2_proper.FeatureCache(predictor, (0, 10**9))
     images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in (0, 1)]
     sizes = [size for _, size in images]
     prompts = [(np.array(points, np.float32), np.ones((3, 1)))
@@ -650,7 +650,7 @@ def test_improved_is_a_set_of_flags_and_each_can_be_given_otherwise(monkeypatch)
 def test_strongest_is_improved_with_the_encoder(monkeypatch):
     improved, strongest = (settings_of(monkeypatch, "--recipe", name) for name in ("improved", "strongest"))
     assert {name: value for name, value in strongest.items() if value != improved[name]} == {
-        "recipe": "strongest", "encoder": "full", "encoder_lr": 3e-4}
+        "recipe": "strongest", "encoder": "full", "prompt": "any", "encoder_lr": 3e-4}
     low_rank = settings_of(monkeypatch, "--recipe", "strongest", "--encoder", "lora", "--lr", "1e-5")
     assert low_rank["encoder"] == "lora" and low_rank["encoder_lr"] == pytest.approx(3e-5)
 
@@ -988,3 +988,45 @@ def test_the_setup_reports_images_in_both_splits_and_objects_that_the_reduction_
     done = train(data, weights, "--iterations", 1)
     assert "검증 이미지 1장이 학습 이미지와 같은 파일입니다 (pair_100.png)" in done.stdout
     assert "절반 넘게 사라지거나 조각나는 객체 3개" in done.stdout
+
+
+def test_features_fill_the_device_then_the_memory_and_are_encoded_in_the_order_of_first_visits(data, weights):
+    predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
+    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(6)]
+    size = train_sam2_proper.FeatureCache(predictor, (0, 0)).bytes_per_image
+    settings = train_sam2_proper.argparse.Namespace(**train_sam2_proper.CONFIG)
+    cache = train_sam2_proper.FeatureCache(predictor, (5 * size // 2, 2 * size), images, settings=settings)
+    assert (cache.on_device, cache.capacity) == (2, 4)  # of six images
+    cache.at_once = 3  # as on a GPU, where it is AT_ONCE
+    encoded = []
+    predictor.model.image_encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    together = cache(images[:1])
+    assert encoded == [3] and list(cache.kept) == [path for path, _ in images[:3]]
+    cache(images[1:3])
+    assert encoded == [3]
+    cache(images[3:])  # the fourth is kept; the last two do not fit and are encoded at each visit
+    cache(images[4:])
+    assert encoded == [3, 1, 1, 1, 1, 1] and len(cache.kept) == 4
+    alone = train_sam2_proper.FeatureCache(predictor, (0, 0))(images[:1])
+    torch.testing.assert_close(together["image_embed"], alone["image_embed"], rtol=1e-2, atol=1e-2)
+
+
+def test_read_ahead_keeps_the_order_and_reads_no_more_than_the_window():
+    started = []
+    results = train_sam2_proper.read_ahead(lambda item: started.append(item) or 10 * item, iter(range(20)), 2, 3)
+    assert [next(results) for _ in range(5)] == [0, 10, 20, 30, 40] and set(started) <= set(range(8))
+    assert list(results) == [10 * item for item in range(5, 20)]
+
+
+def test_losses_are_fetched_together_and_give_the_same_means(data, weights, monkeypatch):
+    one_by_one, together = (make_training(data, weights, monkeypatch, "--lr", "1e-4") for _ in range(2))
+    for iteration in range(1, 6):
+        one_by_one.step(iteration)
+        assert not one_by_one.fetch()
+        together.step(iteration)
+    assert together.mean is None and len(together.pending) == 5
+    assert together.fetch([True]) and together.mean == one_by_one.mean and not together.pending
+    together.step(6)
+    together.pending[-1] = together.pending[-1] * float("nan")
+    with pytest.raises(SystemExit, match="6회"):
+        together.fetch()
