@@ -53,7 +53,7 @@ class Learner:
         self.cache = train.FeatureCache(predictor, [free // 2 for free in train.free_memory(predictor.device)])
         self.batch_loss = train.BatchLoss(predictor, self, self.cache, self.args)
         self.paths, self.sizes, self.masks = [], [], []  # of the images that steps draw from, the newest last
-        self.waiting, self.unwritten = deque(), False
+        self.waiting, self.unwritten, self.is_written = deque(), False, False
         self.learned, self.queued, self.iteration = {}, 0, 0  # learned: {STEM: hash of its mask}; queued: steps
         self.gains, self.agreements = [], []  # IoU of the last images: beyond the last good weights; without a prompt
 
@@ -93,7 +93,15 @@ class Learner:
 
     def add(self, path, features=None):
         """Queue an image whose mask was saved; features: predictor._features after set_image(), if at hand."""
-        self.waiting.append((path, features))
+        levels = features and [features["image_embed"], *features["high_res_feats"]]
+        self.waiting.appendleft((path, levels and [level.to(self.cache.dtype) for level in levels]))
+
+    def finish(self):
+        """Take the steps of the images that were added; those of earlier sessions may wait for the next one."""
+        with tqdm(desc="배우기", disable=None, leave=False) as bar:
+            while self.queued or self.unwritten or self.waiting and self.waiting[0][1]:
+                self.work()
+                bar.update()
 
     def has_work(self):
         return bool(self.queued or self.unwritten or self.waiting)
@@ -144,8 +152,7 @@ class Learner:
             del kept[next(iter(kept))]
         if features and cache.capacity:
             place = self.predictor.device if len(kept) < cache.on_device else "cpu"
-            kept[self.paths[index]] = [level.to(place, cache.dtype) for level in
-                                       (features["image_embed"], *features["high_res_feats"])]
+            kept[self.paths[index]] = [level.to(place) for level in features]
             return True
         try:
             return bool(cache([(self.paths[index], self.sizes[index])]))
@@ -237,7 +244,7 @@ class Learner:
         content = {"model": train.official_weights(model), "image_size": model.image_size, "prompt": "any",
                    "empty_images": int(model.knows_absence)}
         write_file(self.folder / "learned.pt", lambda file: torch.save(content, file))
-        self.unwritten = False
+        self.unwritten, self.is_written = False, True
         self.write_last()
 
     def write_last(self):

@@ -143,7 +143,9 @@ def window(tmp_path, monkeypatch):
                                       "--checkpoint", str(ROOT / "demo/sam2_demo.pt"), *map(str, DEMO)])
     args = annotate.parse_args()
     paths = annotate.find_images(args.images)
-    made = annotate.AnnotationWindow(paths, len(paths), *annotate.load_models(args), args)
+    predictors, shared = annotate.load_models(args)
+    learner = annotate.Learner(predictors["fine-tuned model"], args.output)
+    made = annotate.AnnotationWindow(paths, len(paths), predictors, shared, learner, args)
     made.figure.canvas.draw()
     yield made
     made.close()
@@ -341,7 +343,8 @@ def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
         window.wait_for("d.png", points=1)
         window.close()
         assert "이미지 2장을 라벨링했습니다" in window.end()
-    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {
+        "a.png", "c.png", "annotation_log.csv", "learned.pt", "learned_last.pt"}
     two, one = read_png(tmp_path / "masks/a.png"), read_png(tmp_path / "masks/c.png")
     assert two.dtype == np.uint16 and (two[40, 40], two[80, 110], two[5, 5]) == (1, 2, 0)
     assert one.dtype == np.uint8 and (one[40, 40], one[80, 110], one[5, 5]) == (255, 0, 0)
