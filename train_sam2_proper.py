@@ -152,6 +152,7 @@ FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image
                   "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
+ANY = ("point", "points", "box", "none", "none")  # kinds of --prompt any, drawn with equal probability
 MAX_POINTS = 3         # of --prompt points in training; validation and compare_models.py always use three
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
@@ -760,8 +761,7 @@ class Batches(Dataset):
         rng = np.random.default_rng([args.seed, iteration])
         size = args.batch_size * args.accumulate * self.processes
         indices = rng.integers(self.masks.filled, size=size)
-        kind = ("point", "points", "box", "none")[rng.integers(4)] if args.prompt == "any" else \
-            prompt_kind(args.prompt, rng.integers(3))
+        kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
             indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0

@@ -85,7 +85,7 @@ MARK = "segment_volume.py"  # header field "descrip" of every mask written here;
 def main():
     args = parse_args()
     if args.interactive:
-        require_display(args.web, '--point "슬라이스,x,y"를 주거나')
+        require_display(args.web, '--point "슬라이스,x,y"나 --auto를 주거나')
     else:
         plt.switch_backend("Agg")
     check_results(args)
