@@ -188,7 +188,8 @@ class AnnotationWindow(Window):
 
     def on_learned(self, _):
         self.is_learning = False
-        self.set_title()
+        if self.path:  # else the window has been closed
+            self.set_title()
 
     def encode(self, path):
         """In the worker: keep the features of an image, one (features, (H, W)) per model; of skipped ones none."""
