@@ -119,8 +119,8 @@ def test_a_drop_by_ten_points_restores_the_last_good_weights(tmp_path, start, ca
     learner = start()
     good = learner.copy()
     learner.load({name: torch.zeros_like(each) for name, each in good.items()})  # what bad labels may do
-    learned = iter([0.5, 0.9, 0.1, 0.5, 0.8, 0.1, 0.1, 0.8])  # IoU of one click: now, with good weights; no prompt
-    monkeypatch.setattr(learner, "iou", lambda index, kind: next(learned) if kind == "point" else 0.7)
+    measured = iter([0.5, 0.9, 0.1, 0.5, 0.1, 0.8])  # IoU of one click: now, with good weights; no prompt
+    monkeypatch.setattr(learner, "iou", lambda index, kind: next(measured) if kind == "point" else 0.7)
     for _ in range(2):
         learner.measure(0)
     assert learner.gains == pytest.approx([-0.4, -0.4]) and not same(learner.copy(), good)
