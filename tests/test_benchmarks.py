@@ -46,3 +46,14 @@ def test_the_study_of_annotation_prints_a_row_for_each_variant(data):
         f"{name} {float(row[1]):.1f}" for name, row in zip(("frozen", "learning", "training"), rows))
     folder = data / "output/study_annotation"
     assert (folder / "study.png").stat().st_size > 5000 and (folder / "learning/learned.pt").is_file()
+
+
+def test_the_onnx_benchmark_prints_sizes_ratios_and_iou(data, weights):
+    done = run("benchmarks/bench_onnx.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--threads", 1,
+               "--repeats", 1, "--image-dir", "data/images/val", "--mask-dir", "data/masks/val", "--num-images", 2,
+               cwd=data)
+    sizes = [float(size) for size in re.findall(r"^\w+: ([\d.]+) MB", done.stdout, re.MULTILINE)]
+    assert len(sizes) == 4 and sizes[0] > sizes[1] > sizes[2]
+    assert len(re.findall(r"ratio \d+\.\d\dx", done.stdout)) == 6
+    agreement = dict(re.findall(r"2 images, (\w+): .* torch's masks ([\d.]+)", done.stdout))
+    assert float(agreement["torch"]) > 0.999 and float(agreement["float32"]) > 0.99
