@@ -317,6 +317,10 @@ class AnnotationWindow(annotate.AnnotationWindow):
                   len(self.current.points), int(bool(self.current.box)),
                   left, height - top, right, height - bottom, self.current.points, flush=True)
 
+    def on_learned(self, result):
+        super().on_learned(result)
+        print("step", self.learner.iteration, "", flush=True)
+
 annotate.AnnotationWindow = AnnotationWindow
 annotate.run(annotate.main, "")
 """
@@ -367,6 +371,7 @@ def watched(changes):
     """DRIVER, with changes to annotate.Learner: code of a class body."""
     return DRIVER.replace("import annotate\n", f"""import annotate
 import time
+import torch
 
 class Learner(annotate.Learner):
 {textwrap.indent(textwrap.dedent(changes), "    ")}
@@ -385,13 +390,12 @@ def wait_for_step(window, number):
 LEARNED = """
     def resume(self, labelled):
         super().resume(labelled)
-        annotate.train.torch.save(self.copy(), "resumed.pt")
+        torch.save(self.copy(), "resumed.pt")
 
     def step(self, batch):
         while self.iteration == {held}:  # until the process is killed
             time.sleep(0.01)
         super().step(batch)
-        print("step", self.iteration, "", flush=True)
 """
 
 
@@ -400,15 +404,13 @@ def test_real_window_killed_while_it_learns_resumes_from_the_last_save(tmp_path,
         draw_discs(tmp_path / f"images/{name}.png")
     folder = ("--images", "images", "--output", "masks")
     with RealWindow(tmp_path, screen, *folder, driver=watched(LEARNED.format(held=24))) as window:
-        for name, steps in zip("abc", (10, 20, 24)):
-            window.wait_for_window(f"{name}.png")
+        window.wait_for_window("a.png")
+        for name, following, steps in zip("abc", "bcd", (10, 20, 24)):
             window.click(40, 40)
             window.wait_for(f"{name}.png", points=1)
             window.xdotool("key", "Return")
-            if steps < 24:
-                wait_for_step(window, steps)
-        window.wait_for_window("d.png")
-        wait_for_step(window, 24)
+            window.wait_for_window(f"{following}.png")
+            wait_for_step(window, steps)
         window.click(110, 80)  # in the middle of the fourth
         window.script.kill()
         window.script.wait()
@@ -488,22 +490,22 @@ def test_a_suggestion_is_emptied_undone_and_shown_by_the_initial_model(window, m
 
 
 def test_a_step_starts_only_when_nothing_has_happened_for_a_while(window, monkeypatch):
-    asked, now = [], [100.0]
-    monkeypatch.setattr(window.worker, "add", lambda priority, job, then=None: asked.append((priority, job)))
-    monkeypatch.setattr(annotate.time, "monotonic", lambda: now[0])
     settle(window)
-    asked.clear()
+    asked, now = [], [100.0]
     window.learner.queued = 1
-    mouse(window.figure, "motion_notify", 50, 50, None)
-    window.tick()
-    now[0] += 0.2
-    window.tick()
-    assert not asked
-    now[0] += 0.2
-    for _ in range(3):
+    with monkeypatch.context() as patch:  # the fixture ends the worker
+        patch.setattr(window.worker, "add", lambda priority, job, then=None: asked.append((priority, job)))
+        patch.setattr(annotate.time, "monotonic", lambda: now[0])
+        mouse(window.figure, "motion_notify", 50, 50, None)
         window.tick()
-    assert asked == [(window_module.BACKGROUND, window.learner.work)]  # one at a time
-    window.on_learned(True)
-    window.waiting = 1  # for the answer to a click
-    window.tick()
-    assert len(asked) == 1
+        now[0] += 0.2
+        window.tick()
+        assert not asked
+        now[0] += 0.2
+        for _ in range(3):
+            window.tick()
+        assert asked == [(window_module.BACKGROUND, window.learner.work)]  # one at a time
+        window.on_learned(True)
+        window.waiting = 1  # for the answer to a click
+        window.tick()
+        assert len(asked) == 1
