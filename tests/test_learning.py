@@ -6,7 +6,7 @@ import learning
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, write_image
+from conftest import ROOT, SMALL_CFG, draw_pair, run, write_image
 
 import train_sam2_proper as train
 
@@ -142,20 +142,17 @@ def test_weights_that_did_well_on_ten_images_become_the_good_ones(start, monkeyp
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path, start):
-    learner = start(range(1), steps=1)
+    learner = start([0], steps=1)
     while learner.work():
         pass
-    folder = ("--images", "images", "--output", "masks", "--device", "cpu", "--web", "--model-cfg", SMALL_CFG)
-    saved = torch.load(DEMO, weights_only=True)
-    name = next(name for name in saved["model"] if name.startswith("image_encoder"))
-    saved["model"][name] = saved["model"][name] + 0.01
-    torch.save(saved, tmp_path / "other.pt")
-    (tmp_path / "masks/2.png").unlink()
-    done = run("extras/annotate.py", *folder, "--finetuned", "other.pt", cwd=tmp_path, code=1)
-    assert_fails_in_one_line(done, "learned_last.pt", "다른 모델로 배운 것입니다", "--no-learn")
-    (tmp_path / "masks/learned_last.pt").write_bytes(b"half")
-    done = run("extras/annotate.py", *folder, "--finetuned", DEMO, cwd=tmp_path, code=1)
-    assert_fails_in_one_line(done, "learned_last.pt", "읽을 수 없습니다")
+    last = tmp_path / "masks/learned_last.pt"
+    torch.save({**read(learner), "frozen": "another model's"}, last)
+    with pytest.raises(SystemExit, match="learned_last.pt: 다른 모델로 배운 것입니다.*--no-learn"):
+        start([0])
+    for content in (b"half", last.read_bytes()[:-100]):
+        last.write_bytes(content)
+        with pytest.raises(SystemExit, match="learned_last.pt: 읽을 수 없습니다"):
+            start([0])
 
 
 def test_an_image_that_cannot_be_read_again_is_left_out(tmp_path, start, capsys):
