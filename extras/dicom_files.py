@@ -235,7 +235,7 @@ def split(planes):
         for plane in planes:
             parts[str(plane.header.get(name))].append(plane)
         if len(set(map(len, parts.values()))) == 1 and not any(map(has_duplicates, parts.values())):
-            return [(f", {name} {printable(value)}", part) for value, part in parts.items()]
+            return [(f", {name} {as_text(value)}", part) for value, part in parts.items()]
     return [("", planes)]
 
 
@@ -354,10 +354,10 @@ def rescale(values, dataset):
 def patient_of(series):
     """What --keep-patient shows: {name: text}, of the attributes that the series has."""
     header = pydicom.dcmread(series.planes[0].path, force=True, stop_before_pixels=True)
-    return {name: printable(header[name].value) for name in PATIENT if name in header}
+    return {name: as_text(header[name].value) for name in PATIENT if name in header}
 
 
-def printable(value):
+def as_text(value):
     """A value of a header as text without control characters."""
     return "".join(filter(str.isprintable, str(value)))
 

@@ -179,7 +179,7 @@ def parse_args():
     if args.each_slice and args.max_gap != parser.get_default("max_gap"):
         parser.error("--max-gap과 --each-slice는 함께 쓸 수 없습니다")
     args.is_dicom = is_dicom(args.volume)
-    if not args.is_dicom and (args.series is not None or args.keep_patient):
+    if Path(args.volume).is_file() and not args.is_dicom and (args.series is not None or args.keep_patient):
         parser.error("--series와 --keep-patient는 DICOM에만 씁니다")
     args.name = Path(args.volume).name
     if args.is_dicom:

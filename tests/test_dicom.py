@@ -426,6 +426,7 @@ def test_nothing_from_the_patients_header_leaves_it_unless_asked(tmp_path, visib
     summary = json.loads((tmp_path / "kept/summary.json").read_text())
     assert summary["PatientName"] == "Hong^Gildong" and "PatientName: Hong^Gildong" in done.stdout.splitlines()
     assert summary["SeriesDescription"] == "headache" and "AccessionNumber" not in summary
+    (tmp_path / "ct.nii").touch()
     usage = segment(tmp_path, visible, *arguments, "--keep-patient", volume="ct.nii", code=2)
     assert "--series와 --keep-patient는 DICOM에만 씁니다" in usage.stderr
 
