@@ -88,7 +88,6 @@ def parse_args():
                         help="저장한 마스크마다 모델이 배움, 끄려면 --no-learn (기본: 배움)")
     add_web_flag(parser)
     add_model_flags(parser, "output/my_masks/폴더이름")
-    parser.set_defaults(auto=False)
     args = parser.parse_args()
     if args.compare and args.original:
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
