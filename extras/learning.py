@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from files import ImageError, fail, write_file
+from files import fail, write_file
 from tqdm import tqdm
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
@@ -134,7 +134,7 @@ class Learner:
         """Add an image and its mask to those that steps draw from; returns whether it can be learned, else reports."""
         try:
             masks = train.Masks([(path, self.folder / f"{path.stem}.png")], train.MAX_SIDE, train.MIN_FOREGROUND)
-        except ImageError as error:
+        except train.ImageError as error:
             return tqdm.write(f"학습하지 않습니다: {error}", file=sys.stderr)
         if not masks.filled:
             return tqdm.write(f"{path.name}: 마스크가 {train.MIN_FOREGROUND}픽셀보다 작아 학습하지 않습니다")
@@ -156,7 +156,7 @@ class Learner:
             return True
         try:
             return bool(cache([(self.paths[index], self.sizes[index])]))
-        except ImageError as error:
+        except train.ImageError as error:
             tqdm.write(f"학습하지 않습니다: {error}", file=sys.stderr)
             for each in (self.paths, self.sizes, self.masks):
                 del each[index]
