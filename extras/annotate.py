@@ -187,7 +187,7 @@ class AnnotationWindow(Window):
 
     def on_learned(self, _):
         self.is_learning = False
-        if self.path:  # else the window has been closed
+        if self.path and self.figure.canvas.manager:  # else the window has been closed
             self.set_title()
 
     def encode(self, path):
