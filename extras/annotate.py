@@ -3,21 +3,31 @@
     python extras/annotate.py --images photos --output photo_masks       goes on where it stopped
     python prepare_data.py --images photos --masks photo_masks           and train
 
-Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one.
+Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one. While one looks
+at an image, the model learns from those before it (learning.py). Once it finds the objects without a click, each image
+opens with this suggestion.
+
+Chapters:
+    settings    the pause before a step, the hints
+    the run     main(), the command line, the images without a mask, the log
+    the window  one image after the other: prompts, keys, learning
 """
 
 import argparse
 import contextlib
+import csv
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from common import add_model_flags
-from files import ImageError, fail, read_image, run
+from files import ImageError, as_cell, calculate_iou, fail, read_image, run
+from learning import STEPS, Learner
 from tqdm import tqdm
-from window import NEXT, Window, add_web_flag, say, show_view
+from window import BACKGROUND, NEXT, Window, add_web_flag, say, show_view
 
 from test_my_image import (
     Segmented,
@@ -31,10 +41,17 @@ from test_my_image import (
     write_png,
 )
 
+# ---- settings ----
+
+PAUSE = 0.3  # seconds without any event in the window, after which a step may begin
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
-            "u: undo    r: reset    Enter: save    s: skip    h: hide masks    wheel: zoom, 0: whole image    q: quit",
+            "u: undo    r: reset    Enter: save    s: skip    h: hide masks    m: initial model    "
+            "wheel: zoom, 0: whole image    q: quit",
             "좌클릭: 대상    우클릭: 배경    끌기: 상자    1 2 3: 후보    n: 다음 객체    u: 취소    r: 다시\n"
-            "Enter: 저장하고 다음으로    s: 건너뛰기    h: 마스크 숨기기    휠: 확대, 0: 전체    q: 끝")
+            "Enter: 저장하고 다음으로    s: 건너뛰기    h: 마스크 숨기기    m: 처음 모델    휠: 확대, 0: 전체    q: 끝")
+
+
+# ---- the run ----
 
 
 def main():
@@ -44,11 +61,17 @@ def main():
     require_display(args.web, "화면이 있는 컴퓨터에서 실행하거나")
     predictors, shared = load_models(args)
     print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter는 저장, s는 건너뛰기, q는 끝입니다.")
-    window = AnnotationWindow(remaining, len(paths), predictors, shared, args)
+    learner = Learner([*predictors.values()][-1], args.output, STEPS if args.learn else 0)
+    if args.learn:
+        learner.resume([path for path in paths if path not in remaining])
+    window = AnnotationWindow(remaining, len(paths), predictors, shared, learner, args)
     window.show()
     if window.path:
         print(f"창을 닫아 끝냅니다. 저장하지 않은 이미지: {window.path.name}")
     print(f"이미지 {window.saved}장을 라벨링했습니다. 저장: {args.output}")
+    learner.finish()
+    if learner.is_written:
+        print(f"이미지 {len(learner.learned)}장에서 배운 모델: {args.output / 'learned.pt'}")
     if window.failed:
         fail(f"{len(window.failed)}장은 읽지 못했습니다: {', '.join(path.name for path in window.failed[:5])}")
 
@@ -61,6 +84,8 @@ def parse_args():
                         help="원본과 파인튜닝 모델을 나란히 보기. 저장하는 것은 파인튜닝 모델의 마스크")
     parser.add_argument("--refine", type=int, default=0, metavar="N",
                         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
+    parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=True,
+                        help="저장한 마스크마다 모델이 배움, 끄려면 --no-learn (기본: 배움)")
     add_web_flag(parser)
     add_model_flags(parser, "output/my_masks/폴더이름")
     args = parser.parse_args()
@@ -89,21 +114,37 @@ def without_mask(paths, mask_dir):
     return remaining or sys.exit()
 
 
+def log(path, *row):
+    """Add a row to annotation_log.csv."""
+    rows = [row] if path.exists() else [("image", "clicks", "seconds", "first_iou"), row]
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([as_cell(value) for value in each] for each in rows)
+    except PermissionError:  # on Windows, while Excel has it open
+        tqdm.write(f"주의: {path}에 쓰지 못했습니다. 다른 프로그램에서 닫으세요", file=sys.stderr)
+
+
+# ---- the window ----
+
+
 class AnnotationWindow(Window):
     """A window that shows one image after the other, with one panel for each model, and writes a mask for each.
 
     paths: the images to label; total: their number with those that have a mask; predictors: {title: predictor}; the
-    last one's masks are written; shared: see set_image_in_all. After show(): path is the image open at the end or
-    None; saved, the number of masks written; failed, the images that were unreadable.
+    last one's masks are written, and learner trains it; shared: see set_image_in_all. After show(): path is the image
+    open at the end or None; saved, the number of masks written; failed, the images that were unreadable.
     """
 
     WAITING_KEYS = ("1", "2", "3", "n", "enter")
 
-    def __init__(self, paths, total, predictors, shared, args):
+    def __init__(self, paths, total, predictors, shared, learner, args):
         self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
         self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
+        self.learner, self.is_learning, self.touched = learner, False, 0
         super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a laptop of 1280 x 720
         self.status = self.figure.text(0.5, 0.955, "", ha="center")
+        for name in ("button_press_event", "motion_notify_event", "key_press_event", "scroll_event"):
+            self.figure.canvas.mpl_connect(name, self.touch)
         self.open_next()
 
     def open_next(self):
@@ -120,13 +161,34 @@ class AnnotationWindow(Window):
             return self.close()
         self.size, self.delayed = self.image.shape[:2], []
         self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
-        name = self.path.name.encode(errors="replace").decode()
-        self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total})")
-        self.is_encoded = False
+        self.is_encoded = self.is_suggested = self.shows_initial = False
+        self.opened, self.clicks, self.first = time.monotonic(), 0, None
+        self.set_title()
         self.ask(partial(self.encode, self.path), partial(self.on_encoded, self.path))
         if self.paths:
             self.worker.add(NEXT, partial(self.encode, self.paths[0]))
         self.set_view()
+
+    def set_title(self):
+        name, count = self.path.name.encode(errors="replace").decode(), len(self.learner.learned)
+        learned = say(f", learned from {count}", f", {count}장에서 배움") if self.args.learn and count else ""
+        self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total}){learned}")
+
+    def touch(self, _event):
+        self.touched = time.monotonic()
+
+    def tick(self):
+        """Also let the worker learn, one step at a time, while nothing happens: a click waits for that step at most."""
+        super().tick()
+        if not (self.is_learning or self.waiting) and self.learner.has_work() and \
+                time.monotonic() - self.touched > PAUSE:
+            self.is_learning = True
+            self.worker.add(BACKGROUND, self.learner.work, self.on_learned)
+
+    def on_learned(self, _):
+        self.is_learning = False
+        if self.path and self.figure.canvas.manager:  # else the window has been closed
+            self.set_title()
 
     def encode(self, path):
         """In the worker: keep the features of an image, one (features, (H, W)) per model; of skipped ones none."""
@@ -140,20 +202,24 @@ class AnnotationWindow(Window):
 
     def on_encoded(self, path, _):
         self.is_encoded = self.is_encoded or path == self.path
+        if path == self.path and not (self.clicks or self.finished) and self.learner.is_worth_showing():
+            self.set_prompts([], None, is_suggested=True)
         self.update()
 
     def predict(self, path, asked):
         """In the worker: the candidates for the prompts of an object; incomplete if there are newer prompts."""
         candidates = {}
-        for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
-            if asked is self.current:
-                predictor._features, predictor._orig_hw = encoded
-                candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
+        with self.learner.using(self.learner.initial) if self.shows_initial else contextlib.nullcontext():
+            for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
+                if asked is self.current:
+                    predictor._features, predictor._orig_hw = encoded
+                    candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
         return candidates
 
     def on_candidates(self, asked, candidates):
         if asked is self.current:
             self.current = asked._replace(candidates=candidates)
+            self.first = self.first or (self.current.best([*self.predictors][-1])[1], self.is_suggested)
         self.update()
 
     def add_prompt(self, point, box):
@@ -161,16 +227,22 @@ class AnnotationWindow(Window):
 
     def prompt(self, point, box):
         self.remember()
+        self.clicks += 1
         self.set_prompts([*self.current.points, *([point] if point else [])], box or self.current.box)
 
     def remember(self):
         """Save the state that "u" restores."""
-        self.history.append((self.finished, (self.current.points, self.current.box, self.current.choice)))
+        before = self.current.points, self.current.box, self.current.choice, self.is_suggested
+        self.history.append((self.finished, before))
 
-    def set_prompts(self, points, box, choice=None):
-        """Take new prompts for the current object and have them segmented; until then the old mask is shown."""
-        self.current = Segmented(points, box, self.current.candidates if points or box else {}, choice)
-        if points or box:
+    def set_prompts(self, points, box, choice=None, is_suggested=False):
+        """Take new prompts for the current object and have them segmented; until then the old mask is shown.
+
+        is_suggested: segment what the model finds without prompts.
+        """
+        self.is_suggested, is_asked = is_suggested, points or box or is_suggested
+        self.current = Segmented(points, box, self.current.candidates if is_asked else {}, choice)
+        if is_asked:
             self.ask(partial(self.predict, self.path, self.current), partial(self.on_candidates, self.current))
         self.update()
 
@@ -193,6 +265,9 @@ class AnnotationWindow(Window):
             self.save(self.objects())
         elif key == "s":
             self.open_next()
+        elif key == "m":
+            self.shows_initial = not self.shows_initial
+            self.set_prompts(*self.current[:2], self.current.choice, self.is_suggested)
         elif key in ("n", "enter"):
             self.update(say("nothing drawn yet: click an object, or press s to skip this image",
                             "아직 그린 것이 없습니다. 객체를 클릭하거나, s로 이 이미지를 건너뛰세요"))
@@ -205,12 +280,21 @@ class AnnotationWindow(Window):
                         f"후보 {choice + 1}, 바뀐 쪽: {changed or '없음'}"))
 
     def save(self, objects):
-        """Write the mask in the format of data/, 8-bit for one object, else numbered, and open the next image."""
+        """Write the mask in the format of data/, 8-bit for one object, else numbered, and open the next image.
+
+        The learner gets it, and annotation_log.csv a row: the IoU of the image's first mask, from the first prompt or
+        suggested, with the first object or, if suggested, with all that was saved.
+        """
         labels = number_objects(objects, [*self.predictors][-1])
         mask_path = self.args.output / f"{self.path.stem}.png"
         write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
         print(f"객체 {len(objects)}개, 저장: {mask_path}")
         self.saved += 1
+        self.learner.add(self.path, self.encoded[self.path][-1][0])
+        first, was_suggested = self.first
+        iou = calculate_iou(first, labels > 0 if was_suggested else labels == 1)
+        log(self.args.output / "annotation_log.csv", self.path.name, self.clicks,
+            round(time.monotonic() - self.opened, 1), round(iou, 4))
         self.open_next()
 
     def update(self, message=""):
@@ -218,15 +302,18 @@ class AnnotationWindow(Window):
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.predictors):
             show_view(axes, self.image, [] if self.hides_masks else colored_masks(objects, title))
-            axes.set_title(title, size=10)
+            is_initial = self.shows_initial and title == [*self.predictors][-1]
+            name = say("before learning", "배우기 전") if is_initial else title
+            axes.set_title(name, size=10)
             if self.current.candidates:
                 number, _, score = self.current.best(title)
                 found = say(f"mask {number + 1} of 3, score {score:.3f}", f"마스크 {number + 1} / 3, 점수 {score:.3f}")
-                axes.set_title(f"{title}: {found}", size=10)
+                axes.set_title(f"{name}: {found}", size=10)
         self.draw_prompts([(self.current.points, self.current.box, len(self.finished) + 1)])
         status = message or (
             say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
-            say("segmenting ...", "분할하는 중 ...") if self.waiting else say("ready", "준비됨"))
+            say("segmenting ...", "분할하는 중 ...") if self.waiting else
+            say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested else say("ready", "준비됨"))
         self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
         self.figure.canvas.draw_idle()
 

@@ -32,7 +32,7 @@ from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_w
 LEAST_VIEW = 16         # pixels of the image: the width of the closest zoom
 TICK_MS = 10            # between two looks at the worker's results
 CLICK, NEXT, BACKGROUND = range(3)  # priorities of the worker's jobs: the window waits for it; the next image; the rest
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h"}  # the letters on the same keys
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # on the same keys
 HAS_HANGUL = len(plt.rcParams["font.family"]) > 1  # test_my_image.py found a font with Hangul
 
 

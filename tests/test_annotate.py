@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import textwrap
 import threading
 
 import annotate
@@ -14,6 +15,8 @@ from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, run, write_image
 from matplotlib import pyplot as plt
 from matplotlib.backend_bases import MouseEvent
 from test_window import NO_DISPLAY, RealWindow, click, drag, draw_discs, masks_in, mouse, press, read_png, rounded
+
+from test_my_image import load_predictor
 
 matplotlib.use("Agg")
 window_module.HAS_HANGUL = False  # texts in the window are English then
@@ -143,7 +146,9 @@ def window(tmp_path, monkeypatch):
                                       "--checkpoint", str(ROOT / "demo/sam2_demo.pt"), *map(str, DEMO)])
     args = annotate.parse_args()
     paths = annotate.find_images(args.images)
-    made = annotate.AnnotationWindow(paths, len(paths), *annotate.load_models(args), args)
+    predictors, shared = annotate.load_models(args)
+    learner = annotate.Learner(predictors["fine-tuned model"], args.output)
+    made = annotate.AnnotationWindow(paths, len(paths), predictors, shared, learner, args)
     made.figure.canvas.draw()
     yield made
     made.close()
@@ -312,6 +317,10 @@ class AnnotationWindow(annotate.AnnotationWindow):
                   len(self.current.points), int(bool(self.current.box)),
                   left, height - top, right, height - bottom, self.current.points, flush=True)
 
+    def on_learned(self, result):
+        super().on_learned(result)
+        print("step", self.learner.iteration, "", flush=True)
+
 annotate.AnnotationWindow = AnnotationWindow
 annotate.run(annotate.main, "")
 """
@@ -341,7 +350,8 @@ def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
         window.wait_for("d.png", points=1)
         window.close()
         assert "이미지 2장을 라벨링했습니다" in window.end()
-    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {
+        "a.png", "c.png", "annotation_log.csv", "learned.pt", "learned_last.pt"}
     two, one = read_png(tmp_path / "masks/a.png"), read_png(tmp_path / "masks/c.png")
     assert two.dtype == np.uint16 and (two[40, 40], two[80, 110], two[5, 5]) == (1, 2, 0)
     assert one.dtype == np.uint8 and (one[40, 40], one[80, 110], one[5, 5]) == (255, 0, 0)
@@ -355,3 +365,147 @@ def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
         assert "4장 가운데 2장은 마스크가 있습니다" in window.end()
     assert (read_png(tmp_path / "masks/a.png") == two).all()
     assert read_png(tmp_path / "masks/b.png")[80, 110] == 255
+
+
+def watched(changes):
+    """DRIVER, with changes to annotate.Learner: code of a class body."""
+    return DRIVER.replace("import annotate\n", f"""import annotate
+import time
+import torch
+
+class Learner(annotate.Learner):
+{textwrap.indent(textwrap.dedent(changes), "    ")}
+annotate.Learner = Learner
+""", 1)
+
+
+def wait_for_step(window, number):
+    for line in window.script.stdout:
+        window.output += line
+        if line.startswith(f"step {number} "):
+            return
+    raise AssertionError(window.output)
+
+
+LEARNED = """
+    def resume(self, labelled):
+        super().resume(labelled)
+        torch.save(self.copy(), "resumed.pt")
+
+    def step(self, batch):
+        while self.iteration == {held}:  # until the process is killed
+            time.sleep(0.01)
+        super().step(batch)
+"""
+
+
+def test_real_window_killed_while_it_learns_resumes_from_the_last_save(tmp_path, screen):
+    for name in "abcd":
+        draw_discs(tmp_path / f"images/{name}.png")
+    folder = ("--images", "images", "--output", "masks")
+    with RealWindow(tmp_path, screen, *folder, driver=watched(LEARNED.format(held=24))) as window:
+        window.wait_for_window("a.png")
+        for name, following, steps in zip("abc", "bcd", (10, 20, 24)):
+            window.click(40, 40)
+            window.wait_for(f"{name}.png", points=1)
+            window.xdotool("key", "Return")
+            window.wait_for_window(f"{following}.png")
+            wait_for_step(window, steps)
+        window.click(110, 80)  # in the middle of the fourth
+        window.script.kill()
+        window.script.wait()
+    saved = torch.load(tmp_path / "masks/learned_last.pt", weights_only=True)
+    assert list(masks_in(tmp_path / "masks")) == list("abc") == [*saved["learned"]]
+    assert (saved["iteration"], saved["queued"]) == (20, 10)
+    with RealWindow(tmp_path, screen, *folder, driver=watched(LEARNED.format(held=-1))) as window:
+        window.wait_for_window("d.png")
+        wait_for_step(window, 30)
+        window.click(110, 80)
+        window.wait_for("d.png", points=1)
+        assert "3" in window.xdotool("getwindowname", window.id).removeprefix("d.png (4/4)")
+        window.close()
+        assert "이미지 3장에서 배운 모델" in window.end()
+    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert all(torch.equal(resumed[name], saved["model"][name]) for name in saved["model"])
+    finished = torch.load(tmp_path / "masks/learned_last.pt", weights_only=True)
+    assert (finished["iteration"], finished["queued"]) == (30, 0)
+    rows = (tmp_path / "masks/annotation_log.csv").read_text("utf-8").splitlines()
+    assert rows[0] == "image,clicks,seconds,first_iou" and [row.split(",")[:2] for row in rows[1:]] == [
+        ["a.png", "1"], ["b.png", "1"], ["c.png", "1"]]
+
+
+def test_real_window_suggestions_are_accepted_corrected_or_skipped(tmp_path, screen):
+    for name in "abc":
+        draw_discs(tmp_path / f"images/{name}.png")
+    predictor = load_predictor(SMALL_CFG, ROOT / "demo/sam2_demo.pt", "cpu")
+    predictor.set_image(annotate.read_image(tmp_path / "images/a.png"))
+    masks, scores = annotate.segment(predictor, [], None)
+    suggested = masks[scores.argmax()]
+    driver = watched("""
+        def is_worth_showing(self):
+            return True
+        """)
+    with RealWindow(tmp_path, screen, "--images", "images", "--output", "masks", "--no-learn", driver=driver) as window:
+        window.wait_for_window("a.png")
+        window.xdotool("key", "Return")
+        window.wait_for_window("b.png")
+        window.drag((12, 12), (70, 69))
+        window.wait_for("b.png", box=1)
+        window.xdotool("key", "Return")
+        window.wait_for_window("c.png")
+        window.xdotool("key", "s")
+        assert "이미지 2장을 라벨링했습니다" in window.end()
+    masks = masks_in(tmp_path / "masks")
+    assert list(masks) == ["a", "b"] and not [*(tmp_path / "masks").glob("*.pt")]
+    assert suggested.any() and (masks["a"] > 0).tolist() == suggested.tolist() != (masks["b"] > 0).tolist()
+    rows = [row.split(",") for row in (tmp_path / "masks/annotation_log.csv").read_text("utf-8").splitlines()[1:]]
+    iou = annotate.calculate_iou(suggested, masks["b"] > 0)
+    assert [(name, clicks, float(first)) for name, clicks, _, first in rows] == [
+        ("a.png", "0", 1), ("b.png", "1", pytest.approx(iou, abs=1e-4))]
+
+
+def test_a_suggestion_is_emptied_undone_and_shown_by_the_initial_model(window, monkeypatch):
+    monkeypatch.setattr(window.learner, "is_worth_showing", lambda: True)
+    settle(window)
+    suggestion = window.objects()[0].best("fine-tuned model")[1]
+    assert not window.current.points and "suggested" in window.status.get_text()
+    click(window.figure, 40, 40)
+    settle(window)
+    clicked = window.objects()[0].best("fine-tuned model")[1]
+    assert (clicked != suggestion).any()
+    window.learner.load({name: each + 0.01 for name, each in window.learner.initial.items()})
+    press(window.figure, "u")
+    settle(window)
+    learned = window.current.best("fine-tuned model")[1]
+    assert not window.current.points and (learned != suggestion).any()
+    press(window.figure, "ㅡ")  # the key of m
+    settle(window)
+    assert (window.current.best("fine-tuned model")[1] == suggestion).all()
+    assert "before learning" in window.panels[1].get_title() and "original model" in window.panels[0].get_title()
+    press(window.figure, "m")
+    settle(window)
+    assert (window.current.best("fine-tuned model")[1] == learned).all()
+    press(window.figure, "r")
+    assert not window.objects() and window.current == ([], None, {}, None)
+
+
+def test_a_step_starts_only_when_nothing_has_happened_for_a_while(window, monkeypatch):
+    settle(window)
+    asked, now = [], [100.0]
+    window.learner.queued = 1
+    with monkeypatch.context() as patch:  # the fixture ends the worker
+        patch.setattr(window.worker, "add", lambda priority, job, then=None: asked.append((priority, job)))
+        patch.setattr(annotate.time, "monotonic", lambda: now[0])
+        mouse(window.figure, "motion_notify", 50, 50, None)
+        window.tick()
+        now[0] += 0.2
+        window.tick()
+        assert not asked
+        now[0] += 0.2
+        for _ in range(3):
+            window.tick()
+        assert asked == [(window_module.BACKGROUND, window.learner.work)]  # one at a time
+        window.on_learned(True)
+        window.waiting = 1  # for the answer to a click
+        window.tick()
+        assert len(asked) == 1

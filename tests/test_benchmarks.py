@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import SMALL_CFG, run
+from conftest import ROOT, SMALL_CFG, run
 
 
 def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
@@ -34,6 +34,18 @@ def test_the_window_benchmark_prints_seconds(tmp_path):
     done = run("benchmarks/bench_window.py", "--model-cfg", SMALL_CFG, "--clicks", 2, "--width", 80, "--height", 60,
                "--device", "cpu", cwd=tmp_path)
     assert re.search(r"click to redrawn mask: median \d+\.\d+ s", done.stdout)
+
+
+def test_the_study_of_annotation_prints_a_row_for_each_variant(data):
+    done = run("benchmarks/study_annotation.py", "--model-cfg", SMALL_CFG, "--checkpoint", ROOT / "demo/sam2_demo.pt",
+               "--split", "train", "--images", 4, "--steps", 2, "--every", 3, "--iterations", 2, cwd=data)
+    *_, frozen, learning, training, last = done.stdout.strip().splitlines()
+    rows = [re.findall(r"[\d.]+", row) for row in (frozen, learning, training)]
+    assert all(len(row) == 8 for row in rows) and rows[0][:6] != rows[1][:6]
+    assert last == "clicks to 0.75 IoU, second half: " + ", ".join(
+        f"{name} {float(row[1]):.1f}" for name, row in zip(("frozen", "learning", "training"), rows))
+    folder = data / "output/study_annotation"
+    assert (folder / "study.png").stat().st_size > 5000 and (folder / "learning/learned.pt").is_file()
 
 
 def test_the_onnx_benchmark_prints_sizes_ratios_and_iou(data, weights):

@@ -55,7 +55,7 @@ def read_png(path):
 
 
 def masks_in(folder):
-    return {path.stem: read_png(path) for path in sorted(folder.glob("*"))}
+    return {path.stem: read_png(path) for path in sorted(folder.glob("*.png"))}
 
 
 def read_mask(folder, name="내 사진"):

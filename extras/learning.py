@@ -1,0 +1,254 @@
+"""Decoder steps on the labels of a folder, taken one by one while the next image is labelled: see annotate.py.
+
+    learner = Learner(predictor, Path("masks"), steps=10)
+    learner.resume(labelled)                # the images that have a mask masks/STEM.png
+    learner.add(path, features)             # its mask was saved
+    while learner.work():                   # one short piece of work: encode an image, measure, one step, write
+        pass
+
+The loss, the prompts and the optimizer are those of train_sam2_proper.py --recipe improved --prompt any, with settings
+that benchmarks/study_annotation.py chose. There is no window and no thread in here.
+"""
+
+import contextlib
+import functools
+import hashlib
+import sys
+from argparse import Namespace
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+from files import fail, write_file
+from tqdm import tqdm
+
+sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
+import train_sam2_proper as train  # noqa: E402
+
+STEPS, LR, BATCH = 10, 1e-4, 4  # per labelled image; with lr 3e-4 and 20 steps a model got worse than the initial one
+RECENT = 10                     # images: of these the agreement and the guard's loss of IoU are taken
+LOST = 0.1                      # mean IoU over RECENT images that a model may lose against the last good one
+WORTH_SHOWING = 0.6             # mean IoU of masks without a prompt with what was saved
+STATE = ("learned", "queued", "iteration", "gains", "agreements")  # attributes that learned_last.pt keeps
+KINDS = ("point", "points", "box", "none")
+
+
+class Learner:
+    """Trains the mask decoder and the prompt encoder of a SAM2ImagePredictor on one labelled image after the other.
+
+    folder: holds the masks, STEM.png, as data/ does; learned.pt (official form) and learned_last.pt are written to it.
+    steps: per image; with 0, work() only measures. An image of an earlier session is encoded when a step needs it.
+    Masks below train.MIN_FOREGROUND pixels are not learned. As soon as the last RECENT images had LOST less IoU from
+    one click than with the last good weights, these are restored. `initial`: the weights before the first step.
+    """
+
+    def __init__(self, predictor, folder, steps=STEPS, lr=LR):
+        settings = {**train.CONFIG, **train.IMPROVED, "lr": lr, "encoder_lr": lr, "amp": False}
+        self.predictor, self.folder, self.steps, self.args = predictor, Path(folder), steps, Namespace(**settings)
+        train.choose_weights(predictor.model, self.args)
+        self.trained = {name: each for name, each in predictor.model.named_parameters() if each.requires_grad}
+        self.initial = self.good = self.copy()
+        self.optimizer = train.make_optimizer(predictor.model, self.args)
+        self.cache = train.FeatureCache(predictor, [free // 2 for free in train.free_memory(predictor.device)])
+        self.batch_loss = train.BatchLoss(predictor, self, self.cache, self.args)
+        self.paths, self.sizes, self.masks = [], [], []  # of the images that steps draw from, the newest last
+        self.waiting, self.unwritten, self.is_written = deque(), False, False
+        self.learned, self.queued, self.iteration = {}, 0, 0  # learned: {STEM: hash of its mask}; queued: steps
+        self.gains, self.agreements = [], []  # IoU of the last images: beyond the last good weights; without a prompt
+
+    def resume(self, labelled):
+        """Restore what learned_last.pt holds; queue the images whose mask is new or was changed since."""
+        path = self.folder / "learned_last.pt"
+        if path.exists():
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                if saved["frozen"] == self.hash_frozen:
+                    self.load(saved["model"])
+                    for group in saved["optimizer"]["param_groups"]:
+                        group["fused"] = self.optimizer.defaults["fused"]  # a matter of the device
+                    self.optimizer.load_state_dict(saved["optimizer"])
+                    vars(self).update({name: saved[name] for name in STATE}, good=saved["good"])
+            except Exception as error:  # torch.load raises many error types for a damaged file
+                fail(f"{path}: 읽을 수 없습니다 ({type(error).__name__}). 지우면 처음부터 다시 배웁니다")
+            if saved["frozen"] != self.hash_frozen:
+                fail(f"{path}: 다른 모델로 배운 것입니다. 그 모델을 주거나, --no-learn을 쓰거나, 이 파일을 지우세요")
+        images = {image.stem: image for image in labelled}
+        for stem in [stem for stem in self.learned if stem in images and self.learned[stem] == self.hash_mask(stem)]:
+            self.keep(images.pop(stem))
+        self.waiting.extend((image, None) for image in images.values())
+        self.queued *= bool(self.paths)
+
+    def hash_mask(self, stem):
+        return hashlib.sha256((self.folder / f"{stem}.png").read_bytes()).hexdigest()
+
+    @functools.cached_property
+    def hash_frozen(self):
+        """Hash of the weights that are not trained: the features depend on them."""
+        digest = hashlib.sha256()
+        for name, tensor in self.predictor.model.state_dict().items():
+            if name not in self.trained:
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def add(self, path, features=None):
+        """Queue an image whose mask was saved; features: predictor._features after set_image(), if at hand."""
+        levels = features and [features["image_embed"], *features["high_res_feats"]]
+        self.waiting.appendleft((path, levels and [level.to(self.cache.dtype) for level in levels]))
+
+    def finish(self):
+        """Take the steps of the images that were added; those of earlier sessions may wait for the next one."""
+        with tqdm(desc="배우기", disable=None, leave=False) as bar:
+            while self.queued or self.unwritten or self.waiting and self.waiting[0][1]:
+                self.work()
+                bar.update()
+
+    def has_work(self):
+        return bool(self.queued or self.unwritten or self.waiting)
+
+    def work(self):
+        """Do one piece of work, as short as one step; returns whether there is more."""
+        if self.queued:
+            batch = self.draw()
+            missing = [index for index in batch.indices if self.paths[index] not in self.cache.kept]
+            if missing and self.cache.capacity:
+                self.encode(missing[0])
+            else:
+                self.step(batch)
+        elif self.unwritten:
+            self.write()
+        elif self.waiting:
+            self.start(*self.waiting.popleft())
+        return self.has_work()
+
+    def start(self, path, features):
+        """Measure the model on a newly labelled image and queue the image's steps, also in learned_last.pt."""
+        if self.keep(path) and self.encode(-1, features):
+            self.measure(-1)
+            self.learned[path.stem] = self.hash_mask(path.stem)
+            self.queued = self.steps
+            if self.steps:
+                self.write_last()
+
+    def keep(self, path):
+        """Add an image and its mask to those that steps draw from; returns whether it can be learned, else reports."""
+        try:
+            masks = train.Masks([(path, self.folder / f"{path.stem}.png")], train.MAX_SIDE, train.MIN_FOREGROUND)
+        except train.ImageError as error:
+            return tqdm.write(f"학습하지 않습니다: {error}", file=sys.stderr)
+        if not masks.filled:
+            return tqdm.write(f"{path.name}: 마스크가 {train.MIN_FOREGROUND}픽셀보다 작아 학습하지 않습니다")
+        for each, value in ((self.paths, path), (self.sizes, masks.sizes[0]), (self.masks, masks)):
+            each.append(value)
+        return True
+
+    def encode(self, index, features=None):
+        """Keep the features of an image, in place of the oldest if memory is full; one that cannot be read is dropped.
+
+        Returns whether it worked.
+        """
+        kept, cache = self.cache.kept, self.cache
+        while len(kept) >= max(1, cache.capacity):
+            del kept[next(iter(kept))]
+        if features and cache.capacity:
+            place = self.predictor.device if len(kept) < cache.on_device else "cpu"
+            kept[self.paths[index]] = [level.to(place) for level in features]
+            return True
+        try:
+            return bool(cache([(self.paths[index], self.sizes[index])]))
+        except train.ImageError as error:
+            tqdm.write(f"학습하지 않습니다: {error}", file=sys.stderr)
+            for each in (self.paths, self.sizes, self.masks):
+                del each[index]
+            self.queued *= bool(self.paths)
+            return False
+
+    def draw(self):
+        """The next step's train.Batch, which follows from the iteration: the newest image is in every second one."""
+        rng, count = np.random.default_rng([self.args.seed, self.iteration]), len(self.paths)
+        indices = rng.integers(max(0, count - max(BATCH, self.cache.capacity)), count, BATCH).tolist()
+        if self.iteration % 2 == 0:
+            indices[0] = count - 1
+        kind, rngs = KINDS[rng.integers(len(KINDS))], rng.spawn(BATCH)
+        corrections = int(rng.integers(train.MAX_POINTS)) if kind == "points" else 0
+        gt_masks = [masks.labels(0)[None] > 0 if kind == "none" else
+                    masks.decode(0, each.permutation(masks.objects[0])[:1])
+                    for masks, each in ((self.masks[index], each) for index, each in zip(indices, rngs))]
+        return train.Batch(indices, kind, corrections, rngs, [torch.from_numpy(mask) for mask in gt_masks])
+
+    def step(self, batch):
+        loss, _ = self.batch_loss(batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.iteration, self.queued = self.iteration + 1, self.queued - 1
+        self.unwritten = not self.queued
+        if not all(each.isfinite().all() for each in self.trained.values()):
+            self.go_back("손실이 유한하지 않아")
+
+    def measure(self, index):
+        """Note how well an image that was not learned yet is segmented: from one click, and without a prompt."""
+        gain = self.iou(index, "point")
+        with self.using(self.good):
+            gain -= self.iou(index, "point")
+        self.gains = [*self.gains, gain][-RECENT:]
+        self.agreements = [*self.agreements, self.iou(index, "none")][-RECENT:]
+        if sum(self.gains) <= -LOST * RECENT:
+            self.go_back(f"첫 제안의 IoU가 {LOST:.0%}p 떨어져")
+        elif len(self.gains) == RECENT and sum(self.gains) >= 0:
+            self.good, self.gains = self.copy(), []
+
+    @torch.no_grad()
+    def iou(self, index, kind):
+        """IoU of the mask with the highest score: of a click in the middle of each object (mean), or of kind "none"."""
+        masks, size, predictor = self.masks[index], self.sizes[index], self.predictor
+        if kind == "none" and masks.count > 1:
+            return 0.0  # one mask of all objects is not what was saved
+        gt_masks = masks.decode(0, masks.objects[0][:self.args.max_objects])
+        features = self.cache([(self.paths[index], size)])
+        found, = train.best_masks(predictor, [size], *train.simulate_prompts(predictor, features, kind, [gt_masks]))
+        if kind == "none" and train.nothing_found(predictor.model):
+            found[:] = False
+        return float(np.mean([train.calculate_iou(*pair) for pair in zip(found, gt_masks)]))
+
+    def is_worth_showing(self):
+        """Whether masks without a prompt agreed well enough with what was saved last."""
+        return len(self.agreements) > 2 and np.mean(self.agreements) > WORTH_SHOWING
+
+    def go_back(self, reason):
+        """Return to the last good weights."""
+        tqdm.write(f"{reason} 그 전의 가중치로 돌아갑니다. 마지막에 저장한 마스크들을 확인하세요")
+        self.load(self.good)
+        self.optimizer.state.clear()
+        self.gains = []
+
+    def copy(self):
+        return {name: each.detach().clone() for name, each in self.trained.items()}
+
+    def load(self, weights):
+        with torch.no_grad():
+            for name, each in self.trained.items():
+                each.copy_(weights[name])
+
+    @contextlib.contextmanager
+    def using(self, weights):
+        """Exchange the trained weights for others for a while."""
+        now = self.copy()
+        self.load(weights)
+        yield
+        self.load(now)
+
+    def write(self):
+        """Write both files: learned.pt, which every script opens, and learned_last.pt."""
+        model = self.predictor.model
+        content = {"model": train.official_weights(model), "image_size": model.image_size, "prompt": "any",
+                   "empty_images": int(model.knows_absence)}
+        write_file(self.folder / "learned.pt", lambda file: torch.save(content, file))
+        self.unwritten, self.is_written = False, True
+        self.write_last()
+
+    def write_last(self):
+        """Write learned_last.pt: all that resume() needs."""
+        content = {"model": self.copy(), "good": self.good, "optimizer": self.optimizer.state_dict(),
+                   "frozen": self.hash_frozen, **{name: getattr(self, name) for name in STATE}}
+        write_file(self.folder / "learned_last.pt", lambda file: torch.save(content, file))
