@@ -3,8 +3,8 @@
     python extras/annotate.py --images photos --output photo_masks       goes on where it stopped
     python prepare_data.py --images photos --masks photo_masks           and train
 
-Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one. While one looks
-at an image, the model learns from those before it (learning.py). Once it finds the objects without a click, each image
+Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one. With --learn
+the model learns from each mask while one looks at the next image (learning.py). Once it finds the objects without a click, each image
 opens with this suggestion.
 
 Chapters:
@@ -84,8 +84,8 @@ def parse_args():
                         help="원본과 파인튜닝 모델을 나란히 보기. 저장하는 것은 파인튜닝 모델의 마스크")
     parser.add_argument("--refine", type=int, default=0, metavar="N",
                         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
-    parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=True,
-                        help="저장한 마스크마다 모델이 배움, 끄려면 --no-learn (기본: 배움)")
+    parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=False,
+                        help="저장한 마스크마다 모델이 배움 (기본: 배우지 않음)")
     add_web_flag(parser)
     add_model_flags(parser, "output/my_masks/폴더이름")
     args = parser.parse_args()

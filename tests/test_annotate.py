@@ -329,7 +329,7 @@ annotate.run(annotate.main, "")
 def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
     for name in "abcd":
         draw_discs(tmp_path / f"images/{name}.png")
-    folder = ("--images", "images", "--output", "masks")
+    folder = ("--images", "images", "--output", "masks", "--learn")
     with RealWindow(tmp_path, screen, *folder, driver=DRIVER) as window:
         window.wait_for_window("a.png")
         window.click(40, 40)
@@ -402,7 +402,7 @@ LEARNED = """
 def test_real_window_killed_while_it_learns_resumes_from_the_last_save(tmp_path, screen):
     for name in "abcd":
         draw_discs(tmp_path / f"images/{name}.png")
-    folder = ("--images", "images", "--output", "masks")
+    folder = ("--images", "images", "--output", "masks", "--learn")
     with RealWindow(tmp_path, screen, *folder, driver=watched(LEARNED.format(held=24))) as window:
         window.wait_for_window("a.png")
         for name, following, steps in zip("abc", "bcd", (10, 20, 24)):
@@ -445,7 +445,7 @@ def test_real_window_suggestions_are_accepted_corrected_or_skipped(tmp_path, scr
         def is_worth_showing(self):
             return True
         """)
-    with RealWindow(tmp_path, screen, "--images", "images", "--output", "masks", "--no-learn", driver=driver) as window:
+    with RealWindow(tmp_path, screen, "--images", "images", "--output", "masks", driver=driver) as window:
         window.wait_for_window("a.png")
         window.xdotool("key", "Return")
         window.wait_for_window("b.png")
