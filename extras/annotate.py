@@ -4,8 +4,8 @@
     python prepare_data.py --images photos --masks photo_masks           and train
 
 Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one. With --learn
-the model learns from each mask while one looks at the next image (learning.py). Once it finds the objects without a click, each image
-opens with this suggestion.
+the model learns from each mask while one looks at the next image (learning.py). Once it finds the objects without a
+click, each image opens with this suggestion.
 
 Chapters:
     settings    the pause before a step, the hints
