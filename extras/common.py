@@ -1,4 +1,4 @@
-"""Shared code of the scripts in extras/ that run SAM 2: loading it for images or videos, and its flags.
+"""Shared code of the scripts in extras/ that run SAM 2: loading it for images or videos, its flags, a test image.
 
     from common import load_predictor      Python finds this file beside the script
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
+import numpy as np
 import sam2
 import torch
 from files import fail
@@ -114,6 +115,23 @@ def convert_memory(_, args, kwargs):
     has no pointer yet on frames before its first prompt, and there sam2 would fail without autocast.
     """
     return args, {**kwargs, "memory": kwargs["memory"].to(kwargs["curr"][0].dtype)}
+
+
+def trained_image_size(checkpoint):
+    """The input size in pixels that train_sam2_proper.py saves in a checkpoint; None without one."""
+    try:
+        size = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["image_size"]
+    except Exception:  # an official checkpoint; or missing or damaged, which load_predictor reports
+        return None
+    return size if isinstance(size, int) else None
+
+
+def probe_image(side):
+    """A bright disc on a colour gradient, uint8 side x side x 3."""
+    y, x = np.mgrid[:side, :side] / side
+    image = np.stack([x, y, 1 - x], axis=-1) * 120 + 20
+    image[(x - 0.45) ** 2 + (y - 0.5) ** 2 < 0.04] = (220, 180, 90)
+    return image.astype(np.uint8)
 
 
 def add_model_flags(parser, output):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import load_predictor, read_config
+from common import load_predictor, probe_image, read_config, trained_image_size
 from files import fail, run, write_file
 from hydra.utils import instantiate
 from safetensors import SafetensorError
@@ -156,15 +156,6 @@ def to_huggingface(args):
           f"입력 {predictor.model.image_size}px)")
     print(f'열기: transformers.Sam2Model.from_pretrained("{args.target}")'
           + (", Sam2VideoModel도 같은 방식" if has_video else ""))
-
-
-def trained_image_size(checkpoint):
-    """The input size in pixels that train_sam2_proper.py saves in a checkpoint; None without one."""
-    try:
-        size = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["image_size"]
-    except Exception:  # an official checkpoint; or missing or damaged, which load_predictor reports
-        return None
-    return size if isinstance(size, int) else None
 
 
 def save_folder(model, folder):
@@ -412,14 +403,6 @@ def largest_difference(predictor, folder):
         differences.append(np.abs(outputs.pred_masks[0, 0].clamp(-32, 32).numpy() - logits).max())
         differences.append(np.abs(outputs.iou_scores[0, 0].numpy() - scores).max())
     return float(np.max(differences))
-
-
-def probe_image(side):
-    """A bright disc on a colour gradient, uint8 side x side x 3."""
-    y, x = np.mgrid[:side, :side] / side
-    image = np.stack([x, y, 1 - x], axis=-1) * 120 + 20
-    image[(x - 0.45) ** 2 + (y - 0.5) ** 2 < 0.04] = (220, 180, 90)
-    return image.astype(np.uint8)
 
 
 def open_folder(kind, folder):

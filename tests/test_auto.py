@@ -81,7 +81,7 @@ def test_an_empty_image_trains_the_object_score_only(with_empty, weights, monkey
     masks = [torch.from_numpy(training.masks.labels(index)[None] > 0) for index in (6, 7)]  # the empty ones
     loss, iou = training.batch_loss(train_sam2_proper.Batch([6, 7], "none", 0, [None, None], masks))
     scores = training.model.sam_mask_decoder.pred_obj_score_head.last[:, 0]
-    assert loss.item() == pytest.approx(0.2 * torch.log1p(scores.exp()).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(0.5 * torch.log1p(scores.exp()).mean().item(), rel=1e-5)
     assert iou.item() == (scores < 0).float().mean().item()
     loss.backward()
     mask_weights = dict(training.model.sam_mask_decoder.output_hypernetworks_mlps.named_parameters())

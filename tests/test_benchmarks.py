@@ -34,3 +34,14 @@ def test_the_window_benchmark_prints_seconds(tmp_path):
     done = run("benchmarks/bench_window.py", "--model-cfg", SMALL_CFG, "--clicks", 2, "--width", 80, "--height", 60,
                "--device", "cpu", cwd=tmp_path)
     assert re.search(r"click to redrawn mask: median \d+\.\d+ s", done.stdout)
+
+
+def test_the_onnx_benchmark_prints_sizes_ratios_and_iou(data, weights):
+    done = run("benchmarks/bench_onnx.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--threads", 1,
+               "--repeats", 1, "--image-dir", "data/images/val", "--mask-dir", "data/masks/val", "--num-images", 2,
+               cwd=data)
+    sizes = [float(size) for size in re.findall(r"^\w+: ([\d.]+) MB", done.stdout, re.MULTILINE)]
+    assert len(sizes) == 4 and sizes[0] > sizes[1] > sizes[2]
+    assert len(re.findall(r"ratio \d+\.\d\dx", done.stdout)) == 6
+    agreement = dict(re.findall(r"2 images, (\w+): .* torch's masks ([\d.]+)", done.stdout))
+    assert float(agreement["torch"]) > 0.999 and float(agreement["float32"]) > 0.99

@@ -15,6 +15,7 @@ from unittest import mock
 
 import annotate
 import convert_checkpoint
+import export_onnx
 import import_labels
 import label_with_text
 import numpy as np
@@ -49,11 +50,12 @@ SECTIONS = {  # path of a script: the document that explains it, and the beginni
     "extras/label_with_text.py": (EXTRAS_GUIDE, "설치", "단어나 상자로 라벨 만들기"),
     "extras/import_labels.py": (EXTRAS_GUIDE, "다른 도구의 라벨 가져오기"),
     "extras/convert_checkpoint.py": (EXTRAS_GUIDE, "Hugging Face 형식으로"),
+    "extras/export_onnx.py": (EXTRAS_GUIDE, "ONNX로 내보내기"),
     "extras/sam_med3d_ich/train.py": (EXTRAS_GUIDE, "SAM-Med3D로 뇌 CT의 출혈 분할하기"),
 }
 SCRIPTS = dict(zip(SECTIONS, (
     download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image, annotate, track_video,
-    segment_volume, label_with_text, import_labels, convert_checkpoint, train)))
+    segment_volume, label_with_text, import_labels, convert_checkpoint, export_onnx, train)))
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
                   for path in sorted((ROOT / folder).glob("*.py")))
 # files whose names the scripts compose or a package chooses, and folders that appear when they run
