@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "그림을 열어 보세요:"
 	@echo "  demo/output/comparison/compare_1.png ... compare_5.png   원본과 파인튜닝 비교"
-	@echo "  demo/output/comparison/scatter.png                       이미지마다의 IoU"
+	@echo "  demo/output/comparison/report.html                       비교 보고서: 가장 나쁜 객체부터"
 	@echo "  demo/output/training_curve.png                           학습 곡선"
 	@echo "  demo/output/my_results/demo_0160_result.png              이미지 한 장 분할"
 

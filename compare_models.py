@@ -6,26 +6,31 @@ Both models get the same prompt. Of each model's three masks, the one with the h
 compared. If the models share a frozen encoder, each image is encoded once for both.
 
 Chapters:
-    settings      the colors of the two models
+    settings      colors, measures, size classes
     the run       main() and the command line
     data          pairs of image and mask, and the objects in them
     prediction    both models' masks from the same simulated clicks and boxes
-    metrics       IoU and Dice of each object
-    figures       the panels of one image, the colors of objects
-    results       tables, the scatter plot, the final message
+    measures      IoU, Dice and boundary F of each object; the interval of the difference
+    figures       the panels of one image, the colors of objects, charts
+    results       tables, the final message
+    the report    report.html, with the worst objects and the largest changes
     shared block  identical in train_sam2_proper.py and test_my_image.py
 """
 
 import argparse
+import base64
 import collections
 import contextlib
 import copy
 import csv
+import html
 import io
+import itertools
 import json
 import math
 import os
 import re
+import string
 import sys
 import textwrap
 import time
@@ -59,7 +64,12 @@ from matplotlib.colors import hsv_to_rgb
 
 # ---- settings ----
 
+MODELS = ("original", "finetuned")  # in the names of columns
 COLORS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
+CHART_COLORS = ("#d9a400", "#1e6eff")  # the same, readable on white
+CHARTS = ("scatter.png", "histogram.png", "size.png")
+MEASURES = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F"}
+SIZES, SIZE_LIMITS = ("small", "medium", "large"), (32**2, 96**2)  # of COCO, in pixels of the image in its folder
 
 
 # ---- the run ----
@@ -73,9 +83,11 @@ def main():
     pairs = find_pairs(args.image_dir, args.mask_dir)[:args.num_images]
     if not pairs:
         fail(f"비교할 쌍이 없습니다. 이미지는 {args.image_dir}, 이름이 같은 마스크는 {args.mask_dir} 폴더에 넣으세요")
-    count = len(pairs)
-    empty = {pair for pair in tqdm(pairs, "정답 확인", leave=False, disable=None) if not read_mask(pair[1]).any()}
-    if args.prompt != "none":
+    count, classes = len(pairs), read_classes(args.mask_dir)
+    empty = {pair for pair in tqdm(pairs, "정답 확인", leave=False, disable=None) if not has_objects(pair[1], classes)}
+    if args.prompt == "none":
+        classes = {}  # the union of an image's objects has no class
+    else:
         pairs = [pair for pair in pairs if pair not in empty]
     if len(pairs) <= len(empty) * (args.prompt == "none"):
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
@@ -90,7 +102,8 @@ def main():
     for old in args.output_dir.glob("compare_[0-9]*.png"):  # left by an earlier run
         old.unlink()
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
-    rows, unsampled, right = [], 0, {title: [] for title in predictors}  # right: of images without any object
+    rows, pictures, unsampled = [], {}, 0
+    right = {model: [] for model in MODELS}  # of images without any object: whether nothing was found
     for number, (image_path, image, labels) in enumerate(tqdm(
             read_ahead(read_pair, pairs, 1, 2), "비교", len(pairs), disable=None)):
         kind = prompt_kind(args.prompt, number)
@@ -100,28 +113,32 @@ def main():
         set_image_in_all(predictors.values(), image, shared)
         results = {title: predict_objects(predictor, kind, gt_masks) for title, predictor in predictors.items()}
         if gt_masks.any():
-            rows += measure(image_path.name, objects, gt_masks, results)
+            rows += measure(image_path.name, objects, gt_masks, results, classes)
+            pictures = update_pictures(pictures, rows, image, gt_masks, results, args.report_images)
         else:
-            for title, (masks, _) in results.items():
-                right[title].append(not masks.any())
+            for model, (masks, _) in zip(MODELS, results.values()):
+                right[model].append(not masks.any())
         if number in chosen:
             path = args.output_dir / f"compare_{chosen.index(number) + 1}.png"
             save_comparison(path, image_path.name, image, gt_masks, results)
 
-    specificity = {f"{title.replace('-', '')}_specificity": float(np.mean(nothing))
-                   for title, nothing in right.items() if nothing}
-    mean = save_results(rows, specificity, len(pairs), args, device, original.model.image_size)
-    print(result_box(mean["original_iou"], mean["finetuned_iou"]))
+    specificity = {f"{model}_specificity": float(np.mean(nothing)) for model, nothing in right.items() if nothing}
+    summary = save_results(rows, pictures, specificity, len(pairs), classes, args, device, original.model.image_size)
+    print(result_box(summary["original_iou"], summary["finetuned_iou"], summary["difference_pp_95"]))
     print(f"이미지 {len(pairs)}장, 객체 {len(rows)}개, 프롬프트 {args.prompt}, 장치 {device}, "
-          f"Dice {mean['original_dice']:.2%} → {mean['finetuned_dice']:.2%}")
+          f"Dice {change(summary, 'dice')}, Boundary F {change(summary, 'boundary_f')}")
+    for name, means in summary.get("by_class", {}).items():
+        print(f"  {name}: 객체 {means['num_objects']}개",
+              *(f"{title} {change(means, measure)}" for measure, title in MEASURES.items()), sep=", ")
     if specificity:
-        before, after = specificity.values()
-        print(f"객체가 없는 이미지 {len(empty)}장 가운데 아무것도 찾지 않은 비율(특이도): {before:.2%} → {after:.2%}")
+        print(f"객체가 없는 이미지 {len(empty)}장 가운데 아무것도 찾지 않은 비율(특이도): "
+              + change(summary, "specificity"))
     if len(pairs) < count:
         print(f"정답 마스크가 비어 있어 뺀 이미지: {count - len(pairs)}장")
     if unsampled:
         print(f"이미지마다 {args.max_objects}개씩만 비교해 뺀 객체: {unsampled}개")
-    print(f"저장: {args.output_dir} (비교 그림 {len(chosen)}장, per_image.csv, summary.json, scatter.png)")
+    print(f"저장: {args.output_dir} (report.html, 비교 그림 {len(chosen)}장, {', '.join(CHARTS)}, per_image.csv, "
+          "summary.json)")
 
 
 def parse_args():
@@ -139,6 +156,7 @@ def parse_args():
     option("--output-dir", Path("output/comparison"), "결과를 쓸 폴더", type=Path)
     option("--num-images", None, "앞에서부터 몇 장만 비교할지 (기본: 전부)", type=int)
     option("--num-visualize", 5, "비교 그림을 몇 장 저장할지, 고르게 뽑음", type=int)
+    option("--report-images", 200, "report.html에 보여 줄 객체 수. 더 많으면 가장 나쁜, 나아진, 나빠진 것", type=int)
     option("--max-objects", 20, "이미지마다 객체를 몇 개까지 비교할지. 더 많으면 무작위로 뽑은, 늘 같은 표본", type=int)
     option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 거기에 가장 크게 틀린 곳의 점 둘을 더함, "
            "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아, none 프롬프트 없이 모든 객체를 한 마스크로",
@@ -147,7 +165,7 @@ def parse_args():
            "정확도가 떨어짐 (기본: 모델 설정대로)", type=int, choices=[512, 768, 1024])
     option("--device", "auto", "장치: auto, mps, cuda, cpu")
     args = parser.parse_args()
-    for name, least in (("num_images", 1), ("num_visualize", 0), ("max_objects", 1)):
+    for name, least in (("num_images", 1), ("num_visualize", 0), ("report_images", 0), ("max_objects", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {least} 이상이어야 합니다")
     return args
@@ -173,6 +191,31 @@ def find_pairs(image_dir, mask_dir):
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
+def read_classes(mask_dir):
+    """The class names in data/classes.json, {1: "polyp", ...}, for mask_dir data/masks/val; {} without that file."""
+    path = Path(mask_dir).absolute().parent.parent / "classes.json"
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {int(number): printable(str(name or "")) for number, name in names.items()}
+    except (ValueError, AttributeError) as error:
+        fail(f'{path}: {{"1": "polyp", "2": "instrument"}}처럼 클래스 번호와 이름이 있어야 합니다 ({error})')
+
+
+def has_objects(mask_path, classes):
+    """Whether a mask holds objects; with classes, fails at a value that is not 1000 * class + number (1 to 999)."""
+    numbers = object_numbers(read_mask(mask_path))
+    for number in numbers if classes else ():
+        if not classes.get(number // 1000) or number % 1000 == 0:
+            fail(f"{mask_path}: 값 {number}의 클래스가 classes.json에 없습니다. 값은 1000 × 클래스 + 번호(1부터)이고, "
+                 f"있는 클래스는 {', '.join(map(str, classes))}입니다. 번호만 든 마스크라면 classes.json을 지우세요")
+    return len(numbers) > 0
+
+
+def object_numbers(labels):
+    """The numbers of the objects in a mask (uint16 H x W), in order."""
+    return np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
+
+
 def read_pair(pair):
     """Read (image path, mask path): the image's path, the image and its mask; ImageError if their sizes differ."""
     image_path, mask_path = pair
@@ -187,7 +230,7 @@ def split_objects(labels, max_objects):
 
     Returns: their numbers, their masks (bool N x H x W), and the number of objects left out.
     """
-    numbers = np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
+    numbers = object_numbers(labels)
     sample = sample_objects(numbers, max_objects)
     return sample.tolist(), labels == sample[:, None, None], len(numbers) - len(sample)
 
@@ -308,21 +351,80 @@ def error_click(predicted, gt_mask):
     return np.array([[x, y]], np.float32), label
 
 
-# ---- metrics ----
+# ---- measures ----
 
 
-def measure(name, objects, gt_masks, results):
-    """The rows of per_image.csv for one image; results: {"original": (masks, prompts), "fine-tuned": ...}."""
-    (original, _), (finetuned, _) = results.values()
-    return [{"image": text_cell(name), "object": number,
-             "original_iou": calculate_iou(before, gt_mask), "finetuned_iou": calculate_iou(after, gt_mask),
-             "original_dice": calculate_dice(before, gt_mask), "finetuned_dice": calculate_dice(after, gt_mask)}
-            for number, gt_mask, before, after in zip(objects, gt_masks, original, finetuned)]
+def measure(name, objects, gt_masks, results, classes):
+    """The rows of per_image.csv for one image; results: {"original": (masks, prompts), "fine-tuned": ...}.
+
+    objects: their numbers, or "" for a mask that is no numbered object; classes: see read_classes, {} without classes.
+    """
+    calculate, rows = (calculate_iou, calculate_dice, calculate_boundary_f), []
+    for number, gt_mask, *predicted in zip(objects, gt_masks, *(masks for masks, _ in results.values())):
+        row, area = {"image": name, "object": number}, int(gt_mask.sum())
+        for title, function in zip(MEASURES, calculate):
+            row |= {f"{model}_{title}": function(mask, gt_mask) for model, mask in zip(MODELS, predicted)}
+        row |= {"area": area, "size": SIZES[np.searchsorted(SIZE_LIMITS, area, "right")]}
+        rows.append(row | ({"class": classes[number // 1000]} if classes else {}))
+    return rows
 
 
 def calculate_dice(pred_mask, gt_mask):
     """Dice coefficient of two boolean masks of one shape, 0 to 1: 2|A∩B| / (|A| + |B| + 1e-6)."""
     return float(2 * np.logical_and(pred_mask, gt_mask).sum() / (pred_mask.sum() + gt_mask.sum() + 1e-6))
+
+
+def calculate_boundary_f(pred_mask, gt_mask):
+    """Boundary F of two boolean H x W masks, 0 to 1: the harmonic mean of the shares of each boundary's pixels that lie
+    near the other boundary, within 0.8 % of the image's diagonal (rounded up to whole pixels).
+
+    Source: F in Perazzi et al., A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation (DAVIS),
+    CVPR 2016, with the values of davis2017-evaluation.
+    """
+    x, y, width, height = cv2.boundingRect(np.uint8(pred_mask | gt_mask))
+    crop = np.s_[max(0, y - 1):y + height + 1, max(0, x - 1):x + width + 1]  # the rest has no boundary
+    pred, gt = (find_boundary(mask[crop]) for mask in (pred_mask, gt_mask))
+    if not pred.any() or not gt.any():
+        return float(pred.any() == gt.any())
+    tolerance = math.ceil(0.008 * math.hypot(*gt_mask.shape))
+    near_pred, near_gt = (cv2.distanceTransform(np.uint8(~boundary), cv2.DIST_L2, 0) <= tolerance
+                          for boundary in (pred, gt))
+    precision, recall = float(near_gt[pred].mean()), float(near_pred[gt].mean())
+    return 2 * precision * recall / (precision + recall or 1)
+
+
+def find_boundary(mask):
+    """The pixels of a boolean mask that differ from the pixel to the right, below, or diagonally below: bool H x W."""
+    padded = np.pad(mask, (0, 1), "edge")
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+
+
+def mean_measures(rows, **values):
+    """The number of the rows that hold these values, and the means of their measures (None without rows)."""
+    rows = [row for row in rows if values.items() <= row.items()]
+    names = [f"{model}_{measure}" for measure in MEASURES for model in MODELS]
+    return {"num_objects": len(rows), **{name: float(np.mean([row[name] for row in rows])) if rows else None
+                                         for name in names}}
+
+
+def difference(rows):
+    """The difference of the mean IoU in percentage points and its 95 % interval, [low, high] or None for one image.
+
+    The interval is that of a paired bootstrap (percentile method, 10,000 draws) over images: the objects of one image
+    are not independent.
+    """
+    _, images = np.unique([row["image"] for row in rows], return_inverse=True)
+    counts, gains = np.bincount(images), np.bincount(images, [100 * gain(row) for row in rows])
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(0, len(counts), len(counts)) for _ in range(10_000 if len(counts) > 1 else 0))
+    means = [gains[draw].sum() / counts[draw].sum() for draw in draws]
+    return {"difference_pp": float(gains.sum() / len(rows)),
+            "difference_pp_95": np.percentile(means, (2.5, 97.5)).tolist() if means else None}
+
+
+def gain(row):
+    """The difference in IoU between the models, in an object's row or in means."""
+    return row["finetuned_iou"] - row["original_iou"]
 
 
 # ---- figures ----
@@ -396,24 +498,49 @@ def overlay(image, mask, color):
     return cv2.drawContours(tinted, edges, -1, color, max(1, round(max(mask.shape) / 300)))
 
 
+def save_charts(folder, rows):
+    """Write scatter.png (fine-tuned against original IoU), histogram.png and size.png (IoU against object size)."""
+    ious = [[row[f"{model}_iou"] for row in rows] for model in MODELS]
+    figures, (scatter, histogram, size) = zip(*(plt.subplots(figsize=(6, 6), layout="constrained") for _ in CHARTS))
+    better = sum(gain(row) > 0 for row in rows)
+    scatter.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    scatter.scatter(*ious, s=18, alpha=0.6)
+    scatter.set(xlabel="original IoU", ylabel="fine-tuned IoU", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal",
+                title=f"{better} of {len(rows)} objects better after fine-tuning")
+    histogram.hist(ious, np.linspace(0, 1, 21), color=CHART_COLORS, label=list(COLORS))
+    histogram.set(xlabel="IoU", ylabel="objects", title="distribution of IoU")
+    for iou, color, title in zip(ious, CHART_COLORS, COLORS):
+        size.scatter([row["area"]**0.5 for row in rows], iou, s=18, alpha=0.6, color=color, label=title)
+    size.vlines(np.sqrt(SIZE_LIMITS), 0, 1, color="grey", linestyle=":")
+    size.set(xlabel="square root of the object's area (px; dotted: 32, 96)", ylabel="IoU", title="IoU by object size")
+    for axes in (histogram, size):
+        axes.legend()
+    for figure, name in zip(figures, CHARTS):
+        figure.axes[0].grid(alpha=0.3)
+        save_figure(figure, folder / name)
+
+
 # ---- results ----
 
 
-def save_results(rows, specificity, images, args, device, image_size):
-    """Write per_image.csv, scatter.png and summary.json; returns the mean of each measure."""
+def save_results(rows, pictures, specificity, images, classes, args, device, image_size):
+    """Write per_image.csv, summary.json, the charts and report.html; returns the summary."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: text_cell(str(value)) for name, value in row.items()} for row in rows)
     write_file(args.output_dir / "per_image.csv", text.getvalue().encode(errors="surrogateescape"))
-    save_scatter(args.output_dir / "scatter.png", rows)
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name not in ("image", "object")}
-    summary = {"num_images": images, "num_objects": len(rows), **mean, **specificity,
-               "difference_pp": 100 * (mean["finetuned_iou"] - mean["original_iou"]),
+    groups = {"by_size": {name: mean_measures(rows, size=name) for name in SIZES}}
+    if classes:
+        groups["by_class"] = {name: mean_measures(rows, **{"class": name}) for name in classes.values()}
+    summary = {"num_images": images, **mean_measures(rows), **specificity, **difference(rows), **groups,
                "prompt": args.prompt, "device": device, "image_size": image_size,
                "original": str(args.checkpoint), "finetuned": str(args.finetuned)}
     write_json(args.output_dir / "summary.json", summary)
-    return mean
+    save_charts(args.output_dir, rows)
+    charts = [(args.output_dir / name).read_bytes() for name in CHARTS]
+    write_file(args.output_dir / "report.html", make_report(rows, summary, pictures, charts).encode())
+    return summary
 
 
 def text_cell(text):
@@ -421,23 +548,19 @@ def text_cell(text):
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def save_scatter(path, rows):
-    """Plot fine-tuned IoU against original IoU, one dot per object; dots above the diagonal are better."""
-    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    axes.scatter([row["original_iou"] for row in rows], [row["finetuned_iou"] for row in rows], s=18, alpha=0.6)
-    better = sum(row["finetuned_iou"] > row["original_iou"] for row in rows)
-    axes.set(xlabel="original IoU", ylabel="fine-tuned IoU", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal",
-             title=f"{better} of {len(rows)} objects better after fine-tuning")
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
+def change(means, measure):
+    """Both models' values of a measure, in an object's row or in means: "65.92% → 83.33%"; "-" without objects."""
+    before, after = (means[f"{model}_{measure}"] for model in MODELS)
+    return "-" if before is None else f"{before:.2%} → {after:.2%}"
 
 
-def result_box(original_iou, finetuned_iou):
+def result_box(original_iou, finetuned_iou, interval=None):
     """The result box that the guide shows; IoU from 0 to 1. A drop is shown as a negative difference.
 
-    Korean letters count as two columns, so that the frame lines up on a terminal.
+    interval: of the difference, [low, high] in percentage points. Korean letters count as two columns, so that the
+    frame lines up on a terminal.
     """
+    difference = difference_text(100 * (finetuned_iou - original_iou), interval)
     return f"""\
 ┌─────────────────────────────────────────┐
 │              평균 IoU 비교              │
@@ -445,8 +568,138 @@ def result_box(original_iou, finetuned_iou):
 │  원본 SAM2:      {original_iou:7.2%}                │
 │  파인튜닝 SAM2:  {finetuned_iou:7.2%}                │
 ├─────────────────────────────────────────┤
-│  개선율:         {100 * (finetuned_iou - original_iou):+6.1f}%p               │
+│  개선율: {difference:^31}│
 └─────────────────────────────────────────┘"""
+
+
+def difference_text(points, interval):
+    """A difference in percentage points with its 95 % interval: "+17.4%p (95%: +14.9 … +19.8)"; interval: or None."""
+    return f"{points:+.1f}%p" + (f" (95%: {interval[0]:+.1f} … {interval[1]:+.1f})" if interval else "")
+
+
+# ---- the report ----
+
+
+def update_pictures(pictures, rows, image, gt_masks, results, limit):
+    """{index of a row: its picture} for at most `limit` rows: in turn lowest IoU, largest loss, largest gain.
+
+    pictures: those of the images before. The last rows are the objects of `image`; results: see save_comparison.
+    """
+    first = len(rows) - len(gt_masks)
+    candidates = [*pictures, *range(first, len(rows))]
+    worst = sorted(candidates, key=lambda index: rows[index]["finetuned_iou"])
+    losses = sorted(candidates, key=lambda index: gain(rows[index]))
+    chosen = list(dict.fromkeys(itertools.chain(*zip(worst, losses, losses[::-1]))))[:limit]
+    return {index: pictures.get(index) or draw_picture(image, gt_masks, results, index - first) for index in chosen}
+
+
+def draw_picture(image, gt_masks, results, number):
+    """A JPEG of an object and its surroundings: two panels of at most 512 px, one for each model.
+
+    They show the mask, the prompt, and the outline of the ground truth. results: see save_comparison.
+    """
+    gt_mask = gt_masks[number]
+    x, y, width, height = cv2.boundingRect(np.uint8(gt_mask))
+    margin = max(width, height, 32) if width else max(image.shape)
+    top, left = max(0, y - margin), max(0, x - margin)
+    crop = np.s_[top:y + height + margin, left:x + width + margin]
+    scale = 512 / max(gt_mask[crop].shape)
+    size = [max(1, round(side * scale)) for side in gt_mask[crop].shape[::-1]]
+    small, truth = (cv2.resize(array[crop], size, interpolation=cv2.INTER_AREA) for array in (image, np.uint8(gt_mask)))
+    edges, _ = cv2.findContours(truth, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    panels = []
+    for title, (masks, (coords, labels)) in results.items():
+        mask = cv2.resize(np.uint8(masks[number][crop]), size, interpolation=cv2.INTER_AREA)
+        panels.append(cv2.drawContours(overlay(small, mask, COLORS[title]), edges, -1, (0, 200, 0), 2))
+        for (x, y), label in zip((coords[number] - (left, top)) * scale, labels[number]):
+            if label >= 0:  # -1: no prompt
+                color = (0, 255, 0) if label else (255, 0, 0)
+                cv2.drawMarker(panels[-1], (int(x), int(y)), color, cv2.MARKER_STAR, 20, 2)
+    pixels = cv2.cvtColor(np.hstack(panels), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+
+
+def make_report(rows, summary, pictures, charts):
+    """The text of report.html, which needs no other file. pictures: {index of a row to show: JPEG}; charts: PNG."""
+    def text(value):
+        return html.escape(printable(str(value)))
+
+    def figure(kind, data, attributes="", caption=""):
+        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        return f'<figure {attributes}><img src="{uri}" alt=""><figcaption>{caption}</figcaption></figure>\n'
+
+    def cells(values):
+        return "".join(f"<td>{change(values, measure)}" for measure in MEASURES)
+
+    table, gallery = "", ""
+    for index in sorted(pictures, key=lambda index: rows[index]["finetuned_iou"]):
+        row, points = rows[index], 100 * gain(rows[index])
+        name = text(f"{row['image']} {row['object']} {row.get('class', '')}".strip())
+        data = f'data-name="{name}" data-row="{index}" data-iou="{row["finetuned_iou"]}" data-gain="{points}"'
+        points = f'<b class="{"loss" if points < 0 else "gain"}">{points:+.1f}%p</b>'
+        table += f'<tr {data}><td><a href="#row{index}">{name}</a><td>{row["area"]}<td>{points}{cells(row)}\n'
+        caption = f"{name}<br>IoU {change(row, 'iou')} {points}"
+        gallery += figure("jpeg", pictures[index], f'{data} id="row{index}"', caption)
+    groups = {"전체": summary, **summary["by_size"], **summary.get("by_class", {})}
+    means = [f"<tr><td>{text(name)}<td>{group['num_objects']}{cells(group)}\n" for name, group in groups.items()]
+    empty = f"<p>객체가 없는 이미지에서 아무것도 찾지 않은 비율(특이도): {change(summary, 'specificity')}</p>" \
+        if "original_specificity" in summary else ""
+    return PAGE.substitute(
+        {name: text(value) for name, value in summary.items()}, iou=change(summary, "iou"), means="".join(means),
+        difference=difference_text(summary["difference_pp"], summary["difference_pp_95"]), shown=len(pictures),
+        charts="".join(figure("png", chart) for chart in charts), specificity=empty, table=table, gallery=gallery)
+
+
+PAGE = string.Template("""\
+<!DOCTYPE html>
+<html lang="ko">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>원본 SAM 2.1과 파인튜닝한 모델의 비교</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 1rem; overflow-wrap: anywhere }
+.result { font-size: 1.4rem } [hidden] { display: none }
+.gain { color: light-dark(#08702c, #6fdc8c) } .loss { color: light-dark(#c01818, #ff8a80) }
+.scroll { overflow: auto; max-height: 70vh; white-space: nowrap } table { border-collapse: collapse }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid #8886; text-align: right }
+td:first-child { text-align: left } thead th { position: sticky; top: 0; background: Canvas }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
+figure { margin: 0; padding: .5rem; border: 1px solid #8886; border-radius: .5rem } img { width: 100% }
+</style>
+<h1>원본 SAM 2.1과 파인튜닝한 모델의 비교</h1>
+<p class="result">평균 IoU $iou<br>차이 $difference</p>
+<p>이미지 $num_images장, 객체 $num_objects개, 프롬프트 $prompt, 모델 입력 $image_size px, 장치 $device.
+원본: $original, 파인튜닝: $finetuned.</p>
+<p>괄호 안은 차이의 95% 구간입니다. 이미지를 10,000번 다시 뽑아 구했고(paired bootstrap, percentile), 0이 들어 있으면
+차이가 우연일 수 있습니다.</p>
+<div class="scroll"><table><thead><tr><th><th>객체<th>IoU<th>Dice<th>Boundary F</thead>$means</table></div>
+$specificity
+<p>객체마다 잰 값의 평균입니다. 객체의 크기는 COCO처럼 small이 32², medium이 96² 픽셀 미만입니다(줄이지 않은 이미지의
+픽셀). Boundary F는 DAVIS의 것으로, 이미지 대각선의 0.8% 안에서 서로 맞는 경계의 비율입니다.</p>
+<div class="grid">$charts</div>
+<h2>객체 $num_objects개 가운데 $shown개</h2>
+<p><a href="#worst">나쁜 순서</a> · <a href="#gain">많이 나아진 순서</a> · <a href="#loss">많이 나빠진 순서</a> ·
+<a href="#row">이름 순서</a> · <input type="search" placeholder="이름으로 찾기" aria-label="이름으로 찾기"></p>
+<div class="scroll"><table><thead><tr><th>객체<th>넓이(px)<th>차이<th>IoU<th>Dice<th>Boundary F</thead>
+<tbody>$table</table></div>
+<p>왼쪽이 원본, 오른쪽이 파인튜닝한 모델의 마스크입니다. 초록 선은 정답, 별은 클릭이나 상자의 두 모서리입니다.</p>
+<div class="grid">$gallery</div>
+<script>
+const items = [...document.querySelectorAll("[data-name]")];
+const keys = { worst: d => d.iou, gain: d => -d.gain, loss: d => d.gain, row: d => d.row };
+function sort() {
+  const key = keys[location.hash.slice(1)];
+  if (key) items.sort((a, b) => key(a.dataset) - key(b.dataset)).forEach(item => item.parentNode.append(item));
+}
+addEventListener("hashchange", sort);
+sort();
+document.querySelector("input").addEventListener("input", event => {
+  const words = event.target.value.normalize().toLowerCase();
+  for (const item of items) item.hidden = !item.dataset.name.normalize().toLowerCase().includes(words);
+});
+</script>
+""")
 
 
 # ---- shared block: the same, letter for letter, in train_sam2_proper.py, compare_models.py, test_my_image.py ----

@@ -2,24 +2,20 @@
 
     python prepare_data.py --images DIR --masks DIR      pair by file name; masks of one object or numbered objects
     python prepare_data.py --images DIR --coco FILE      COCO polygons or RLE (CVAT, Roboflow, Label Studio)
-    python prepare_data.py --check                       report every problem in data/ by file
-    python prepare_data.py --preview 12                  draw a contact sheet of 12 pairs
+    python prepare_data.py --check --preview 12          report every problem in data/; draw a contact sheet of 12 pairs
     python prepare_data.py                               create empty folders and explain how to fill them
 
-Output:
-
-    data/images/{train,val}/NAME.jpg|.jpeg|.png    the image's own bytes (other formats become PNG)
-    data/masks/{train,val}/NAME.png                of the image's size; 8-bit, 0 or 255: one object;
-                                                   16-bit: numbered objects, 0 is the background
-    data/split.json                                what it was made from, so that it is not made twice
+Output in data/: images/SPLIT/NAME.jpg|.jpeg|.png, the image's own bytes (other formats, pages and transparency become
+PNG); masks/SPLIT/NAME.png, 8-bit, 0 or 255: one object, or 16-bit: numbered objects, 0 is background; classes.json for
+two or more classes, {"1": name}: values are 1000 * class + number; split.json, the sources and the split.
 
 Chapters:
     settings               constants and messages
     the run                main(), the command line, from two folders to data/
-    pairs by name          an image and the mask file of the same name
+    finding pairs          an image and the mask file of the same name, folders, pages of a TIFF file
     reading masks          from the pixels of a mask file to a label map
     COCO                   polygons and RLE drawn as label maps
-    writing data/          both files of a pair, EXIF orientation, the split, notes
+    writing data/          both files of a pair, EXIF orientation, transparency, the split, notes
     --check and --preview  every problem in data/, statistics, the contact sheet
     files                  images, locks, files that are never half-written, failures
 """
@@ -33,13 +29,16 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
+import struct
 import sys
 import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import cv2
@@ -56,28 +55,45 @@ IMAGE_SUFFIXES = (*KEPT_AS_IS, ".jfif", ".jpe", ".bmp", ".tif", ".tiff", ".webp"
 TEXT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml")  # common beside images, not reported as unread
 VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by PASCAL VOC, DAVIS and LabelMe
 SPLITS = ("train", "val")
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files of a NAS or Windows
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
+AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
+IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 NOTES = {  # messages about changes to some files, by the key under which they are collected
+    "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive는 모두 읽고, train/과 val/이 있으면 그 둘만)",
+    "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
+    "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 저마다 한 묶음입니다",
     "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다: 배경인 값은 --void로 알려 주세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
     "crowds": "iscrowd 영역 {:,}개를 뺐습니다 (객체로 쓰려면 --keep-crowd)",
     "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --keep-crowd 없이, 또는 --category로 다른 범주만)",
     "boxes": "상자뿐인 객체 {:,}개를 뺐습니다 (마스크 만들기: python extras/label_with_text.py --boxes)",
     "orphans": "images에 없는 이미지의 객체 {:,}개를 뺐습니다",
+    "unnamed": "categories에 없는 category_id의 객체 {:,}개: 번호를 클래스의 이름으로 씁니다",
     "prefixes": "Label Studio가 이름 앞에 붙인 글자를 이미지 {:,}장에서 떼고 찾았습니다",
+    "empty": "객체가 없는 이미지 {:,}장 (검은 마스크, --allow-empty)",
+    "duplicates": "픽셀이 같은 이미지 {:,}장이 한쪽에 더 있습니다",
+    "cut": "가장자리에서 잘린 객체 {:,}개",
+    "small": "학습에서 빠지는 작은 객체 (100픽셀 미만) {:,}개",
+    "white": "투명한 이미지 {:,}장은 흰 바탕에 합쳐 PNG로 썼습니다",
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
+MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
+REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
+Row = namedtuple("Row", "name image mask size share objects content reasons")  # see measure_pair()
+Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/NAME", path, page (0: the file), function of (H, W)
 
 for _stream in (sys.stdout, sys.stderr):
     if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
-Image.MAX_IMAGE_PIXELS = None  # Pillow only looks at headers and palettes; OpenCV has a limit of its own
+Image.MAX_IMAGE_PIXELS = None  # OpenCV has a limit of its own
+composed = partial(unicodedata.normalize, "NFC")  # macOS and its zip files decompose the syllables of file names
 
 
 class ImageError(OSError):
@@ -91,20 +107,29 @@ def main():
     args = parse_args()
     if args.images:
         prepare(args)
-    problems = check(args.data_dir) if args.check else 0
+    if args.check or args.preview:
+        rows, problems, notes, classes = survey(args.data_dir, args.allow_empty)
+    if args.check:
+        print_check(rows, problems, notes, classes)
     if args.preview:
-        preview(args.data_dir, args.preview)
+        preview(args.data_dir, rows, args.preview)
     if not (args.images or args.check or args.preview):
         make_empty_folders(args.data_dir)
-    sys.exit(1 if problems else 0)
+    sys.exit(1 if args.check and problems else 0)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="내 이미지와 마스크를 data/에 준비하고 확인합니다.")
-    add, kind = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--images", type=Path, help="이미지 폴더")
+    parser = argparse.ArgumentParser(description="내 이미지와 마스크를 data/에 준비하고 확인합니다.", epilog=IMPORT)
+    add, kind, group = parser.add_argument, *(parser.add_mutually_exclusive_group() for _ in range(2))
+    add("--images", type=Path, help="이미지 폴더. 안에 train/과 val/(또는 valid/)이 있으면 그 분할을 지킴")
     add("--masks", type=Path, help="마스크 폴더: 이미지와 이름(확장자 제외)이 같은 파일")
     add("--coco", type=Path, help="마스크 대신 COCO annotations.json (다각형 또는 RLE)")
+    add("--val-images", type=Path, help="검증 이미지 폴더: 나누지 않고 이 분할을 씀")
+    add("--val-masks", type=Path, help="--val-images의 마스크 폴더")
+    add("--val-coco", type=Path, help="--val-images의 COCO 파일")
+    add("--mask-suffix", default="", metavar="TEXT", help="마스크 이름의 꼬리: a.jpg의 마스크가 a_mask.png이면 _mask")
+    add("--image-suffix", default="", metavar="TEXT", help="마스크 이름에는 없는 이미지 이름의 꼬리")
+    add("--recursive", action="store_true", help="하위 폴더도 읽음: a/b.jpg는 a__b.jpg가 됨")
     kind.add_argument("--numbered", "--colors", "--colours", action="store_true",
                       help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
     kind.add_argument("--classes", action="store_true",
@@ -115,45 +140,73 @@ def parse_args():
     add("--category", action="append", metavar="NAME", help="--coco에서 이 범주만 씀 (여러 번 가능)")
     add("--keep-crowd", action="store_true", help="--coco의 iscrowd 영역도 객체로 씀")
     add("--merge", action="store_true", help="이미지의 객체를 모두 8비트 마스크 하나로 합침")
+    add("--allow-empty", action="store_true", help="객체가 없는 이미지도 검은 마스크로 넣음")
     add("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: %(default)s)")
     add("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: %(default)s)")
     add("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
+    group.add_argument("--group", metavar="REGEX",
+                       help="이름에서 이 정규식(괄호가 있으면 첫 괄호)에 맞는 글자가 같은 이미지는 한쪽에만 둠")
+    group.add_argument("--group-by-folder", dest="group", action="store_const", const="^([^/]+)/",
+                       help="--images 바로 아래의 폴더가 같은 이미지는 한쪽에만 둠")
     add("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
-    add("--preview", type=int, metavar="N", help="N쌍을 한 장에 모아 data/preview.png로 저장")
+    add("--preview", type=int, metavar="N", help="N쌍을, 살펴볼 것부터, 한 장에 모아 data/preview.png로 저장")
     args = parser.parse_args()
-    if bool(args.images) != bool(args.masks or args.coco):
-        parser.error("--images에는 --masks 또는 --coco가 함께 있어야 합니다")
-    if args.masks and args.coco:
-        parser.error("--masks와 --coco 중 하나만 쓰세요")
-    kinds = (args.numbered, args.classes, args.void, args.threshold is not None)
-    if any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco:
-        parser.error("--numbered, --classes, --threshold, --void는 --masks와, "
-                     "--category와 --keep-crowd는 --coco와 함께 씁니다")
-    if any(len(void) not in (1, 3) for void in args.void):
-        parser.error("--void는 값 하나나 색 R G B여야 합니다")
-    if not 0 <= args.val_ratio < 1:
-        parser.error("--val-ratio는 0 이상 1 미만이어야 합니다")
-    if args.preview is not None and args.preview < 1:
-        parser.error("--preview는 1 이상이어야 합니다")
+    for images, masks, coco in (("images", "masks", "coco"), ("val_images", "val_masks", "val_coco")):
+        given = [bool(getattr(args, name)) for name in (images, masks, coco)]
+        if given not in ([False] * 3, [True, True, False], [True, False, True]):
+            images, masks, coco = (f"--{name.replace('_', '-')}" for name in (images, masks, coco))
+            parser.error(f"{images}에는 {masks} 또는 {coco} 하나만 함께 있어야 합니다. {IMPORT}")
+    if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
+        parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
+    kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
+    for is_wrong, message in (
+            (any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
+             "--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
+             "--category와 --keep-crowd는 --coco와 함께 씁니다"),
+            (any(len(void) not in (1, 3) for void in args.void), "--void는 값 하나나 색 R G B여야 합니다"),
+            (not 0 <= args.val_ratio < 1, "--val-ratio는 0 이상 1 미만이어야 합니다"),
+            (args.preview is not None and args.preview < 1, "--preview는 1 이상이어야 합니다")):
+        if is_wrong:
+            parser.error(message)
+    try:
+        re.compile(args.group or "")
+    except re.error as error:
+        parser.error(f"--group: 정규식이 아닙니다 ({error})")
     return args
 
 
 def prepare(args):
     """Pair, check, read the masks, split and write data/; print a summary."""
-    target, notes = args.data_dir, defaultdict(list)
-    if target.resolve() in (args.images.resolve(), *args.images.resolve().parents):
-        fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
-    readers, problems = (pairs_from_coco if args.coco else pairs_from_masks)(args, notes)
-    sources = sorted([*readers, *([args.coco] if args.coco else image_files(args.masks, {}))])
+    target, staging, notes = args.data_dir, args.data_dir / ".part", defaultdict(list)
+    pairs, problems, sources, classes = [], {}, set(), {}  # classes: {name: number in the masks}
+    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
+             ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts[:2 if args.val_images else 1]:
+        if target.resolve() in (images.resolve(), *images.resolve().parents):
+            fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
+        find_pairs = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
+        found, files = find_pairs(images, split, args, problems, notes)
+        pairs += found
+        sources.update((f"{split}/{path.name}", path) for path in files)
+        sources.update((pair.name, pair.image) for pair in found)
+    if missing := [name for name in args.category or () if name not in classes]:
+        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(classes)})")
+    used = [name for name, is_used in classes.items() if is_used]
+    if len(used) > MAX_CLASSES and not args.merge:
+        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    classes.clear()
+    if len(used) > 1 and not args.merge:
+        classes.update({name: number for number, name in enumerate(used, start=1)})
 
     lock(target / ".lock")
     settings = {name: value for name, value in vars(args).items()
-                if name not in ("images", "masks", "coco", "data_dir", "check", "preview")}
-    record = {"sources": [[path.name, zlib.crc32(path.read_bytes())] for path in sources], "complete": True, **settings}
+                if not isinstance(value, Path) and name not in ("check", "preview")}
+    record = {"sources": [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], "complete": True,
+              **settings}
     earlier_record, files = {}, checksums(target)
-    with contextlib.suppress(OSError, ValueError):
-        earlier_record = json.loads((target / "split.json").read_text(encoding="utf-8"))
-    if earlier_record == {**record, "checksums": files}:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        earlier_record = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
+    if {**earlier_record, "split": 0} == {**record, "checksums": files, "split": 0}:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
     own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all files
@@ -161,24 +214,27 @@ def prepare(args):
         fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
              "옮기거나 다른 --data-dir을 쓰세요")
 
-    staging = target / ".part"
     try:
-        contents = write_pairs(readers, problems, staging, notes)
+        contents, groups = write_pairs(pairs, problems, staging, args, notes)
         print_notes(notes)
         for name, problem in sorted(problems.items()):
-            print(f"  제외: {name} - {problem}")
+            print(f"  제외: {name.removeprefix('all/')} - {problem}")
         if not contents:
-            fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}")
+            fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
+        if args.group and len(notes["ungrouped"]) == len(contents):
+            fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
     except SystemExit:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
-    splits = split_names(contents, args.val_ratio, args.shuffle_seed)
-    for pair in same_images(*({name: contents[name] for name in splits[split]} for split in SPLITS)):
-        print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {pair}")
+    splits = {split: [name for name in contents if name.startswith(split)] for split in SPLITS}  # their own split
+    is_own = any(splits.values())
+    splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
+    warn_about_split(splits, contents, groups, args.group)
     if files:
         print(f"{target}에 있던 {sum(name.startswith('masks/') for name in files)}쌍을 새 쌍으로 바꿉니다.")
-    put_in_place(staging, target, splits, record)
-    print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개")
+    put_in_place(staging, target, splits, classes, record)
+    print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
+          + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
 
 
 def make_empty_folders(data_dir):
@@ -187,72 +243,158 @@ def make_empty_folders(data_dir):
     for folder in new:
         folder.mkdir(parents=True)
     print(f"""{'폴더를 만들었습니다' if new else '폴더가 이미 있습니다'}: {', '.join(map(str, new or folders))}
-
-직접 채우기 (val은 검증용, 전체의 20% 정도. 확인: python prepare_data.py --check):
-  {data_dir}/images/train/이름.jpg    학습 이미지 (jpg, jpeg, png)
-  {data_dir}/masks/train/이름.png     같은 이름, 같은 크기의 마스크
-      객체가 하나면 8비트 PNG (흰색 255가 객체, 검은색 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
-
-자동으로 나누기:
-  python prepare_data.py --images 이미지폴더 --masks 마스크폴더    (8비트 값이나 색이 객체의 번호면 --numbered)
-  python prepare_data.py --images 이미지폴더 --coco annotations.json
-
-Kvasir-SEG 받기:
-  python download_dataset.py""")
+직접 채우기: {data_dir}/images/train/이름.jpg (png)와 {data_dir}/masks/train/이름.png, val은 검증용 (전체의 20% 정도)
+  마스크는 객체가 하나면 8비트 PNG (255가 객체, 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
+  확인: python prepare_data.py --check
+자동으로 나누기 (8비트 값이나 색이 객체의 번호면 --numbered):
+  python prepare_data.py --images 이미지폴더 --masks 마스크폴더
+  또는 python prepare_data.py --images 이미지폴더 --coco annotations.json
+{IMPORT}
+Kvasir-SEG 받기: python download_dataset.py""")
 
 
-# ---- pairs by name ----
+# ---- finding pairs ----
 
 
-def pairs_from_masks(args, notes):
-    """Pair images and mask files by stem.
+def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=None):
+    """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become `problems`.
 
-    Returns: {image path: function of (H, W) that reads the image's mask, see read_source_mask}, and {name: problem}.
+    split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then are it.
+    Folders inside are read if `recursive` or if named in `subfolders`; `skip`, a folder inside, is never read.
     """
-    if args.images.resolve() == args.masks.resolve():
-        fail(f"--images와 --masks가 같은 폴더입니다: {args.images}. 마스크를 다른 폴더로 옮기세요")
-    pairs, problems = pair_by_stem(args.images, args.masks)
-    return {image: partial(read_source_mask, mask, args, notes) for image, mask in pairs}, problems
-
-
-def pair_by_stem(image_dir, mask_dir):
-    """Pair the files of two folders by stem: [(image path, mask path)], and {name: problem} for the others."""
-    stems, pairs, problems = defaultdict(lambda: ([], [])), [], {}
-    for part, folder in enumerate((image_dir, mask_dir)):
-        for path in image_files(folder, problems):
-            stems[composed(path.stem)][part].append(path)
-    for stem, (images, masks) in sorted(stems.items()):
-        if len(images) > 1 or len(masks) > 1:
-            problems[stem] = "이름이 같은 파일이 여럿: " + ", ".join(path.name for path in max(images, masks, key=len))
-        elif not masks:
-            problems[images[0].name] = f"마스크 없음 (이름이 {stem}인 파일)"
-        elif not images:
-            problems[masks[0].name] = f"이미지 없음 (이름이 {stem}인 파일)"
-        else:
-            pairs.append((images[0], masks[0]))
-    return pairs, problems
-
-
-def image_files(folder, problems):
-    """The image files of a folder, sorted by name; adds other files, except texts, to `problems`, {name: problem}."""
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    paths = sorted(path for path in folder.iterdir()  # glob() would silently skip an unreadable folder
-                   if path.is_file() and not SYSTEM_FILES.search(f"/{path.name}"))
-    problems.update({path.name: "읽지 않는 형식 (PNG나 JPEG로 바꾸세요)" for path in paths
-                     if path.suffix.lower() not in IMAGE_SUFFIXES + TEXT_SUFFIXES})
-    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.resolve() != skip
+              and not SYSTEM_FILES.search(f"/{path.name}/")]
+    own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
+    own = own if set(own.values()) == set(SPLITS) else {}
+    paths = set(walk_files(folder, recursive and not own, skip)).union(
+        *(walk_files(folder / name, recursive, skip) for name in [*own, *subfolders]))
+    found = []
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        first, _, rest = name.partition("/")
+        if path.suffix.lower() in TEXT_SUFFIXES or SYSTEM_FILES.search(f"/{name}"):
+            continue
+        name = f"{own[first]}/{rest}" if first in own else f"{split}/{name}"
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            problems[name] = "읽지 않는 형식 (PNG나 JPEG로 바꾸세요)"
+        elif own and first not in own:
+            problems[name] = "train/과 val/ 밖에 있음"
+        else:
+            found.append((name, path))
+    read = {*own, *(name.split("/")[0] for name in subfolders), *(inside if recursive and not own else ())}
+    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in read]
+    return found
 
 
-def composed(name):
-    """A file name in NFC form, with one character per Korean syllable; macOS and its zip files decompose them."""
-    return unicodedata.normalize("NFC", name)
+def walk_files(folder, recursive, skip=None):
+    """The files of a folder, and of those inside if recursive; OSError if one is unreadable (glob() would skip it)."""
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif recursive and path.is_dir() and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
+            yield from walk_files(path, True, skip)
+
+
+def pairs_from_masks(masks, images, split, args, problems, notes):
+    """Pair images and mask files by stem: [Pair], and the mask files; adds {name: problem} for the others."""
+    find = partial(images_in, split=split, recursive=args.recursive, problems=problems, notes=notes)
+    if images.resolve() != masks.resolve():
+        image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
+    elif args.mask_suffix:
+        files, suffix = find(images), composed(args.mask_suffix)
+        mask_files = [(name, path) for name, path in files if composed(path.stem).endswith(suffix)]
+        image_files = [(name, path) for name, path in files if not composed(path.stem).endswith(suffix)]
+    else:
+        fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
+    pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
+    if image_files and not pairs and not args.mask_suffix:
+        suggest_suffix(*([composed(name.removesuffix(path.suffix)) for name, path in files]
+                         for files in (image_files, mask_files)))
+    pairs = [Pair(name, *image, partial(read_source_mask, *mask, args, notes)) for name, image, mask in pairs]
+    return pairs, [path for _, path in mask_files]
+
+
+def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask_suffix=""):
+    """Pair files by stem: [(name, (image path, page), (mask path, page))]; files without a pair become `problems`.
+
+    Pages of a TIFF file with several are named stem_p001, stem_p002, ...; page is 0 for other files.
+    """
+    found, pairs = defaultdict(lambda: ([], [])), []
+    is_one_mask_folder = all(name.startswith("all/") for name, _ in mask_files)  # for images with a split of their own
+    for part, (files, suffix) in enumerate(((image_files, image_suffix), (mask_files, mask_suffix))):
+        for name, path in files:
+            stem, pages = name.removesuffix(path.suffix), len(tiff_pages(path))
+            if not composed(stem).endswith(composed(suffix)):
+                notes["suffixes"].append((name, 1))
+                continue
+            for page in range(1, pages + 1) if pages > 1 else [0]:
+                mark = f"_p{page:03}" if page else ""
+                key = composed(stem).removesuffix(composed(suffix)) + mark
+                key = key.partition("/")[2] if is_one_mask_folder else key
+                found[key][part].append((f"{stem}{mark}{path.suffix}", (path, page)))
+    for stem, (images, masks) in sorted(found.items()):
+        if len(images) > 1 or len(masks) > 1:
+            same = [name for name, _ in max(images, masks, key=len)]
+            problems[same[0]] = "이름이 같은 파일이 여럿: " + ", ".join(Path(name).name for name in same)
+        elif not masks:
+            problems[images[0][0]] = f"마스크 없음 (이름이 {Path(stem).name}{mask_suffix}인 파일)"
+        elif not images:
+            problems[masks[0][0]] = f"이미지 없음 (이름이 {Path(stem).name}{image_suffix}인 파일)"
+        else:
+            pairs.append((*images[0], masks[0][1]))
+    return pairs
+
+
+def suggest_suffix(images, masks):
+    """Fail with the command that pairs all images if their stems and those of the masks differ only in one suffix."""
+    common = os.path.commonprefix([stem[::-1] for stem in images])[::-1]
+    for tail in ("", *re.findall(r"[-_. ].*", common)):
+        bases = [stem.removesuffix(tail) for stem in images]
+        suffixes = [mask[len(bases[0]):] for mask in sorted(masks) if mask.startswith(bases[0])]
+        fitting = [suffix for suffix in suffixes if suffix and {base + suffix for base in bases} <= set(masks)]
+        if fitting:
+            flags = [f"--mask-suffix={fitting[0]}", *([f"--image-suffix={tail}"] if tail else [])]
+            fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
+                 + shlex.join(["python", "prepare_data.py", *sys.argv[1:], *flags])
+                 + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
+
+
+def tiff_pages(path):
+    """The pages of a TIFF file: [(offset of the directory, position of the offset of the next)]; [] if it is none."""
+    pages, position = {}, 4
+    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports damaged files
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))  # decode_file() refuses BigTIFFs of several pages
+        while order and file.seek(position):
+            start, = struct.unpack(f"{order}I", file.read(4))
+            if start in (0, *pages):
+                break
+            file.seek(start)
+            position = pages[start] = start + 2 + 12 * struct.unpack(f"{order}H", file.read(2))[0]
+    return [(start, position, order) for start, position in pages.items()]
+
+
+def one_page(path, page, folder):
+    """A copy of a TIFF file in `folder` that shows only one page, counted from 1; `path` itself for page 0."""
+    if not page:
+        return path
+    copy = folder / str(zlib.crc32(os.fsencode(path.resolve()))) / path.name
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    start, position, order = tiff_pages(path)[page - 1]
+    with copy.open("r+b") as file:  # the header leads to this page, and this page to no other
+        for place, value in ((4, start), (position, 0)):
+            file.seek(place)
+            file.write(struct.pack(f"{order}I", value))
+    return copy
 
 
 # ---- reading masks ----
 
 
-def read_source_mask(path, args, notes, _shape=None):
+def read_source_mask(path, page, args, notes, _shape=None):
     """Read a mask written by any tool: bool H x W for one object, uint16 H x W for numbered objects (0: background).
 
     Grey masks with more than 8 bits (microscopy tools) and PNGs with the VOC palette hold object numbers. With
@@ -260,10 +402,13 @@ def read_source_mask(path, args, notes, _shape=None):
     masks, pixels above 127 in any channel are foreground; in a mask of 0 and 1, pixels of 1 are. Fails if a threshold
     of 127 would lose objects and no flag selects another reading.
     """
+    path = one_page(path, page, args.data_dir / ".part" / "mask pages")
     values, is_voc, void = read_pixels(path, args)
     if args.void or void.any():
         values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
         notes["void"].append((path.name, int(void.sum())))
+        if void.any() and not values.any():
+            raise ImageError("void뿐인 마스크")
     is_deep = values.ndim == 2 and values.itemsize > 1
     if args.numbered or args.classes or args.threshold is None and (is_voc or is_deep):
         labels = to_labels(values, args.classes)
@@ -287,8 +432,7 @@ def read_pixels(path, args):
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values = decode_file(path, cv2.IMREAD_UNCHANGED)
-    values = turn(values, read_orientation(path)) if path.suffix.lower() not in (".tif", ".tiff") else values
+    values = upright(decode_file(path, cv2.IMREAD_UNCHANGED), path)
     if values.ndim == 3 and values.shape[2] == 4:
         values, alpha = values[..., :3], values[..., 3] > values[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
@@ -353,98 +497,129 @@ def to_labels(values, classes=False):
 # ---- COCO ----
 
 
-def pairs_from_coco(args, notes):
-    """Like pairs_from_masks, for the objects of a COCO file or of the given categories only.
+def read_annotations(coco_path, args, notes):
+    """Read a COCO file, or the given categories of it; a region marked iscrowd may contain several objects.
 
-    A region marked iscrowd may contain several objects; it is skipped if its category also has single objects.
+    It is skipped if its category also has single objects. Returns {image id: (path, (H, W))}, {image id: [(category,
+    segmentation)]}, the ids of images with other objects, which cannot be used, and the names of all categories.
     """
-    objects, entries, names, readers, problems = defaultdict(list), defaultdict(list), {}, {}, {}
-    files = {composed(path.name): path for path in image_files(args.images, problems)}
+    paths, objects, incomplete = {}, defaultdict(list), set()
     try:
-        coco = json.loads(args.coco.read_text(encoding="utf-8-sig"))
+        coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
-            fail(f"{args.coco}: COCO 형식이 아닙니다 (images와 annotations 목록이 없음). "
-                 "내보낼 때 CVAT와 Label Studio에서는 COCO, VIA에서는 Export Annotations (COCO format)을 고르세요")
+            raise ValueError("images와 annotations 목록이 없음")
         for image in coco["images"]:
-            path = str(image.get("file_name") or image["coco_url"]).replace("\\", "/")
-            name = composed(path.rsplit("/", 1)[-1])  # without the folders that CVAT writes
-            if name not in files and (prefix := UPLOAD_PREFIX.match(name)) and name[prefix.end():] in files:
-                name = name[prefix.end():]
-                notes["prefixes"].append((name, 1))
-            if image["id"] in names:
-                fail(f"{args.coco}: 두 이미지의 번호가 같습니다: {image['id']} ({names[image['id']]}, {path}). "
+            path = composed(str(image.get("file_name") or image["coco_url"]).replace("\\", "/"))
+            if image["id"] in paths:
+                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({paths[image['id']][0]}, {path}). "
                      "파일을 합쳤다면 번호를 다시 매기세요")
-            names[image["id"]] = path
-            entries[name].append((path, image["id"], (image.get("height"), image.get("width"))))
-        known = {category["id"]: str(category["name"]) for category in coco["categories"]} if args.category else {}
-        chosen = [annotation for annotation in coco["annotations"]
-                  if not args.category or known.get(annotation["category_id"]) in args.category]
-        with_singles = {annotation.get("category_id") for annotation in chosen if not annotation.get("iscrowd")}
-        for annotation in chosen:
-            is_crowd = annotation.get("iscrowd") and not args.merge
-            is_kept = not is_crowd or args.keep_crowd or annotation.get("category_id") not in with_singles
-            note = ("orphans" if annotation["image_id"] not in names else "boxes" if not annotation.get("segmentation")
+            paths[image["id"]] = path, (image.get("height"), image.get("width"))
+        known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
+        chosen = [(name, annotation) for annotation in coco["annotations"]
+                  if (name := known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
+                  in (args.category or [name])]
+        with_singles = {name for name, annotation in chosen if not annotation.get("iscrowd")}
+        for name, annotation in chosen:
+            identity, is_crowd = annotation["image_id"], annotation.get("iscrowd") and not args.merge
+            is_kept = not is_crowd or args.keep_crowd or name not in with_singles
+            note = ("orphans" if identity not in paths else "boxes" if not annotation.get("segmentation")
                     else ("kept_crowds" if is_kept else "crowds") if is_crowd else None)
+            if known and annotation.get("category_id") not in known:
+                notes["unnamed"].append((f"category_id {name}", 1))
             if note:
-                notes[note].append((names.get(annotation["image_id"], str(annotation["image_id"])), 1))
+                notes[note].append((paths.get(identity, (str(identity),))[0], 1))
             if note in (None, "kept_crowds"):
-                objects[annotation["image_id"]].append(annotation["segmentation"])
+                objects[identity].append((name, annotation["segmentation"]))
+            else:
+                incomplete.add(identity)
     except FileNotFoundError:
-        fail(f"파일이 없습니다: {args.coco}")
+        fail(f"파일이 없습니다: {coco_path}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{args.coco}: COCO 형식이 아닙니다 ({type(error).__name__}: {error})")
-    if missing := set(args.category or ()) - set(known.values()):
-        fail(f"{args.coco}에 없는 범주입니다: {', '.join(sorted(missing))} (있는 것: {', '.join(known.values())})")
-    if "boxes" in notes and not objects:
-        fail(f"{args.coco}: segmentation이 없습니다. 상자로 마스크 만들기: "
-             f"python extras/label_with_text.py --images {args.images} --boxes {args.coco}")
+        fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
+             f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
+    return paths, objects, incomplete, [*known.values()]
 
-    stems = Counter(Path(name).stem for name in files)
-    problems.update({name: "마스크 없음 (COCO 파일에 없음)" for name in files if name not in entries})
-    for name, found in entries.items():
-        path, identity, size = found[0]
-        if name not in files:
-            problems.update({path: "이미지 없음" for path, *_ in found if name not in problems})
-        elif len(found) > 1:
-            problems[name] = f"COCO 파일에 두 번 나옴 ({path}, {found[1][0]})"
-        elif stems[Path(name).stem] > 1:
-            problems[name] = "이름이 같은 파일이 여럿"
-        elif not objects[identity]:
+
+def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
+    """Like pairs_from_masks, for a COCO file; adds its categories to `classes`: {name: whether it has objects}."""
+    paths, objects, incomplete, categories = read_annotations(coco_path, args, notes)
+    if "boxes" in notes and not objects:
+        fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
+             f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
+    used = {name for found in objects.values() for name, _ in found}
+    for name in [*categories, *sorted(used)]:
+        classes[name] = classes.get(name) or name in used
+
+    entries, pairs = defaultdict(list), []
+    folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
+    files, places = images_in(images, split, args.recursive, problems, notes, folders), defaultdict(set)
+    for file in files:  # by its path in the folder, and without train/ or val/
+        for place in (file[1].relative_to(images).as_posix(), file[0].partition("/")[2]):
+            places[composed(place)].add(file)
+    for identity, (path, size) in paths.items():
+        found = next((places[end] for end in ends(path) if end in places), ())  # CVAT writes folders before the name
+        if not found and (found := places.get(UPLOAD_PREFIX.sub("", path.rpartition("/")[2], count=1), ())):
+            notes["prefixes"].append((path, 1))
+        if len(found) == 1:
+            entries[min(found)].append((path, identity, size))
+        else:
+            problems[f"{split}/{path}"] = "이미지 없음" if not found else (
+                f"이미지가 여럿: {', '.join(name for name, _ in sorted(found))}")
+    for name, path in files:
+        (entry, identity, size), *others = entries[name, path] or [("", None, ())]
+        if others:
+            problems[name] = f"COCO 파일에 두 번 나옴 ({entry}, {others[0][0]})"
+        elif not entry:
+            problems[name] = "마스크 없음 (COCO 파일에 없음)"
+        elif not objects[identity] and (identity in incomplete or not args.allow_empty):
             problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
         else:
-            readers[files[name]] = partial(draw_objects, objects[identity], size, args.merge, name)
-    return readers, problems
+            read_mask = partial(draw_objects, objects[identity], size, args.merge, entry, classes)
+            pairs.append(Pair(name, path, 0, read_mask))
+    return pairs, [coco_path]
 
 
-def draw_objects(segmentations, size, merge, name, shape=None):
-    """Draw COCO segmentations as uint16 labels H x W: 1 for the first; smaller objects cover larger ones.
+def ends(path):
+    """The ends of a path, the longest first: "a/b/c", "b/c", "c"; none that could lead out of a folder."""
+    parts = re.sub(r".*(^|/)\.\.(/|$)", "", path).split("/")
+    return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
 
-    With `merge`, or for one segmentation, returns their union, bool H x W. Invalid segmentations are skipped and
-    reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape` is used.
+
+def draw_objects(objects, size, merge, name, classes=(), shape=None):
+    """Draw COCO objects, [(class name, segmentation)], as uint16 labels H x W; smaller objects cover larger ones.
+
+    Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
+    `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
+    reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape`.
     """
     height, width = (int(side) if isinstance(side, float) and side.is_integer() else side
                      for side in (shape if None in size else size))
     if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
         raise ImageError(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
-    if len(segmentations) > 65535 and not merge:
-        raise ImageError("객체가 65,535개보다 많음")
-    rles, problem = [], None
-    for segmentation in segmentations:
+    rles, values, counts, problem = [], [], Counter(), ""
+    for category, segmentation in objects:
         try:
             rles.append(to_rle(segmentation, height, width))
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
             problem = f"segmentation을 해석할 수 없음 ({error if type(error) is ValueError else type(error).__name__})"
-    if not rles:
+            continue
+        counts[category if classes else None] += 1
+        values.append(1000 * classes[category] + counts[category] if classes else len(rles))
+    if problem and not rles:
         raise ImageError(problem)
     if problem:
-        tqdm.write(f"  제외: {name}의 객체 {len(segmentations) - len(rles)}개 - {problem}")
-    if merge or len(rles) == 1:
-        return coco_mask.decode(coco_mask.merge(rles)) > 0
+        tqdm.write(f"  제외: {name}의 객체 {len(objects) - len(rles)}개 - {problem}")
     labels = np.zeros((height, width), np.uint16)
+    if rles and (merge or len(rles) == 1 and not classes):
+        return coco_mask.decode(coco_mask.merge(rles)) > 0
+    if not classes and len(rles) > 65535:
+        raise ImageError("객체가 65,535개보다 많음")
+    if classes and max(counts.values(), default=0) > MAX_NUMBER:
+        fail(f"{name}: 한 클래스의 객체가 {MAX_NUMBER}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
     areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
     for index in np.argsort(areas, kind="stable")[::-1]:
-        labels[coco_mask.decode(rles[index]) > 0] = index + 1
-    if hidden := len(rles) - np.count_nonzero(np.bincount(labels.ravel())[1:]):
+        labels[coco_mask.decode(rles[index]) > 0] = values[index]
+    if hidden := len(rles) - np.count_nonzero(np.unique(labels)):
         tqdm.write(f"  제외: {name}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
     return labels
 
@@ -455,13 +630,17 @@ def to_rle(segmentation, height, width):
     It is checked here because pycocotools crashes on polygons with NaN and leaves pixels beyond the runs undefined.
     """
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        counts = np.array(uncompress(counts) if isinstance(counts, str) else counts, np.int64)
-        if segmentation["size"] != [height, width] or counts.ndim != 1 or (counts < 0).any() or \
-                counts.sum() != height * width:
+        counts, is_short = segmentation["counts"], False
+        is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)  # see rleFrString() of cocoapi
+        if is_cut or segmentation["size"] != [height, width]:
             raise ValueError("RLE가 이미지 크기와 다름")
-        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        return coco_mask.encode(coco_mask.decode(rle))  # removes empty runs, on which merge() goes wrong
+        rle = {"counts": counts} if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, height, width)
+        with contextlib.suppress(ValueError):  # which decode() raises if the runs are longer, as they should be here
+            coco_mask.decode({**rle, "size": [height * width - 1, 1]})
+            is_short = True
+        if is_short:
+            raise ValueError("RLE가 이미지 크기와 다름")
+        return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))  # merge() fails on empty runs
     parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list
     polygons = [np.array(part, float) for part in parts if len(part) >= 6 or len(parts) == 1]  # fewer have no area
     for points in polygons:
@@ -472,49 +651,60 @@ def to_rle(segmentation, height, width):
     return coco_mask.merge(coco_mask.frPyObjects([points.tolist() for points in polygons], height, width))
 
 
-def uncompress(text):
-    """Decode COCO's compressed RLE string (cocoapi, rleFrString) to run lengths: 5 bits per letter, differences."""
-    counts, value, shift = [], 0, 0
-    for letter in text:
-        bits = ord(letter) - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the last letter of a number; its next bit is the sign
-            value -= (bits & 16) << shift - 4
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value, shift = 0, 0
-    return counts
-
-
 # ---- writing data/ ----
 
 
-def write_pairs(readers, problems, folder, notes):
-    """Write valid pairs as folder/images/STEM.* and folder/masks/STEM.png; add invalid ones to `problems`.
+def write_pairs(pairs, problems, staging, args, notes):
+    """Write valid pairs as images/SPLIT/NAME and masks/SPLIT/STEM.png of `staging`; the others become `problems`.
 
-    Returns {file name of a written image: hash of its pixels}.
+    Returns {"SPLIT/NAME": hash of the image's pixels} and {"SPLIT/NAME": group}; a group is not split.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    for part in ("images", "masks"):
-        (folder / part).mkdir(parents=True)
-    contents = {}
-    for image_path, read_mask in tqdm(sorted(readers.items()), "준비", disable=None):
+    shutil.rmtree(staging, ignore_errors=True)
+    contents, groups, stems = {}, {}, {}
+    for pair in pairs:
+        split, _, name = pair.name.removesuffix(pair.image.suffix).partition("/")
+        stems.setdefault(f"{split}/{name.replace('/', '__')}", []).append(pair)
+    for stem, (pair, *others) in tqdm(sorted(stems.items()), "준비", disable=None):
         try:
-            image = read_image(image_path)
-            mask = fit_to_image(read_mask(image.shape[:2]), image_path, image.shape[:2], notes)
+            if others:
+                raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(
+                    other.name.partition("/")[2] for other in (pair, *others)))
+            path = one_page(pair.image, pair.page, staging / "image pages")
+            image, is_flattened = read_over_white(path)
+            mask = fit_to_image(pair.read_mask(image.shape[:2]), path, image.shape[:2], notes, args.allow_empty)
         except ImageError as problem:
-            problems[image_path.name] = str(problem)
+            problems[pair.name] = str(problem)
             continue
-        name = image_path.name if image_path.suffix.lower() in KEPT_AS_IS else f"{image_path.stem}.png"
-        content = image_path.read_bytes() if name == image_path.name else as_png(image[..., ::-1])
-        (folder / "images" / name).write_bytes(content)
+        is_own = path.suffix.lower() in KEPT_AS_IS and not is_flattened
+        name = stem + (path.suffix if is_own else ".png")
         mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
-        (folder / "masks" / f"{image_path.stem}.png").write_bytes(as_png(mask))
-        contents[name] = hashlib.sha256(image).digest()
-    return contents
+        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else as_png(image[..., ::-1])),
+                              (staging / "masks" / f"{stem}.png", as_png(mask))):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        found = re.search(args.group, pair.name.partition("/")[2]) if args.group else None
+        group = found and (found[min(1, found.re.groups)] or found[0])
+        notes["white"] += [(path.name, 1)] * is_flattened
+        notes["ungrouped"] += [(pair.name.partition("/")[2], 1)] * bool(args.group and not group)
+        contents[name] = f"{image.shape} {hashlib.sha256(image).hexdigest()}"
+        groups[name] = group or (AUGMENTED.sub("", name).partition("/")[2] if AUGMENTED.search(name) else name)
+    return contents, groups
 
 
-def fit_to_image(mask, image_path, shape, notes):
+def read_over_white(path):
+    """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
+    image = read_image(path)
+    with contextlib.suppress(Exception), Image.open(path) as file:  # what Pillow cannot read has no transparency
+        if file.mode[-1] in "Aa" or "transparency" in file.info:
+            rgba = upright(np.array(file.convert("RGBA")), path)
+            colors, alpha = rgba[..., :3], rgba[..., 3:] / 255
+            if alpha.max() > 0 and alpha.min() < 1:
+                colors = colors if decode_file(path, cv2.IMREAD_UNCHANGED).dtype == np.uint8 else image
+                return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
+    return image, False
+
+
+def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
     """The mask, fitted to an image of (H, W) `shape`; ImageError if it cannot be used.
 
     If the image has an EXIF orientation and the mask fits only its stored pixels, the mask is turned as well.
@@ -525,10 +715,13 @@ def fit_to_image(mask, image_path, shape, notes):
         notes["either" if mask.shape == shape else "turned"].append((image_path.name, 1))
         mask = mask if mask.shape == shape else turned
     if mask.shape != shape:
-        raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape))
+        raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape)
+                         + " (90도 돌아간 마스크?)" * (mask.shape == shape[::-1]))
     if not mask.any():
-        raise ImageError("마스크가 비어 있음")
-    if mask.min() == mask.max():
+        if not allow_empty:
+            raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
+        notes["empty"].append((image_path.name, 1))
+    elif mask.min() == mask.max():
         raise ImageError("마스크가 이미지 전체를 덮음")
     return mask
 
@@ -549,104 +742,152 @@ def turn(pixels, orientation):
     return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
 
 
-def same_images(train, val):
-    """The images of {name: content} that are in both splits, as "train name = val name"."""
-    names = {content: name for name, content in train.items()}
-    return [f"train/{names[content]} = val/{name}" for name, content in val.items() if content in names]
+def upright(pixels, path):
+    """Turn decoded pixels of a file upright; TIFF files are already turned by OpenCV and Pillow."""
+    return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
+
+
+def same_images(contents):
+    """Groups of equal images in {name: content}: [[name, name, ...]]."""
+    found = defaultdict(list)
+    for name, content in contents.items():
+        found[content].append(name)
+    return [names for names in found.values() if len(names) > 1]
 
 
 def as_png(image):
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-def split_names(names, val_ratio, shuffle_seed):
-    """Split names into {"train": [...], "val": [...]}: sorted, the first part to train, the rest to val.
+def split_names(groups, val_ratio, shuffle_seed):
+    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, the first part to train.
 
-    With a shuffle_seed the sorted names are shuffled first. The size of val is rounded to a whole number.
+    With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
+    val_ratio.
     """
-    names = sorted(names)
+    members = defaultdict(list)
+    for name in sorted(groups):
+        members[groups[name]].append(name)
+    order = sorted(members)
     if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(names)
-    cut = len(names) - round(len(names) * val_ratio)
+        random.Random(shuffle_seed).shuffle(order)
+    names = [name for group in order for name in members[group]]
+    wanted, cuts = len(names) - round(len(names) * val_ratio), [*accumulate(len(members[group]) for group in order)]
+    cut = min([0, *cuts] if wanted in (0, len(names)) else cuts[:-1] or cuts, key=lambda cut: abs(cut - wanted))
     return {"train": names[:cut], "val": names[cut:]}
 
 
-def put_in_place(staging, target, splits, record):
+def warn_about_split(splits, contents, groups, pattern):
+    """Print what the two splits share: images, groups, and names that look like the frames of a few videos."""
+    sides = {name: f"{split}/{Path(name).name}" for split in SPLITS for name in splits[split]}
+    for names in same_images(contents):
+        if len({sides[name].split("/")[0] for name in names}) == 2:
+            print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {' = '.join(sorted(sides[name] for name in names))}")
+    train, val = ({groups[name] for name in splits[split]} for split in SPLITS)
+    if pattern and len({*groups.values()}) == 1:
+        print("  주의: 묶음이 하나라 검증에 둘 이미지가 없습니다")
+    for group in sorted(train & val):
+        print(f"  주의: 학습과 검증에 같은 묶음이 있습니다 - {group}")
+    stems = [Path(name).stem for name in contents if name.startswith("all/") and not pattern]
+    train, val = ({Path(name).stem.rstrip("0123456789") for name in splits[split]} for split in SPLITS)
+    is_numbered, videos, cut = all(stem[-1].isdecimal() for stem in stems), train | val, sorted(train & val)
+    if is_numbered and cut and 2 <= len(videos) <= len(stems) / 10:
+        print(f"  주의: 이름이 영상 {len(videos)}개의 프레임 같고, {cut[0]}의 프레임이 학습과 검증에 모두 있습니다. "
+              r"그렇다면 다시 실행할 때 --group '^(.*?)\d+\.\w+$'을 더하세요")
+
+
+def put_in_place(staging, target, splits, classes, record):
     """Replace the old pairs in `target` with the new ones; until all are moved, split.json marks it as unfinished."""
-    split_file = target / "split.json"
-    write_json(split_file, {"complete": False})
+    write_json(target / "split.json", {"complete": False})
+    (target / "classes.json").unlink(missing_ok=True)
     for part in ("images", "masks"):
         shutil.rmtree(target / part, ignore_errors=True)
         for split, names in splits.items():
             (target / part / split).mkdir(parents=True)
-            for name in names if part == "images" else (f"{Path(name).stem}.png" for name in names):
-                (staging / part / name).rename(target / part / split / name)
+            for name in names:
+                path = staging / part / (name if part == "images" else Path(name).with_suffix(".png"))
+                path.rename(target / part / split / path.name)
+    if classes:
+        write_json(target / "classes.json", {number: name for name, number in classes.items()})
     shutil.rmtree(staging)
-    write_json(split_file, {**record, "checksums": checksums(target)})
+    split = {split: [Path(name).name for name in names] for split, names in splits.items()}
+    write_json(target / "split.json", {**record, "split": split, "checksums": checksums(target)})
 
 
 def checksums(data_dir):
-    """{path relative to data_dir: CRC-32} of the files of images/ and masks/, without SYSTEM_FILES."""
-    paths = [path for part in ("images", "masks") for path in (data_dir / part).rglob("*") if path.is_file()]
-    names = {path.relative_to(data_dir).as_posix(): path for path in paths}
+    """{path relative to data_dir: CRC-32} of classes.json and the files of images/ and masks/, without SYSTEM_FILES."""
+    paths = [data_dir / "classes.json", *(data_dir / "images").rglob("*"), *(data_dir / "masks").rglob("*")]
+    names = {path.relative_to(data_dir).as_posix(): path for path in paths if path.is_file()}
     return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
 
 
 def print_notes(notes):
     """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
     for key, found in notes.items():
-        named = ", ".join(name for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
-        print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
+        named = ", ".join(name.removeprefix("all/") for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
+        if found:
+            print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
 
 
 # ---- --check and --preview ----
 
 
-def check(data_dir):
-    """Print the contents of data/ and every problem by file; returns the number of problems."""
-    problems, contents, notes = [], {"train": {}, "val": {}}, defaultdict(list)
+def survey(data_dir, allow_empty):
+    """Measure every pair of data/; returns [Row], {name: problem}, notes and the classes, {number as text: name}."""
+    rows, problems, notes, classes = [], {}, defaultdict(list), {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # accepted images without an object are no problem
+        allow_empty |= bool(json.loads((data_dir / "split.json").read_text(encoding="utf-8")).get("allow_empty"))
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            classes = json.loads((data_dir / "classes.json").read_text(encoding="utf-8"))
+            classes = {str(int(number)): str(name) for number, name in classes.items()}
+        except (ValueError, AttributeError):
+            problems["classes.json"] = '{"1": "이름", ...} 꼴이 아님'
     for split in SPLITS:
-        folders = data_dir / "images" / split, data_dir / "masks" / split
+        folders = [data_dir / part / split for part in ("images", "masks")]
         if split == "val" and not any(folder.is_dir() for folder in folders):
             print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
             continue
-        pairs, bad = pair_by_stem(*folders)
-        good = {}
-        for image_path, mask_path in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
+        files = [images_in(folder, split, False, problems, notes) for folder in folders]
+        pairs = pair_by_stem(*files, problems, notes)
+        for name, (image, _), (mask, _) in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
             try:
-                good[image_path.name], contents[split][image_path.name] = measure_pair(image_path, mask_path, notes)
+                rows.append(measure_pair(name, image, mask, classes, allow_empty, notes))
             except ImageError as problem:
-                bad[image_path.name] = problem
-        problems += [f"{split}/{name}: {problem}" for name, problem in sorted(bad.items())]
-        print(f"{split}: {len(good)}쌍")
-        if good:
-            print_statistics(good)
-    notes.pop("turned", None)  # a problem here
-    print_notes(notes)
-    problems += [f"학습과 검증에 같은 이미지: {pair}" for pair in same_images(*contents.values())]
-    if not any(contents.values()):
-        problems.append(f"{data_dir}에 이미지-마스크 쌍이 하나도 없습니다")
-    for problem in problems:
-        print(f"  문제: {problem}")
-    print(f"문제 {len(problems)}개" if problems else "문제 없음")
-    return len(problems)
+                problems[name] = problem
+                rows.append(Row(name, image, mask, None, 0, {}, name, ["problem"]))
+    by_name = {row.name: row for row in rows}
+    for names in same_images({row.name: row.content for row in rows}):
+        for name in names:
+            by_name[name].reasons.append("duplicate")
+        if names[0].split("/")[0] != names[-1].split("/")[0]:
+            problems[" = ".join(names)] = "학습과 검증에 같은 이미지"
+        else:
+            notes["duplicates"].append((" = ".join(names), len(names) - 1))
+    return rows, problems, notes, classes
 
 
-def measure_pair(image_path, mask_path, notes):
-    """Measure a pair of data/: size "WxH", share of foreground, and pixels of each object (at training size).
-
-    Returns these three and a hash of the image's pixels; raises ImageError if the pair cannot be used for training.
-    """
+def measure_pair(name, image_path, mask_path, classes, allow_empty, notes):
+    """Measure a pair of data/ as a Row; raises ImageError if the pair cannot be used for training."""
     if image_path.suffix.lower() not in KEPT_AS_IS:
         raise ImageError("이미지 없음 (jpg, jpeg, png)")
     if mask_path.name != f"{image_path.stem}.png":
         raise ImageError(f"마스크 없음 ({image_path.stem}.png이어야 함)")
     image, labels = read_image(image_path), read_labels(mask_path)
-    if fit_to_image(labels, image_path, image.shape[:2], notes) is not labels:
+    if fit_to_image(labels, image_path, image.shape[:2], notes, allow_empty) is not labels:
         raise ImageError("마스크가 돌리기 전의 픽셀에 맞음 (이미지의 EXIF 방향대로 돌려야 함)")
-    pixels = np.bincount(labels.ravel())[1:]
-    pixels = (pixels[pixels > 0] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
-    return (f"{image.shape[1]}x{image.shape[0]}", (labels > 0).mean(), pixels), hashlib.sha256(image).digest()
+    areas = np.bincount(labels.ravel())
+    numbers = np.flatnonzero(areas[1:]) + 1
+    if wrong := [number for number in numbers if classes and (str(number // 1000) not in classes or not number % 1000)]:
+        raise ImageError(f"classes.json에 없는 클래스의 값 {wrong[0]} (1000 * 클래스 + 번호여야 함)")
+    pixels = (areas[numbers] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
+    border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    found = {"empty": not len(numbers), "EXIF": read_orientation(image_path) > 1, "cut": np.count_nonzero(border),
+             "small": (pixels < MIN_FOREGROUND).sum(), "no_background": labels.all()}
+    for key in ("cut", "small", "no_background"):
+        notes[key] += [(name, int(found[key]))] * bool(found[key])
+    return Row(name, image_path, mask_path, image.shape[:2], (labels > 0).mean(), dict(zip(numbers.tolist(), pixels)),
+               f"{image.shape} {hashlib.sha256(image).hexdigest()}", [key for key, value in found.items() if value])
 
 
 def read_labels(path):
@@ -661,45 +902,57 @@ def read_labels(path):
     return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
 
 
-def print_statistics(good):
-    """Print sizes, shares of foreground and objects of {name: result of measure_pair}."""
-    sizes, shares, objects = zip(*good.values())
-    sizes = Counter(sizes)
-    common = ", ".join(f"{size} ({count}장)" for size, count in sizes.most_common(3))
-    print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-    print(f"  전경 비율: 최소 {min(shares):.1%}, 중앙값 {np.median(shares):.1%}, 최대 {max(shares):.1%}")
-    counts, pixels = [len(each) for each in objects], np.concatenate(objects)
-    print(f"  객체 {len(pixels)}개: 이미지마다 최소 {min(counts)}, 중앙값 {np.median(counts):g}, 최대 {max(counts)}개")
-    print(f"  객체 크기: 최소 {pixels.min()}픽셀, 중앙값 {np.median(pixels):g}픽셀, 최대 {pixels.max()}픽셀 "
-          f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
-    small = {name: int((each < MIN_FOREGROUND).sum()) for name, each in zip(good, objects)}
-    if named := [f"{name} {count}개" for name, count in small.items() if count]:
-        print(f"  학습에서 빠지는 작은 객체 ({MIN_FOREGROUND}픽셀 미만): {sum(small.values())}개 - "
-              f"{', '.join(named[:5])}{' 등' if len(named) > 5 else ''}")
+def print_check(rows, problems, notes, classes):
+    """Print sizes, shares of foreground and objects of both splits, then the notes and every problem by file."""
+    for split in SPLITS:
+        good = [row for row in rows if row.size and row.name.startswith(f"{split}/")]
+        filled, sizes = [row for row in good if row.objects], Counter(row.size for row in good).most_common()
+        print(f"{split}: {len(good)}쌍")
+        if filled:
+            shares, counts = [row.share for row in filled], [len(row.objects) for row in filled]
+            pixels = np.concatenate([[*row.objects.values()] for row in filled])
+            common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
+            print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
+            print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*np.quantile(shares, (0, 0.5, 1))))
+            print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
+                len(pixels), *np.quantile(counts, (0, 0.5, 1))))
+            small = [(pixels < limit).sum() for limit in (100, 1000)]
+            print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀".format(
+                *np.quantile(pixels, (0, 0.5, 1))) + f", 100픽셀 미만 {small[0]}개, 1,000픽셀 미만 {small[1]}개 "
+                f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
+            found = Counter(str(number // 1000) for row in filled for number in row.objects)
+            if classes:
+                print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
+    print_notes({key: found for key, found in notes.items() if key != "turned"})  # a problem here
+    for name, problem in sorted(problems.items()):
+        print(f"  문제: {name}: {problem}")
+    print(f"문제 {len(problems)}개" if problems else "문제 없음")
 
 
-def preview(data_dir, count):
-    """Write data/preview.png: `count` pairs spread over data/, each with its mask drawn over the image."""
-    images = [path for path in sorted(data_dir.glob("images/*/[!.]*")) if path.suffix.lower() in KEPT_AS_IS]
-    pairs = [(image, data_dir / "masks" / image.parent.name / f"{image.stem}.png") for image in images]
-    pairs = [(image, mask) for image, mask in pairs if mask.is_file()]
-    if not pairs:
+def preview(data_dir, rows, count):
+    """Write data/preview.png: `count` pairs spread over data/, those with a reason to look at them first."""
+    if not rows:
         fail(f"{data_dir}에 이미지-마스크 쌍이 없습니다. 먼저 데이터를 준비하세요")
-    count = min(count, len(pairs))
+    count, chosen = min(count, len(rows)), []
+    for part in ([row for row in rows if row.reasons], [row for row in rows if not row.reasons]):
+        part = sorted(part, key=lambda row: min(map(REASONS.index, row.reasons), default=0))
+        places = np.linspace(0, len(part) - 1, min(count - len(chosen), len(part))).round().astype(int)
+        chosen += [part[place] for place in places]
     columns = min(count, 6)
     sheet = np.full((-(-count // columns) * (TILE + CAPTION), columns * TILE, 3), 255, np.uint8)
-    for place, index in enumerate(np.linspace(0, len(pairs) - 1, count).round().astype(int)):
+    for place, row in enumerate(chosen):
         try:
-            tile = draw_tile(*pairs[index])
-        except ImageError as problem:
-            fail(f"{pairs[index][0].name}: {problem}. python prepare_data.py --check 로 확인하세요")
+            tile = draw_tile(row.image, row.mask)
+        except ImageError:
+            tile = np.full((TILE - 8, TILE - 8, 3), 128, np.uint8)  # an unreadable file is grey
         top, left = 4 + place // columns * (TILE + CAPTION), 4 + place % columns * TILE
         sheet[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
-        name = pairs[index][0].relative_to(data_dir / "images").as_posix()
-        caption = f"{place + 1} {name if len(name) < 34 else name[:14] + '...' + name[-16:]}".encode("ascii", "replace")
-        cv2.putText(sheet, caption.decode(), (left, top + TILE + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
-        if not name.isascii():  # OpenCV draws no other letters
-            print(f"  {place + 1}: {name}")
+        name = row.name if len(row.name) < 34 else row.name[:14] + "..." + row.name[-16:]
+        caption = " ".join([str(place + 1), *sorted(row.reasons, key=REASONS.index)[:1], name])[:36]
+        caption = caption.encode("ascii", "replace").decode()
+        cv2.putText(sheet, caption, (left, top + TILE + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
+        if not row.name.isascii():  # OpenCV draws no other letters
+            print(f"  {place + 1}: {row.name}")
     path = data_dir / "preview.png"
     write_file(path, as_png(sheet))
     print(f"저장: {path} ({count}쌍)")

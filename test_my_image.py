@@ -96,6 +96,8 @@ def main():
     if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
+    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     failed, args.rows = [], []
@@ -216,8 +218,6 @@ def load_models(args):
         predictors[title] = copy.deepcopy(predictors[first])
         load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
     print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
-    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
-        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
     return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
 
 
@@ -455,12 +455,14 @@ def require_display(web, alternative):
                 return
         advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
         fail(f"창을 띄울 수 없습니다. {alternative}, --web으로 브라우저에 띄우세요{advice}")
+    if web is not None and not 0 < web < 65536:  # getaddrinfo() takes it modulo 65536
+        fail(f"--web {web}: 포트는 1부터 65535까지입니다")
     try:
         plt.switch_backend("WebAgg")
         from matplotlib.backends.backend_webagg import WebAggApplication as Server
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
         Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
-    except (ImportError, RuntimeError, OverflowError) as error:
+    except (ImportError, RuntimeError) as error:
         fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
     print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
           f"다른 컴퓨터에서 보려면 거기서 먼저: ssh -L {Server.port}:127.0.0.1:{Server.port} 사용자@서버", flush=True)

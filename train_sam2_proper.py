@@ -152,9 +152,11 @@ FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image
                   "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
+ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with equal probability
 MAX_POINTS = 3         # of --prompt points in training; validation and compare_models.py always use three
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
+OBJECT_WEIGHT = 0.5    # of the object score's loss, without a prompt, if there are images without any object
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 AT_ONCE = 16           # images that a GPU encodes at once for the cache
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
@@ -760,8 +762,7 @@ class Batches(Dataset):
         rng = np.random.default_rng([args.seed, iteration])
         size = args.batch_size * args.accumulate * self.processes
         indices = rng.integers(self.masks.filled, size=size)
-        kind = ("point", "points", "box", "none")[rng.integers(4)] if args.prompt == "any" else \
-            prompt_kind(args.prompt, rng.integers(3))
+        kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
             indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
@@ -979,13 +980,16 @@ class BatchLoss(torch.nn.Module):
                     features = encode_images(predictor, images)
             low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, [
                 masks.numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
-        results = [image_loss(predictor, *example, args)
-                   for example in zip(low_res_masks.split(1), scores.split(1), batch.gt_masks)]
-        loss, iou = torch.stack([torch.stack(result) for result in results]).mean(0).unbind()
-        if batch.kind == "none" and self.model.knows_absence:
-            visible = torch.tensor([[float(masks.any())] for masks in batch.gt_masks]).to(loss.device)
-            object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()
-            loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(object_scores, visible)
+        results = torch.stack([torch.stack(image_loss(predictor, *example, args)) for example in zip(
+            low_res_masks.split(1), scores.split(1), batch.gt_masks)])
+        if batch.kind != "none" or not self.model.knows_absence:
+            return results.mean(0).unbind()
+        # of images without an object only the object score is trained: masks that learn to vanish lose IoU elsewhere
+        object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()[:, 0]
+        visible = torch.tensor([float(masks.any()) for masks in batch.gt_masks]).to(object_scores.device)
+        loss = (results[:, 0] * visible).mean() + OBJECT_WEIGHT * torch.nn.functional.binary_cross_entropy_with_logits(
+            object_scores, visible)
+        iou = torch.where(visible > 0, results[:, 1], (object_scores < 0).float()).mean()
         return loss, iou
 
 
@@ -1122,8 +1126,7 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
         mask_loss = mask_loss + dice_weight * (1 - dice)
     predicted = (prob > 0.5).float()
     intersection = (gt * predicted).sum((-2, -1))
-    union = gt.sum((-2, -1)) + predicted.sum((-2, -1)) - intersection
-    iou = torch.where(union == 0, 1.0, intersection / (union + 1e-6))
+    iou = intersection / (gt.sum((-2, -1)) + predicted.sum((-2, -1)) - intersection + 1e-6)
     chosen_iou = iou.gather(1, scores.argmax(1, keepdim=True))
     return mask_loss.mean() + SCORE_WEIGHT * torch.abs(scores - iou).mean(), chosen_iou.mean()
 
@@ -1195,7 +1198,7 @@ def validate(training):
 def validate_image(training, index):
     """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss at most at MAX_SIDE.
 
-    Without prompts: of the union of its objects; (loss, None, None, whether nothing is found) if there is none.
+    Without prompts: of the union of its objects; (None, None, None, whether nothing is found) if there is none.
     """
     args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
     features = training.val_cache([(masks.paths[index], masks.sizes[index])])
@@ -1212,7 +1215,7 @@ def validate_image(training, index):
         if kind == "none" and nothing_found(predictor.model):
             best[:] = False
         results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None) if gt_mask.any()
-                    else (loss.item(), None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
+                    else (None, None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
     return results
 
 

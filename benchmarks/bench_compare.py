@@ -43,7 +43,7 @@ def main():
 
 
 def compare_one(original, finetuned, image_path, mask_path, shared):
-    image, labels = project.read_pair(image_path, mask_path)
+    _, image, labels = project.read_pair((image_path, mask_path))
     _, gt_masks, _ = project.split_objects(labels, max_objects=20)
     project.set_image_in_all([original, finetuned], image, shared)
     for predictor in (original, finetuned):

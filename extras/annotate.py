@@ -123,28 +123,29 @@ class AnnotationWindow(Window):
         name = self.path.name.encode(errors="replace").decode()
         self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total})")
         self.is_encoded = False
-        self.ask(partial(self.encode, self.path), self.on_encoded)
+        self.ask(partial(self.encode, self.path), partial(self.on_encoded, self.path))
         if self.paths:
             self.worker.add(NEXT, partial(self.encode, self.paths[0]))
         self.set_view()
 
     def encode(self, path):
-        """In the worker: keep the features of an image, one (features, (H, W)) per model, in self.encoded."""
-        for old in self.encoded.keys() - {path, self.path}:
+        """In the worker: keep the features of an image, one (features, (H, W)) per model; of skipped ones none."""
+        wanted = {self.path, *self.paths[:1]}
+        for old in self.encoded.keys() - wanted:
             del self.encoded[old]
-        if path not in self.encoded:
+        if path in wanted - self.encoded.keys():
             with contextlib.suppress(ImageError):  # open_next() reports it
                 set_image_in_all(self.predictors.values(), read_image(path), self.shared)
                 self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
 
-    def on_encoded(self, _):
-        self.is_encoded = True
+    def on_encoded(self, path, _):
+        self.is_encoded = self.is_encoded or path == self.path
         self.update()
 
     def predict(self, path, asked):
-        """In the worker: the candidates for the prompts of an object, {} if there are newer prompts by now."""
+        """In the worker: the candidates for the prompts of an object; incomplete if there are newer prompts."""
         candidates = {}
-        for (title, predictor), encoded in zip(self.predictors.items(), self.encoded[path]):
+        for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
             if asked is self.current:
                 predictor._features, predictor._orig_hw = encoded
                 candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)

@@ -2,6 +2,7 @@
 
     python extras/segment_volume.py --volume ct.nii.gz --point "24,310,205"      slice, x, y
     python extras/segment_volume.py --volume ct.nii.gz                           a window with a slice slider
+    python extras/segment_volume.py --volume DIR --series 2                      a DICOM series
 
 The slices are treated as the frames of a video. Indices are those of the volume in nibabel's closest canonical
 orientation (RAS): x increases towards the patient's right, y towards the front, z towards the head. The model and the
@@ -30,6 +31,7 @@ import cv2
 import nibabel as nib
 import numpy as np
 from common import add_model_flags, choose_checkpoint, load_video_predictor
+from dicom_files import choose_series, is_dicom, is_own_seg, patient_of, read_series, seg_bytes
 from files import (
     ImageError,
     calculate_iou,
@@ -85,13 +87,14 @@ MARK = "segment_volume.py"  # header field "descrip" of every mask written here;
 def main():
     args = parse_args()
     if args.interactive:
-        require_display(args.web, '--point "슬라이스,x,y"를 주거나')
+        require_display(args.web, '--point "슬라이스,x,y"나 --auto를 주거나')
     else:
         plt.switch_backend("Agg")
     check_results(args)
-    volume = Volume(args.volume)
-    for doubt in (*doubts_about_values(volume.data, args.window), *doubts_about_header(args.volume),
-                  *doubts_about_affine(volume.image.affine)):
+    series = open_series(args) if args.is_dicom else None
+    volume = Volume(args.volume, series)
+    for doubt in (*doubts_about_values(volume.data, args.window), *doubts_about_affine(volume.image.affine),
+                  *(series.doubts if series else doubts_about_header(args.volume))):
         print(f"주의: {args.volume}: {doubt}")
     slices = Slices(volume, args.axis, args.window)
     check_frame_prompts(args.prompts, slices, args.volume, "슬라이스")
@@ -127,14 +130,20 @@ def main():
     if not is_done:
         for _ in follow(prompts):
             pass
-    model = {"checkpoint": str(checkpoint), "model_cfg": args.model_cfg, "image_size": predictor.image_size}
-    save_volume_results(args, volume, slices, prompts, mask, scores, truth, model)
+    details = {"checkpoint": str(checkpoint), "model_cfg": args.model_cfg, "image_size": predictor.image_size}
+    if series:
+        details.update(series=args.series, modality=series.modality, **args.patient)
+    save_volume_results(args, volume, slices, prompts, mask, scores, truth, details)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description="CT나 MR 볼륨의 대상을 SAM 2.1로 분할합니다. 프롬프트가 없으면 창을 엽니다.")
-    parser.add_argument("--volume", "-v", required=True, metavar="FILE", help="NIfTI 파일 (.nii, .nii.gz)")
+    parser.add_argument("--volume", "-v", required=True, metavar="PATH",
+                        help="NIfTI 파일(.nii, .nii.gz)이나 DICOM 시리즈가 든 폴더, 그 안의 파일, DICOMDIR")
+    parser.add_argument("--series", type=int, metavar="N", help="폴더에 DICOM 시리즈가 여럿이면 쓸 것의 번호")
+    parser.add_argument("--keep-patient", action="store_true",
+                        help="DICOM의 환자 정보(이름, ID, 검사일 등)를 화면과 summary.json에 남김")
     parser.add_argument("--point", "-p", type=parse_slice_points, default=[],
                         help='점: "슬라이스,x,y" 또는 "슬라이스,x,y,라벨;..." (라벨 1 전경, 0 배경; 기본 1)')
     parser.add_argument("--box", type=parse_slice_boxes, default={},
@@ -169,7 +178,13 @@ def parse_args():
         parser.error("--truth-label은 --truth와 함께 씁니다")
     if args.each_slice and args.max_gap != parser.get_default("max_gap"):
         parser.error("--max-gap과 --each-slice는 함께 쓸 수 없습니다")
+    args.is_dicom = is_dicom(args.volume)
+    if Path(args.volume).is_file() and not args.is_dicom and (args.series is not None or args.keep_patient):
+        parser.error("--series와 --keep-patient는 DICOM에만 씁니다")
     args.name = Path(args.volume).name
+    if args.is_dicom:
+        path = Path(args.volume).resolve()
+        args.name = (path if path.is_dir() else path.parent).name + (f"_{args.series}" if args.series else "")
     for suffix in (".gz", ".nii", ".img", ".hdr"):
         args.name = args.name.removesuffix(suffix)
     if args.output == parser.get_default("output"):
@@ -214,9 +229,10 @@ def parse_window(text):
 
 
 def settings_as_flags(args):
-    """The flags that set axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
+    """The flags that set series, axis, window, --max-gap and --each-slice as `args` do; nothing for the defaults."""
     window = "none" if args.window is None else f"{sum(args.window) / 2:g},{args.window[1] - args.window[0]:g}"
-    return "".join([f"--axis {args.axis} " if args.axis != "axial" else "",
+    return "".join([f"--series {args.series} " if args.series else "",
+                    f"--axis {args.axis} " if args.axis != "axial" else "",
                     f'--window "{window}" ' if window != "40,80" else "",
                     f"--max-gap {args.max_gap} " if args.max_gap != 3 else "",
                     "--each-slice " if args.each_slice else ""])
@@ -235,9 +251,9 @@ def as_flags(prompts):
 
 
 def result_paths(args):
-    """Paths of the four files that save_volume_results() writes: mask, slices.csv, summary.json, montage."""
-    names = f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"
-    return [args.output / name for name in names]
+    """Paths of what save_volume_results() writes: mask, slices.csv, summary.json, montage and, of a series, SEG."""
+    names = [f"{args.name}_mask.nii.gz", "slices.csv", "summary.json", f"{args.name}_montage.png"]
+    return [args.output / name for name in (*names, *[f"{args.name}_seg.dcm"] * args.is_dicom)]
 
 
 def check_results(args):
@@ -246,31 +262,34 @@ def check_results(args):
     for path in filter(None, (args.volume, args.truth)):
         if Path(path).resolve() in [result.resolve() for result in results]:
             fail(f"{path}: 결과를 쓸 자리에 있습니다. 다른 --output을 쓰세요")
-    found = [path for path in results if path.exists()]
-    if found and not (is_own_mask(results[0]) and is_of_volume(results[2], args.volume)):
-        fail(f"{found[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
+    found, mark = [path for path in results if path.exists()], mark_of(results[0])
+    edited = [path for path in found if path.suffix == ".dcm" and not is_own_seg(path, mark)]
+    if edited or found and not (mark and is_of_volume(results[2], args)):
+        fail(f"{(edited or found)[0]}: 이 볼륨의 이전 결과가 아니어서 덮어쓰지 않습니다. 다른 --output을 쓰세요")
     if found:
         print(f"이전 결과를 덮어씁니다: {args.output} ({', '.join(path.name for path in found)})")
 
 
-def is_own_mask(path):
-    """Whether a mask is unchanged since this script wrote it."""
+def mark_of(path):
+    """The mark of a mask that is unchanged since this script wrote it, or None."""
     try:
         image = load_nifti(path)
-        return bytes(image.header["descrip"]).rstrip(b"\0") == voxel_mark(np.asarray(image.dataobj))
+        mark = voxel_mark(np.asarray(image.dataobj))
+        return mark if bytes(image.header["descrip"]).rstrip(b"\0") == mark.encode() else None
     except Exception:  # nibabel, gzip and zlib each raise their own errors
-        return False
+        return None
 
 
 def voxel_mark(voxels):
-    """MARK and a checksum of a mask's voxels, as bytes."""
-    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}".encode()
+    """MARK and a checksum of a mask's voxels."""
+    return f"{MARK} {zlib.crc32(voxels.astype(np.uint8).tobytes()):08x}"
 
 
-def is_of_volume(summary_path, volume):
-    """Whether an earlier summary belongs to this volume; True if there is no summary."""
+def is_of_volume(summary_path, args):
+    """Whether an earlier summary belongs to this volume and series; True if there is no summary."""
     try:
-        return Path(json.loads(summary_path.read_text("utf-8"))["volume"]).resolve() == Path(volume).resolve()
+        saved = json.loads(summary_path.read_text("utf-8"))
+        return (Path(saved["volume"]).resolve(), saved.get("series")) == (Path(args.volume).resolve(), args.series)
     except (OSError, ValueError, KeyError, TypeError):
         return True
 
@@ -279,16 +298,16 @@ def is_of_volume(summary_path, volume):
 
 
 class Volume:
-    """A three-dimensional NIfTI file in canonical (RAS) orientation.
+    """A three-dimensional NIfTI file, or a Series that was read from DICOM, in canonical (RAS) orientation.
 
     data: float32 X x Y x Z; affine: 4 x 4, from canonical voxel indices to millimetres. Raises ImageError, naming
     the file, if it cannot be read, is not a 3D NIfTI image of numbers, or has no valid affine.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, series=None):
+        self.path, self.series = path, series
         try:
-            self.image = load_nifti(path)
+            self.image = series.image if series else load_nifti(path)
             if not isinstance(self.image, nib.Nifti1Pair):
                 raise ImageError(f"{path}: NIfTI 영상이 아닙니다 ({type(self.image).__name__})")
             shape, dtype = self.image.shape, self.image.get_data_dtype()
@@ -399,6 +418,22 @@ def mirror(prompts, size):
             for key, (points, box) in prompts.items()}
 
 
+def open_series(args):
+    """Read the DICOM series that --volume and --series name; returns a Series.
+
+    Sets args.patient, {name: text}, which is empty without --keep-patient, and args.window, to None instead of the
+    default if the values are not Hounsfield units.
+    """
+    series = read_series(choose_series(args.volume, args.series))
+    args.patient = patient_of(series) if args.keep_patient else {}
+    for name, value in args.patient.items():
+        print(f"{name}: {value}")
+    if series.modality != "CT" and args.window == parse_window("brain"):
+        args.window = None
+        print(f"{series.modality} 영상: Hounsfield 단위(HU)의 창 대신 --window none을 씁니다")
+    return series
+
+
 # ---- segmenting ----
 
 
@@ -431,20 +466,22 @@ def segment_each(predictor, slices, prompts):
 # ---- writing ----
 
 
-def save_volume_results(args, volume, slices, prompts, mask, scores, truth, model):
+def save_volume_results(args, volume, slices, prompts, mask, scores, truth, details):
     """Write mask, tables and montage; print the volume in ml and, with a truth, Dice and IoU.
 
-    model: {name: value}, the entries about the model in summary.json.
+    details: {name: value}, the entries about model and series in summary.json.
     """
-    mask_path, slices_path, summary_path, montage_path = paths = result_paths(args)
+    mask_path, slices_path, summary_path, montage_path, *seg_path = paths = result_paths(args)
     restored = volume.restore(slices.from_pictures(mask))
     write_file(mask_path, gzip.compress(restored.to_bytes(), mtime=0))
+    for path in seg_path:
+        save_seg(path, volume.series, np.asarray(restored.dataobj))
 
     voxel = voxel_volume(volume)
     summary = {"volume": str(args.volume), "volume_ml": mask.sum() * voxel / 1000, "voxels": int(mask.sum()),
                "voxel_mm3": voxel, "axis": args.axis, "window": [float(slices.low), float(slices.high)],
                "each_slice": args.each_slice, "max_gap": args.max_gap,
-               "prompts": "--auto" if args.auto else as_flags(mirror(prompts, slices.size)), **model}
+               "prompts": "--auto" if args.auto else as_flags(mirror(prompts, slices.size)), **details}
     reached = np.flatnonzero(~np.isnan(scores))
     if not args.each_slice and len(reached) < len(slices):
         print(f"슬라이스 {reached[0]}~{reached[-1]}만 따라갔습니다. 그 밖에는 대상이 없다고 보았습니다 "
@@ -468,7 +505,24 @@ def save_volume_results(args, volume, slices, prompts, mask, scores, truth, mode
         rows.append(row)
     write_csv(slices_path, rows)
     save_figure(draw_montage(slices, mask, truth), montage_path)
-    print(f"저장: {args.output} ({', '.join(path.name for path in paths)})")
+    print(f"저장: {args.output} ({', '.join(path.name for path in paths if path.exists())})")
+
+
+def save_seg(path, series, voxels):
+    """Write the mask of a series, uint8 on the grid of its image, as DICOM SEG; warn if the series lacks attributes.
+
+    None is written for a tilted series: its slices lie correctly in a SEG, but dcmqi (3D Slicer) and SimpleITK stack
+    them along the normal.
+    """
+    path.unlink(missing_ok=True)  # of an earlier run
+    if series.is_tilted:
+        return
+    try:
+        write_file(path, seg_bytes(series, voxels, voxel_mark(voxels)))
+        print(f"{path.name}: DICOM SEG라서 시리즈의 환자 이름과 ID가 그대로 들어 있습니다")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        print(f"주의: {path.name}: 쓰지 않았습니다. 시리즈의 헤더에 DICOM SEG가 요구하는 항목이 없거나 틀렸습니다 "
+              f"({type(error).__name__})")
 
 
 def voxel_volume(volume):

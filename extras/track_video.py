@@ -81,7 +81,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  #
 def main():
     args = parse_args()
     if args.interactive:
-        require_display(args.web, '--point "x,y"나 --prompts를 주거나')
+        require_display(args.web, '--point "x,y", --prompts, --auto 가운데 하나를 주거나')
     else:
         plt.switch_backend("Agg")
     video = open_video(args.video)

@@ -49,10 +49,11 @@ def image(data):
     starts = [b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"GIF89a", b"BM", b"II*\x00",
               b""]
     path.write_bytes(data.PickValueInList(starts) + data.ConsumeBytes(4096))
-    args = argparse.Namespace(threshold=data.PickValueInList([None, 0, 127.5]), void=[[255]] * data.ConsumeBool(),
+    args = argparse.Namespace(data_dir=FOLDER, threshold=data.PickValueInList([None, 0, 127.5]),
+                              void=[[255]] * data.ConsumeBool(),
                               **{name: data.ConsumeBool() for name in ("numbered", "classes", "merge")})
     for read, error in ((test_my_image.read_image, test_my_image.ImageError),
-                        (lambda path: prepare_data.read_source_mask(path, args, defaultdict(list)),
+                        (lambda path: prepare_data.read_source_mask(path, 0, args, defaultdict(list)),
                          (prepare_data.ImageError, SystemExit))):
         try:
             pixels = read(path)
@@ -110,10 +111,10 @@ def coco(data):
     try:
         args = argparse.Namespace(images=FOLDER / "images", coco=FOLDER / "coco.json",
                                   category=[None, ["a.png"]][data.ConsumeBool()], merge=data.ConsumeBool(),
-                                  keep_crowd=data.ConsumeBool())
-        readers, _ = prepare_data.pairs_from_coco(args, defaultdict(list))
-        for read_mask in readers.values():
-            read_mask((40, 40))
+                                  keep_crowd=data.ConsumeBool(), allow_empty=data.ConsumeBool(), recursive=False)
+        pairs, _ = prepare_data.pairs_from_coco(args.coco, {}, args.images, "all", args, {}, defaultdict(list))
+        for pair in pairs:
+            pair.read_mask((40, 40))
     except (SystemExit, prepare_data.ImageError):
         pass
 

@@ -135,8 +135,8 @@ def test_annotate_of_earlier_versions_answers_with_the_new_command(tmp_path):
 
 @pytest.fixture
 def window(tmp_path, monkeypatch):
-    """A window on one image with two discs, with the demo's model as both models; not encoded yet."""
-    for name in "ab":
+    """A window on three images with two discs, with the demo's model as both models; not encoded yet."""
+    for name in "abc":
         draw_discs(tmp_path / f"images/{name}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["annotate.py", "--images", "images", "--output", "masks", "--compare",
@@ -235,7 +235,7 @@ def test_a_color_belongs_to_an_object_number_in_every_panel_and_h_hides_masks(wi
 
 
 def test_the_window_tells_progress_what_is_missing_and_which_side_changes(window):
-    assert title(window) == "a.png (1/2)"
+    assert title(window) == "a.png (1/3)"
     settle(window)
     press(window.figure, "enter")
     assert "nothing drawn yet" in window.status.get_text()
@@ -247,9 +247,23 @@ def test_the_window_tells_progress_what_is_missing_and_which_side_changes(window
     press(window.figure, str((best + 1) % 3 + 1))
     assert "no panel" in window.status.get_text()
     press(window.figure, "s")
-    assert title(window) == "b.png (2/2)"
+    assert title(window) == "b.png (2/3)"
+    press(window.figure, "s")
     press(window.figure, "s")
     assert not plt.fignum_exists(window.figure.number) and window.path is None and not window.args.output.exists()
+
+
+def test_an_image_that_is_skipped_before_it_is_encoded_is_forgotten(window):
+    settle(window)
+    hold = threading.Event()
+    window.worker.add(window_module.CLICK, hold.wait)
+    press(window.figure, "s")
+    click(window.figure, 40, 40)
+    press(window.figure, "s")
+    hold.set()
+    settle(window)
+    assert window.path.name == "c.png" and window.is_encoded and not window.current.points
+    assert [path.name for path in window.encoded] == ["c.png"]
 
 
 def test_undo_reset_and_the_next_object(window):

@@ -9,6 +9,7 @@
 
 import csv
 import json
+import sys
 
 import cv2
 import numpy as np
@@ -72,15 +73,19 @@ def test_no_prompt_is_the_point_that_sam2_gives(data, weights):
     assert torch.equal(ours, expected[0]) and torch.equal(scores, expected[2])
 
 
-def test_the_loss_of_an_empty_target():
-    logits = torch.full((1, 3, 4, 5), -30.0)
-    scores, nothing = torch.tensor([[1.0, 0.5, 0.0]]), torch.zeros(1, 4, 5)
-    loss, iou = train_sam2_proper.training_loss(logits, scores, nothing, dice_weight=1.0, supervise="all")
-    # nothing is predicted: cross-entropy and Dice loss are 0, the IoU is 1, |score - 1| is 0.5 on average
-    assert iou == 1 and loss == pytest.approx(0.05 * 0.5, abs=1e-4)
-    loss, iou = train_sam2_proper.training_loss(logits + 60, scores, nothing, dice_weight=1.0, supervise="all")
-    # all 20 pixels are predicted: -log(1e-5), 1 - (0 + 1) / (20 + 1), |score - 0| is 0.5 on average
-    assert iou == 0 and loss == pytest.approx(-np.log(1e-5) + 20 / 21 + 0.05 * 0.5, rel=1e-3)
+def test_an_empty_image_trains_the_object_score_only(with_empty, weights, monkeypatch):
+    monkeypatch.chdir(with_empty)
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, MODEL), "--checkpoint", str(weights), "--prompt", "none",
+                                      "--batch-size", "2"])
+    training = train_sam2_proper.Training(train_sam2_proper.parse_args(), "cpu")
+    masks = [torch.from_numpy(training.masks.labels(index)[None] > 0) for index in (6, 7)]  # the empty ones
+    loss, iou = training.batch_loss(train_sam2_proper.Batch([6, 7], "none", 0, [None, None], masks))
+    scores = training.model.sam_mask_decoder.pred_obj_score_head.last[:, 0]
+    assert loss.item() == pytest.approx(0.5 * torch.log1p(scores.exp()).mean().item(), rel=1e-5)
+    assert iou.item() == (scores < 0).float().mean().item()
+    loss.backward()
+    mask_weights = dict(training.model.sam_mask_decoder.output_hypernetworks_mlps.named_parameters())
+    assert all(weight.grad is None or not weight.grad.any() for weight in mask_weights.values())
 
 
 def test_validation_without_prompts_equals_the_comparison(with_empty, weights):

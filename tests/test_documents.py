@@ -16,6 +16,7 @@ from unittest import mock
 import annotate
 import convert_checkpoint
 import export_onnx
+import import_labels
 import label_with_text
 import numpy as np
 import pytest
@@ -47,13 +48,14 @@ SECTIONS = {  # path of a script: the document that explains it, and the beginni
     "extras/track_video.py": (EXTRAS_GUIDE, "설치", "영상에서 따라가기"),
     "extras/segment_volume.py": (EXTRAS_GUIDE, "설치", "CT와 MR에서 따라가기"),
     "extras/label_with_text.py": (EXTRAS_GUIDE, "설치", "단어나 상자로 라벨 만들기"),
+    "extras/import_labels.py": (EXTRAS_GUIDE, "다른 도구의 라벨 가져오기"),
     "extras/convert_checkpoint.py": (EXTRAS_GUIDE, "Hugging Face 형식으로"),
     "extras/export_onnx.py": (EXTRAS_GUIDE, "ONNX로 내보내기"),
     "extras/sam_med3d_ich/train.py": (EXTRAS_GUIDE, "SAM-Med3D로 뇌 CT의 출혈 분할하기"),
 }
 SCRIPTS = dict(zip(SECTIONS, (
     download_dataset, prepare_data, train_sam2_proper, compare_models, test_my_image, annotate, track_video,
-    segment_volume, label_with_text, convert_checkpoint, export_onnx, train)))
+    segment_volume, label_with_text, import_labels, convert_checkpoint, export_onnx, train)))
 SOURCES = "".join(path.read_text(encoding="utf-8") for folder in (".", "extras", "extras/sam_med3d_ich", "extras/demo")
                   for path in sorted((ROOT / folder).glob("*.py")))
 # files whose names the scripts compose or a package chooses, and folders that appear when they run
@@ -64,7 +66,9 @@ WRITTEN = re.compile(r"(checkpoints|data|output|venv|Kvasir-SEG|demo/data|demo/o
                      r"(output/comparison/)?compare_1\.png|masks/00000\.png|training_summary_(\*|날짜_시각)\.json|"
                      r"processor_config\.json")
 BROUGHT = ("annotations.json", "_annotations.coco.json", "2.jpg", "10.jpg", "test_images/dog.jpg", "이름.png",
-           "sam_med3d_turbo.pth")  # by users
+           "sam_med3d_turbo.pth", "train/", "val/", "valid/", "test/", "data.yaml", "labels/", "images/", "masks/",
+           "SegmentationClass/", "SegmentationObject/", "ImageSets/Segmentation/",
+           "train/_annotations.coco.json")  # by users
 
 
 def text(document):
@@ -298,7 +302,7 @@ def test_the_flags_of_a_recipe_are_those_that_the_guide_shows(monkeypatch):
         return {**vars(train_sam2_proper.parse_args()), "recipe": None}
 
     assert settings(*shown.split()) == settings("--recipe", "improved")
-    assert settings(*shown.split(), "--encoder", "full") == settings("--recipe", "strongest")
+    assert settings(*shown.split(), "--encoder", "full", "--prompt", "any") == settings("--recipe", "strongest")
 
 
 def test_every_message_that_the_guide_shows_is_in_a_script():

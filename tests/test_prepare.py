@@ -253,11 +253,12 @@ def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
     done = prepare_coco(tmp_path)
     labels = read_grey(tmp_path / "data/masks/train/scene.png")
     assert labels.dtype == np.uint16
-    assert ((labels == 1) == (SMALL > 0)).all() and ((labels == 3) == (OTHER > 0)).all()
-    assert (labels == 2).sum() == 30 * 40 - 10 * 10 - 5 * 10  # the part not covered by smaller ones
-    assert set(np.unique(labels)) == {0, 1, 2, 3}
+    assert ((labels == 1001) == (SMALL > 0)).all() and ((labels == 1002) == (OTHER > 0)).all()
+    assert (labels == 2001).sum() == 30 * 40 - 10 * 10 - 5 * 10  # the part not covered by smaller ones
+    assert set(np.unique(labels)) == {0, 1001, 1002, 2001}
+    assert json.loads((tmp_path / "data/classes.json").read_text("utf-8")) == {"1": "polyp", "2": "도구"}
     single = read_grey(tmp_path / "data/masks/train/single.png")
-    assert single.dtype == np.uint8 and (single == SMALL).all()
+    assert single.dtype == np.uint16 and ((single == 1001) == (SMALL > 0)).all()
     assert "iscrowd 영역 3개를 뺐습니다 (객체로 쓰려면 --keep-crowd)" in done.stdout
     assert "제외: crowd.png - 마스크 없음" in done.stdout
 
@@ -279,8 +280,9 @@ def test_categories_are_chosen_by_name(tmp_path):
     assert names(tmp_path / "data/masks/train") == ["scene.png"] and "제외: single.png" in done.stdout
     mask = read_grey(tmp_path / "data/masks/train/scene.png")
     assert mask.dtype == np.uint8 and (mask == LARGE).all()
+    assert not (tmp_path / "data/classes.json").exists()
     prepare_coco(tmp_path, "--category", "도구", "--category", "polyp")
-    assert set(np.unique(read_grey(tmp_path / "data/masks/train/scene.png"))) == {0, 1, 2, 3}
+    assert set(np.unique(read_grey(tmp_path / "data/masks/train/scene.png"))) == {0, 1001, 1002, 2001}
     done = prepare_coco(tmp_path, "--category", "cat", code=1)
     assert_fails_in_one_line(done, "cat", "polyp", "도구")
 
@@ -297,14 +299,14 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
 
 def test_hundreds_of_coco_objects_are_numbered():
     squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
-    labels = prepare_data.draw_objects([rle_plain(square) for square in squares], (60, 80), False, "a.png")
+    labels = prepare_data.draw_objects([("cell", rle_plain(square)) for square in squares], (60, 80), False, "a.png")
     wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
     assert len(squares) == 400 and (labels == wanted).all()
 
 
 def test_runs_of_no_length_are_merged_rightly():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
-    mask = prepare_data.draw_objects([run, run], (20, 30), True, "a.png")
+    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png")
     assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
 
 
@@ -350,12 +352,14 @@ def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
         prepare_data.to_labels(np.arange(100)[None])  # a gradient
 
 
-def test_a_tiff_of_several_slices_is_named(tmp_path):
+def test_a_mask_of_several_pages_for_an_image_of_one_is_named(tmp_path):
     write_image(tmp_path / "images/stack.png", draw_pair(0)[0])
     (tmp_path / "masks").mkdir()
     slices = [Image.fromarray(LABELS.astype(np.uint16))] * 3
     slices[0].save(tmp_path / "masks/stack.tif", save_all=True, append_images=slices[1:])
-    assert "stack.tif: 여러 장이 든 파일" in prepare_masks(tmp_path, code=1).stdout
+    done = prepare_masks(tmp_path, code=1)
+    for line in ("stack.png - 마스크 없음", *(f"stack_p00{page}.tif - 이미지 없음" for page in (1, 2, 3))):
+        assert f"제외: {line}" in done.stdout
 
 
 def test_each_color_is_an_object_in_any_number_of_pieces(tmp_path):
@@ -393,7 +397,8 @@ def test_check_counts_objects_and_those_too_small_after_the_reduction(tmp_path):
     done = run("prepare_data.py", "--check", cwd=tmp_path)
     assert "객체 3개: 이미지마다 최소 1, 중앙값 1.5, 최대 2개" in done.stdout
     assert "객체 크기: 최소 64픽셀, 중앙값 100픽셀, 최대 400픽셀" in done.stdout
-    assert "작은 객체 (100픽셀 미만): 1개 - wide.png 1개" in done.stdout
+    assert "작은 객체 (100픽셀 미만) 1개: train/wide.png" in done.stdout
+    assert "100픽셀 미만 1개, 1,000픽셀 미만 3개" in done.stdout
 
 
 def test_preview_draws_each_object_in_its_color(tmp_path):
@@ -578,6 +583,8 @@ def test_the_line_about_void_shows_a_value_that_does_not_occur_and_255_of_voc_is
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/a.png", SMALL)
     assert "void 픽셀 0개" in prepare_masks(tmp_path, "--void", 9).stdout
+    done = prepare_masks(tmp_path, "--void", 255, "--allow-empty", "--data-dir", "other", code=1)
+    assert "제외: a.png - void뿐인 마스크" in done.stdout  # not an image without an object
     save_voc(tmp_path / "masks/a.png", class_maps()["void"])
     for void in ((9,), (224, 224, 192)):
         prepare_masks(tmp_path, "--void", *void)
@@ -778,3 +785,241 @@ def test_without_arguments_it_makes_folders_and_explains(tmp_path):
     for part in ("images/train", "images/val", "masks/train", "masks/val"):
         assert (tmp_path / "data" / part).is_dir()
     assert "--images" in done.stdout and "--coco" in done.stdout
+
+
+def write_pairs(folder, names, images="images", masks="masks", suffix=""):
+    """A drawn pair for each name, "a" or "folder/a": a different picture for each."""
+    for number, name in enumerate(names):
+        image, mask = draw_pair(1000 + number)
+        write_image(folder / images / f"{name}.png", image)
+        write_image(folder / masks / f"{name}{suffix}.png", mask)
+
+
+def split_of(folder, part="images"):
+    return {split: names(folder / "data" / part / split) for split in ("train", "val")}
+
+
+def prepare(folder, *arguments, masks="masks", **options):
+    return run("prepare_data.py", "--images", "images", "--masks", masks, *arguments, cwd=folder, **options)
+
+
+def test_train_and_valid_folders_are_the_split_and_test_is_left_alone(tmp_path):
+    write_pairs(tmp_path, ["train/a", "train/b", "valid/c", "test/d"])
+    write_pairs(tmp_path, ["loose"])
+    done = prepare(tmp_path)
+    assert split_of(tmp_path) == split_of(tmp_path, "masks") == {"train": ["a.png", "b.png"], "val": ["c.png"]}
+    assert json.loads((tmp_path / "data/split.json").read_text())["split"] == split_of(tmp_path)
+    assert "test/" in done.stdout and "제외: loose.png - train/과 val/ 밖에 있음" in done.stdout
+    shutil.rmtree(tmp_path / "masks")
+    write_pairs(tmp_path, ["a", "b", "c"], images="unused")  # one folder of masks for both splits
+    shutil.rmtree(tmp_path / "data")
+    assert "학습 2쌍, 검증 1쌍" in prepare(tmp_path).stdout
+
+
+def test_a_split_in_two_folders_is_kept_and_the_record_names_it(tmp_path):
+    write_pairs(tmp_path, ["a", "b", "c"])
+    write_pairs(tmp_path, ["a"], "val_images", "val_masks")
+    own = ("--val-images", "val_images", "--val-masks", "val_masks")
+    done = prepare(tmp_path, *own)
+    assert split_of(tmp_path) == {"train": ["a.png", "b.png", "c.png"], "val": ["a.png"]}
+    assert "학습과 검증에 같은 이미지가 있습니다 - train/a.png = val/a.png" in done.stdout
+    assert "이미 준비되어" in prepare(tmp_path, *own).stdout
+    assert "학습 2쌍, 검증 1쌍" in prepare(tmp_path).stdout  # another split of the same files
+
+
+def test_the_suffix_that_pairs_everything_is_printed_as_a_command(tmp_path):
+    write_pairs(tmp_path, ["ISIC_1", "ISIC_12"], suffix="_segmentation")
+    done = prepare(tmp_path, code=1)
+    assert_fails_in_one_line(done, "python prepare_data.py --images images --masks masks --mask-suffix=_segmentation")
+    prepare(tmp_path, "--mask-suffix=_segmentation")
+    assert split_of(tmp_path)["train"] + split_of(tmp_path)["val"] == ["ISIC_1.png", "ISIC_12.png"]
+    for path in (tmp_path / "masks").iterdir():  # masks beside the images, and a file with another suffix
+        path.rename(tmp_path / "images" / path.name)
+    write_image(tmp_path / "images/ISIC_1_segmentation_2.png", draw_pair(0)[1])
+    shutil.rmtree(tmp_path / "data")
+    done = prepare(tmp_path, "--mask-suffix=_segmentation", masks="images")
+    assert "제외 1개" in done.stdout and "제외: ISIC_1_segmentation_2.png" in done.stdout
+
+
+def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
+    stems = ["aachen/aachen_1", "bochum/bochum_1"]  # as Cityscapes
+    write_pairs(tmp_path, [f"{stem}_left" for stem in stems])
+    write_pairs(tmp_path, stems, images="unused", suffix="_ids")
+    shutil.rmtree(tmp_path / "unused")
+    for stem in stems:
+        (tmp_path / f"masks/{stem}_left.png").unlink()
+    assert "aachen/, bochum/" in prepare(tmp_path, code=1).stdout
+    done = prepare(tmp_path, "--recursive", code=1)
+    command = ("--mask-suffix=_1_ids", "--image-suffix=_1_left")
+    assert_fails_in_one_line(done, *command)
+    (tmp_path / "images/aachen/loop").symlink_to(tmp_path / "images")  # is not followed
+    assert "제외 0개" in prepare(tmp_path, "--recursive", *command, "--val-ratio", 0).stdout
+    assert split_of(tmp_path)["train"] == ["aachen__aachen_1_left.png", "bochum__bochum_1_left.png"]
+    write_pairs(tmp_path, ["a/b__c", "a__b/c"], masks="images/masks")  # the masks inside the images
+    done = prepare(tmp_path, "--recursive", masks="images/masks", code=1)
+    assert "제외: a/b__c.png - 이름이 같은 파일이 여럿: a/b__c.png, a__b/c.png" in done.stdout
+
+
+def test_groups_stay_on_one_side(tmp_path):
+    stems = [f"{video}/{video}_f{frame:02}" for video in "abcd" for frame in range(10)]
+    write_pairs(tmp_path, stems)
+    done = prepare(tmp_path, "--recursive", "--val-ratio", 0.3)
+    assert "주의: 이름이 영상 4개의 프레임 같고" in done.stdout and r"--group '^(.*?)\d+\.\w+$'" in done.stdout
+    for flags in (["--group-by-folder"], ["--group", r"^(.*?)\d+\.\w+$"], ["--group", "[a-d]", "--shuffle-seed", "1"]):
+        done = prepare(tmp_path, "--recursive", "--val-ratio", 0.3, *flags)
+        sides = [{name[0] for name in split_of(tmp_path)[split]} for split in ("train", "val")]
+        assert len(sides[0]) == 3 and len(sides[1]) == 1 and not sides[0] & sides[1] and "주의" not in done.stdout
+    assert_fails_in_one_line(prepare(tmp_path, "--recursive", "--group", "patient", code=1), "--group", "a/a_f00.png")
+    assert "묶음이 하나라" in prepare(tmp_path, "--recursive", "--group", "_f").stdout
+
+
+def test_the_cut_is_between_groups_and_nearest_to_the_ratio():
+    groups = {f"{number}": f"{'aabbbbbbcc'[number]}" for number in range(10)}
+    assert prepare_data.split_names(groups, 0.2, None)["val"] == ["8", "9"]
+    assert prepare_data.split_names(groups, 0.6, None)["train"] == ["0", "1"]
+    assert prepare_data.split_names({"1": "a", "2": "a", "3": "a"}, 0.2, None)["val"] == []
+    assert prepare_data.split_names({"1": "a", "2": "b", "3": "b"}, 0.2, None)["train"] == ["1"]
+
+
+def test_augmented_copies_follow_their_source(tmp_path):
+    write_pairs(tmp_path, [f"s{source}_jpg.rf.{copy * 32}" for source in range(4) for copy in "abc"])
+    prepare(tmp_path)
+    assert {name[:2] for name in split_of(tmp_path)["val"]} == {"s3"} and len(split_of(tmp_path)["val"]) == 3
+    shutil.rmtree(tmp_path / "images")
+    shutil.rmtree(tmp_path / "masks")
+    write_pairs(tmp_path, ["train/s_jpg.rf.aaa", "valid/s_jpg.rf.bbb"])
+    assert "같은 묶음이 있습니다 - s_jpg.png" in prepare(tmp_path).stdout
+
+
+def coco_of(folder, name, images, categories):
+    """name.json with one square for each (category id, left) of {file name: [...]}; writes the images."""
+    coco = {"images": [], "annotations": [], "categories": [{"id": key, "name": text} for key, text in categories]}
+    for identity, (file, objects) in enumerate(images.items()):
+        write_image(folder / "images" / file, draw_pair(identity + sum(name.encode()))[0])
+        coco["images"].append({"id": identity, "file_name": file, "height": 60, "width": 80})
+        coco["annotations"] += [{"image_id": identity, "category_id": category, "segmentation": [
+            [left, 10, left + 10, 10, left + 10, 20, left, 20]]} for category, left in objects]
+    (folder / f"{name}.json").write_text(json.dumps(coco), encoding="utf-8")
+
+
+def test_classes_are_numbered_by_name_over_both_files_and_sub_folders(tmp_path):
+    coco_of(tmp_path, "one", {"t/a.png": [(1, 5), (2, 40), (1, 60)], "t/none.png": []},
+            [(0, "root"), (1, "용종"), (2, "x")])
+    coco_of(tmp_path, "two", {"v/a.png": [(1, 5), (2, 40)]}, [(1, "x"), (2, "용종")])
+    both = ("--images", "images", "--coco", "one.json", "--val-images", "images", "--val-coco", "two.json")
+    done = run("prepare_data.py", *both, "--allow-empty", cwd=tmp_path)
+    assert "클래스 용종, x" in done.stdout and "객체가 없는 이미지 1장" in done.stdout
+    assert json.loads((tmp_path / "data/classes.json").read_text("utf-8")) == {"1": "용종", "2": "x"}
+    labels = read_grey(tmp_path / "data/masks/train/t__a.png")
+    assert [labels[15, x] for x in (10, 45, 65, 30)] == [1001, 2001, 1002, 0]
+    assert [read_grey(tmp_path / "data/masks/val/v__a.png")[15, x] for x in (10, 45)] == [2001, 1001]
+    checked = run("prepare_data.py", "--check", cwd=tmp_path).stdout
+    assert "클래스: 용종 2개, x 1개" in checked and "객체가 없는 이미지 1장" in checked and "문제 없음" in checked
+    (tmp_path / "data/classes.json").write_text('{"1": "용종"}', encoding="utf-8")
+    assert "클래스의 값 2001" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+    assert_fails_in_one_line(run("prepare_data.py", *both, "--merge", cwd=tmp_path, code=1), "classes.json")
+    (tmp_path / "data/classes.json").unlink()
+    coco = (tmp_path / "two.json").read_text("utf-8").replace('"category_id": 1', '"category_id": "1"')
+    (tmp_path / "two.json").write_text(coco, encoding="utf-8")
+    assert "categories에 없는 category_id의 객체 1개" in run("prepare_data.py", *both, cwd=tmp_path).stdout
+    coco = coco.replace('"category_id": "1"', '"category_id": 1')
+    (tmp_path / "two.json").write_text(coco, encoding="utf-8")
+    run("prepare_data.py", *both, "--category", "용종", cwd=tmp_path)
+    assert not (tmp_path / "data/classes.json").exists()
+    assert set(np.unique(read_grey(tmp_path / "data/masks/val/v__a.png"))) == {0, 255}
+
+
+@pytest.mark.parametrize("objects, classes", [(1, 65), (1001, 2)])
+def test_too_many_classes_or_objects_are_refused_in_one_line(tmp_path, objects, classes):
+    coco_of(tmp_path, "a", {"a.png": [(key, 5) for key in range(classes) for _ in range(objects)]},
+            [(key, f"c{key}") for key in range(classes)])
+    assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "--category", "--merge")
+    assert "학습 1쌍" in prepare_coco(tmp_path, "--merge").stdout
+
+
+def test_each_page_is_an_image_with_its_page_of_the_mask(tmp_path):
+    pairs = [draw_pair(number) for number in range(3)]
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    images = [Image.fromarray(image[..., ::-1].copy()) for image, _ in pairs]
+    masks = [Image.fromarray((mask > 0).astype(np.uint16) * number) for number, (_, mask) in enumerate(pairs, start=7)]
+    for path, pages in (("images/z.tif", images), ("masks/z.tif", masks)):
+        pages[0].save(tmp_path / path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    prepare_masks(tmp_path)
+    for page, (image, mask) in enumerate(pairs, start=1):
+        assert (cv2.imread(str(tmp_path / f"data/images/train/z_p{page:03}.png")) == image).all()
+        written = read_grey(tmp_path / f"data/masks/train/z_p{page:03}.png")
+        assert (written == (mask > 0) * (6 + page)).all()
+    (tmp_path / "masks/z.tif").unlink()
+    write_image(tmp_path / "masks/z_p002.png", pairs[1][1])
+    done = prepare_masks(tmp_path)
+    assert names(tmp_path / "data/images/train") == ["z_p002.png"]
+    assert all(f"제외: z_p00{page}.tif - 마스크 없음" in done.stdout for page in (1, 3))
+
+
+def test_transparency_is_composited_over_white_and_cmyk_is_read(tmp_path):
+    image, mask = draw_pair(3)
+    rgba = np.dstack([image, np.full((60, 80), 255, np.uint8)])
+    opaque = cv2.imencode(".png", rgba)[1].tobytes()
+    rgba[:20, :, 3], rgba[20:30, :, 3] = 0, 102
+    wanted = np.rint(image * (rgba[..., 3:] / 255) + 255 - rgba[..., 3:].astype(float)).astype(np.uint8)
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.webp", "c.tif"):
+        Image.fromarray(rgba[..., [2, 1, 0, 3]]).save(tmp_path / "images" / name, lossless=True)
+    (tmp_path / "images/opaque.png").write_bytes(opaque)
+    Image.fromarray(image[..., ::-1].copy()).convert("CMYK").save(tmp_path / "images/cmyk.tif")
+    for name in ("a", "b", "c", "opaque", "cmyk"):
+        write_image(tmp_path / f"masks/{name}.png", mask)
+    done = prepare_masks(tmp_path)
+    assert "투명한 이미지 3장" in done.stdout
+    for name, pixels in (("a", wanted), ("b", wanted), ("c", wanted), ("cmyk", image)):
+        assert np.abs(cv2.imread(str(tmp_path / f"data/images/train/{name}.png")).astype(int) - pixels).max() <= 1
+    assert (tmp_path / "data/images/train/opaque.png").read_bytes() == opaque
+
+
+def test_images_without_an_object_are_accepted_only_if_asked_for(tmp_path):
+    write_pairs(tmp_path, ["a", "b"])
+    write_image(tmp_path / "images/black.png", draw_pair(9)[0])
+    write_image(tmp_path / "masks/black.png", np.zeros((60, 80), np.uint8))
+    write_image(tmp_path / "images/unlabelled.png", draw_pair(8)[0])
+    assert "제외: black.png - 마스크가 비어 있음" in prepare_masks(tmp_path).stdout
+    done = prepare_masks(tmp_path, "--allow-empty")
+    assert "객체가 없는 이미지 1장" in done.stdout and "제외: unlabelled.png" in done.stdout
+    assert not read_grey(tmp_path / "data/masks/train/black.png").any()
+    checked = run("prepare_data.py", "--check", cwd=tmp_path).stdout
+    assert "train: 3쌍" in checked and "객체가 없는 이미지 1장" in checked and "문제 없음" in checked
+    (tmp_path / "data/split.json").unlink()
+    assert "train/black.png: 마스크가 비어 있음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+
+
+def test_a_coco_image_whose_objects_cannot_be_used_is_not_an_empty_one(tmp_path):
+    coco_of(tmp_path, "a", {"used.png": [(1, 5)], "empty.png": [], "other.png": [(2, 5)]}, [(1, "x"), (2, "y")])
+    content = json.loads((tmp_path / "a.json").read_text())
+    for number, annotation in enumerate(({"bbox": [1, 2, 3, 4]}, {"segmentation": [[1, 2]]},
+                                         {"segmentation": [[1, 1, 9, 1, 9, 9]], "iscrowd": 1}), start=10):
+        write_image(tmp_path / f"images/{number}.png", draw_pair(number)[0])
+        content["images"].append({"id": number, "file_name": f"{number}.png"})
+        content["annotations"].append({"image_id": number, "category_id": 1, **annotation})
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    done = prepare_coco(tmp_path, "--category", "x", "--allow-empty")
+    assert split_of(tmp_path)["train"] == ["empty.png", "other.png", "used.png"]
+    assert all(f"제외: {number}.png" in done.stdout for number in (10, 11, 12))
+
+
+def test_check_and_preview_show_what_harms_a_training(tmp_path):
+    drawn = {"a": draw_pair(0), "b": draw_pair(0), "full": (draw_pair(1)[0], np.full((60, 80), 255, np.uint8)),
+             "cut": (draw_pair(2)[0], rectangle(0, 20, 0, 20)), "tiny": (draw_pair(3)[0], rectangle(30, 33, 30, 33)),
+             "turned": (draw_pair(4)[0], np.rot90(draw_pair(4)[1]).copy()), "fine": draw_pair(5)}
+    for name, (image, mask) in drawn.items():
+        write_image(tmp_path / f"data/images/train/{name}.png", image)
+        write_image(tmp_path / f"data/masks/train/{name}.png", mask)
+    done = run("prepare_data.py", "--check", "--preview", 1, cwd=tmp_path, code=1)
+    for line in ("픽셀이 같은 이미지 1장이 한쪽에 더 있습니다: train/a.png = train/b.png",
+                 "잘린 객체 1개: train/cut.png", "작은 객체 (100픽셀 미만) 1개: train/tiny.png",
+                 "train/full.png: 마스크가 이미지 전체를 덮음",
+                 "train/turned.png: 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
+        assert line in done.stdout
+    sheet = cv2.imread(str(tmp_path / "data/preview.png"))
+    assert sheet[20, 20, 1] > sheet[20, 20, 0] + 30  # a problem comes first: `full` is green everywhere
+    run("prepare_data.py", "--preview", 7, cwd=tmp_path)
+    assert cv2.imread(str(tmp_path / "data/preview.png")).shape == (2 * 272, 6 * 256, 3)

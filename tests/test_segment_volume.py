@@ -152,7 +152,7 @@ class FakeArgs:
     def __init__(self, output):
         self.name, self.output, self.volume, self.axis, self.each_slice, self.max_gap, self.truth = (
             "ct", output, "ct.nii", "axial", False, 3, "truth.nii")
-        self.truth_label = None
+        self.truth_label, self.auto, self.is_dicom = None, False, False
 
 
 @pytest.mark.parametrize("axis, area", [("axial", 1.5), ("coronal", 4.0), ("sagittal", 6.0)])

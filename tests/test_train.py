@@ -139,7 +139,7 @@ def test_a_large_validation_image_is_measured_at_its_size_and_its_loss_is_not(da
     loss_of = train_sam2_proper.training_loss
     monkeypatch.setattr(train_sam2_proper, "training_loss",
                         lambda logits, *more: sizes.append(tuple(logits.shape[2:])) or loss_of(logits, *more))
-    (loss, iou, dice), = train_sam2_proper.validate_image(training, 4)
+    (loss, iou, dice, _), = train_sam2_proper.validate_image(training, 4)
     assert sizes == [(1024, 512)] and loss > 0 and 0 <= iou <= dice
 
 
