@@ -21,13 +21,11 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import highdicom as hd
 import nibabel as nib
 import numpy as np
 import pydicom
 from files import ImageError
 from pydicom.pixels import apply_modality_lut, pixel_array
-from pydicom.sr.codedict import codes
 from volume_files import TOLERANCE
 
 # ---- settings ----
@@ -368,6 +366,9 @@ def seg_bytes(series, mask, mark):
     It refers to the files of the series and belongs to the same patient and study, whose attributes highdicom copies.
     mark: its content description, at most 64 characters.
     """
+    import highdicom as hd  # takes a second, which NIfTI files need not wait for
+    from pydicom.sr.codedict import codes
+
     planes = series.planes
     first = pydicom.dcmread(planes[0].path, force=True, stop_before_pixels=True)
     for name in REQUIRED:
@@ -387,7 +388,9 @@ def seg_bytes(series, mask, mark):
         sources, pixels, "BINARY", [segment], series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(),
         series_number=1000 + int(first.get("SeriesNumber") or 0), instance_number=1, manufacturer="segment_volume.py",
         manufacturer_model_name="SAM 2.1", software_versions="2.1", device_serial_number="0",
-        content_label="SEGMENTATION", content_description=mark, series_description="SAM 2.1 segmentation")
+        omit_empty_frames=len(planes) < len(pixels),  # SimpleITK would stack the slices beside a gap without the gap
+        content_label="SEGMENTATION", content_description=mark, content_creator_name="segment_volume.py",
+        series_description="SAM 2.1 segmentation")
     buffer = io.BytesIO()
     seg.save_as(buffer)
     return buffer.getvalue()

@@ -41,6 +41,8 @@ RESULTS = {"masks": {0: "num_labels"}, "iou_predictions": {0: "num_labels"}}
 def main():
     args = parse_args()
     predictor = load_predictor(args.model_cfg, args.checkpoint, "cpu", trained_image_size(args.checkpoint))
+    if not predictor.model.use_high_res_features_in_sam:
+        fail(f"{args.model_cfg}: use_high_res_features_in_sam이 true인 설정만 내보냅니다 (SAM 2의 모든 설정)")
     if predictor.model.knows_absence:
         print("주의: 프롬프트가 없을 때 대상이 없다고 판단하는 점수는 ONNX 파일에 없습니다 (test_my_image.py에는 있음)")
     args.out_dir.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from common import load_predictor
 from conftest import ENV, ROOT, SMALL_CFG, assert_fails_in_one_line, run
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 SCRIPT = "extras/export_onnx.py"
@@ -134,6 +135,15 @@ def test_own_configs_and_trained_image_sizes_are_exported(tmp_path, monkeypatch,
     (whole, exact), (half, near) = re.findall(r"인코더 (\S+) MB, .* 차이 (\S+)", printed)
     assert "학습했는데" not in printed and float(exact) < 1e-3 and float(near) < 0.5
     assert float(half) < 0.6 * float(whole)
+
+
+def test_configs_without_high_resolution_features_are_refused(tmp_path, monkeypatch):
+    config = OmegaConf.load(SMALL_CFG)
+    config.model.use_high_res_features_in_sam = False
+    OmegaConf.save(config, tmp_path / "own.yaml")
+    torch.save(instantiate(config.model, _recursive_=True).state_dict(), tmp_path / "own.pt")
+    with pytest.raises(SystemExit, match="own.yaml: use_high_res_features_in_sam"):
+        export(monkeypatch, tmp_path / "own.pt", tmp_path / "onnx", "--model-cfg", tmp_path / "own.yaml")
 
 
 def test_int8_is_smaller_and_replaced_files_are_named(exported, no_export, tmp_path, monkeypatch, capsys):
