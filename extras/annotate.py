@@ -114,7 +114,7 @@ def without_mask(paths, mask_dir):
     return remaining or sys.exit()
 
 
-def log(path, *row):
+def write_log_row(path, *row):
     """Add a row to annotation_log.csv."""
     rows = [row] if path.exists() else [("image", "clicks", "seconds", "first_iou"), row]
     try:
@@ -293,7 +293,7 @@ class AnnotationWindow(Window):
         self.learner.add(self.path, self.encoded[self.path][-1][0])
         first, was_suggested = self.first
         iou = calculate_iou(first, labels > 0 if was_suggested else labels == 1)
-        log(self.args.output / "annotation_log.csv", self.path.name, self.clicks,
+        write_log_row(self.args.output / "annotation_log.csv", self.path.name, self.clicks,
             round(time.monotonic() - self.opened, 1), round(iou, 4))
         self.open_next()
 
