@@ -79,7 +79,7 @@ def print_iou(predictor, encoders, decoder, pairs):
     encoders = {form: open_session(path) for form, path in encoders.items()}
     decode, side, rows = open_session(decoder), predictor.model.image_size, []
     for image_path, mask_path in pairs:
-        image, labels = project.read_pair(image_path, mask_path)
+        _, image, labels = project.read_pair((image_path, mask_path))
         truth = labels == labels[labels > 0].min()
         point = project.middle_point(truth)
         pixels = normalize(image, side)

@@ -12,7 +12,7 @@ def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
                "--cache-dir", "features", cwd=data)
     head, columns, *rows = done.stdout.strip().splitlines()
     assert "4 images to train on, 2 to measure on, 16 decoder passes, 2 seeds" in head and "box IoU" in columns
-    assert len(rows) == 6 and all(len(re.findall(r"[\d.]+ ± +[\d.]+", row)) == 5 for row in rows)
+    assert len(rows) == 6 and all(len(re.findall(r"[\d.]+ ± +[\d.]+", row)) == 7 for row in rows)
     assert [row[:24].strip() for row in rows] == [
         "original", "reference", "focal (x 20) + Dice", "mixed", "flips", "mixed, neck too"]
     measured = [re.findall(r"[\d.]+ ± +[\d.]+", row) for row in rows]
