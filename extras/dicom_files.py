@@ -389,7 +389,7 @@ def seg_bytes(series, mask, mark):
         series_number=1000 + int(first.get("SeriesNumber") or 0), instance_number=1, manufacturer="segment_volume.py",
         manufacturer_model_name="SAM 2.1", software_versions="2.1", device_serial_number="0",
         omit_empty_frames=len(planes) < len(pixels),  # SimpleITK would stack the slices beside a gap without the gap
-        content_label="SEGMENTATION", content_description=mark, content_creator_name="segment_volume.py",
+        content_label="SEGMENTATION", content_description=mark, content_creator_name="segment_volume^",
         series_description="SAM 2.1 segmentation")
     buffer = io.BytesIO()
     seg.save_as(buffer)

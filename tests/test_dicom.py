@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import common
 import dicom_files
 import highdicom as hd
 import nibabel as nib
@@ -13,7 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import segment_volume
-from conftest import ROOT, assert_fails_in_one_line
+from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line
 from files import ImageError
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -97,23 +98,31 @@ def assert_is_drawn(path, values=None, affine=None, number=None):
 
 # ----------------------------------------------------------------------------- the mask and its place
 
+@pytest.fixture(scope="module")
+def predictor():
+    return common.load_video_predictor(SMALL_CFG, ROOT / "demo/sam2_demo.pt", "cpu")
+
+
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal", "oblique"])
-def test_the_mask_is_that_of_the_same_volume_as_nifti_and_the_seg_lies_at_the_same_place(tmp_path, plane):
+def test_the_mask_is_that_of_the_same_volume_as_nifti_and_the_seg_lies_at_the_same_place(tmp_path, predictor, plane):
     """The affine of the NIfTI file is worked out by hand; the files of the series are in reversed order."""
     affine = grid(plane)
     paths = write_series(tmp_path / "ct", affine=affine, order=reversed(range(8)))
     nib.save(nib.Nifti1Image(draw().astype(np.float32), to_ras(affine)), tmp_path / "same.nii.gz")
-    volume = segment_volume.Volume(tmp_path / "same.nii.gz")
-    x, y, z = np.median(np.nonzero(volume.data > 50), axis=1).astype(int)
-    masks = {}
-    for name, path in (("ct", "ct"), ("same", "same.nii.gz")):
-        segment(tmp_path, ROOT / "demo/sam2_demo.pt", "--point", f"{z},{x},{y}", "-o", name, *(
-            ["--each-slice"] if plane != "oblique" else []), volume=path)
-        masks[name] = nib.load(tmp_path / name / f"{name}_mask.nii.gz")
-    wanted = np.asarray(masks["same"].dataobj)
-    assert np.count_nonzero(volume.data[nib.as_closest_canonical(masks["same"]).get_fdata() > 0] > 50) > 9
-    assert (np.asarray(masks["ct"].dataobj) == wanted).all() and np.allclose(masks["ct"].affine, masks["same"].affine)
+    series, masks = read(tmp_path / "ct")[2], []
+    for volume in segment_volume.Volume("ct", series), segment_volume.Volume(tmp_path / "same.nii.gz"):
+        slices = segment_volume.Slices(volume, "axial", (0, 80))
+        x, y, z = np.median(np.nonzero(volume.data > 50), axis=1).astype(int).tolist()
+        prompts = segment_volume.mirror({(z, 1): ([(x, y, 1)], None)}, slices.size)
+        mask, scores = np.zeros((len(slices), *slices.size), bool), np.full(len(slices), np.nan)
+        for _ in segment_volume.segment_slices(predictor, slices, prompts, plane != "oblique", mask, scores):
+            pass
+        masks.append(volume.restore(slices.from_pictures(mask)))
+        assert np.count_nonzero(slices.from_pictures(mask) & (volume.data > 50)) > 9
+    wanted = np.asarray(masks[1].dataobj)
+    assert (np.asarray(masks[0].dataobj) == wanted).all() and np.allclose(masks[0].affine, masks[1].affine)
 
+    segment_volume.save_seg(tmp_path / "ct/ct_seg.dcm", series, np.asarray(masks[0].dataobj))
     seg = hd.seg.segread(tmp_path / "ct/ct_seg.dcm")
     found = seg.get_volume(combine_segments=True)
     assert (places(found.array, to_ras(found.affine)) == places(wanted, to_ras(affine))).all()
@@ -179,7 +188,7 @@ def join(dataset, **values):
         setattr(dataset, name, value)
 
 
-def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, visible):
+def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, visible, monkeypatch):
     for number, echo in enumerate((20, 80)):
         write_series(tmp_path / "mr", draw() + number, modality="MR", name=f"{echo}_{{}}",
                      change=lambda dataset, place, echo=echo: join(dataset, EchoTime=echo, InstanceNumber=echo + place))
@@ -204,14 +213,17 @@ def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, vi
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["series"], summary["modality"]) == (2, "MR") and summary["window"][0] < -900
     assert (tmp_path / "out/mr_2_mask.nii.gz").is_file() and (tmp_path / "out/mr_2_seg.dcm").is_file()
-    assert "이전 결과를 덮어씁니다" in segment(tmp_path, visible, "--series", 2, *arguments, volume="mr").stdout
-    failed = segment(tmp_path, visible, "--series", 3, *arguments, volume="mr", code=1)
-    assert_fails_in_one_line(failed, "slices.csv: 이 볼륨의 이전 결과가 아니어서")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["", "--volume", "mr", "--series", "3", *arguments])
+    with pytest.raises(SystemExit, match="slices.csv: 이 볼륨의 이전 결과가 아니어서"):
+        segment_volume.check_results(segment_volume.parse_args())
+    monkeypatch.setattr("sys.argv", ["", "--volume", "mr", "--series", "2", *arguments])
+    segment_volume.check_results(segment_volume.parse_args())  # overwrites its own
     edited = pydicom.dcmread(tmp_path / "out/mr_2_seg.dcm")
     edited.ContentDescription = "corrected"
     edited.save_as(tmp_path / "out/mr_2_seg.dcm")
-    failed = segment(tmp_path, visible, "--series", 2, *arguments, volume="mr", code=1)
-    assert_fails_in_one_line(failed, "mr_2_seg.dcm: 이 볼륨의 이전 결과가 아니어서")
+    with pytest.raises(SystemExit, match="mr_2_seg.dcm: 이 볼륨의 이전 결과가 아니어서"):
+        segment_volume.check_results(segment_volume.parse_args())
 
 
 # ----------------------------------------------------------------------------- values
