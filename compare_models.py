@@ -89,7 +89,7 @@ def main():
         classes = {}  # the union of an image's objects has no class
     else:
         pairs = [pair for pair in pairs if pair not in empty]
-    if len(pairs) <= len(empty) * (args.prompt == "none"):
+    if empty.issuperset(pairs):
         fail(f"정답 마스크가 모두 비어 있습니다: {args.mask_dir}")
     original = load_predictor(args.model_cfg, args.checkpoint, device, args.image_size)
     finetuned = copy.deepcopy(original)
@@ -899,7 +899,7 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
-    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("knows_absence"))
     if model.pred_obj_scores:  # predict() does not return the object score
         model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
             lambda head, _, scores: setattr(head, "last", scores))

@@ -693,14 +693,14 @@ def write_pairs(pairs, problems, staging, args, notes):
 
 def read_over_white(path):
     """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
-    image = read_image(path)
-    with contextlib.suppress(Exception), Image.open(path) as file:  # what Pillow cannot read has no transparency
+    image, rgba = read_image(path), None
+    with contextlib.suppress(Exception), Image.open(path) as file:  # Pillow reads every format with alpha
         if file.mode[-1] in "Aa" or "transparency" in file.info:
-            rgba = upright(np.array(file.convert("RGBA")), path)
-            colors, alpha = rgba[..., :3], rgba[..., 3:] / 255
-            if alpha.max() > 0 and alpha.min() < 1:
-                colors = colors if decode_file(path, cv2.IMREAD_UNCHANGED).dtype == np.uint8 else image
-                return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
+            rgba = np.array(file.convert("RGBA"))
+    if rgba is not None and rgba[..., 3].any() and (rgba[..., 3] < 255).any():
+        rgba, is_deep = upright(rgba, path), decode_file(path, cv2.IMREAD_UNCHANGED).dtype != np.uint8
+        colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
+        return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
     return image, False
 
 

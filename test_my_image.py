@@ -96,8 +96,8 @@ def main():
     if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
     predictors, shared = load_models(args)
-    if args.auto and next(reversed(predictors.values())).model.trained_prompt not in ("none", "any"):
-        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
+    if args.auto:
+        check_trained_for_auto([*predictors.values()][-1].model)
     if args.interactive:
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     failed, args.rows = [], []
@@ -219,6 +219,12 @@ def load_models(args):
         load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
     print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
     return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
+
+
+def check_trained_for_auto(model):
+    """Warn if a model was not trained to find objects without a prompt."""
+    if model.trained_prompt not in ("none", "any"):
+        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
 
 
 def same_frozen_weights(original, finetuned):
@@ -935,7 +941,7 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
-    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("knows_absence"))
     if model.pred_obj_scores:  # predict() does not return the object score
         model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
             lambda head, _, scores: setattr(head, "last", scores))

@@ -1258,7 +1258,7 @@ def save_model(training, path, **more):
     """Save official_weights in the official form {"model": ...}, `more` beside it; fails if they are not finite."""
     weights = official_weights(training.model)
     more.update(image_size=training.model.image_size, prompt=training.args.prompt,
-                empty_images=len(training.masks) - training.masks.filled)
+                knows_absence=training.model.knows_absence)
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         fail("가중치가 유한하지 않아 저장하지 않습니다. --lr을 낮춰 보세요. 전에 저장한 모델은 그대로입니다")
     write_file(path, lambda file: torch.save({"model": weights, **more}, file))
@@ -1571,7 +1571,7 @@ def load_weights(model, checkpoint, model_cfg):
         reason = f"가중치가 아닌 값 {refused[1]}이(가) 들어 있습니다" if refused else textwrap.shorten(str(error), 400)
         fail(f"체크포인트 {checkpoint}가 손상되었거나 설정 {model_cfg}와 맞지 않습니다: {reason}. "
              '다른 도구의 파일이면 가중치만 저장하세요: torch.save({"model": model.state_dict()}, 파일)')
-    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("empty_images"))
+    model.trained_prompt, model.knows_absence = saved.get("prompt"), bool(saved.get("knows_absence"))
     if model.pred_obj_scores:  # predict() does not return the object score
         model.sam_mask_decoder.pred_obj_score_head.register_forward_hook(
             lambda head, _, scores: setattr(head, "last", scores))

@@ -163,6 +163,7 @@ def run(job):
         training.optimizer.register_step_post_hook(lambda *_: average.update_parameters(trained))
     for iteration in range(1, settings.iterations + 1) if name != "original" else ():
         training.step(iteration)
+        training.fetch()  # fails if the loss is not finite
     if "average" in options:
         trained.load_state_dict(average.module.state_dict())
     encoded = settings.iterations * settings.batch_size if training.cache is None else len(training.cache.kept)

@@ -294,7 +294,7 @@ class AnnotationWindow(Window):
         first, was_suggested = self.first
         iou = calculate_iou(first, labels > 0 if was_suggested else labels == 1)
         write_log_row(self.args.output / "annotation_log.csv", self.path.name, self.clicks,
-            round(time.monotonic() - self.opened, 1), round(iou, 4))
+                      round(time.monotonic() - self.opened, 1), round(iou, 4))
         self.open_next()
 
     def update(self, message=""):

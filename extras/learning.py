@@ -6,8 +6,8 @@
     while learner.work():                   # one short piece of work: encode an image, measure, one step, write
         pass
 
-The loss, the prompts and the optimizer are those of train_sam2_proper.py --recipe improved --prompt any, with settings
-that benchmarks/study_annotation.py chose. There is no window and no thread in here.
+The loss, the prompts and the optimizer are those of train_sam2_proper.py --recipe improved --prompt any; the learning
+rate and the number of steps have not been tuned yet (benchmarks/study_annotation.py). No window, no thread.
 """
 
 import contextlib
@@ -26,12 +26,11 @@ from tqdm import tqdm
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
 import train_sam2_proper as train  # noqa: E402
 
-STEPS, LR, BATCH = 10, 1e-4, 4  # per labelled image; with lr 3e-4 and 20 steps a model got worse than the initial one
+STEPS, LR, BATCH = 10, 1e-4, 4  # steps per labelled image
 RECENT = 10                     # images: of these the agreement and the guard's loss of IoU are taken
 LOST = 0.1                      # mean IoU over RECENT images that a model may lose against the last good one
 WORTH_SHOWING = 0.6             # mean IoU of masks without a prompt with what was saved
 STATE = ("learned", "queued", "iteration", "gains", "agreements")  # attributes that learned_last.pt keeps
-KINDS = ("point", "points", "box", "none")
 
 
 class Learner:
@@ -129,6 +128,9 @@ class Learner:
             self.queued = self.steps
             if self.steps:
                 self.write_last()
+            else:  # no step draws from it
+                for each in (self.paths, self.sizes, self.masks, self.cache.kept):
+                    each.clear()
 
     def keep(self, path):
         """Add an image and its mask to those that steps draw from; returns whether it can be learned, else reports."""
@@ -169,7 +171,7 @@ class Learner:
         indices = rng.integers(max(0, count - max(BATCH, self.cache.capacity)), count, BATCH).tolist()
         if self.iteration % 2 == 0:
             indices[0] = count - 1
-        kind, rngs = KINDS[rng.integers(len(KINDS))], rng.spawn(BATCH)
+        kind, rngs = train.ANY[rng.integers(len(train.ANY))], rng.spawn(BATCH)
         corrections = int(rng.integers(train.MAX_POINTS)) if kind == "points" else 0
         gt_masks = [masks.labels(0)[None] > 0 if kind == "none" else
                     masks.decode(0, each.permutation(masks.objects[0])[:1])
@@ -242,7 +244,7 @@ class Learner:
         """Write both files: learned.pt, which every script opens, and learned_last.pt."""
         model = self.predictor.model
         content = {"model": train.official_weights(model), "image_size": model.image_size, "prompt": "any",
-                   "empty_images": int(model.knows_absence)}
+                   "knows_absence": model.knows_absence}
         write_file(self.folder / "learned.pt", lambda file: torch.save(content, file))
         self.unwritten, self.is_written = False, True
         self.write_last()

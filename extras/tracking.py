@@ -34,6 +34,8 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 from window import Window, object_color, say, show_view
 
+from test_my_image import check_trained_for_auto
+
 # ---- settings ----
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
@@ -232,8 +234,7 @@ def find_without_prompt(predictor, frames, confident=math.inf):
     It is the first frame on which the predicted IoU reaches `confident`, or else the one where it is highest.
     Fails if nothing is found on any frame.
     """
-    if predictor.trained_prompt not in ("none", "any"):
-        print("주의: 프롬프트 없이 찾도록 학습한 모델이 아닙니다. 먼저: train_sam2_proper.py --recipe strongest")
+    check_trained_for_auto(predictor)
     finder, best = SAM2ImagePredictor(predictor), (-math.inf, None, None)
     finder._bb_feat_sizes = [(predictor.image_size // stride,) * 2 for stride in (4, 8, 16)]
     for frame in tqdm(range(len(frames)), "찾기", unit="장", leave=False, disable=None):

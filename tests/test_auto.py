@@ -2,7 +2,7 @@
 
 | tests | subject |
 |---|---|
-| training | images without any object, the draws, the loss of an empty target |
+| training | images without any object: when they are drawn, what they train |
 | numbers | --val-prompt none equals compare_models.py --prompt none, specificity |
 | use | test_my_image.py --auto: masks, auto.csv, models that were not trained for it |
 """

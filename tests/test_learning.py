@@ -103,7 +103,7 @@ def test_the_newest_image_is_in_every_second_batch(tmp_path, start):
         batches.append(learner.draw())
     assert all(batch.indices[0] == 2 for batch in batches[::2])
     assert {batch.indices[0] for batch in batches[1::2]} == {0, 1, 2}
-    assert {batch.kind for batch in batches} == set(learning.KINDS)
+    assert {batch.kind for batch in batches} == set(train.ANY)
     assert all(len(batch.indices) == 4 and mask.any() for batch in batches for mask in batch.gt_masks)
 
 
@@ -165,3 +165,13 @@ def test_an_image_that_cannot_be_read_again_is_left_out(tmp_path, start, capsys)
     while again.work():
         pass
     assert "images/0.png" in capsys.readouterr().err and [path.stem for path in again.paths] == ["1", "2"]
+
+
+def test_without_steps_images_are_measured_and_not_kept(tmp_path, start):
+    learner = start(steps=0)
+    for number in range(3):
+        add(learner, image(tmp_path, number))
+        learner.finish()
+    assert len(learner.agreements) == len(learner.learned) == 3
+    assert not (learner.paths or learner.masks or learner.cache.kept or learner.queued)
+    assert not (learner.folder / "learned_last.pt").exists()

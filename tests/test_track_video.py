@@ -1099,5 +1099,5 @@ def test_auto_fails_where_nothing_is_found(clip, visible):
     weights = torch.load(visible, weights_only=True)
     last = max(name for name in weights["model"] if re.search(r"pred_obj_score_head.*bias", name))
     weights["model"][last] -= 1000
-    torch.save({**weights, "prompt": "any", "empty_images": 3}, clip / "never.pt")
+    torch.save({**weights, "prompt": "any", "knows_absence": True}, clip / "never.pt")
     assert_fails_in_one_line(track(clip, clip / "never.pt", "--auto", code=1), "찾은 것이 없습니다")
