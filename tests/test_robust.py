@@ -138,7 +138,8 @@ def test_masks_of_every_kind(tmp_path, weights):
     write_image(masks / "pair_001.png", 255 - draw_pair(1)[1])
     write_image(masks / "pair_002.png", np.zeros((60, 80), np.uint8))
     done = train(tmp_path, weights, "--iterations", 6)
-    assert "학습 2장, 객체 2개 (전경 100픽셀 미만이라 뺀 객체 1개)" in done.stdout
+    assert "학습 2장, 객체 2개 (전경 100픽셀 미만이라 뺀 객체 0개)" in done.stdout
+    assert "학습 이미지 중 객체가 없는 것 1장" in done.stdout
     write_image(masks / "pair_002.png", draw_pair(2)[1][:50])
     done = train(tmp_path, weights, "--iterations", 30, code=1)
     assert_fails_in_one_line(done, "pair_002", "크기")
