@@ -39,14 +39,10 @@ class WebWindow(RealWindow):
     def __init__(self, folder, browser, *arguments, driver=test_window.DRIVER):
         self.browser = browser
         super().__init__(folder, "", *arguments, "--web", free_port(), driver=driver)
-        for line in self.script.stdout:
-            self.output += line
-            if found := re.search(r"(http://127\.0\.0\.1:(\d+)/\w{32})/", line):
-                self.address, self.port = found[1], int(found[2])
-            if "ssh -L" in line:
-                assert f"ssh -L {self.port}:127.0.0.1:{self.port} " in line
-                return
-        raise AssertionError(self.output)
+        line = self.read_until("브라우저에서 여세요: ")
+        self.address, port = re.match(r"(http://127\.0\.0\.1:(\d+)/\w{32})/", line).groups()
+        self.port = int(port)
+        assert f"ssh -L {self.port}:127.0.0.1:{self.port} " in self.read_until("다른 컴퓨터에서 보려면")
 
     def open(self, name, *state):
         self.browser.get(self.address + "/")
@@ -168,8 +164,7 @@ def test_ctrl_c_ends_a_video_in_a_browser(tmp_path, browser):
         window.click(20, 20)
         window.wait_for("frames", 0, 1, 1)
         window.script.send_signal(signal.SIGINT)
-        output = window.script.communicate()[0]
-    assert window.script.returncode == 1 and output.splitlines()[-1] == "오류: 중단했습니다"
+        assert window.end(code=1).splitlines()[-1] == "오류: 중단했습니다"
     assert not (tmp_path / "out/overlay.mp4").exists()
 
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 from functools import partial
 from unittest.mock import Mock, create_autospec
 
@@ -16,7 +15,17 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, save_small_model, write_image
+from conftest import (
+    ENV,
+    ROOT,
+    SMALL_CFG,
+    assert_fails_in_one_line,
+    draw_pair,
+    kill_if_it_hangs,
+    run,
+    save_small_model,
+    write_image,
+)
 from matplotlib import pyplot as plt
 from matplotlib.backend_bases import KeyEvent, MouseEvent
 from pycocotools import mask as coco_mask
@@ -673,7 +682,7 @@ class RealWindow:
     """A script in a window on a virtual screen, driven with xdotool; driver: code that starts it.
 
     The script reports what it has drawn. After every action the test waits for the resulting drawing, so that the
-    speed of the machine does not matter.
+    speed of the machine does not matter. A wait fails only if the script hangs, see kill_if_it_hangs.
     """
 
     def __init__(self, folder, screen, *arguments, driver=DRIVER):
@@ -682,27 +691,29 @@ class RealWindow:
             [sys.executable, "-c", driver, "--model-cfg", str(SMALL_CFG), "--finetuned", ROOT / "demo/sam2_demo.pt",
              "--device", "cpu", *map(str, arguments)],
             cwd=folder, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
-        self.watchdog = threading.Timer(1200, self.script.kill)  # only if it hangs
-        self.watchdog.start()
         self.output = ""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.watchdog.cancel()
         self.script.kill()
         self.script.wait()
         self.script.stdout.close()
 
+    def read_until(self, begin):
+        """Read what the script prints up to a line that begins with `begin`; returns the rest of this line."""
+        with kill_if_it_hangs(self.script):
+            for line in self.script.stdout:
+                self.output += line
+                if line.startswith(begin):
+                    return line.removeprefix(begin)
+            raise AssertionError(f"{begin!r} is missing in {self.output}")
+
     def wait_for(self, name, finished=0, points=0, box=0):
         """Wait until the window of the image `name` shows this many objects, points and boxes."""
-        for line in self.script.stdout:
-            self.output += line
-            if line.startswith(f"drawn {name} {finished} {points} {box} "):
-                self.corners = [float(number) for number in line.split()[5:9]]
-                return
-        raise AssertionError(self.output)
+        drawn = self.read_until(f"drawn {name} {finished} {points} {box} ")
+        self.corners = [float(number) for number in drawn.split()[:4]]
 
     def wait_for_window(self, name, *state):
         """Wait until the window of the image `name` is on the screen, in this state, and has the keyboard focus."""
@@ -732,16 +743,25 @@ class RealWindow:
 
         On a busy machine openbox sometimes misses key presses.
         """
-        while self.script.poll() is None:
-            subprocess.run(["xdotool", "key", "alt+F4"], env=self.env, timeout=60)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.script.wait(5)
+        with kill_if_it_hangs(self.script):
+            while self.script.poll() is None:
+                subprocess.run(["xdotool", "key", "alt+F4"], env=self.env, timeout=60)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.script.wait(5)
 
-    def end(self):
-        """Wait for the script; returns what it printed."""
-        self.output += self.script.communicate()[0]
-        assert self.script.returncode == 0, self.output
+    def end(self, code=0):
+        """Wait for the script and assert its exit code; returns what it printed."""
+        with kill_if_it_hangs(self.script):
+            self.output += self.script.communicate()[0]
+        assert self.script.returncode == code, self.output
         return self.output
+
+
+def test_a_window_that_hangs_fails_with_a_message():
+    script = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    with pytest.raises(AssertionError, match="no answer in 0.01 s"), kill_if_it_hangs(script, 0.01):
+        script.wait()
+    assert script.returncode
 
 
 def test_real_window_clicks_drag_undo_and_enter(tmp_path, screen):
