@@ -246,13 +246,9 @@ def sample_objects(numbers, max_objects):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that compute an image's features are equal in both models.
-
-    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
-    conv_s1, which run in set_image.
-    """
+    """Whether all weights that compute an image's features are equal in both models."""
     ours, theirs = original.state_dict(), finetuned.state_dict()
-    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")  # these two run in set_image
     return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
 
 
