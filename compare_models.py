@@ -636,14 +636,18 @@ def make_report(rows, summary, pictures, charts):
         table += f'<tr {data}><td><a href="#row{index}">{name}</a><td>{row["area"]}<td>{points}{cells(row)}\n'
         caption = f"{name}<br>IoU {change(row, 'iou')} {points}"
         gallery += figure("jpeg", pictures[index], f'{data} id="row{index}"', caption)
-    groups = {"전체": summary, **summary["by_size"], **summary.get("by_class", {})}
-    means = [f"<tr><td>{text(name)}<td>{group['num_objects']}{cells(group)}\n" for name, group in groups.items()]
+    groups = [("전체", summary), *summary["by_size"].items(), *summary.get("by_class", {}).items()]
+    means = [f"<tr><td>{text(name)}<td>{group['num_objects']}{cells(group)}\n" for name, group in groups]
+    interval = ("괄호 안은 차이의 95% 구간입니다. 이미지를 10,000번 다시 뽑아 구했고(paired bootstrap, percentile), "
+                "0이 들어 있으면 차이가 우연일 수 있습니다.") if summary["difference_pp_95"] else \
+        "이미지가 하나라 차이의 구간은 없습니다."
     empty = f"<p>객체가 없는 이미지에서 아무것도 찾지 않은 비율(특이도): {change(summary, 'specificity')}</p>" \
         if "original_specificity" in summary else ""
     return PAGE.substitute(
         {name: text(value) for name, value in summary.items()}, iou=change(summary, "iou"), means="".join(means),
         difference=difference_text(summary["difference_pp"], summary["difference_pp_95"]), shown=len(pictures),
-        charts="".join(figure("png", chart) for chart in charts), specificity=empty, table=table, gallery=gallery)
+        charts="".join(figure("png", chart) for chart in charts), interval=interval, specificity=empty, table=table,
+        gallery=gallery)
 
 
 PAGE = string.Template("""\
@@ -667,8 +671,7 @@ figure { margin: 0; padding: .5rem; border: 1px solid #8886; border-radius: .5re
 <p class="result">평균 IoU $iou<br>차이 $difference</p>
 <p>이미지 $num_images장, 객체 $num_objects개, 프롬프트 $prompt, 모델 입력 $image_size px, 장치 $device.
 원본: $original, 파인튜닝: $finetuned.</p>
-<p>괄호 안은 차이의 95% 구간입니다. 이미지를 10,000번 다시 뽑아 구했고(paired bootstrap, percentile), 0이 들어 있으면
-차이가 우연일 수 있습니다.</p>
+<p>$interval</p>
 <div class="scroll"><table><thead><tr><th><th>객체<th>IoU<th>Dice<th>Boundary F</thead>$means</table></div>
 $specificity
 <p>객체마다 잰 값의 평균입니다. 객체의 크기는 COCO처럼 small이 32², medium이 96² 픽셀 미만입니다(줄이지 않은 이미지의

@@ -20,6 +20,7 @@ import collections
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -83,6 +84,7 @@ def main():
     paths = find_images(args.image, args.mask)
     if args.interactive:
         require_display(args.web, '--point "x,y"로 좌표를 주거나, --auto로 찾거나')
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     else:
         plt.switch_backend("Agg")
     if args.mask and not (mask := read_mask(args.mask) > 0).any():
@@ -93,8 +95,6 @@ def main():
     predictors, shared = load_models(args)
     if args.auto:
         check_trained_for_auto([*predictors.values()][-1].model)
-    if args.interactive:
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     failed, args.rows = [], []
     for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
         try:
@@ -156,8 +156,8 @@ def parse_args():
     if args.everything and (args.compare or args.refine):
         parser.error("--everything은 --refine, --compare와 함께 쓸 수 없습니다")
     if args.annotate:
-        command = ["python", "extras/annotate.py", "--images", *args.image, "--output", args.annotate]
-        fail(f"--annotate 대신: {shlex.join(command)}")
+        fail("--annotate 대신: python extras/annotate.py --images "
+             + shlex.join([*args.image, "--output", args.annotate]))
     if args.compare and args.original:
         parser.error("--compare와 --original은 함께 쓸 수 없습니다")
     args.interactive = not (prompted or args.everything or args.auto)
@@ -310,10 +310,7 @@ def segment_everything(predictor, reduced, size, args):
 
 
 def run_prompts(path, name, image, predictors, args):
-    """Segment an image, which is set in all predictors, by prompts of the arguments or the window; write the results.
-
-    The masks of the last model are written, with --compare also those of the original.
-    """
+    """Segment an image, which is set in all predictors, by prompts or in the window; write the last model's masks."""
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
     shown_name = path.name.encode(errors="replace").decode()  # matplotlib cannot draw what is not valid UTF-8
@@ -363,10 +360,7 @@ class Segmented(NamedTuple):
 
 
 def check_prompts(path, image, points, boxes, rough):
-    """Raise ImageError, with the image's size, if a prompt does not fit the image.
-
-    A box may end at the image's edge, a point may not. Of several boxes, one around each point determines its object.
-    """
+    """Raise ImageError, with the image's size, if a prompt does not fit: a box may end at its edge, a point may not."""
     height, width = image.shape[:2]
     size = f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다"
     outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
@@ -406,7 +400,8 @@ def segment(predictor, points, box, rough=None, refine=0):
             np.array([point[2] for point in points]) if points else None,
             np.array(box, np.float32) if box else None, mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
-    return np.zeros_like(masks, bool) if not prompted and nothing_found(predictor.model) else masks > 0, scores
+    is_found = bool(prompted or not nothing_found(predictor.model))
+    return (masks > 0) & is_found, scores * is_found
 
 
 def number_objects(objects, title):
@@ -466,13 +461,15 @@ class Window:
     title: title of the window. After show_window(), objects() returns the segmented objects.
     """
 
+    numbers = itertools.count(1)  # one number for two figures would lead clicks in a browser's old tab to the new one
+
     def __init__(self, image, models, title):
         self.image, self.models, self.size = image, models, image.shape[:2]
         self.finished, self.current = [], Segmented([], None, {})
         self.history, self.pressed = [], None
         height, width = self.size
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
-        self.figure = plt.figure(layout="constrained", figsize=(
+        self.figure = plt.figure(next(self.numbers), layout="constrained", figsize=(
             max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
         self.panels = self.figure.subplots(1, len(models), squeeze=False)[0]
         canvas = self.figure.canvas
@@ -605,14 +602,12 @@ def save_result(path, image, name, objects, rough):
 
 
 def write_results(folder, name, writers):
-    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them.
-
-    Others of an earlier run are named, not removed: they may have been made by hand.
-    """
+    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them."""
     paths = {kind: folder / f"{name}_{kind}" for kind in RESULTS}
     for kind, write in writers.items():
         write(paths[kind])
     if others := [path.name for kind, path in paths.items() if kind not in writers and path.is_file()]:
+        # they stay: masks may have been made by hand
         tqdm.write(f"이번 실행이 쓰지 않은 이전 파일이 남아 있습니다: {', '.join(others)}")
     return "저장: " + ", ".join(str(paths[kind]) for kind in writers)
 

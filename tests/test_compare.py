@@ -333,6 +333,20 @@ def test_the_report_shows_the_numbers_of_the_summary_and_of_the_table(reported):
     assert "객체 4개 가운데 4개" in text
 
 
+def test_a_report_of_one_image_has_no_interval_and_a_class_may_have_the_name_of_a_size():
+    row = {f"{model}_{measure}": 0.5 for model in compare_models.MODELS for measure in compare_models.MEASURES}
+    rows = [{"image": "a.png", "object": 1001, **row, "area": 50, "size": "small", "class": "large"}]
+    summary = {"num_images": 1, **compare_models.mean_measures(rows), **compare_models.difference(rows),
+               "by_size": {name: compare_models.mean_measures(rows, size=name) for name in compare_models.SIZES},
+               "by_class": {"large": compare_models.mean_measures(rows)}, "prompt": "point", "image_size": 1024,
+               "device": "cpu", "original": "a.pt", "finetuned": "b.pt"}
+    text = compare_models.make_report(rows, summary, {}, [])
+    assert "<td>large<td>0<td>-" in text and "<td>large<td>1<td>50.00%" in text  # the size and the class
+    assert "이미지가 하나라" in text and "bootstrap" not in text
+    text = compare_models.make_report(rows, summary | {"difference_pp_95": [-1, 2]}, {}, [])
+    assert "(95%: -1.0 … +2.0)" in text and "bootstrap" in text
+
+
 def test_the_report_sorts_and_filters_in_a_browser(reported, browser):
     def shown(names):
         found = [[item.get_attribute("data-name") for item in browser.find_elements("css selector", f"{tag}[data-name]")

@@ -1,6 +1,5 @@
 """test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py."""
 
-import argparse
 import contextlib
 import json
 import re
@@ -623,6 +622,13 @@ def test_clicks_while_the_toolbar_zooms_place_nothing(window):
     click(window.figure, 40, 30)
     drag(window.figure, (10, 10), (50, 50))
     assert not window.asked
+
+
+def test_the_next_window_does_not_get_what_a_browser_sends_to_an_old_one(window):
+    plt.close(window.figure)
+    following = test_my_image.Window(window.image, window.models, "photo")
+    assert following.figure.number != window.figure.number  # matplotlib's WebAgg finds the window by its number
+    plt.close(following.figure)
 
 
 def test_two_models_share_the_prompts():
