@@ -40,10 +40,6 @@ from typing import NamedTuple
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import cv2
-
-if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
-    del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
-
 import numpy as np
 import torch
 from matplotlib import font_manager
@@ -63,12 +59,13 @@ except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a 
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
+if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
+    del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
 
 # ---- settings ----
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # read from folders
-DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
-EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
+DISPLAY_SIDE = 1024  # pixels: larger images are reduced to this in windows and pictures, and for --everything
 RESULTS = ("result.png", "mask.png", "objects.png", "original_mask.png",  # of prompts
            "everything.png", "labels.png", "everything.json")             # of --everything
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
@@ -128,8 +125,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description="내 이미지를 파인튜닝한 SAM 2.1로 분할합니다.")
     add = parser.add_argument
     add("--image", "-i", required=True, nargs="+", metavar="PATH", help="이미지 경로, 여러 개나 폴더도 됨 (필수)")
-    add("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
-    add("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
+    models = parser.add_mutually_exclusive_group().add_argument
+    models("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
+    models("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
     add("--point", "-p", type=parse_points, default=[], help='점: "x,y" 또는 "x,y,라벨;..." (라벨 1 전경, 0 배경)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
@@ -158,8 +156,6 @@ def parse_args():
     if args.annotate:
         fail("--annotate 대신: python extras/annotate.py --images "
              + shlex.join([*args.image, "--output", args.annotate]))
-    if args.compare and args.original:
-        parser.error("--compare와 --original은 함께 쓸 수 없습니다")
     args.interactive = not (prompted or args.everything or args.auto)
     for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0), ("web", 1)):
         if (value := getattr(args, name)) is not None and value < least:
@@ -253,14 +249,14 @@ def find_images(names, *others):
 
 
 def result_names(paths):
-    """A name for each image's results: its stem, made unique if several images share it."""
-    stems, names = collections.Counter(path.stem for path in paths), {}
+    """A name for each image's results: its stem, made unique if several images share it, also but for upper case."""
+    stems, names = collections.Counter(path.stem.lower() for path in paths), {}
     for path in paths:
-        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
-        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
+        name = path.stem if stems[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}"
+        while (key := name.lower()) in names or key.endswith("_original") and key.removesuffix("_original") in stems:
             name += "_"  # --compare also writes NAME_original_mask.png for NAME
-        names[name] = path
-    return list(names)
+        names[key] = name
+    return list(names.values())
 
 
 # ---- segmenting ----
@@ -269,7 +265,7 @@ def result_names(paths):
 def run_everything(path, name, image, predictors, args):
     """Segment everything in one image; write a picture, a label map (k: annotation k) and a COCO file."""
     height, width = image.shape[:2]
-    picture = reduce_to(image, EVERYTHING_SIDE, cv2.INTER_AREA)
+    picture = reduce_to(image, DISPLAY_SIDE, cv2.INTER_AREA)
     found = segment_everything(*predictors.values(), picture, (height, width), args)
     labels = np.zeros(picture.shape[:2], np.uint16)
     for number, (annotation, mask) in enumerate(found, start=1):  # smaller ones are drawn over larger ones
@@ -326,20 +322,19 @@ def run_prompts(path, name, image, predictors, args):
 
     labels = {title: number_objects(objects, title) for title in models}
     *_, title = models
-    pictures = {"mask.png": 255 * np.uint8(labels[title] > 0)}
+    writers = {"result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
+               "mask.png": partial(write_png, array=255 * np.uint8(labels[title] > 0))}
     if len(objects) > 1:
-        pictures["objects.png"] = labels[title]
+        writers["objects.png"] = partial(write_png, array=labels[title])
     if args.compare:
-        pictures["original_mask.png"] = 255 * np.uint8(labels["original model"] > 0)
+        writers["original_mask.png"] = partial(write_png, array=255 * np.uint8(labels["original model"] > 0))
     lines = [f"창에서 준 프롬프트: {prompts_as_flags(*item[:2])}" for item in objects] if args.interactive else []
     number, mask, score = objects[0].best(title)
     if args.auto:
         cell = "'" * path.name.startswith(("=", "+", "-", "@", "\t", "\r")) + path.name  # no spreadsheet evaluates it
         args.rows.append((cell, int(mask.any()), mask.sum(), round(mask.mean(), 6), round(score, 4)))
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
-    return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args.output, name, {
-        "result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
-        **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
+    return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args.output, name, writers)]
 
 
 class Segmented(NamedTuple):
@@ -433,7 +428,7 @@ def require_display(web, alternative):
         from matplotlib.backends.backend_webagg import WebAggApplication as Server
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
         Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:  # OSError: a port that needs an administrator
         fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
     print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
           f"다른 컴퓨터에서 보려면 거기서 먼저: ssh -L {Server.port}:127.0.0.1:{Server.port} 사용자@서버", flush=True)
@@ -444,14 +439,11 @@ def show_window(figure):
     if plt.get_backend().lower() != "webagg":
         return plt.show()
     from tornado import gen, ioloop
-
-    async def wait(manager):
-        while plt.fignum_exists(figure.number):
-            await gen.sleep(0.05)
-        manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
-        await gen.sleep(0.1)
-
-    ioloop.IOLoop.current().run_sync(partial(wait, figure.canvas.manager))
+    loop, manager = ioloop.IOLoop.current(), figure.canvas.manager
+    while plt.fignum_exists(figure.number):
+        loop.run_sync(partial(gen.sleep, 0.05))
+    manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
+    loop.run_sync(partial(gen.sleep, 0.1))
 
 
 class Window:
@@ -511,7 +503,8 @@ class Window:
 
     def on_motion(self, event):
         if self.pressed and (box := self.dragged_box(event)):
-            self.mark_prompts(box)
+            mark_prompts(self.panels, [(self.current.points, box)])
+            self.figure.canvas.draw_idle()
 
     def on_release(self, event):
         # on macOS a Ctrl-click presses button 3 and releases button 1; the press determines the button
@@ -520,7 +513,6 @@ class Window:
         box = self.dragged_box(event)
         points = [] if box else [(*self.position(self.pressed), int(self.pressed.button == 1))]
         self.pressed = None
-        self.remember()
         self.set_state(self.finished, [*self.current.points, *points], box or self.current.box)
 
     def on_key(self, event):
@@ -528,31 +520,23 @@ class Window:
         key = KOREAN_KEYBOARD.get(key, key)
         if key in ("u", "backspace") and self.history:
             self.set_state(*self.history.pop())
+            self.history.pop()  # the state that was left
         elif key in ("1", "2", "3") and self.current.candidates:
             self.current = self.current._replace(choice=int(key) - 1)
             self.update()
         elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
-            self.remember()
             self.set_state(self.objects() if key == "n" else self.finished, [], None)
         elif key == "enter" and not self.objects():
             self.update("nothing to save yet: click an object")
         elif key == "enter" or key in plt.rcParams["keymap.quit"]:
             plt.close(self.figure)
 
-    def remember(self):
-        """Save the state that "u" restores."""
-        self.history.append((self.finished, self.current.points, self.current.box, self.current.choice))
-
     def set_state(self, finished, points, box, choice=None):
         """Take the finished objects and the current one's prompts, segment with these and show the result."""
+        self.history.append((self.finished, self.current.points, self.current.box, self.current.choice))
         candidates = {title: predict(points, box) for title, predict in self.models.items()} if points or box else {}
         self.finished, self.current = finished, Segmented(points, box, candidates, choice)
         self.update()
-
-    def mark_prompts(self, box):
-        for axes in self.panels:
-            mark_prompts(axes, [(self.current.points, box)])
-        self.figure.canvas.draw_idle()
 
     def update(self, message=""):
         """Show the image, the finished objects, the current one's mask, its prompts, and a message."""
@@ -564,17 +548,15 @@ class Window:
                 text += f": mask {number + 1} of 3, score {score:.3f}"
             show(axes, self.image, colored_masks(objects, title))
             axes.set_title(text, fontsize=10)
-        self.mark_prompts(self.current.box)
+        mark_prompts(self.panels, [self.current[:2]])
+        self.figure.canvas.draw_idle()
 
 
 # ---- results ----
 
 
 def save_result(path, image, name, objects, rough):
-    """Write a picture of the image with all prompts and, beside it, the masks of `objects` (a list of Segmented).
-
-    For one object and one model these are its candidates, the best in a green frame; else one panel per model.
-    """
+    """Write a picture: the image with all prompts; the candidates of one object, or each model's masks of several."""
     (title, candidates), *others = objects[0].candidates.items()
     if len(objects) == 1 and not others:
         name, chosen = title, objects[0].best(title)[0]  # the panels are named after their masks
@@ -597,7 +579,7 @@ def save_result(path, image, name, objects, rough):
         show(axes, image, masks)
         axes.set_title(textwrap.fill(title, int(5 * width)))  # a Korean letter is up to 1/6 inch wide
         axes.spines[:].set(visible=framed, color="lime", linewidth=4)
-    mark_prompts(figure.axes[0], [item[:2] for item in objects])
+    mark_prompts(figure.axes[:1], [item[:2] for item in objects])
     save_figure(figure, path)
 
 
@@ -638,11 +620,11 @@ def show(axes, image, masks=()):
         axes.set(xticks=[], yticks=[], anchor="N")  # anchored elsewhere, a title may be cut off
 
 
-def mark_prompts(axes, prompts):
+def mark_prompts(panels, prompts):
     """Mark [(points, box)], in place of those marked before: (x, y, label) with stars, green or red, boxes in green."""
-    for artist in [*axes.collections, *axes.patches]:
+    for artist in [artist for axes in panels for artist in (*axes.collections, *axes.patches)]:
         artist.remove()
-    for points, box in prompts:
+    for axes, (points, box) in itertools.product(panels, prompts):
         for x, y, label in points:
             axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
         if box:

@@ -177,3 +177,9 @@ def test_web_without_tornado_or_with_a_prompt_is_one_line(tmp_path):
     assert "--web" in done.stderr.splitlines()[-1]
     done = run("test_my_image.py", "--image", "a.png", *DEMO, "--web", 70000, cwd=tmp_path, code=1, env=ENV)
     assert_fails_in_one_line(done, "--web 70000", "65535")
+    done = run("test_my_image.py", "--image", "a.png", *DEMO, "--web", 80, cwd=tmp_path, code=1, before="""
+import tornado.web
+def listen(*_):
+    raise PermissionError(13, "Permission denied")
+tornado.web.Application.listen = listen""")
+    assert_fails_in_one_line(done, "브라우저에 창을 띄울 수 없습니다", "Permission denied")
