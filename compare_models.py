@@ -609,7 +609,8 @@ def draw_picture(image, gt_masks, results, number):
     edges, _ = cv2.findContours(np.uint8(resized(gt_mask)), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     panels = []
     for title, (masks, (coords, labels)) in results.items():
-        panels.append(cv2.drawContours(overlay(small, resized(masks[number]), COLORS[title]), edges, -1, (0, 200, 0), 2))
+        tinted = overlay(small, resized(masks[number]), COLORS[title])
+        panels.append(cv2.drawContours(tinted, edges, -1, (0, 200, 0), 2))
         for (x, y), label in zip((coords[number] - (left, top)) * scale, labels[number]):
             if label >= 0:  # -1: no prompt
                 color = (0, 255, 0) if label else (255, 0, 0)
