@@ -505,6 +505,7 @@ def save_charts(folder, rows):
                 title=f"{better} of {len(rows)} objects better after fine-tuning")
     histogram.hist(ious, np.linspace(0, 1, 21), color=CHART_COLORS, label=list(COLORS))
     histogram.set(xlabel="IoU", ylabel="objects", title="distribution of IoU")
+    histogram.yaxis.get_major_locator().set_params(integer=True)
     for iou, color, title in zip(ious, CHART_COLORS, COLORS):
         size.scatter([row["area"]**0.5 for row in rows], iou, s=18, alpha=0.6, color=color, label=title)
     size.vlines(np.sqrt(SIZE_LIMITS), 0, 1, color="grey", linestyle=":")

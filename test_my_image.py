@@ -426,6 +426,8 @@ def require_display(web, alternative):
     try:
         plt.switch_backend("WebAgg")
         from matplotlib.backends.backend_webagg import WebAggApplication as Server
+        from tornado.log import access_log
+        access_log.setLevel("ERROR")  # not a line for each /favicon.ico that a browser asks for
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
         Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
     except (ImportError, RuntimeError, OSError) as error:  # OSError: a port that needs an administrator

@@ -111,7 +111,9 @@ def test_one_image_in_a_browser_gives_the_mask_of_the_command_line(tmp_path, bro
         window.open("a.png", 0, 2, 1)
         WebDriverWait(browser, 60).until(lambda _: window.picture().std() > 10)  # not an empty page
         window.key(Keys.ENTER)
-        flags = shlex.split(re.search("창에서 준 프롬프트: (.*)", window.end())[1])
+        output = window.end()
+        assert "tornado" not in output  # no line for what was refused, or for /favicon.ico
+        flags = shlex.split(re.search("창에서 준 프롬프트: (.*)", output)[1])
     (x1, y1, label1), (x2, y2, label2) = test_my_image.parse_points(flags[1])
     assert (label1, label2) == (1, 0) and (x1, y1, x2, y2) == pytest.approx((40, 40, 100, 20), abs=1)
     assert test_my_image.parse_boxes(flags[3])[0] == pytest.approx([12, 12, 70, 69], abs=1)
