@@ -41,6 +41,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=120, help="length of the stream")
     parser.add_argument("--seed", type=int, default=11, help="of the order")
+    parser.add_argument("--order", default="random", choices=["random", "uncertain"],
+                        help="uncertain: lowest score of the initial model without a prompt first")
     parser.add_argument("--variants", default="frozen,learning,training", help="which to run")
     parser.add_argument("--steps", type=int, default=learning.STEPS, help="learning: steps per image")
     parser.add_argument("--lr", type=float, default=learning.LR, help="learning")
@@ -49,14 +51,17 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("output/study_annotation"), help="picture, models")
     args = parser.parse_args()
     pairs = project.find_pairs(args.data_dir / "images" / args.split, args.data_dir / "masks" / args.split)
-    order = np.random.default_rng(args.seed).permutation(len(pairs))[:args.images]
-    stream = project.Masks([pairs[index] for index in order], 10**9, project.MIN_FOREGROUND)
-    print(f"{args.model_cfg}, {len(stream)} images of {args.split}, seed {args.seed}, {args.steps} steps per image, "
-          f"lr {args.lr:g}\nfirst and second half of the stream:\n{'':10} clicks to 0.75 IoU   clicks to 0.85 IoU   "
-          "IoU after one click  s per image to label, to learn", flush=True)
+    pairs = [pairs[index] for index in np.random.default_rng(args.seed).permutation(len(pairs))[:args.images]]
+    if args.order == "uncertain":
+        pairs = sort_by_certainty(pairs, args)
+    stream = project.Masks(pairs, 10**9, project.MIN_FOREGROUND)
+    print(f"{args.model_cfg}, {len(stream)} images of {args.split}, seed {args.seed}, order {args.order}, {args.steps} "
+          f"steps per image, lr {args.lr:g}\nfirst and second half of the stream:", flush=True)
+    print(f"{'':10} clicks to 0.75 IoU   clicks to 0.85 IoU   IoU after one click  s per image to label, to learn",
+          flush=True)
     ious, halves, kept = {}, [], {}
     for name in args.variants.split(","):
-        result, seconds = label(name, stream, [pairs[index] for index in order], kept, args)
+        result, seconds = label(name, stream, pairs, kept, args)
         ious[name] = [[iou[0] for iou in image] for image in result]
         values = [[np.mean([count_clicks(iou, level) for iou in image]) for image in result] for level in LEVELS]
         values.append([100 * np.mean(image) for image in ious[name]])
@@ -66,6 +71,18 @@ def main():
               + f"{seconds[0]:9.2f}, {seconds[1]:.2f}", flush=True)
     draw({name: np.array([np.mean(image) for image in result]) for name, result in ious.items()}, args)
     print(f"clicks to 0.75 IoU, second half: {', '.join(halves)}")
+
+
+@torch.no_grad()
+def sort_by_certainty(pairs, args):
+    """The pairs in the order of the highest score that the initial model predicts without a prompt, lowest first."""
+    predictor, certainty = project.load_predictor(args.model_cfg, args.checkpoint, args.device), {}
+    for pair in pairs:
+        image = project.read_image(pair[0])
+        predictor.set_image(image)
+        _, scores = project.simulate_prompts(predictor, predictor._features, "none", [np.ones((1, *image.shape[:2]))])
+        certainty[pair] = scores.max().item()
+    return sorted(pairs, key=certainty.get)
 
 
 def label(name, stream, pairs, kept, args):
