@@ -528,8 +528,8 @@ class Window:
             self.update()
         elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
             self.set_state(self.objects() if key == "n" else self.finished, [], None)
-        elif key == "enter" and not self.objects():
-            self.update("nothing to save yet: click an object")
+        elif key in ("1", "2", "3", "n") or key == "enter" and not self.objects():
+            self.update("nothing found here yet: click an object")
         elif key == "enter" or key in plt.rcParams["keymap.quit"]:
             plt.close(self.figure)
 

@@ -581,8 +581,11 @@ def test_number_keys_pick_a_candidate_until_the_next_prompt(window):
 
 
 def test_enter_closes_the_window_once_there_is_something_to_save(window):
-    press(window.figure, "enter")
-    assert plt.fignum_exists(window.figure.number) and "nothing to save yet" in window.figure.axes[0].get_title()
+    for key in ("1", "n", "enter"):
+        window.update()
+        assert window.figure.axes[0].get_title() == "fine-tuned model"
+        press(window.figure, key)
+        assert plt.fignum_exists(window.figure.number) and "click an object" in window.figure.axes[0].get_title()
     click(window.figure, 40, 30)
     press(window.figure, "enter")
     assert not plt.fignum_exists(window.figure.number) and len(window.objects()) == 1
