@@ -111,9 +111,6 @@ def main():
         if len(paths) == 1 or args.interactive:
             tqdm.write("\n".join(lines))
     if args.rows:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([("image", "found", "area", "area_share", "score"), *args.rows])
-        write_file(args.output / "auto.csv", text.getvalue().encode(errors="surrogateescape"))
         print(f"{len(args.rows)}장 가운데 {sum(row[1] for row in args.rows)}장에서 찾음: {args.output / 'auto.csv'}")
     if len(paths) > 1:
         print(f"이미지 {len(paths) - len(failed)}장을 분할했습니다. 저장: {args.output}")
@@ -330,11 +327,15 @@ def run_prompts(path, name, image, predictors, args):
         writers["original_mask.png"] = partial(write_png, array=255 * np.uint8(labels["original model"] > 0))
     lines = [f"창에서 준 프롬프트: {prompts_as_flags(*item[:2])}" for item in objects] if args.interactive else []
     number, mask, score = objects[0].best(title)
-    if args.auto:
+    found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
+    lines += [f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args.output, name, writers)]
+    if args.auto:  # the table is written after each image: an interrupted run keeps its rows
         cell = "'" * path.name.startswith(("=", "+", "-", "@", "\t", "\r")) + path.name  # no spreadsheet evaluates it
         args.rows.append((cell, int(mask.any()), mask.sum(), round(mask.mean(), 6), round(score, 4)))
-    found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
-    return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args.output, name, writers)]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("image", "found", "area", "area_share", "score"), *args.rows])
+        write_file(args.output / "auto.csv", text.getvalue().encode(errors="surrogateescape"))
+    return lines
 
 
 class Segmented(NamedTuple):

@@ -14,6 +14,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import test_window
 import torch
 from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
 
@@ -131,6 +132,22 @@ def test_auto_segments_a_folder(with_empty, weights):
         assert int(row["area"]) == (mask > 0).sum() and int(row["found"]) == mask.any()
         assert float(row["area_share"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
         assert (results / f"{row['image'][:-4]}_result.png").is_file()
+
+
+def test_an_interrupted_run_keeps_the_rows_of_auto_csv(data, monkeypatch):
+    write, written = test_my_image.write_results, []
+
+    def write_two(*results):
+        written.append(results)
+        if len(written) > 2:
+            raise KeyboardInterrupt
+        return write(*results)
+
+    monkeypatch.setattr(test_my_image, "write_results", write_two)
+    (data / "data/images/val/pair_100.png").rename(data / "data/images/val/=1+1.png")
+    with pytest.raises(KeyboardInterrupt):
+        test_window.main(monkeypatch, data, "--auto", "--image", "data/images/val")
+    assert [row["image"] for row in read_rows(data / "output/my_results/auto.csv")] == ["'=1+1.png", "pair_101.png"]
 
 
 @pytest.mark.parametrize("is_absent", [False, True])
