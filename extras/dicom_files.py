@@ -115,7 +115,7 @@ def is_dicom(path):
 def choose_series(path, number=None):
     """The Series at a path: a folder and those below it, a DICOMDIR, or one of the series' own files.
 
-    Prints what is skipped. Raises ImageError, after a list of the series, unless there is one or `number` chooses it.
+    Prints what is skipped and chosen. Raises ImageError, after a list of the series, unless there is one or `number` chooses it.
     """
     path = Path(path)
     is_slice = path.is_file() and path.name.upper() != "DICOMDIR"
@@ -137,6 +137,7 @@ def choose_series(path, number=None):
         found = [series for series in found if path in [plane.path for plane in series.planes]]
     chosen = [series for series in found if number in (None, series.number)]
     if len(chosen) == 1:
+        print(f"시리즈 {chosen[0]}")  # its number in the list is not its SeriesNumber
         count = left_out[chosen[0].planes[0].header.SeriesInstanceUID]
         return replace(chosen[0], doubts=[
             f"이 시리즈의 영상 {count}개는 방향이나 간격이 다르거나 손상되어 뺐습니다"] * bool(count))

@@ -213,6 +213,7 @@ def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, vi
 
     arguments = "--point", "4,7,6", "--each-slice", "-o", "out"
     done = segment(tmp_path, visible, "--series", 2, *arguments, volume="mr")
+    assert "\n시리즈 2: MR, 8장, 24 x 20픽셀, 간격 1 x 1.5 x 4 mm, SeriesNumber 4, EchoTime 80.0\n" in done.stdout
     assert "MR 영상: Hounsfield 단위(HU)의 창 대신 --window none을 씁니다" in done.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["series"], summary["modality"]) == (2, "MR") and summary["window"][0] < -900
