@@ -115,7 +115,8 @@ def is_dicom(path):
 def choose_series(path, number=None):
     """The Series at a path: a folder and those below it, a DICOMDIR, or one of the series' own files.
 
-    Prints what is skipped and chosen. Raises ImageError, after a list of the series, unless there is one or `number` chooses it.
+    Prints what is skipped and what is chosen. Raises ImageError, after a list of the series, unless there is one or
+    `number` chooses it.
     """
     path = Path(path)
     is_slice = path.is_file() and path.name.upper() != "DICOMDIR"
