@@ -93,9 +93,11 @@ def main():
     if args.auto:
         check_trained_for_auto([*predictors.values()][-1].model)
     failed, args.rows = [], []
-    for path, name in zip(tqdm(paths, "분할", disable=True if len(paths) == 1 else None), result_names(paths)):
+    bar = tqdm(paths, "분할", disable=True if len(paths) == 1 else None)
+    for path, name, image in zip(bar, result_names(paths), read_ahead(read_or_error, paths, 1, 2)):
         try:
-            image = read_image(path)
+            if isinstance(image, ImageError):
+                raise image
             check_prompts(path, image, args.point, args.box, args.mask)
             if args.everything:
                 lines = run_everything(path, name, image, predictors, args)
@@ -243,6 +245,14 @@ def find_images(names, *others):
     if not paths:
         fail(f"이미지가 없습니다: {', '.join(map(str, names))}")
     return paths
+
+
+def read_or_error(path):
+    """The image, see read_image, or the ImageError: a thread reads ahead."""
+    try:
+        return read_image(path)
+    except ImageError as error:
+        return error
 
 
 def result_names(paths):
