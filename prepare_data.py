@@ -151,15 +151,13 @@ def parse_args():
     add("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
     add("--preview", type=int, metavar="N", help="N쌍을, 살펴볼 것부터, 한 장에 모아 data/preview.png로 저장")
     args = parser.parse_args()
-    for images, masks, coco in (("images", "masks", "coco"), ("val_images", "val_masks", "val_coco")):
-        given = [bool(getattr(args, name)) for name in (images, masks, coco)]
-        if given not in ([False] * 3, [True, True, False], [True, False, True]):
-            images, masks, coco = (f"--{name.replace('_', '-')}" for name in (images, masks, coco))
-            parser.error(f"{images}에는 {masks} 또는 {coco} 하나만 함께 있어야 합니다. {IMPORT}")
-    if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
-        parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
+    sets = (args.images, args.masks, args.coco), (args.val_images, args.val_masks, args.val_coco)
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
     for is_wrong, message in (
+            (any(bool(images) != bool(masks) + bool(coco) for images, masks, coco in sets),
+             f"--images와 --val-images에는 저마다 마스크 폴더 또는 --coco 파일 하나만 함께 있어야 합니다. {IMPORT}"),
+            (args.val_images and [*map(bool, sets[0])] != [*map(bool, sets[1])],
+             "--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다"),
             (any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
              "--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
              "--category와 --keep-crowd는 --coco와 함께 씁니다"),
@@ -177,43 +175,16 @@ def parse_args():
 
 def prepare(args):
     """Pair, check, read the masks, split and write data/; print a summary."""
-    target, staging, notes = args.data_dir, args.data_dir / ".part", defaultdict(list)
-    pairs, problems, sources, classes = [], {}, set(), {}  # classes: {name: number in the masks}
-    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
-             ("val", args.val_images, args.val_masks, args.val_coco)]
-    for split, images, masks, coco in parts[:2 if args.val_images else 1]:
-        if target.resolve() in (images.resolve(), *images.resolve().parents):
-            fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
-        find_pairs = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
-        found, files = find_pairs(images, split, args, problems, notes)
-        pairs += found
-        sources.update((f"{split}/{path.name}", path) for path in files)
-        sources.update((pair.name, pair.image) for pair in found)
-    if missing := [name for name in args.category or () if name not in classes]:
-        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(classes)})")
-    used = [name for name, is_used in classes.items() if is_used]
-    if len(used) > MAX_CLASSES and not args.merge:
-        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
-    classes.clear()
-    if len(used) > 1 and not args.merge:
-        classes.update({name: number for number, name in enumerate(used, start=1)})
-
+    target, staging, problems, notes = args.data_dir, args.data_dir / ".part", {}, defaultdict(list)
+    pairs, sources, classes = find_pairs(args, problems, notes)
     lock(target / ".lock")
     settings = {name: value for name, value in vars(args).items()
                 if not isinstance(value, Path) and name not in ("check", "preview")}
-    record = {"sources": [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], "complete": True,
-              **settings}
-    earlier_record, files = {}, checksums(target)
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        earlier_record = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
-    if {**earlier_record, "split": 0} == {**record, "checksums": files, "split": 0}:
+    record = {"sources": sources, "complete": True, **settings}
+    replaced = files_to_replace(target, record)
+    if replaced is None:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
-    own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all files
-    if by_hand := sorted(files.items() - own.items()):
-        fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
-             "옮기거나 다른 --data-dir을 쓰세요")
-
     try:
         contents, groups = write_pairs(pairs, problems, staging, args, notes)
         print_notes(notes)
@@ -226,15 +197,57 @@ def prepare(args):
     except SystemExit:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    splits = {split: [name for name in contents if name.startswith(split)] for split in SPLITS}  # their own split
+    splits = {split: [name for name in contents if name.startswith(f"{split}/")] for split in SPLITS}
     is_own = any(splits.values())
     splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
     warn_about_split(splits, contents, groups, args.group)
-    if files:
-        print(f"{target}에 있던 {sum(name.startswith('masks/') for name in files)}쌍을 새 쌍으로 바꿉니다.")
+    if replaced:
+        print(f"{target}에 있던 {sum(name.startswith('masks/') for name in replaced)}쌍을 새 쌍으로 바꿉니다.")
     put_in_place(staging, target, splits, classes, record)
     print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
           + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
+
+
+def find_pairs(args, problems, notes):
+    """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
+    pairs, sources, classes = [], set(), {}
+    for split, images, masks, coco in (("train" if args.val_images else "all", args.images, args.masks, args.coco),
+                                       ("val", args.val_images, args.val_masks, args.val_coco)):
+        if not images:
+            continue
+        if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
+            fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
+        find = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
+        found, files = find(images, split, args, problems, notes)
+        pairs += found
+        sources.update((f"{split}/{path.name}", path) for path in files)
+        sources.update((pair.name, pair.image) for pair in found)
+    if missing := [name for name in args.category or () if name not in classes]:
+        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(classes)})")
+    used = [name for name, is_used in classes.items() if is_used]
+    if len(used) > MAX_CLASSES and not args.merge:
+        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    classes.clear()  # the pairs share this dictionary: draw_objects() reads the numbers
+    if len(used) > 1 and not args.merge:
+        classes.update({name: number for number, name in enumerate(used, start=1)})
+    return pairs, [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], classes
+
+
+def files_to_replace(target, record):
+    """The files in data/ that an earlier run wrote, {path: CRC-32}; None if they are what `record` describes.
+
+    Fails if a file was added or edited by hand.
+    """
+    earlier, files = {}, checksums(target)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        earlier = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
+    if {**earlier, "split": 0} == {**record, "checksums": files, "split": 0}:
+        return None
+    own = earlier.get("checksums", files if earlier else {})  # of an unfinished run: all files
+    if by_hand := sorted(files.items() - own.items()):
+        fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
+             "옮기거나 다른 --data-dir을 쓰세요")
+    return files
 
 
 def make_empty_folders(data_dir):
