@@ -25,6 +25,7 @@ import atexit
 import colorsys
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -185,18 +186,13 @@ def prepare(args):
     if replaced is None:
         print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
         return
-    try:
-        contents, groups = write_pairs(pairs, problems, staging, args, notes)
-        print_notes(notes)
-        for name, problem in sorted(problems.items()):
-            print(f"  제외: {name.removeprefix('all/')} - {problem}")
-        if not contents:
-            fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
-        if args.group and len(notes["ungrouped"]) == len(contents):
-            fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
-    except SystemExit:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    atexit.register(shutil.rmtree, staging, ignore_errors=True)
+    contents, groups = write_pairs(pairs, problems, staging, args, notes)
+    print_notes(notes, problems, "제외")
+    if not contents:
+        fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
+    if args.group and len(notes["ungrouped"]) == len(contents):
+        fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
     splits = {split: [name for name in contents if name.startswith(f"{split}/")] for split in SPLITS}
     is_own = any(splits.values())
     splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
@@ -281,8 +277,8 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
               and not SYSTEM_FILES.search(f"/{path.name}/")]
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     own = own if set(own.values()) == set(SPLITS) else {}
-    paths = set(walk_files(folder, recursive and not own, skip)).union(
-        *(walk_files(folder / name, recursive, skip) for name in [*own, *subfolders]))
+    folders = {*own, *(inside if recursive and not own else subfolders)}
+    paths = set(walk_files(folder, False)).union(*(walk_files(folder / name, recursive, skip) for name in folders))
     found = []
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
@@ -296,8 +292,7 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
             problems[name] = "train/과 val/ 밖에 있음"
         else:
             found.append((name, path))
-    read = {*own, *(name.split("/")[0] for name in subfolders), *(inside if recursive and not own else ())}
-    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in read]
+    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in {path.split("/")[0] for path in folders}]
     return found
 
 
@@ -316,14 +311,15 @@ def pairs_from_masks(masks, images, split, args, problems, notes):
     if images.resolve() != masks.resolve():
         image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
     elif args.mask_suffix:
-        files, suffix = find(images), composed(args.mask_suffix)
-        mask_files = [(name, path) for name, path in files if composed(path.stem).endswith(suffix)]
-        image_files = [(name, path) for name, path in files if not composed(path.stem).endswith(suffix)]
+        image_files, mask_files = [], []
+        for name, path in find(images):
+            is_mask = composed(path.stem).endswith(composed(args.mask_suffix))
+            (mask_files if is_mask else image_files).append((name, path))
     else:
         fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
     pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
     if image_files and not pairs and not args.mask_suffix:
-        suggest_suffix(*([composed(name.removesuffix(path.suffix)) for name, path in files]
+        suggest_suffix(*([composed(name.partition("/")[2].removesuffix(path.suffix)) for name, path in files]
                          for files in (image_files, mask_files)))
     pairs = [Pair(name, *image, partial(read_source_mask, *mask, args, notes)) for name, image, mask in pairs]
     return pairs, [path for _, path in mask_files]
@@ -338,15 +334,15 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
     is_one_mask_folder = all(name.startswith("all/") for name, _ in mask_files)  # for images with a split of their own
     for part, (files, suffix) in enumerate(((image_files, image_suffix), (mask_files, mask_suffix))):
         for name, path in files:
-            stem, pages = name.removesuffix(path.suffix), len(tiff_pages(path))
-            if not composed(stem).endswith(composed(suffix)):
+            stem = name.removesuffix(path.suffix)
+            key = composed(stem.partition("/")[2] if is_one_mask_folder else stem)
+            if not key.endswith(composed(suffix)):
                 notes["suffixes"].append((name, 1))
                 continue
-            for page in range(1, pages + 1) if pages > 1 else [0]:
+            for page in range(1, len(tiff_pages(path)) + 1) or [0]:
                 mark = f"_p{page:03}" if page else ""
-                key = composed(stem).removesuffix(composed(suffix)) + mark
-                key = key.partition("/")[2] if is_one_mask_folder else key
-                found[key][part].append((f"{stem}{mark}{path.suffix}", (path, page)))
+                files_of_key = found[key.removesuffix(composed(suffix)) + mark]
+                files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page)))
     for stem, (images, masks) in sorted(found.items()):
         if len(images) > 1 or len(masks) > 1:
             same = [name for name, _ in max(images, masks, key=len)]
@@ -361,31 +357,30 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
 
 
 def suggest_suffix(images, masks):
-    """Fail with the command that pairs all images if their stems and those of the masks differ only in one suffix."""
-    common = os.path.commonprefix([stem[::-1] for stem in images])[::-1]
-    for tail in ("", *re.findall(r"[-_. ].*", common)):
-        bases = [stem.removesuffix(tail) for stem in images]
-        suffixes = [mask[len(bases[0]):] for mask in sorted(masks) if mask.startswith(bases[0])]
-        fitting = [suffix for suffix in suffixes if suffix and {base + suffix for base in bases} <= set(masks)]
-        if fitting:
-            flags = [f"--mask-suffix={fitting[0]}", *([f"--image-suffix={tail}"] if tail else [])]
-            fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
-                 + shlex.join(["python", "prepare_data.py", *sys.argv[1:], *flags])
-                 + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
+    """Fail with the command that pairs all images, [stem], if the masks' stems differ from theirs by one suffix."""
+    suffixes = [mask.removeprefix(images[0]) for mask in sorted(masks) if mask.startswith(images[0])]
+    fitting = [suffix for suffix in suffixes if suffix and {stem + suffix for stem in images} <= set(masks)]
+    if fitting:
+        fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
+             + shlex.join(["python", "prepare_data.py", *sys.argv[1:], f"--mask-suffix={fitting[0]}"])
+             + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
 
 
 def tiff_pages(path):
-    """The pages of a TIFF file: [(offset of the directory, position of the offset of the next)]; [] if it is none."""
+    """The pages of a TIFF file: [(offset of the directory, position of the offset of the next, byte order)].
+
+    [] if it has only one page or is another file; decode_file() reports damaged files and BigTIFFs of several pages.
+    """
     pages, position = {}, 4
-    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports damaged files
-        order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))  # decode_file() refuses BigTIFFs of several pages
+    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))
         while order and file.seek(position):
             start, = struct.unpack(f"{order}I", file.read(4))
             if start in (0, *pages):
                 break
             file.seek(start)
             position = pages[start] = start + 2 + 12 * struct.unpack(f"{order}H", file.read(2))[0]
-    return [(start, position, order) for start, position in pages.items()]
+    return [(start, position, order) for start, position in pages.items()] if len(pages) > 1 else []
 
 
 def one_page(path, page, folder):
@@ -445,35 +440,36 @@ def read_pixels(path, args):
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values = upright(decode_file(path, cv2.IMREAD_UNCHANGED), path)
-    if values.ndim == 3 and values.shape[2] == 4:
-        values, alpha = values[..., :3], values[..., 3] > values[..., 3].max() // 2
+    values, rgba = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH), read_transparent(path)
+    if rgba is not None:
+        alpha = rgba[..., 3] > rgba[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
-        values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], values, 0)
+        colors = np.where(alpha[..., None], np.atleast_3d(values), 0)
+        values = alpha.astype(np.uint8) * 255 if is_plain else colors
     colors = np.atleast_3d(values)
-    values = values[..., 0].copy() if values.ndim == 3 and (colors == colors[..., :1]).all() else values
-    is_jpeg, palette, tags = False, [], {}
-    with contextlib.suppress(Exception), Image.open(path) as file:  # formats that Pillow cannot read have no palette
+    values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
+    is_jpeg, indices, palette, tags = False, None, [], {}
+    with contextlib.suppress(Exception), open_image(path) as file:  # formats that Pillow cannot read have no palette
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
         if file.mode == "P" and args.threshold is None:
-            indices, palette = np.array(file), file.getpalette()[:9]
-    if is_jpeg and (args.numbered or args.classes):
+            indices, palette = upright(np.array(file), path), file.getpalette()[:9]
+    is_numbered, is_voc = args.numbered or args.classes, len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
+    if is_jpeg and is_numbered:
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
-    is_voc = len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
     is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
-    if is_inverted and not (args.numbered or args.classes or args.threshold is not None):
+    if is_inverted and not is_numbered and args.threshold is None:
         if not str(tags.get(305)).startswith("tifffile"):  # which stores boolean arrays so
             fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
                  "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
-    if palette and (is_voc or args.numbered or args.classes):
+    if palette and (is_voc or is_numbered):
         if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
             values = indices
     elif is_inverted and args.threshold is None:
         values = 255 - values
-    void = is_voc & (values == 255) if values.ndim == 2 else np.zeros(values.shape[:2], bool)
+    void = is_voc & (np.atleast_3d(values) == 255).all(axis=2)
     for value in args.void:
-        void = void | ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
+        void |= ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
     return values, is_voc, void
 
 
@@ -598,17 +594,16 @@ def ends(path):
     return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
 
 
-def draw_objects(objects, size, merge, name, classes=(), shape=None):
+def draw_objects(objects, size, merge, name, classes, shape):
     """Draw COCO objects, [(class name, segmentation)], as uint16 labels H x W; smaller objects cover larger ones.
 
     Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
     `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
-    reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape`.
+    reported; ImageError if none is left. size: (H, W) in the COCO file or None; shape: that of the image, upright.
     """
-    height, width = (int(side) if isinstance(side, float) and side.is_integer() else side
-                     for side in (shape if None in size else size))
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
-        raise ImageError(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
+    if None not in size and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
+        raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]}x{size[0]}")
+    height, width = shape if None in size else map(int, size)
     rles, values, counts, problem = [], [], Counter(), ""
     for category, segmentation in objects:
         try:
@@ -622,13 +617,13 @@ def draw_objects(objects, size, merge, name, classes=(), shape=None):
         raise ImageError(problem)
     if problem:
         tqdm.write(f"  제외: {name}의 객체 {len(objects) - len(rles)}개 - {problem}")
-    labels = np.zeros((height, width), np.uint16)
     if rles and (merge or len(rles) == 1 and not classes):
         return coco_mask.decode(coco_mask.merge(rles)) > 0
     if not classes and len(rles) > 65535:
         raise ImageError("객체가 65,535개보다 많음")
     if classes and max(counts.values(), default=0) > MAX_NUMBER:
         fail(f"{name}: 한 클래스의 객체가 {MAX_NUMBER}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    labels = np.zeros((height, width), np.uint16)
     areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
     for index in np.argsort(areas, kind="stable")[::-1]:
         labels[coco_mask.decode(rles[index]) > 0] = values[index]
@@ -706,15 +701,26 @@ def write_pairs(pairs, problems, staging, args, notes):
 
 def read_over_white(path):
     """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
-    image, rgba = read_image(path), None
-    with contextlib.suppress(Exception), Image.open(path) as file:  # Pillow reads every format with alpha
+    image, rgba = read_image(path), read_transparent(path)
+    if rgba is None or not rgba[..., 3].any():
+        return image, False
+    is_deep = decode_file(path, cv2.IMREAD_UNCHANGED).dtype != np.uint8
+    colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
+    return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
+
+
+def read_transparent(path):
+    """Read a file with transparent pixels as RGBA, uint8 H x W x 4, upright; None if it has none."""
+    with contextlib.suppress(Exception), open_image(path) as file:  # Pillow reads every format with alpha
         if file.mode[-1] in "Aa" or "transparency" in file.info:
-            rgba = np.array(file.convert("RGBA"))
-    if rgba is not None and rgba[..., 3].any() and (rgba[..., 3] < 255).any():
-        rgba, is_deep = upright(rgba, path), decode_file(path, cv2.IMREAD_UNCHANGED).dtype != np.uint8
-        colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
-        return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
-    return image, False
+            rgba = upright(np.array(file.convert("RGBA")), path)
+            return rgba if (rgba[..., 3] < 255).any() else None
+    return None
+
+
+def open_image(path):
+    """Open a file with Pillow; from memory, because Pillow does not turn a TIFF file that it maps into memory."""
+    return Image.open(io.BytesIO(path.read_bytes()))
 
 
 def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
@@ -730,12 +736,11 @@ def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
     if mask.shape != shape:
         raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape)
                          + " (90도 돌아간 마스크?)" * (mask.shape == shape[::-1]))
-    if not mask.any():
-        if not allow_empty:
-            raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
-        notes["empty"].append((image_path.name, 1))
-    elif mask.min() == mask.max():
+    if mask.min() == mask.max() > 0:
         raise ImageError("마스크가 이미지 전체를 덮음")
+    if not mask.any() and not allow_empty:
+        raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
+    notes["empty"] += [] if mask.any() else [(image_path.name, 1)]
     return mask
 
 
@@ -756,7 +761,7 @@ def turn(pixels, orientation):
 
 
 def upright(pixels, path):
-    """Turn decoded pixels of a file upright; TIFF files are already turned by OpenCV and Pillow."""
+    """Turn pixels that Pillow read upright; those of a TIFF file are already."""
     return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
 
 
@@ -822,7 +827,6 @@ def put_in_place(staging, target, splits, classes, record):
                 path.rename(target / part / split / path.name)
     if classes:
         write_json(target / "classes.json", {number: name for name, number in classes.items()})
-    shutil.rmtree(staging)
     split = {split: [Path(name).name for name in names] for split, names in splits.items()}
     write_json(target / "split.json", {**record, "split": split, "checksums": checksums(target)})
 
@@ -834,12 +838,14 @@ def checksums(data_dir):
     return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
 
 
-def print_notes(notes):
-    """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
+def print_notes(notes, problems, word):
+    """Print NOTES for {key: [(file name, count), ...]}, with totals and first file names, then {name: problem}."""
     for key, found in notes.items():
         named = ", ".join(name.removeprefix("all/") for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
         if found:
             print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
+    for name, problem in sorted(problems.items()):
+        print(f"  {word}: {name.removeprefix('all/')} - {problem}")
 
 
 # ---- --check and --preview ----
@@ -917,28 +923,26 @@ def read_labels(path):
 
 def print_check(rows, problems, notes, classes):
     """Print sizes, shares of foreground and objects of both splits, then the notes and every problem by file."""
+    spread = partial(np.quantile, q=(0, 0.5, 1))
     for split in SPLITS:
         good = [row for row in rows if row.size and row.name.startswith(f"{split}/")]
         filled, sizes = [row for row in good if row.objects], Counter(row.size for row in good).most_common()
         print(f"{split}: {len(good)}쌍")
-        if filled:
-            shares, counts = [row.share for row in filled], [len(row.objects) for row in filled]
-            pixels = np.concatenate([[*row.objects.values()] for row in filled])
-            common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
-            print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-            print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*np.quantile(shares, (0, 0.5, 1))))
-            print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
-                len(pixels), *np.quantile(counts, (0, 0.5, 1))))
-            small = [(pixels < limit).sum() for limit in (100, 1000)]
-            print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀".format(
-                *np.quantile(pixels, (0, 0.5, 1))) + f", 100픽셀 미만 {small[0]}개, 1,000픽셀 미만 {small[1]}개 "
-                f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
-            found = Counter(str(number // 1000) for row in filled for number in row.objects)
-            if classes:
-                print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
-    print_notes({key: found for key, found in notes.items() if key != "turned"})  # a problem here
-    for name, problem in sorted(problems.items()):
-        print(f"  문제: {name}: {problem}")
+        if not filled:
+            continue
+        common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
+        pixels = np.concatenate([[*row.objects.values()] for row in filled])
+        print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
+        print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*spread([row.share for row in filled])))
+        print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
+            len(pixels), *spread([len(row.objects) for row in filled])))
+        small = [(pixels < limit).sum() for limit in (100, 1000)]
+        print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀, 100픽셀 미만 {}개, "
+              "1,000픽셀 미만 {}개 (긴 변이 {}보다 크면 줄인 뒤)".format(*spread(pixels), *small, MAX_SIDE))
+        found = Counter(str(number // 1000) for row in filled for number in row.objects)
+        if classes:
+            print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
+    print_notes({key: found for key, found in notes.items() if key != "turned"}, problems, "문제")  # a problem here
     print(f"문제 {len(problems)}개" if problems else "문제 없음")
 
 

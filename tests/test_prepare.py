@@ -299,14 +299,15 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
 
 def test_hundreds_of_coco_objects_are_numbered():
     squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
-    labels = prepare_data.draw_objects([("cell", rle_plain(square)) for square in squares], (60, 80), False, "a.png")
+    objects = [("cell", rle_plain(square)) for square in squares]
+    labels = prepare_data.draw_objects(objects, (60, 80), False, "a.png", {}, (60, 80))
     wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
     assert len(squares) == 400 and (labels == wanted).all()
 
 
 def test_runs_of_no_length_are_merged_rightly():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
-    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png")
+    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png", {}, (20, 30))
     assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
 
 
@@ -623,7 +624,7 @@ def test_transparency_is_the_mask_of_a_white_picture_and_a_mask_of_everything_is
     assert (read_grey(tmp_path / "data/masks/train/cut.png") == SMALL).all()
     assert "제외: full.png - 마스크가 이미지 전체를 덮음" in done.stdout
     write_image(tmp_path / "data/masks/train/cut.png", np.full((60, 80), 255, np.uint8))
-    assert "cut.png: 마스크가 이미지 전체를 덮음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+    assert "cut.png - 마스크가 이미지 전체를 덮음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
 
 
 def test_a_boolean_tiff_that_shows_zero_as_white_is_read_by_its_values_or_refused(tmp_path):
@@ -850,8 +851,8 @@ def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
         (tmp_path / f"masks/{stem}_left.png").unlink()
     assert "aachen/, bochum/" in prepare(tmp_path, code=1).stdout
     done = prepare(tmp_path, "--recursive", code=1)
-    command = ("--mask-suffix=_1_ids", "--image-suffix=_1_left")
-    assert_fails_in_one_line(done, *command)
+    assert_fails_in_one_line(done, "하나도 없습니다")
+    command = ("--mask-suffix=_ids", "--image-suffix=_left")
     (tmp_path / "images/aachen/loop").symlink_to(tmp_path / "images")  # is not followed
     assert "제외 0개" in prepare(tmp_path, "--recursive", *command, "--val-ratio", 0).stdout
     assert split_of(tmp_path)["train"] == ["aachen__aachen_1_left.png", "bochum__bochum_1_left.png"]
@@ -966,13 +967,16 @@ def test_transparency_is_composited_over_white_and_cmyk_is_read(tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.webp", "c.tif"):
         Image.fromarray(rgba[..., [2, 1, 0, 3]]).save(tmp_path / "images" / name, lossless=True)
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    Image.fromarray(rgba[..., [2, 1, 0, 3]]).save(tmp_path / "images/turned.tif", exif=upside_down)
     (tmp_path / "images/opaque.png").write_bytes(opaque)
     Image.fromarray(image[..., ::-1].copy()).convert("CMYK").save(tmp_path / "images/cmyk.tif")
-    for name in ("a", "b", "c", "opaque", "cmyk"):
+    for name in ("a", "b", "c", "turned", "opaque", "cmyk"):
         write_image(tmp_path / f"masks/{name}.png", mask)
     done = prepare_masks(tmp_path)
-    assert "투명한 이미지 3장" in done.stdout
-    for name, pixels in (("a", wanted), ("b", wanted), ("c", wanted), ("cmyk", image)):
+    assert "투명한 이미지 4장" in done.stdout
+    for name, pixels in (("a", wanted), ("b", wanted), ("c", wanted), ("turned", wanted[::-1, ::-1]), ("cmyk", image)):
         assert np.abs(cv2.imread(str(tmp_path / f"data/images/train/{name}.png")).astype(int) - pixels).max() <= 1
     assert (tmp_path / "data/images/train/opaque.png").read_bytes() == opaque
 
@@ -989,7 +993,7 @@ def test_images_without_an_object_are_accepted_only_if_asked_for(tmp_path):
     checked = run("prepare_data.py", "--check", cwd=tmp_path).stdout
     assert "train: 3쌍" in checked and "객체가 없는 이미지 1장" in checked and "문제 없음" in checked
     (tmp_path / "data/split.json").unlink()
-    assert "train/black.png: 마스크가 비어 있음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+    assert "train/black.png - 마스크가 비어 있음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
 
 
 def test_a_coco_image_whose_objects_cannot_be_used_is_not_an_empty_one(tmp_path):
@@ -1016,8 +1020,8 @@ def test_check_and_preview_show_what_harms_a_training(tmp_path):
     done = run("prepare_data.py", "--check", "--preview", 1, cwd=tmp_path, code=1)
     for line in ("픽셀이 같은 이미지 1장이 한쪽에 더 있습니다: train/a.png = train/b.png",
                  "잘린 객체 1개: train/cut.png", "작은 객체 (100픽셀 미만) 1개: train/tiny.png",
-                 "train/full.png: 마스크가 이미지 전체를 덮음",
-                 "train/turned.png: 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
+                 "train/full.png - 마스크가 이미지 전체를 덮음",
+                 "train/turned.png - 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
         assert line in done.stdout
     sheet = cv2.imread(str(tmp_path / "data/preview.png"))
     assert sheet[20, 20, 1] > sheet[20, 20, 0] + 30  # a problem comes first: `full` is green everywhere
