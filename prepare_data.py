@@ -428,8 +428,7 @@ def read_source_mask(path, page, args, notes, _shape=None):
         return brightness > args.threshold
     if values.ndim == 2 and values.max() == 1:
         return values > 0
-    colors = np.unique(values[::2, ::2].astype(np.int64) @ [1, 2**16, 2**32]) if values.ndim == 3 else ()
-    if 2 < len(colors) < 9 or is_label_map(brightness):  # an antialiased edge has more colors
+    if is_label_map(brightness) or values.ndim == 3 and has_several_hues(values):
         fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
              f"--classes, 밝기로 나누려면 --threshold {min(127, brightness.max() // 2)}, 무시할 값은 --void N")
     return brightness > 127
@@ -471,6 +470,17 @@ def read_pixels(path, args):
     for value in args.void:
         void |= ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
     return values, is_voc, void
+
+
+def has_several_hues(colors):
+    """Whether a color mask (H x W x 3) has up to eight colors, but not two, or areas above 127 of different hues."""
+    if 2 < len(np.unique(colors[::2, ::2].astype(np.int64) @ [1, 2**16, 2**32])) < 9:  # a blurred edge has more
+        return True
+    brightness = colors.max(axis=2)
+    hues = colors / np.maximum(brightness, 1)[..., None].astype(np.float32)
+    usual = np.median(hues[brightness > 127], axis=0) if (brightness > 127).any() else 0
+    differs = (brightness > 127) & (np.abs(hues - usual).max(axis=2) > 0.3)
+    return cv2.erode(differs.astype(np.uint8), np.ones((5, 5))).any()  # thinner ones are blurred edges
 
 
 def to_labels(values, classes=False):

@@ -1,11 +1,13 @@
 """prepare_data.py, as a user runs it."""
 
+import argparse
 import errno
 import json
 import os
 import shutil
 import signal
 import unicodedata
+from collections import defaultdict
 
 import cv2
 import numpy as np
@@ -543,6 +545,25 @@ def test_a_mask_with_grey_edges_is_no_map_of_classes(tmp_path, kind):
     assert (read_grey(tmp_path / "data/masks/train/a.png") == np.where(mask > 127, 255, 0)).all()
     write_image(tmp_path / "data/masks/train/a.png", mask)  # by hand: no problem either
     assert "문제 없음" in run("prepare_data.py", "--check", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("quality", [20, 60, 95, None])
+def test_blurred_colors_are_objects_and_one_color_is_a_mask(tmp_path, quality):
+    def circles(*colors):
+        drawn = np.zeros((120, 200, 3), np.uint8)
+        for number, color in enumerate(colors):
+            cv2.circle(drawn, (50 + 90 * number, 60), 40 - 25 * number, color, -1, cv2.LINE_AA)
+        return drawn if quality is None else cv2.imdecode(
+            cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+    args = argparse.Namespace(data_dir=tmp_path, numbered=False, classes=False, threshold=None, void=[], merge=False)
+    for second in ((10, 250, 20), (250, 250, 250), (0, 150, 250)):
+        write_image(tmp_path / "a.png", circles((20, 10, 250), second))
+        with pytest.raises(SystemExit, match="--threshold"):
+            prepare_data.read_source_mask(tmp_path / "a.png", 0, args, defaultdict(list))
+    for color in ((0, 0, 255), (250, 60, 120), (0, 240, 240), (250, 250, 250)):
+        write_image(tmp_path / "a.png", circles(color, color))
+        mask = prepare_data.read_source_mask(tmp_path / "a.png", 0, args, defaultdict(list))
+        assert (mask == (circles(color, color).max(axis=2) > 127)).all()
 
 
 def test_each_connected_region_of_a_class_is_an_object(tmp_path):
