@@ -39,7 +39,6 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import cv2
@@ -87,6 +86,7 @@ MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
 REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
 Row = namedtuple("Row", "name image mask size share objects content reasons")  # see measure_pair()
+CocoImage = namedtuple("CocoImage", "path size objects left_out")  # size: (H, W); objects: [(category, segmentation)]
 Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/NAME", path, page (0: the file), function of (H, W)
 
 for _stream in (sys.stdout, sys.stderr):
@@ -207,10 +207,10 @@ def prepare(args):
 def find_pairs(args, problems, notes):
     """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
     pairs, sources, classes = [], set(), {}
-    for split, images, masks, coco in (("train" if args.val_images else "all", args.images, args.masks, args.coco),
-                                       ("val", args.val_images, args.val_masks, args.val_coco)):
-        if not images:
-            continue
+    parts = [("all", args.images, args.masks, args.coco)]
+    if args.val_images:
+        parts = [("train", *parts[0][1:]), ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts:
         if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
             fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
         find = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
@@ -367,12 +367,9 @@ def suggest_suffix(images, masks):
 
 
 def tiff_pages(path):
-    """The pages of a TIFF file: [(offset of the directory, position of the offset of the next, byte order)].
-
-    [] if it has only one page or is another file; decode_file() reports damaged files and BigTIFFs of several pages.
-    """
+    """The pages of a TIFF file of several: [(offset of the directory, position of the next offset, byte order)]."""
     pages, position = {}, 4
-    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:
+    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports bad files
         order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))
         while order and file.seek(position):
             start, = struct.unpack(f"{order}I", file.read(4))
@@ -448,7 +445,7 @@ def read_pixels(path, args):
     colors = np.atleast_3d(values)
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
     is_jpeg, indices, palette, tags = False, None, [], {}
-    with contextlib.suppress(Exception), open_image(path) as file:  # formats that Pillow cannot read have no palette
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
         if file.mode == "P" and args.threshold is None:
@@ -517,83 +514,83 @@ def to_labels(values, classes=False):
 
 
 def read_annotations(coco_path, args, notes):
-    """Read a COCO file, or the given categories of it; a region marked iscrowd may contain several objects.
+    """Read a COCO file, or the given categories of it: ({image id: CocoImage}, names of all categories).
 
-    It is skipped if its category also has single objects. Returns {image id: (path, (H, W))}, {image id: [(category,
-    segmentation)]}, the ids of images with other objects, which cannot be used, and the names of all categories.
+    A region marked iscrowd, which may contain several objects, is left out if its category also has single objects.
     """
-    paths, objects, incomplete = {}, defaultdict(list), set()
+    images = {}
     try:
         coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
             raise ValueError("images와 annotations 목록이 없음")
         for image in coco["images"]:
             path = composed(str(image.get("file_name") or image["coco_url"]).replace("\\", "/"))
-            if image["id"] in paths:
-                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({paths[image['id']][0]}, {path}). "
+            if image["id"] in images:
+                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({images[image['id']].path}, {path}). "
                      "파일을 합쳤다면 번호를 다시 매기세요")
-            paths[image["id"]] = path, (image.get("height"), image.get("width"))
+            images[image["id"]] = CocoImage(path, (image.get("height"), image.get("width")), [], [])
         known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
         chosen = [(name, annotation) for annotation in coco["annotations"]
                   if (name := known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
                   in (args.category or [name])]
         with_singles = {name for name, annotation in chosen if not annotation.get("iscrowd")}
         for name, annotation in chosen:
-            identity, is_crowd = annotation["image_id"], annotation.get("iscrowd") and not args.merge
+            image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
             is_kept = not is_crowd or args.keep_crowd or name not in with_singles
-            note = ("orphans" if identity not in paths else "boxes" if not annotation.get("segmentation")
-                    else ("kept_crowds" if is_kept else "crowds") if is_crowd else None)
+            note = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
+                    else ("kept_crowds" if is_kept else "crowds") if is_crowd else "")
             if known and annotation.get("category_id") not in known:
                 notes["unnamed"].append((f"category_id {name}", 1))
             if note:
-                notes[note].append((paths.get(identity, (str(identity),))[0], 1))
-            if note in (None, "kept_crowds"):
-                objects[identity].append((name, annotation["segmentation"]))
-            else:
-                incomplete.add(identity)
+                notes[note].append((image.path if image else str(annotation["image_id"]), 1))
+            if image and note in ("", "kept_crowds"):
+                image.objects.append((name, annotation["segmentation"]))
+            elif image:
+                image.left_out.append(annotation)
     except FileNotFoundError:
         fail(f"파일이 없습니다: {coco_path}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
              f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
-    return paths, objects, incomplete, [*known.values()]
+    return images, [*known.values()]
 
 
 def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     """Like pairs_from_masks, for a COCO file; adds its categories to `classes`: {name: whether it has objects}."""
-    paths, objects, incomplete, categories = read_annotations(coco_path, args, notes)
-    if "boxes" in notes and not objects:
+    entries, categories = read_annotations(coco_path, args, notes)
+    used = {name for entry in entries.values() for name, _ in entry.objects}
+    if "boxes" in notes and not used:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
-    used = {name for found in objects.values() for name, _ in found}
     for name in [*categories, *sorted(used)]:
         classes[name] = classes.get(name) or name in used
 
-    entries, pairs = defaultdict(list), []
-    folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
+    folders = {end for entry in entries.values() for end in ends(entry.path.rpartition("/")[0])
+               if (images / end).is_dir()}
     files, places = images_in(images, split, args.recursive, problems, notes, folders), defaultdict(set)
     for file in files:  # by its path in the folder, and without train/ or val/
         for place in (file[1].relative_to(images).as_posix(), file[0].partition("/")[2]):
             places[composed(place)].add(file)
-    for identity, (path, size) in paths.items():
-        found = next((places[end] for end in ends(path) if end in places), ())  # CVAT writes folders before the name
-        if not found and (found := places.get(UPLOAD_PREFIX.sub("", path.rpartition("/")[2], count=1), ())):
-            notes["prefixes"].append((path, 1))
+    entries_of, pairs = defaultdict(list), []
+    for entry in entries.values():
+        found = next((places[end] for end in ends(entry.path) if end in places), ())  # CVAT writes folders before it
+        if not found and (found := places.get(UPLOAD_PREFIX.sub("", entry.path.rpartition("/")[2], count=1), ())):
+            notes["prefixes"].append((entry.path, 1))
         if len(found) == 1:
-            entries[min(found)].append((path, identity, size))
+            entries_of[min(found)].append(entry)
         else:
-            problems[f"{split}/{path}"] = "이미지 없음" if not found else (
+            problems[f"{split}/{entry.path}"] = "이미지 없음" if not found else (
                 f"이미지가 여럿: {', '.join(name for name, _ in sorted(found))}")
     for name, path in files:
-        (entry, identity, size), *others = entries[name, path] or [("", None, ())]
-        if others:
-            problems[name] = f"COCO 파일에 두 번 나옴 ({entry}, {others[0][0]})"
-        elif not entry:
+        entry, *others = entries_of[name, path] or [None]
+        if not entry:
             problems[name] = "마스크 없음 (COCO 파일에 없음)"
-        elif not objects[identity] and (identity in incomplete or not args.allow_empty):
+        elif others:
+            problems[name] = f"COCO 파일에 두 번 나옴 ({entry.path}, {others[0].path})"
+        elif not entry.objects and (entry.left_out or not args.allow_empty):
             problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
         else:
-            read_mask = partial(draw_objects, objects[identity], size, args.merge, entry, classes)
+            read_mask = partial(draw_objects, entry.objects, entry.size, args.merge, entry.path, classes)
             pairs.append(Pair(name, path, 0, read_mask))
     return pairs, [coco_path]
 
@@ -721,16 +718,11 @@ def read_over_white(path):
 
 def read_transparent(path):
     """Read a file with transparent pixels as RGBA, uint8 H x W x 4, upright; None if it has none."""
-    with contextlib.suppress(Exception), open_image(path) as file:  # Pillow reads every format with alpha
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
         if file.mode[-1] in "Aa" or "transparency" in file.info:
             rgba = upright(np.array(file.convert("RGBA")), path)
             return rgba if (rgba[..., 3] < 255).any() else None
     return None
-
-
-def open_image(path):
-    """Open a file with Pillow; from memory, because Pillow does not turn a TIFF file that it maps into memory."""
-    return Image.open(io.BytesIO(path.read_bytes()))
 
 
 def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
@@ -771,7 +763,7 @@ def turn(pixels, orientation):
 
 
 def upright(pixels, path):
-    """Turn pixels that Pillow read upright; those of a TIFF file are already."""
+    """Turn pixels upright that Pillow read; it has turned those of a TIFF file, if it read the file from memory."""
     return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
 
 
@@ -793,15 +785,15 @@ def split_names(groups, val_ratio, shuffle_seed):
     With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
     val_ratio.
     """
-    members = defaultdict(list)
-    for name in sorted(groups):
-        members[groups[name]].append(name)
-    order = sorted(members)
+    order = sorted(set(groups.values()))
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
-    names = [name for group in order for name in members[group]]
-    wanted, cuts = len(names) - round(len(names) * val_ratio), [*accumulate(len(members[group]) for group in order)]
-    cut = min([0, *cuts] if wanted in (0, len(names)) else cuts[:-1] or cuts, key=lambda cut: abs(cut - wanted))
+    places = {group: place for place, group in enumerate(order)}
+    names = sorted(groups, key=lambda name: (places[groups[name]], name))
+    wanted = len(names) - round(len(names) * val_ratio)
+    cuts = [cut for cut in range(1, len(names)) if groups[names[cut - 1]] != groups[names[cut]]]
+    cuts = [0, *cuts, len(names)] if wanted in (0, len(names)) or not cuts else cuts
+    cut = min(cuts, key=lambda cut: abs(cut - wanted))
     return {"train": names[:cut], "val": names[cut:]}
 
 
