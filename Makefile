@@ -29,17 +29,20 @@ demo: $(VENV)/.installed
 	$(PY) demo/make_demo_data.py
 	$(PY) train_sam2_proper.py $(DEMO_MODEL) --image-dir demo/data/images/train --mask-dir demo/data/masks/train \
 	  --val-image-dir $(DEMO_VAL) --val-mask-dir demo/data/masks/val --output-dir demo/output \
-	  --recipe improved
+	  --recipe improved --prompt any
 	$(PY) compare_models.py $(DEMO_MODEL) --finetuned demo/output/sam2_best.pt \
 	  --image-dir $(DEMO_VAL) --mask-dir demo/data/masks/val --output-dir demo/output/comparison
 	$(PY) test_my_image.py $(DEMO_MODEL) --finetuned demo/output/sam2_best.pt \
 	  --image $(DEMO_VAL)/demo_0160.jpg --point "160,144" --output demo/output/my_results
+	$(PY) test_my_image.py $(DEMO_MODEL) --finetuned demo/output/sam2_best.pt --auto --output demo/output/without_click \
+	  --image $(DEMO_VAL)/demo_0160.jpg $(DEMO_VAL)/demo_0161.jpg $(DEMO_VAL)/demo_0162.jpg
 	@echo
 	@echo "그림을 열어 보세요:"
 	@echo "  demo/output/comparison/compare_1.png ... compare_5.png   원본과 파인튜닝 비교"
 	@echo "  demo/output/comparison/report.html                       비교 보고서: 가장 나쁜 객체부터"
 	@echo "  demo/output/training_curve.png                           학습 곡선"
-	@echo "  demo/output/my_results/demo_0160_result.png              이미지 한 장 분할"
+	@echo "  demo/output/my_results/demo_0160_result.png              클릭 하나로 분할"
+	@echo "  demo/output/without_click/demo_0160_result.png           같은 이미지를 클릭 없이 분할 (세 장, auto.csv)"
 
 # Run extras/ on synthetic data with the demo model: track a polyp through a clip, segment a haemorrhage in a CT volume.
 demo-video: $(VENV)/.installed-extras

@@ -5,8 +5,9 @@
 A stream of images in random order is labelled. The first click is in the middle of an object, each further one in the
 middle of the largest error of the mask with the highest score, at most 10; a mask that does not reach an IoU with them
 counts as 11 clicks. What is saved, and learned, is the mask in data/. Images with several objects: mean over these.
-frozen never learns; learning takes steps after each image (extras/learning.py); train_sam2_proper.py --recipe improved
-instead runs after every --every images, on all of them.
+frozen never learns; learning takes steps after each image (extras/learning.py); training runs train_sam2_proper.py
+--recipe improved after every --every images, on all of them. With --split train, the model at the end of the stream is
+also measured on data/images/val: the mean IoU after one click.
 """
 
 import argparse
@@ -41,6 +42,9 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=120, help="length of the stream")
     parser.add_argument("--seed", type=int, default=11, help="of the order")
+    parser.add_argument("--start", type=int, default=0, help="leave out the first images of the order")
+    parser.add_argument("--order", default="random", choices=["random", "uncertain"],
+                        help="uncertain: lowest score of the initial model without a prompt first")
     parser.add_argument("--variants", default="frozen,learning,training", help="which to run")
     parser.add_argument("--steps", type=int, default=learning.STEPS, help="learning: steps per image")
     parser.add_argument("--lr", type=float, default=learning.LR, help="learning")
@@ -49,29 +53,47 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("output/study_annotation"), help="picture, models")
     args = parser.parse_args()
     pairs = project.find_pairs(args.data_dir / "images" / args.split, args.data_dir / "masks" / args.split)
-    order = np.random.default_rng(args.seed).permutation(len(pairs))[:args.images]
-    stream = project.Masks([pairs[index] for index in order], 10**9, project.MIN_FOREGROUND)
-    print(f"{args.model_cfg}, {len(stream)} images of {args.split}, seed {args.seed}, {args.steps} steps per image, "
-          f"lr {args.lr:g}\nfirst and second half of the stream:\n{'':10} clicks to 0.75 IoU   clicks to 0.85 IoU   "
-          "IoU after one click  s per image to label, to learn", flush=True)
+    order = np.random.default_rng(args.seed).permutation(len(pairs))[args.start:][:args.images]
+    pairs = [pairs[index] for index in order]
+    if args.order == "uncertain":
+        pairs = sort_by_certainty(pairs, args)
+    stream = project.Masks(pairs, 10**9, project.MIN_FOREGROUND)
+    print(f"{args.model_cfg}, {len(stream)} images of {args.split}, seed {args.seed}, order {args.order}, {args.steps} "
+          f"steps per image, lr {args.lr:g}\nfirst and second half of the stream:", flush=True)
+    print(f"{'':10} clicks to 0.75 IoU   clicks to 0.85 IoU   IoU after one click  s per image to label, to learn"
+          + "  validation" * (args.split == "train"), flush=True)
     ious, halves, kept = {}, [], {}
     for name in args.variants.split(","):
-        result, seconds = label(name, stream, [pairs[index] for index in order], kept, args)
+        predictor, result, seconds = label(name, stream, pairs, kept, args)
         ious[name] = [[iou[0] for iou in image] for image in result]
         values = [[np.mean([count_clicks(iou, level) for iou in image]) for image in result] for level in LEVELS]
         values.append([100 * np.mean(image) for image in ious[name]])
         means = [[np.mean(half) for half in np.array_split(value, 2)] for value in values]
         halves.append(f"{name} {means[0][1]:.1f}")
         print(f"{name:10} " + " ".join(f"{first:10.2f}, {second:6.2f}   " for first, second in means)
-              + f"{seconds[0]:9.2f}, {seconds[1]:.2f}", flush=True)
+              + f"{seconds[0]:9.2f}, {seconds[1]:.2f}" + (validate(predictor, args) if args.split == "train" else ""),
+              flush=True)
     draw({name: np.array([np.mean(image) for image in result]) for name, result in ious.items()}, args)
     print(f"clicks to 0.75 IoU, second half: {', '.join(halves)}")
 
 
-def label(name, stream, pairs, kept, args):
-    """Label the stream with a variant: ([[IoU after each click, for each object], for each image], seconds per image).
+@torch.no_grad()
+def sort_by_certainty(pairs, args):
+    """The pairs in the order of the highest score that the initial model predicts without a prompt, lowest first."""
+    predictor, certainty = project.load_predictor(args.model_cfg, args.checkpoint, args.device), {}
+    for pair in pairs:
+        image = project.read_image(pair[0])
+        predictor.set_image(image)
+        _, scores = project.simulate_prompts(predictor, predictor._features, "none", [np.ones((1, *image.shape[:2]))])
+        certainty[pair] = scores.max().item()
+    return sorted(pairs, key=certainty.get)
 
-    kept: features of the images, {path: predictor._features}, shared by the variants. seconds: labelling, learning.
+
+def label(name, stream, pairs, kept, args):
+    """Label the stream with a variant: (predictor at the end, IoUs, seconds per image to label and to learn).
+
+    IoUs: [[IoU after each click, for each object], for each image]; kept: features of the images, shared by the
+    variants, {path: predictor._features}.
     """
     folder = args.output / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,7 +117,18 @@ def label(name, stream, pairs, kept, args):
         elif name == "training" and (index + 1) % args.every == 0:
             train(predictor, stream.paths[:index + 1], folder, args)
         seconds += labelled - started, time.perf_counter() - labelled
-    return result, seconds / len(stream)
+    return predictor, result, seconds / len(stream)
+
+
+def validate(predictor, args):
+    """The mean IoU after one click of the objects in data/images/val, in percent, as text."""
+    ious = []
+    for image, mask in project.find_pairs(args.data_dir / "images/val", args.data_dir / "masks/val"):
+        masks = project.Masks([(image, mask)], 10**9, 1)
+        predictor.set_image(project.read_image(image))
+        predict = partial(predict_mask, predictor, predictor._features, masks.sizes[0])
+        ious += [simulate(predict, gt_mask, clicks=1)[0] for gt_mask in masks.decode(0)]
+    return f"{100 * np.mean(ious):10.1f}"
 
 
 @torch.no_grad()
@@ -105,14 +138,14 @@ def predict_mask(predictor, features, size, coords, labels):
     return project.best_masks(predictor, [size], *project.predict_masks(predictor, features, [size], prompts))[0][0]
 
 
-def simulate(predict, gt_mask):
-    """The IoU after each click on an object, up to CLICKS or the highest of LEVELS."""
+def simulate(predict, gt_mask, clicks=CLICKS):
+    """The IoU after each click on an object, up to a number of clicks or the highest of LEVELS."""
     (point, *_), _ = project.first_prompt("point", gt_mask)
     coords, labels, ious = [point], [1], []
     while True:
         mask = predict(coords, labels)
         ious.append(project.calculate_iou(mask, gt_mask))
-        if len(ious) == CLICKS or ious[-1] >= max(LEVELS):
+        if len(ious) == clicks or ious[-1] >= max(LEVELS):
             return ious
         point, label = project.correcting_click(mask, gt_mask)
         coords, labels = [*coords, point], [*labels, label]

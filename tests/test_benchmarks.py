@@ -41,7 +41,7 @@ def test_the_study_of_annotation_prints_a_row_for_each_variant(data):
                "--split", "train", "--images", 4, "--steps", 2, "--every", 3, "--iterations", 2, cwd=data)
     *_, frozen, learning, training, last = done.stdout.strip().splitlines()
     rows = [re.findall(r"[\d.]+", row) for row in (frozen, learning, training)]
-    assert all(len(row) == 8 for row in rows) and rows[0][:6] != rows[1][:6]
+    assert all(len(row) == 9 for row in rows) and rows[0][:6] != rows[1][:6]
     assert last == "clicks to 0.75 IoU, second half: " + ", ".join(
         f"{name} {float(row[1]):.1f}" for name, row in zip(("frozen", "learning", "training"), rows))
     folder = data / "output/study_annotation"

@@ -47,8 +47,8 @@ def test_demo_model_is_small_and_in_the_official_form():
 def test_shortened_demo_gains_iou(tmp_path):
     """The steps of `make demo`, on half of the data and a seventh of the iterations, with its recipe."""
     draw(tmp_path / "data", "--train", 80, "--val", 30)
-    run("train_sam2_proper.py", *DEMO_MODEL, "--recipe", "improved", "--iterations", 107, "--save-every", 107,
-        "--device", "cpu", cwd=tmp_path)
+    run("train_sam2_proper.py", *DEMO_MODEL, "--recipe", "improved", "--prompt", "any", "--iterations", 107,
+        "--save-every", 107, "--device", "cpu", cwd=tmp_path)
     run("compare_models.py", *DEMO_MODEL, "--device", "cpu", cwd=tmp_path)
     summary = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["num_images"] == 30
@@ -56,6 +56,9 @@ def test_shortened_demo_gains_iou(tmp_path):
     run("test_my_image.py", *DEMO_MODEL, "--device", "cpu", "--image", "data/images/val/demo_0080.jpg",
         "--point", "160,144", cwd=tmp_path)
     assert cv2.imread(str(tmp_path / "output/my_results/demo_0080_mask.png")).shape == (288, 320, 3)
+    run("test_my_image.py", *DEMO_MODEL, "--device", "cpu", "--image", "data/images/val/demo_0080.jpg",
+        "data/images/val/demo_0081.jpg", "--auto", "--output", "without_click", cwd=tmp_path)
+    assert len((tmp_path / "without_click/auto.csv").read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_the_click_decides_which_object_the_demo_model_segments(tmp_path):
