@@ -1,6 +1,7 @@
 """Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE."""
 
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -262,7 +263,8 @@ def header_size(path):
     try:
         with Image.open(path) as file:
             exif = Image.Exif()
-            exif.load(file.info.get("exif"))  # not getexif(), which also reads XMP
+            with contextlib.suppress(Exception):  # damaged metadata raise various errors
+                exif.load(file.info.get("exif"))  # not getexif(), which also reads XMP
             if file.format != "TIFF":  # Pillow turns the size of some TIFF files
                 return file.size if exif.get(0x0112, 1) >= 5 else file.size[::-1]
         return read_image(path).shape[:2]

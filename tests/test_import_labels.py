@@ -433,9 +433,12 @@ def test_labels_fit_an_image_that_its_orientation_turns(tmp_path, compression):
     (tmp_path / "images").mkdir()
     noise.save(tmp_path / "images/p.tif", exif=exif, compression=compression)
     noise.save(tmp_path / "images/q.jpg", exif=exif)
-    for name in "pq":
+    noise.rotate(90, expand=True).save(tmp_path / "images/damaged.jpg", exif=b"Exif\0\0no metadata")
+    for name in ("p", "q", "damaged"):
         write(tmp_path, f"labels/{name}.txt", YOLO_CIRCLE)
-    for image, (_, size, objects) in read("yolo", tmp_path)[0].items():
+    labels, problems = read("yolo", tmp_path)
+    assert len(labels) == 3 and not problems
+    for image, (_, size, objects) in labels.items():
         assert size == (HEIGHT, WIDTH) == read_image(image).shape[:2]
         assert (decoded(objects)[0][1] == circle()).all()
 
