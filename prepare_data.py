@@ -32,7 +32,6 @@ import random
 import re
 import shlex
 import shutil
-import struct
 import sys
 import time
 import unicodedata
@@ -80,6 +79,7 @@ NOTES = {  # messages about changes to some files, by the key under which they a
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
+COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, without alpha, upright
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
 MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
@@ -339,7 +339,7 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
             if not key.endswith(composed(suffix)):
                 notes["suffixes"].append((name, 1))
                 continue
-            for page in range(1, len(tiff_pages(path)) + 1) or [0]:
+            for page in tiff_pages(path):
                 mark = f"_p{page:03}" if page else ""
                 files_of_key = found[key.removesuffix(composed(suffix)) + mark]
                 files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page)))
@@ -367,32 +367,23 @@ def suggest_suffix(images, masks):
 
 
 def tiff_pages(path):
-    """The pages of a TIFF file of several: [(offset of the directory, position of the next offset, byte order)]."""
-    pages, position = {}, 4
-    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports bad files
-        order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))
-        while order and file.seek(position):
-            start, = struct.unpack(f"{order}I", file.read(4))
-            if start in (0, *pages):
-                break
-            file.seek(start)
-            position = pages[start] = start + 2 + 12 * struct.unpack(f"{order}H", file.read(2))[0]
-    return [(start, position, order) for start, position in pages.items()] if len(pages) > 1 else []
+    """The numbers of the pages of a TIFF file of several, from 1 on; [0], the file itself, for other files."""
+    with contextlib.suppress(Exception), Image.open(path, formats=["TIFF"]) as file:  # decode_file() reports bad files
+        if file.n_frames > 1:
+            return range(1, file.n_frames + 1)
+    return [0]
 
 
 def one_page(path, page, folder):
-    """A copy of a TIFF file in `folder` that shows only one page, counted from 1; `path` itself for page 0."""
+    """Write the pixels of a page of a TIFF file, counted from 1, to a file in `folder`; returns `path` for page 0."""
     if not page:
         return path
-    copy = folder / str(zlib.crc32(os.fsencode(path.resolve()))) / path.name
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    start, position, order = tiff_pages(path)[page - 1]
-    with copy.open("r+b") as file:  # the header leads to this page, and this page to no other
-        for place, value in ((4, start), (position, 0)):
-            file.seek(place)
-            file.write(struct.pack(f"{order}I", value))
+    _, pages = cv2.imdecodemulti(np.fromfile(path, np.uint8), COLOR_AND_DEPTH, range=(page - 1, page))
+    if not pages:
+        raise ImageError(f"{path}: {page}번째 장을 읽을 수 없습니다")
+    copy = folder / f"{path.stem}.tif"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(cv2.imencode(".tif", pages[0])[1].tobytes())
     return copy
 
 
@@ -407,8 +398,7 @@ def read_source_mask(path, page, args, notes, _shape=None):
     masks, pixels above 127 in any channel are foreground; in a mask of 0 and 1, pixels of 1 are. Fails if a threshold
     of 127 would lose objects and no flag selects another reading.
     """
-    path = one_page(path, page, args.data_dir / ".part" / "mask pages")
-    values, is_voc, void = read_pixels(path, args)
+    values, is_voc, void = read_pixels(path, page, args)
     if args.void or void.any():
         values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
         notes["void"].append((path.name, int(void.sum())))
@@ -431,12 +421,13 @@ def read_source_mask(path, page, args, notes, _shape=None):
     return brightness > 127
 
 
-def read_pixels(path, args):
+def read_pixels(path, page, args):
     """The pixels of a mask file, H x W or H x W x 3 (BGR); whether they are indices of the VOC palette; void pixels.
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values, rgba = decode_file(path, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH), read_transparent(path)
+    values = decode_file(one_page(path, page, args.data_dir / ".part" / "mask pages"), COLOR_AND_DEPTH)
+    rgba = read_transparent(path, page)
     if rgba is not None:
         alpha = rgba[..., 3] > rgba[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
@@ -446,6 +437,7 @@ def read_pixels(path, args):
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
     is_jpeg, indices, palette, tags = False, None, [], {}
     with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
+        file.seek(max(page - 1, 0))
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
         if file.mode == "P" and args.threshold is None:
@@ -684,8 +676,8 @@ def write_pairs(pairs, problems, staging, args, notes):
             if others:
                 raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(
                     other.name.partition("/")[2] for other in (pair, *others)))
-            path = one_page(pair.image, pair.page, staging / "image pages")
-            image, is_flattened = read_over_white(path)
+            path = pair.image
+            image, is_flattened = read_over_white(path, pair.page, staging / "image pages")
             mask = fit_to_image(pair.read_mask(image.shape[:2]), path, image.shape[:2], notes, args.allow_empty)
         except ImageError as problem:
             problems[pair.name] = str(problem)
@@ -706,19 +698,21 @@ def write_pairs(pairs, problems, staging, args, notes):
     return contents, groups
 
 
-def read_over_white(path):
+def read_over_white(path, page, folder):
     """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
-    image, rgba = read_image(path), read_transparent(path)
+    file = one_page(path, page, folder)
+    image, rgba = read_image(file), read_transparent(path, page)
     if rgba is None or not rgba[..., 3].any():
         return image, False
-    is_deep = decode_file(path, cv2.IMREAD_UNCHANGED).dtype != np.uint8
+    is_deep = decode_file(file, COLOR_AND_DEPTH).dtype != np.uint8
     colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
     return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
 
 
-def read_transparent(path):
+def read_transparent(path, page):
     """Read a file with transparent pixels as RGBA, uint8 H x W x 4, upright; None if it has none."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
+        file.seek(max(page - 1, 0))
         if file.mode[-1] in "Aa" or "transparency" in file.info:
             rgba = upright(np.array(file.convert("RGBA")), path)
             return rgba if (rgba[..., 3] < 255).any() else None

@@ -966,12 +966,23 @@ def test_each_page_is_an_image_with_its_page_of_the_mask(tmp_path):
     images = [Image.fromarray(image[..., ::-1].copy()) for image, _ in pairs]
     masks = [Image.fromarray((mask > 0).astype(np.uint16) * number) for number, (_, mask) in enumerate(pairs, start=7)]
     for path, pages in (("images/z.tif", images), ("masks/z.tif", masks)):
-        pages[0].save(tmp_path / path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
+        pages[0].save(tmp_path / path, save_all=True, append_images=pages[1:], compression="tiff_lzw",
+                      big_tiff=pages is masks)
     prepare_masks(tmp_path)
     for page, (image, mask) in enumerate(pairs, start=1):
         assert (cv2.imread(str(tmp_path / f"data/images/train/z_p{page:03}.png")) == image).all()
         written = read_grey(tmp_path / f"data/masks/train/z_p{page:03}.png")
         assert (written == (mask > 0) * (6 + page)).all()
+    see_through = Image.fromarray(np.dstack([pairs[0][0], pairs[0][1]]))  # the mask is opaque
+    black_is_one = [Image.fromarray(mask == 0) for _, mask in pairs]  # as tifffile writes boolean arrays
+    see_through.save(tmp_path / "images/z.tif", save_all=True, append_images=[see_through] * 2)
+    black_is_one[0].save(tmp_path / "masks/z.tif", save_all=True, append_images=black_is_one[1:],
+                         tiffinfo={262: 0, 305: "tifffile.py"})
+    prepare_masks(tmp_path)
+    for page, (_, mask) in enumerate(pairs, start=1):
+        assert (read_grey(tmp_path / f"data/masks/train/z_p{page:03}.png") == mask).all()
+        assert (cv2.imread(str(tmp_path / f"data/images/train/z_p{page:03}.png"))[pairs[0][1] == 0] == 255).all()
+    images[0].save(tmp_path / "images/z.tif", save_all=True, append_images=images[1:])
     (tmp_path / "masks/z.tif").unlink()
     write_image(tmp_path / "masks/z_p002.png", pairs[1][1])
     done = prepare_masks(tmp_path)
