@@ -177,7 +177,7 @@ def parse_args():
 def prepare(args):
     """Pair, check, read the masks, split and write data/; print a summary."""
     target, staging, problems, notes = args.data_dir, args.data_dir / ".part", {}, defaultdict(list)
-    pairs, sources, classes = find_pairs(args, problems, notes)
+    pairs, sources, classes = collect_pairs(args, problems, notes)
     lock(target / ".lock")
     settings = {name: value for name, value in vars(args).items()
                 if not isinstance(value, Path) and name not in ("check", "preview")}
@@ -204,7 +204,7 @@ def prepare(args):
           + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
 
 
-def find_pairs(args, problems, notes):
+def collect_pairs(args, problems, notes):
     """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
     pairs, sources, classes = [], set(), {}
     parts = [("all", args.images, args.masks, args.coco)]

@@ -1,4 +1,11 @@
-"""Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE."""
+"""Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE.
+
+Chapters:
+    finding files      images, labels, splits, texts and JSON; files of other tools
+    YOLO               data.yaml, the text file of an image, a line of it
+    VOC                names and splits, palette PNGs
+    masks              the size of an image, polygons and shapes, COCO's RLE
+"""
 
 import base64
 import contextlib
@@ -33,6 +40,9 @@ OTHER_TOOLS = {  # what a file contains: what it is, and what to do
     '[a-z]labels"|"(completions|original_width)"':
         "Label Studio JSON입니다. 다각형은 COCO로, 브러시는 Brush labels to PNG로 내보내세요 "
         "(PNG는 python prepare_data.py --images 이미지폴더 --masks PNG폴더)"}
+
+
+# ---- finding files ----
 
 
 @functools.cache
@@ -121,6 +131,9 @@ def refuse_other_tools(folder):
         for pattern, advice in OTHER_TOOLS.items():
             if re.search(pattern, path.read_text(encoding="utf-8", errors="replace")):
                 fail(f"{path}: {advice}")
+
+
+# ---- YOLO ----
 
 
 def yolo_files(folder, problems):
@@ -221,6 +234,9 @@ def locate(entry, bases):
     return next((Path(os.path.normpath(path)) for path in [*choices, bases[-1] / str(entry)] if path.exists()), None)
 
 
+# ---- VOC ----
+
+
 @functools.cache
 def voc_settings(root):
     """{index: class name} and {stem: split} of a VOC folder; the latter is empty if it does not list train or val."""
@@ -256,6 +272,9 @@ def number_regions(classes):
         numbers[own > 0] = own[own > 0] + count
         count += found - 1
     return numbers
+
+
+# ---- masks ----
 
 
 def header_size(path):
