@@ -271,6 +271,8 @@ def test_results_of_images_with_the_same_stem_get_names_of_their_own():
     assert test_my_image.result_names(paths) == ["a_jpg", "b", "a_png", "a_png_"]
     paths = [Path("b_original.png"), *paths]  # --compare writes b_original_mask.png for b
     assert test_my_image.result_names(paths)[0] == "b_original_"
+    paths = [Path("1/A.png"), Path("2/a.png"), Path("c.png")]  # one file on Windows and macOS
+    assert test_my_image.result_names(paths) == ["A_png", "a_png_", "c"]
 
 
 def test_prompts_are_written_as_the_flags_that_give_them_again():
