@@ -73,6 +73,7 @@ try:
     import sam2
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+    from sam2.modeling.sam2_utils import sample_one_point_from_error_center
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
@@ -979,7 +980,7 @@ class BatchLoss(torch.nn.Module):
                 with torch.set_grad_enabled(args.encoder != "frozen"):
                     features = encode_images(predictor, images)
             low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, [
-                masks.numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
+                masks[0].numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
         results = torch.stack([torch.stack(image_loss(predictor, *example, args)) for example in zip(
             low_res_masks.split(1), scores.split(1), batch.gt_masks)])
         if batch.kind != "none" or not self.model.knows_absence:
@@ -999,26 +1000,21 @@ def prompt_kind(kind, number):
 
 
 def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections=MAX_POINTS - 1):
-    """Prompt for each object of N images, decode, and correct the result with further clicks where kind is "points".
+    """Prompt for each of N objects, decode, and correct the result with further clicks where kind is "points".
 
-    features: of the N images, in the form of predictor._features; gt_masks: for each image bool K x H x W.
-    rngs: a Generator for each image; None: the click, box and corrections of compare_models.py, without randomness.
-    Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3, with gradients.
+    features: see predict_masks; gt_masks: the N objects, bool H x W each. rngs: a Generator for each object; None: the
+    click, box and corrections of compare_models.py, without randomness.
+    Returns: low-resolution logits N x 3 x h x w and predicted scores N x 3, with gradients.
     """
-    sizes, rngs = [masks.shape[1:] for masks in gt_masks], rngs or [None] * len(gt_masks)
-    prompts = [[first_prompt(kind, mask, rng) for mask in masks] for masks, rng in zip(gt_masks, rngs)]  # per image
-
-    def decode():
-        return predict_masks(predictor, features, sizes, [list(map(np.stack, zip(*image))) for image in prompts])
-
+    sizes, rngs = [mask.shape for mask in gt_masks], rngs or [None] * len(gt_masks)
+    prompts = [first_prompt(kind, mask, rng) for mask, rng in zip(gt_masks, rngs)]
     for _ in range(corrections if kind == "points" else 0):
         with torch.no_grad():
-            predicted = best_masks(predictor, sizes, *decode())
-        for image, found, masks, rng in zip(prompts, predicted, gt_masks, rngs):
-            for number, (coords, labels) in enumerate(image):
-                point, label = correcting_click(found[number], masks[number], rng)
-                image[number] = np.vstack([coords, point]), np.append(labels, label)
-    return decode()
+            found = best_masks(predictor, sizes, *predict_masks(predictor, features, sizes, prompts))
+        clicks = map(correcting_click, found, gt_masks, rngs)
+        prompts = [(np.vstack([coords, point]), np.append(labels, label))
+                   for (coords, labels), (point, label) in zip(prompts, clicks)]
+    return predict_masks(predictor, features, sizes, prompts)
 
 
 def first_prompt(kind, mask, rng=None):
@@ -1030,7 +1026,8 @@ def first_prompt(kind, mask, rng=None):
         return np.zeros((1, 2), np.float32), np.array([-1], np.int32)
     if kind != "box":
         return pick_pixel(mask, rng)[None], np.ones(1, np.int32)
-    box = mask_box(mask)
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    box = np.array([x, y, x + width - 1, y + height - 1], np.float32)
     if rng is not None:
         spread = BOX_JITTER * np.tile(box[2:] - box[:2], 2)
         limits = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
@@ -1045,58 +1042,48 @@ def pick_pixel(mask, rng=None):
     return np.array([x, y], np.float32)
 
 
-def mask_box(mask):
-    """The tight box around the mask's foreground: float32 (x1, y1, x2, y2) in pixels, both ends inside."""
-    rows, columns = np.nonzero(mask)
-    return np.array([columns.min(), rows.min(), columns.max(), rows.max()], np.float32)
-
-
 def correcting_click(predicted, gt_mask, rng=None):
     """One more click, on a wrong pixel: (float32 (x, y), label), 1 on the object, 0 beside it.
 
     predicted, gt_mask: bool H x W. With rng a random wrong pixel, as in SAM 2's training; else the one deepest in the
-    largest error (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If none is wrong: see pick_pixel.
+    largest error, as in SAM 2's evaluation. If none is wrong: see pick_pixel.
     """
     wrong = gt_mask != predicted
-    if rng is not None or not wrong.any():
-        x, y = point = pick_pixel(wrong if wrong.any() else gt_mask, rng)
-        return point, int(gt_mask[int(y), int(x)])
-    depths = [cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
-              for error in (predicted & ~gt_mask, gt_mask & ~predicted)]
-    label = int(depths[1].max() > depths[0].max())
-    y, x = np.unravel_index(depths[label].argmax(), gt_mask.shape)
-    return np.array([x, y], np.float32), label
+    if rng is None and wrong.any():
+        point, label = sample_one_point_from_error_center(
+            *(torch.from_numpy(mask)[None, None] for mask in (gt_mask, predicted)))
+        return point[0, 0].numpy(), label.item()
+    x, y = point = pick_pixel(wrong if wrong.any() else gt_mask, rng)
+    return point, int(gt_mask[int(y), int(x)])
 
 
 def predict_masks(predictor, features, sizes, prompts):
-    """Decode prompts with gradients: what predictor.predict() does, without its no_grad.
+    """Decode N prompts with gradients: what predictor.predict() does, without its no_grad.
 
-    features: of N images, as in predictor._features; sizes: their N (H, W); prompts: for each image
-    (coordinates K x P x 2 in its pixels, labels K x P), K the same for all.
-    Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3.
+    features: of N images, or of one image for all prompts, as in predictor._features; sizes: N (H, W) of the images;
+    prompts: N (coordinates P x 2 in the image's pixels, labels P), P the same for all.
+    Returns: low-resolution logits N x 3 x h x w and predicted scores N x 3.
     """
     model = predictor.model
     predictor._features, predictor._orig_hw, predictor._is_image_set = features, sizes, True
-    prepared = [predictor._prep_prompts(coords, labels, None, None, True, img_idx=number)
-                for number, (coords, labels) in enumerate(prompts)]
+    prepared = [predictor._prep_prompts(*prompt, None, None, True, img_idx=number)
+                for number, prompt in enumerate(prompts)]
     coords, labels = (torch.cat([prompt[part] for prompt in prepared]) for part in (1, 2))
     sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
-
-    def for_each_prompt(level):
-        return level[:, None].expand(-1, len(coords) // len(sizes), -1, -1, -1).flatten(0, 1)
-
+    embeddings, *others = (level.expand(len(prompts), -1, -1, -1)
+                           for level in (features["image_embed"], *features["high_res_feats"]))
     return model.sam_mask_decoder(
-        image_embeddings=for_each_prompt(features["image_embed"]), image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        image_embeddings=embeddings, image_pe=model.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True, repeat_image=False,
-        high_res_features=[for_each_prompt(level) for level in features["high_res_feats"]])[:2]
+        high_res_features=others)[:2]
 
 
 def best_masks(predictor, sizes, low_res_masks, scores):
-    """The masks with the highest score that predict_masks gave, at their images' N sizes: N arrays, bool K x H x W."""
-    chosen, found = scores.float().cpu().numpy().argmax(1).reshape(len(sizes), -1), []
-    for masks, best, size in zip(low_res_masks.chunk(len(sizes)), chosen, sizes):
+    """The masks with the highest score that predict_masks gave, at their N images' sizes: N arrays, bool H x W."""
+    found = []
+    for masks, best, size in zip(low_res_masks.split(1), scores.float().cpu().numpy().argmax(1), sizes):
         logits = predictor._transforms.postprocess_masks(masks, size)  # all three: the same bits as in predict()
-        found.append((logits[range(len(best)), best] > 0).cpu().numpy())
+        found.append((logits[0, best] > 0).cpu().numpy())
     return found
 
 
@@ -1208,12 +1195,12 @@ def validate_image(training, index):
     reduced, _ = reduce_labels(labels, MAX_SIDE)
     for part in in_parts(numbers, labels.shape):
         gt_masks = labels == part[:, None, None]
-        low_res_masks, scores = simulate_prompts(predictor, features, kind, [gt_masks])
+        low_res_masks, scores = simulate_prompts(predictor, features, kind, gt_masks)
         target = torch.from_numpy(reduced == part[:, None, None])
         loss, _ = image_loss(predictor, low_res_masks, scores, target, args)
-        best, = best_masks(predictor, [labels.shape], low_res_masks, scores)
+        best = best_masks(predictor, [labels.shape] * len(part), low_res_masks, scores)
         if kind == "none" and nothing_found(predictor.model):
-            best[:] = False
+            best[0][:] = False
         results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None) if gt_mask.any()
                     else (None, None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
     return results

@@ -143,7 +143,7 @@ def limit(predictor, optimizer, device, amp, visits):
         features = project.encode_images(predictor, images[:1])
     features = {"image_embed": features["image_embed"].repeat(16, 1, 1, 1),
                 "high_res_feats": [level.repeat(16, 1, 1, 1) for level in features["high_res_feats"]]}
-    prompts = [(np.full((1, 1, 2), size / 2, np.float32), np.ones((1, 1)))] * 16
+    prompts = [(np.full((1, 2), size / 2, np.float32), np.ones(1))] * 16
     target = torch.rand(16, size, size, device=device).round()
 
     def step():

@@ -224,20 +224,20 @@ def measure(training):
         features, gt_masks, columns = training.val_cache([(path, size)]), masks.decode(index), []
         union = masks.labels(index)[None] > 0
         for kind in ("point", "box", "none") if index < masks.filled else ("none",):
+            truth = union if kind == "none" else gt_masks
             with torch.no_grad():
-                low_res_masks, scores = project.simulate_prompts(
-                    predictor, features, kind, [union if kind == "none" else gt_masks])
-            best, = project.best_masks(predictor, [size], low_res_masks, scores)
+                low_res_masks, scores = project.simulate_prompts(predictor, features, kind, truth)
+            best = project.best_masks(predictor, [size] * len(truth), low_res_masks, scores)
             if kind == "none" and project.nothing_found(predictor.model):
-                best[:] = False
+                best[0][:] = False
             if kind == "none" and index < masks.filled:
                 unions.append([calculate(best[0], union[0]) for calculate in MEASURES])
             elif kind == "none":
-                right.append(not best.any())
+                right.append(not best[0].any())
             else:
                 columns += [[calculate(*pair) for pair in zip(best, gt_masks)] for calculate in MEASURES]
             if kind == "point":
-                first, = project.best_masks(predictor, [size], low_res_masks[:, :1], scores[:, :1])
+                first = project.best_masks(predictor, [size] * len(truth), low_res_masks[:, :1], scores[:, :1])
                 first = [project.calculate_iou(*pair) for pair in zip(first, gt_masks)]
         if columns:
             objects += zip(*columns, first)
