@@ -669,9 +669,9 @@ def reduce_labels(labels, max_side):
     size = height, width = reduced_size(labels.shape, max_side)
     if size == labels.shape:
         return labels, 0
-    reduced, parts = np.zeros(size, np.uint16), []
+    reduced, broken = np.zeros(size, np.uint16), 0
     numbers, areas, boxes = find_objects(labels)
-    for index in np.argsort(-areas, kind="stable"):
+    for index in np.argsort(-areas, kind="stable")[::-1]:
         top, left, bottom, right = boxes[index]
         mask = labels[top:bottom, left:right] == numbers[index]
         rows = slice(top * height // labels.shape[0], -(-bottom * height // labels.shape[0]))
@@ -682,11 +682,11 @@ def reduce_labels(labels, max_side):
         else:  # the same result, faster for small objects
             coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
                 @ area_weights(labels.shape[1], width)[columns, left:right].T
-        pieces, place = count_pieces(mask), (rows, columns)
-        reduced[place][reduce_mask(coverage, pieces)] = numbers[index]
-        parts.append((numbers[index], place, pieces, coverage.sum()))
-    kept = [(reduced[place] == number, pieces, area) for number, place, pieces, area in parts]
-    return reduced, sum(count_pieces(mask) > pieces or mask.sum() < area / 2 for mask, pieces, area in kept)
+        pieces, place = count_pieces(mask), reduced[rows, columns]
+        kept = reduce_mask(coverage, pieces) & (place == 0)  # smaller objects come first
+        place[kept] = numbers[index]
+        broken += count_pieces(kept) > pieces or kept.sum() < coverage.sum() / 2
+    return reduced, broken
 
 
 def find_objects(labels):
