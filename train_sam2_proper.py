@@ -88,8 +88,7 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     # model
     ("checkpoint", "checkpoints/sam2.1_hiera_small.pt", str, "원본 SAM 2.1 체크포인트"),
     ("model_cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로"),
-    ("image_size", None, [512, 768, 1024], "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 "
-     "1024에서 학습되어 정확도가 떨어짐 (기본: 모델 설정대로)"),
+    ("image_size", None, [512, 768, 1024], "모델 입력 한 변(픽셀): 작으면 빠르지만 덜 정확함 (기본: 모델 설정대로)"),
     # data
     ("image_dir", "data/images/train", str, "학습 이미지 폴더"),
     ("mask_dir", "data/masks/train", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)"),
@@ -97,8 +96,8 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("val_mask_dir", "data/masks/val", str, "검증 마스크 폴더"),
     ("max_objects", 20, (int, 1), "이미지마다 객체를 몇 개까지 검증할지. 더 많으면 무작위로 뽑은, 늘 같은 표본"),
     # training
-    ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실 그대로, "
-     "improved 같은 수의 예제로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더도 학습(따로 준 옵션이 우선)"),
+    ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실, "
+     "improved 더 높은 IoU, strongest 거기에 이미지 인코더도 학습. 따로 준 옵션이 우선"),
     ("iterations", 3000, (int, 1), "총 학습 반복 횟수"),
     ("save_every", 500, (int, 1), "몇 번 반복할 때마다 검증하고 저장할지"),
     ("patience", 0, (int, 0), "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지"),
@@ -113,17 +112,14 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("max_grad_norm", 0.0, (float, 0), "기울기 노름을 이 값 이하로 제한, 0이면 제한하지 않음"),
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
     # prompts and loss
-    ("prompt", "point", ["point", "points", "box", "mixed", "none", "any"], "학습할 프롬프트: point 마스크 안의 점 "
-     "하나, points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음, none 프롬프트 없이 이미지의 모든 "
-     "객체, any 넷을 섞음"),
-    ("val_prompt", "point", ["point", "points", "box", "mixed", "none"],
-     "검증할 프롬프트: compare_models.py --prompt와 같음"),
+    ("prompt", "point", ["point", "points", "box", "mixed", "none", "any"], "학습할 프롬프트: point 마스크 안의 점, "
+     "points 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음, none 없이 모든 객체, any 넷을 섞음"),
+    ("val_prompt", "point", ["point", "points", "box", "mixed", "none"], "검증할 프롬프트: compare_models.py와 같음"),
     ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
     ("supervise", "first", ["first", "all"], "손실에 넣을 마스크: first 첫째, all 셋 모두"),
     # image encoder
-    ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
-     "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고, 메모리는 "
-     "--grad-checkpointing으로 줄임"),
+    ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, lora 저랭크 행렬만 "
+     "학습, full 전부 학습. lora와 full은 캐시가 없어 느림"),
     ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: full은 --lr과 같고 lora는 그 3배)"),
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
@@ -132,9 +128,8 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     # output and system
     ("output_dir", "output", str, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
-    ("cache_gb", None, (float, 0), "--encoder frozen: 이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 "
-     "(기본: 남은 메모리의 절반)"),
-    ("cache_dir", None, str, "--encoder frozen: 이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
+    ("cache_gb", None, (float, 0), "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)"),
+    ("cache_dir", None, str, "이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
     ("tensorboard", False, bool, "결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기"),
     ("wandb", None, str, "Weights & Biases의 이 프로젝트에도 기록 (기본: 쓰지 않음)"),
 ]
