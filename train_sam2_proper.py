@@ -171,11 +171,14 @@ def main():
     """Train with the settings of the command line; returns the finished Training, for callers from Python."""
     args = parse_args()
     rank, processes, device = join_processes(args.device)
-    with claim_folder(args) if rank == 0 else contextlib.nullcontext(), open_trackers(args, rank) as track:
+    with contextlib.ExitStack() as at_end:
+        if rank == 0:
+            at_end.enter_context(claim_folder(args))
+        trackers = open_trackers(args, at_end) if rank == 0 else []
         training = Training(args, device, rank, processes)
         print_setup(training)
         with contextlib.closing(training):
-            check_images_and_step(training) if args.test else train(training, track)
+            check_images_and_step(training) if args.test else train(training, trackers)
         if rank == 0 and not args.test:
             finish(training)
     if processes > 1:
@@ -259,36 +262,25 @@ def claim_folder(args):
     return held
 
 
-@contextlib.contextmanager
-def open_trackers(args, rank):
-    """A function that writes a row of the log to TensorBoard and W&B too, if --tensorboard and --wandb ask for it."""
-    board = run = None
+def open_trackers(args, at_end):
+    """Functions that write a row of the log to TensorBoard and W&B, as asked for; at_end: an ExitStack, closes them."""
+    trackers = []
     try:
-        if args.tensorboard and rank == 0:
+        if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(Path(args.output_dir, "tensorboard"))
-        if args.wandb and rank == 0:
+            board = at_end.enter_context(SummaryWriter(Path(args.output_dir, "tensorboard")))
+            trackers.append(lambda row: [board.add_scalar(*item, row["iteration"]) for item in row.items()])
+        if args.wandb:
             import wandb
             run = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
+            at_end.callback(run.finish)
+            trackers.append(lambda row: run.log(row, step=row["iteration"]))
     except ImportError as error:
         fail(f"따로 설치해야 하는 패키지입니다 ({error}): pip install {error.name or 'tensorboard'}")
     except Exception as error:  # W&B: no login, no network, no such project
         fail(f"--tensorboard나 --wandb를 시작할 수 없습니다 ({textwrap.shorten(str(error), 200)}). "
              "W&B 로그인: wandb login, 로그인 없이: 환경 변수 WANDB_MODE=offline")
-
-    def track(row):
-        for name, value in row.items() if board else ():
-            board.add_scalar(name, value, row["iteration"])
-        if run:
-            run.log(row, step=row["iteration"])
-
-    try:
-        yield track
-    finally:
-        if board:
-            board.close()
-        if run:
-            run.finish()
+    return trackers
 
 
 def print_setup(training):
@@ -356,7 +348,7 @@ def versions():
 # ---- the training loop ----
 
 
-def train(training, track):
+def train(training, trackers):
     """Run all iterations; log, validate and save at the set intervals. Ctrl-C saves and ends the program."""
     args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
     bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
@@ -364,7 +356,7 @@ def train(training, track):
     with contextlib.closing(bar), deferred_interrupts(training.processes) as interrupted:
         if not training.rows and training.val_masks:
             bar.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_masks)}장).")
-            log(training, track, validating=True)
+            log(training, trackers, validating=True)
         for iteration in bar:
             if 0 < args.patience <= training.validations_since_best:
                 bar.write(f"{training.iteration}회에 일찍 끝냅니다: "
@@ -379,7 +371,7 @@ def train(training, track):
                     stopping = training.fetch(interrupted)
                     bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
                 if logging:
-                    log(training, track, validating)
+                    log(training, trackers, validating)
             except ImageError:
                 if rank == 0 and training.iteration:
                     if training.pending and training.processes == 1:
@@ -395,7 +387,7 @@ def train(training, track):
                 sys.exit(130)
 
 
-def log(training, track, validating):
+def log(training, trackers, validating):
     """Add a row to the log: running means, learning rates and, if validating, what compare_models.py would measure."""
     row = {"iteration": training.iteration, **dict(zip(("loss", "train_iou"), training.mean or ())),
            **dict(zip(("lr", "encoder_lr"), (group["lr"] for group in training.optimizer.param_groups))),
@@ -407,7 +399,8 @@ def log(training, track, validating):
         measured = f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
         measured += f", 특이도 {row['val_specificity']:.2%}" if "val_specificity" in row else ""
         tqdm.write(f"[{training.iteration}/{training.args.iterations}] {means}, 검증 {measured}")
-    track(row)
+    for track in trackers:
+        track(row)
 
 
 @contextlib.contextmanager
