@@ -376,14 +376,12 @@ def train(training, trackers):
                 if rank == 0 and training.iteration:
                     if training.pending and training.processes == 1:
                         training.fetch()
-                    save(training, better=False)
-                    bar.write(f"{training.iteration}회까지 저장했습니다. 고친 뒤에: {resume_command(training)}")
+                    save(training, better=False, unfinished=True)
                 raise
             better = validating and training.is_best_so_far()
             if (validating or stopping) and rank == 0:
-                save(training, better)
+                save(training, better, unfinished=stopping)
             if stopping:
-                bar.write(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(training)}")
                 sys.exit(130)
 
 
@@ -1209,10 +1207,15 @@ def calculate_dice(pred_mask, gt_mask):
 
 # attributes of Training that sam2_last.pt keeps beside the weights, the optimizer and the settings
 PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "encoded")
+COLUMNS = ("iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
+           "seconds")  # of train_log.csv, where there are values
 
 
-def save(training, better):
-    """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt."""
+def save(training, better, unfinished=False):
+    """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt.
+
+    unfinished: the training ends before its last iteration, so the command line that continues it is printed.
+    """
     folder, state = Path(training.args.output_dir), training.model.state_dict()
     if better:
         save_model(training, folder / "sam2_best.pt")
@@ -1227,6 +1230,11 @@ def save(training, better):
         except PermissionError as error:  # on Windows, while Excel has the file open; sam2_last.pt has the rows
             tqdm.write(f"주의: {error.filename2 or error.filename}: 쓰지 못했습니다 ({error.strerror}). "
                        "다른 프로그램에서 닫으세요", file=sys.stderr)
+    if unfinished:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", training.processes)
+        command = f"torchrun --nproc-per-node={processes}" if training.processes > 1 else "python"
+        tqdm.write(f"{training.iteration}회까지 저장했습니다. 이어서 하려면: "
+                   f'{command} "{sys.argv[0]}" --resume --output-dir "{folder}"')
 
 
 def save_model(training, path, **more):
@@ -1287,22 +1295,10 @@ def restore(training, last):
     vars(training).update({name: last[name] for name in PROGRESS}, started=time.time() - last["seconds"])
 
 
-def resume_command(training):
-    """The command line that continues this training."""
-    count = os.environ.get("LOCAL_WORLD_SIZE", training.processes)
-    start = f"torchrun --nproc-per-node={count}" if training.processes > 1 else "python"
-    return f'{start} "{sys.argv[0]}" --resume --output-dir "{training.args.output_dir}"'
-
-
 def save_log(rows, output_dir):
     """Write train_log.csv: the rows logged so far."""
     text = io.StringIO(newline="")
-    names = ["iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
-             "seconds"]
-    for name in ("encoder_lr", "val_specificity"):
-        if not any(name in row for row in rows):
-            names.remove(name)
-    writer = csv.DictWriter(text, names)
+    writer = csv.DictWriter(text, [name for name in COLUMNS if any(name in row for row in rows)])
     writer.writeheader()
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())
