@@ -200,8 +200,7 @@ def parse_args():
         shown = "" if default is None or kind is bool else f" (기본: {default})"
         parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **options)
     parser.add_argument("--resume", action="store_true", default=False,
-                        help="중단된 학습을 결과 폴더의 sam2_last.pt에 저장된 설정으로 이어서 하기. 경로, 반복 횟수, "
-                             "장치, 캐시처럼 학습을 바꾸지 않는 옵션만 다시 줄 수 있음")
+                        help="결과 폴더의 중단된 학습을 저장된 설정으로 이어서 하기. 학습을 바꾸지 않는 옵션만 함께 줌")
     parser.add_argument("--test", action="store_true", default=False, help="모든 이미지를 읽고 한 번 학습해 보기")
     given = vars(parser.parse_args())
     settings = RECIPES[given.get("recipe", CONFIG["recipe"])]
@@ -209,8 +208,7 @@ def parse_args():
         if fixed := sorted(given.keys() - FREE_ON_RESUME):
             fail("--resume는 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
                  f"--{', --'.join(fixed).replace('_', '-')}")
-        settings = load_last(given.get("output_dir", CONFIG["output_dir"]))["settings"]
-        settings = {**settings, "output_dir": CONFIG["output_dir"]}  # the folder may have been moved
+        settings = load_last(given.setdefault("output_dir", CONFIG["output_dir"]))["settings"]  # it may have been moved
     args = argparse.Namespace(**{**CONFIG, **settings, **given})
     for name, _, kind, _ in SETTINGS:
         value = getattr(args, name)
@@ -312,10 +310,6 @@ def print_setup(training):
               "검증 IoU가 실제보다 높게 나옵니다")
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
-    if args.resume:
-        print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
-
-
 def check_images_and_step(training):
     """--test, once the setup has succeeded: decode every image and run one step."""
     (_, free), problems, started = free_memory(), [], time.time()
@@ -431,9 +425,8 @@ class Training:
                      for path, digest in zip(masks.paths, masks.hashes)}
         cached = args.encoder == "frozen" and not args.augment  # the features of training images stay the same
         self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes)
-        share = range(len(self.val_masks))[rank::processes]
-        self.cache, self.val_cache = make_caches(
-            self.predictor, self.dataset, [(self.val_masks.paths[i], self.val_masks.sizes[i]) for i in share], args)
+        val_images = list(zip(self.val_masks.paths, self.val_masks.sizes))[rank::processes]  # of this process
+        self.cache, self.val_cache = make_caches(self.predictor, self.dataset, val_images, args)
         choose_weights(self.model, args)
         self.model.knows_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -649,7 +642,7 @@ def reduced_size(shape, max_side):
 def reduce_labels(labels, max_side):
     """Shrink a numbered mask (uint16 H x W) so that the longer side is at most max_side pixels; never enlarge.
 
-    Each object is reduced on its own, see reduce_mask; a pixel that two objects share goes to the smaller one.
+    An object gets the pixels that it covers by at least a half; those that two objects share go to the smaller one.
     Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
     """
     size = height, width = reduced_size(labels.shape, max_side)
@@ -668,10 +661,14 @@ def reduce_labels(labels, max_side):
         else:  # the same result, faster for small objects
             coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
                 @ area_weights(labels.shape[1], width)[columns, left:right].T
-        pieces, place = count_pieces(mask), reduced[rows, columns]
-        kept = reduce_mask(coverage, pieces) & (place == 0)  # smaller objects come first
+        pieces, area, place = count_pieces(mask), coverage.sum(), reduced[rows, columns]
+        for least in (0.5, 0.25, 0.125):  # less, where a thin object would lose half its area or break
+            kept = coverage >= least
+            if count_pieces(kept) <= pieces and kept.sum() >= area / 2:
+                break
+        kept &= place == 0  # smaller objects come first
         place[kept] = numbers[index]
-        broken += count_pieces(kept) > pieces or kept.sum() < coverage.sum() / 2
+        broken += count_pieces(kept) > pieces or kept.sum() < area / 2
     return reduced, broken
 
 
@@ -696,15 +693,6 @@ def find_objects(labels):
 def area_weights(full, reduced):
     """How much of each of `full` pixels of an axis lies in each of `reduced` pixels: float32 reduced x full."""
     return cv2.resize(np.eye(full, dtype=np.float32), (full, reduced), interpolation=cv2.INTER_AREA)
-
-
-def reduce_mask(coverage, pieces):
-    """The pixels (bool H x W) of a reduced object: where its coverage (float H x W, 0 to 1) is at least a half."""
-    for least in (0.5, 0.25, 0.125):  # less, where a thin object would break into more `pieces` or lose half its area
-        mask = coverage >= least
-        if count_pieces(mask) <= pieces and mask.sum() >= coverage.sum() / 2:
-            break
-    return mask
 
 
 def count_pieces(mask):
@@ -890,7 +878,7 @@ class FeatureCache:
             levels = self.kept.get(image[0])
             while levels is None:
                 group = list(itertools.islice(self.ahead, self.at_once)) or [self.read(image)]
-                for path, encoded in self.encode(group):
+                for path, encoded in self.encode(group).items():
                     if len(self.kept) < self.capacity:
                         place = device if len(self.kept) < self.on_device else "cpu"
                         self.kept[path] = [level.to(place) for level in encoded]
@@ -909,31 +897,31 @@ class FeatureCache:
             key.update(repr(size).encode() + path.read_bytes())
             entry = Path(self.folder, f"{key.hexdigest()}.npz")
             with contextlib.suppress(Exception), np.load(entry) as stored:  # missing or damaged: many error types
-                if stored.zip.testzip() is None:  # all checksums are right
-                    return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
+                return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
         return path, entry, read_reduced(path, size)
 
     @torch.no_grad()
     def encode(self, group):
-        """[(path, [image_embed, stride 4, stride 8]), ...] of what read() gave: each 1 x C x h x w in self.dtype."""
+        """{path: [image_embed, stride 4, stride 8]} of what read() gave: each 1 x C x h x w in self.dtype."""
         transforms, device = self.predictor._transforms.transforms, self.predictor.device
-        if new := [pixels for _, _, pixels in group if isinstance(pixels, np.ndarray)]:
-            images = [torch.from_numpy(pixels).to(device).permute(2, 0, 1).contiguous().float() / 255 for pixels in new]
+        results = {path: content for path, _, content in group}
+        if new := {path: entry for path, entry, content in group if isinstance(content, np.ndarray)}:
+            images = [torch.from_numpy(results[path]).to(device).permute(2, 0, 1).contiguous() for path in new]
             with mixed_precision(device, self.amp):
-                features = encode_images(self.predictor, torch.stack([transforms(image) for image in images]))
-            levels = [level.to(self.dtype) for level in (features["image_embed"], *features["high_res_feats"])]
-            encoded = zip(*(level.split(1) for level in levels))
-        results = [(path, content if isinstance(content, list) else next(encoded)) for path, _, content in group]
-        for (_, entry, content), (_, levels) in zip(group, results):
-            if entry and isinstance(content, np.ndarray):
-                write_file(entry, lambda file: np.savez(file, *(level.cpu().numpy() for level in levels)))  # noqa: B023
+                images = torch.stack([transforms(image.float() / 255) for image in images])
+                features = encode_images(self.predictor, images)
+            levels = [level.to(self.dtype).split(1) for level in (features["image_embed"], *features["high_res_feats"])]
+            results.update(zip(new, zip(*levels)))
+        for path, entry in new.items():
+            if entry:
+                write_file(entry, lambda file: np.savez(file, *(each.cpu().numpy() for each in results[path])))  # noqa: B023
         return results
 
 
 def mixed_precision(device, wanted=True):
     """Autocast on CUDA, without its cache: weights cast under no_grad lose their gradients (PyTorch issue 112583)."""
-    on_cuda = wanted and torch.device(device).type == "cuda"
-    return torch.autocast("cuda", autocast_dtype() if on_cuda else torch.float16, enabled=on_cuda, cache_enabled=False)
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.autocast("cuda", autocast_dtype(), enabled=wanted and on_cuda, cache_enabled=False)
 
 
 def autocast_dtype():
@@ -1283,6 +1271,7 @@ def restore(training, last):
         fail(f"프로세스 {last['processes']}개로 한 학습이라 {training.processes}개로 이어서 할 수 없습니다")
     if last["iteration"] > training.args.iterations:
         fail(f"이미 {last['iteration']}회까지 학습했습니다. --iterations를 더 크게 주세요")
+    print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
     if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
     weights = {**last["model"], **last["low_rank"]}
