@@ -310,6 +310,8 @@ def print_setup(training):
               "검증 IoU가 실제보다 높게 나옵니다")
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+
+
 def check_images_and_step(training):
     """--test, once the setup has succeeded: decode every image and run one step."""
     (_, free), problems, started = free_memory(), [], time.time()
@@ -674,19 +676,16 @@ def reduce_labels(labels, max_side):
 
 def find_objects(labels):
     """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, in one pass."""
-    width = labels.shape[1] + 1
     padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
     starts = np.flatnonzero(np.diff(padded, prepend=0))
     lengths = np.diff(starts, append=len(padded))
     runs = np.argsort(padded[starts], kind="stable")[np.count_nonzero(padded[starts] == 0):]  # none of the background
-    starts, lengths, values = starts[runs], lengths[runs], padded[starts[runs]]
-    first = np.flatnonzero(np.diff(values, prepend=0))  # run of each object
-    if not len(first):
-        return values, lengths, np.empty((0, 4), int)
-    rows, columns = np.divmod(starts, width)
-    boxes = np.stack([np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
-                      np.maximum.reduceat(rows, first) + 1, np.maximum.reduceat(columns + lengths, first)], 1)
-    return values[first], np.add.reduceat(lengths, first), boxes
+    starts, lengths = starts[runs], lengths[runs]
+    numbers, first = np.unique(padded[starts], return_index=True)
+    rows, columns = np.divmod(starts, labels.shape[1] + 1)
+    boxes = [np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
+             np.maximum.reduceat(rows + 1, first), np.maximum.reduceat(columns + lengths, first)]
+    return numbers, np.add.reduceat(lengths, first), np.stack(boxes, 1)
 
 
 @functools.lru_cache(4)
