@@ -188,9 +188,8 @@ def main():
 
 def parse_args():
     """The settings: CONFIG, updated by those of the recipe or of the training to resume, then by the given flags."""
-    parser = argparse.ArgumentParser(
-        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더(원하면 이미지 인코더까지)를 내 데이터로 파인튜닝합니다.",
-        argument_default=argparse.SUPPRESS)  # so that only given flags are in the result
+    parser = argparse.ArgumentParser(description="SAM 2.1의 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.",
+                                     argument_default=argparse.SUPPRESS)  # so that only given flags are in the result
     for name, default, kind, text in SETTINGS:
         options = {"type": kind[0] if isinstance(kind, tuple) else kind}
         if kind is bool:
@@ -267,7 +266,7 @@ def open_trackers(args, at_end):
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             board = at_end.enter_context(SummaryWriter(Path(args.output_dir, "tensorboard")))
-            trackers.append(lambda row: [board.add_scalar(*item, row["iteration"]) for item in row.items()])
+            trackers.append(lambda row: [board.add_scalar(key, row[key], row["iteration"]) for key in row])
         if args.wandb:
             import wandb
             run = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
@@ -950,8 +949,7 @@ class BatchLoss(torch.nn.Module):
             else:
                 images = batch.images.to(predictor.device, non_blocking=True).float() / 255
                 images = v2.functional.normalize(images, predictor._transforms.mean, predictor._transforms.std)
-                with torch.set_grad_enabled(args.encoder != "frozen"):
-                    features = encode_images(predictor, images)
+                features = encode_images(predictor, images)
             low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, [
                 masks[0].numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
         results = torch.stack([torch.stack(image_loss(predictor, *example, args)) for example in zip(
@@ -1273,8 +1271,7 @@ def restore(training, last):
     print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
     if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
-    weights = {**last["model"], **last["low_rank"]}
-    training.model.load_state_dict({name: weights[name] for name in training.model.state_dict()})
+    training.model.load_state_dict(last["low_rank"], strict=False)  # load_predictor has loaded the other weights
     for group in last["optimizer"]["param_groups"]:
         group["fused"] = training.optimizer.defaults["fused"]  # a matter of the device
     training.optimizer.load_state_dict(last["optimizer"])
