@@ -711,7 +711,7 @@ class Batch(NamedTuple):
     """The examples of one forward pass: one object and one prompt in each of N images."""
 
     indices: list                       # of the images in Masks
-    kind: str                           # of the prompts: point, points or box
+    kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
     rngs: list                          # a Generator for each image, of its view and its prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
@@ -1060,23 +1060,20 @@ def best_masks(predictor, sizes, low_res_masks, scores):
 
 def image_loss(predictor, low_res_masks, scores, gt_masks, args):
     """training_loss of the K prompts on one image, at the size of gt_masks, bool tensor K x H x W."""
-    if args.supervise == "first":  # only masks in the loss are enlarged
-        low_res_masks = low_res_masks[:, :1]
-    logits = predictor._transforms.postprocess_masks(low_res_masks, gt_masks.shape[1:])
+    count = {"first": 1, "all": 3}[args.supervise]  # masks in the loss; the others are not enlarged
+    logits = predictor._transforms.postprocess_masks(low_res_masks[:, :count], gt_masks.shape[1:])
     target = gt_masks.to(logits.device, non_blocking=True).float()
-    return training_loss(logits, scores.float(), target, args.dice_weight, args.supervise)
+    return training_loss(logits, scores[:, :count].float(), target, args.dice_weight)
 
 
-def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
+def training_loss(logits, scores, gt_masks, dice_weight=0.0):
     """(loss, IoU), scalars: means over K prompts on one image.
 
-    logits: K x 3 x H x W, at the image's size; scores: K x 3 predicted IoUs; gt_masks: float K x H x W, 0 or 1.
-    The loss is the binary cross-entropy with 1e-5 inside the logarithms (the guide's), plus dice_weight times
-    1 - Dice of the probabilities, plus SCORE_WEIGHT times |score - IoU|: of the "first" mask (the others may be
-    omitted), or the mean of "all" three. The IoU returned is that of the mask with the highest score among these.
+    logits: K x M x H x W, M masks for each prompt at the image's size; scores: K x M predicted IoUs; gt_masks: float
+    K x H x W, 0 or 1. The loss is the binary cross-entropy with 1e-5 inside the logarithms (the guide's), plus
+    dice_weight times 1 - Dice of the probabilities, plus SCORE_WEIGHT times |score - IoU|: the mean of the M masks.
+    The IoU is that of the mask with the highest score.
     """
-    if supervise == "first":
-        logits, scores = logits[:, :1], scores[:, :1]
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     mask_loss = (-gt * torch.log(prob + 1e-5) - (1 - gt) * torch.log(1 - prob + 1e-5)).mean((-2, -1))
     if dice_weight:

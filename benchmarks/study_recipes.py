@@ -174,14 +174,13 @@ def run(job):
     return name, values, encoded, time.process_time() - started
 
 
-def focal_loss(weight, logits, scores, gt_masks, dice_weight, supervise):
+def focal_loss(weight, logits, scores, gt_masks, dice_weight):
     """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) instead of cross-entropy."""
-    del supervise  # all
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     right = prob * gt + (1 - prob) * (1 - gt)
     alpha = 0.25 * gt + 0.75 * (1 - gt)
     focal = (-alpha * (1 - right) ** 2 * torch.log(right + 1e-5)).mean((-2, -1))
-    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight, "all")
+    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight)
     entropy = (-torch.log(right + 1e-5)).mean((-2, -1))
     return plain + (weight * focal - entropy).mean(), iou
 
