@@ -651,7 +651,7 @@ def reduce_labels(labels, max_side):
         return labels, 0
     reduced, broken = np.zeros(size, np.uint16), 0
     numbers, areas, boxes = find_objects(labels)
-    for index in np.argsort(-areas, kind="stable")[::-1]:
+    for index in np.argsort(-areas, kind="stable")[::-1]:  # the smallest object first
         top, left, bottom, right = boxes[index]
         mask = labels[top:bottom, left:right] == numbers[index]
         rows = slice(top * height // labels.shape[0], -(-bottom * height // labels.shape[0]))
@@ -667,7 +667,7 @@ def reduce_labels(labels, max_side):
             kept = coverage >= least
             if count_pieces(kept) <= pieces and kept.sum() >= area / 2:
                 break
-        kept &= place == 0  # smaller objects come first
+        kept &= place == 0  # what smaller objects have left
         place[kept] = numbers[index]
         broken += count_pieces(kept) > pieces or kept.sum() < area / 2
     return reduced, broken
