@@ -2,8 +2,8 @@
 
     python benchmarks/bench_onnx.py
 
-The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Torch and each
-form of the files alternate. --checkpoint with --image-dir and --mask-dir adds the IoU of the highest-scored mask with
+The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Torch and the
+forms of the files alternate. --checkpoint with --image-dir and --mask-dir adds the IoU of the highest-scored mask with
 the click of compare_models.py, one object per image.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import cv2
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
     parser.add_argument("--checkpoint", help="default: random weights")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--image-dir", type=Path)
     parser.add_argument("--mask-dir", type=Path)
     parser.add_argument("--num-images", type=int, default=50)
@@ -56,22 +57,32 @@ def main():
 
 
 def print_seconds(predictor, encoders, decoder, threads, repeats):
-    """Encode one image and decode one click with torch and with ONNX Runtime, in turn, on `threads` CPU threads."""
+    """Encode one image and decode one click with torch and with each form of the files, in turn, on `threads` threads.
+
+    Both sides compute the same: torch runs the modules that were exported, without resizing.
+    """
     torch.set_num_threads(threads)
     side = predictor.model.image_size
-    image, point = export_onnx.probe_image(side), np.array([[side / 2, side / 2]])
-    pixels, decode = normalize(image, side), open_session(decoder, threads)
-    for form, encoder in encoders.items():
-        encode = open_session(encoder, threads)
-        rows, features = [], encode_pixels(encode, pixels)
-        for _ in range(repeats + 1):
-            rows.append([timed("cpu", predictor.set_image, image), timed("cpu", encode_pixels, encode, pixels),
-                         timed("cpu", predictor.predict, point, np.ones(1)),
-                         timed("cpu", decode_point, decode, features, point)])
-        torch_encoder, onnx_encoder, torch_decoder, onnx_decoder = np.median(rows[1:], axis=0)  # the first warms up
-        print(f"{threads} threads, {form}: encoder {onnx_encoder:.3f} s, torch {torch_encoder:.3f} s, "
-              f"ratio {torch_encoder / onnx_encoder:.2f}x; decoder {onnx_decoder:.3f} s, torch {torch_decoder:.3f} s, "
-              f"ratio {torch_decoder / onnx_decoder:.2f}x")
+    pixels, point = normalize(export_onnx.probe_image(side), side), np.array([[side / 2, side / 2]])
+    decode = open_session(decoder, threads)
+    inputs = {**encode_pixels(open_session(encoders["float32"], threads), pixels), **click(decode, point)}
+    decoder_inputs = [torch.from_numpy(inputs[item.name]) for item in decode.get_inputs()]
+    calls = {"torch": (export_onnx.Encoder(predictor.model), torch.from_numpy(pixels)),
+             **{form: (encode_pixels, open_session(path, threads), pixels) for form, path in encoders.items()},
+             "torch's decoder": (export_onnx.Decoder(predictor.model), *decoder_inputs),
+             "decoder": (decode.run, None, inputs)}
+    rows = []
+    for _ in range(repeats + 1):
+        rows.append([])
+        for call in calls.values():
+            time.sleep(0.2)  # ONNX Runtime's threads stay busy for a moment after a run
+            with torch.inference_mode():
+                rows[-1].append(timed("cpu", *call))
+    seconds = dict(zip(calls, np.median(rows[1:], axis=0)))  # the first warms up
+    for form in (*encoders, "decoder"):
+        reference = seconds["torch's decoder" if form == "decoder" else "torch"]
+        print(f"{threads} threads, {form}: {seconds[form]:.3f} s, torch {reference:.3f} s, "
+              f"ratio {reference / seconds[form]:.2f}x", flush=True)
 
 
 def print_iou(predictor, encoders, decoder, pairs):
@@ -120,9 +131,14 @@ def encode_pixels(session, pixels):
 
 def decode_point(session, features, point):
     """Masks 1 x 3 x h x w and scores 1 x 3 for one click, float 1 x 2, in pixels of the encoder's input."""
+    return session.run(None, {**features, **click(session, point)})
+
+
+def click(session, point):
+    """The decoder's inputs for one click, besides the features."""
     mask_input = np.zeros((1, 1, *session.get_inputs()[5].shape[2:]), np.float32)
-    return session.run(None, {**features, "point_coords": point[None].astype(np.float32), "mask_input": mask_input,
-                              "point_labels": np.ones((1, 1), np.float32), "has_mask_input": np.zeros(1, np.float32)})
+    return {"point_coords": point[None].astype(np.float32), "mask_input": mask_input,
+            "point_labels": np.ones((1, 1), np.float32), "has_mask_input": np.zeros(1, np.float32)}
 
 
 if __name__ == "__main__":

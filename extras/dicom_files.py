@@ -41,14 +41,15 @@ DIFFERENCES = ("ImageType", "EchoTime", "EchoNumbers", "InversionTime", "Diffusi
                "TemporalPositionIdentifier", "AcquisitionNumber")  # of several images at one position
 HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
           "Modality", "SeriesNumber", "InstanceNumber", "Rows", "Columns", "NumberOfFrames",
-          "PhotometricInterpretation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
-          "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "RescaleType",
+          "PhotometricInterpretation", "PixelRepresentation", "ImagePositionPatient", "ImageOrientationPatient",
+          "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "RescaleType",
           "ModalityLUTSequence", "ConcatenationUID", "SharedFunctionalGroupsSequence",
           "PerFrameFunctionalGroupsSequence", *DIFFERENCES)
 PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyDescription",
            "SeriesDescription")  # what --keep-patient shows
 REQUIRED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
-            "StudyTime")  # by highdicom; may be empty
+            "StudyTime", "ReferringPhysicianName")  # in a SEG; may be empty
+DEIDENTIFIED = ("PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence")
 
 
 # ---- series ----
@@ -114,12 +115,14 @@ def is_dicom(path):
 def choose_series(path, number=None):
     """The Series at a path: a folder and those below it, a DICOMDIR, or one of the series' own files.
 
-    Prints what is skipped. Raises ImageError, after a list of the series, unless there is one or `number` chooses it.
+    Prints what is skipped and what is chosen. Raises ImageError, after a list of the series, unless there is one or
+    `number` chooses it.
     """
     path = Path(path)
     is_slice = path.is_file() and path.name.upper() != "DICOMDIR"
     folder = path if path.is_dir() else path.parent
-    slices, skipped, left_out = scan(sorted(folder.glob("*") if is_slice else folder.rglob("*")))
+    slices, skipped, left_out = scan(sorted(
+        folder.glob("*") if is_slice else folder.rglob("*"), key=lambda found: (found != path, found)))
     found = []
     for planes in group(slices):
         header = planes[0].header
@@ -135,6 +138,7 @@ def choose_series(path, number=None):
         found = [series for series in found if path in [plane.path for plane in series.planes]]
     chosen = [series for series in found if number in (None, series.number)]
     if len(chosen) == 1:
+        print(f"시리즈 {chosen[0]}")  # its number in the list is not its SeriesNumber
         count = left_out[chosen[0].planes[0].header.SeriesInstanceUID]
         return replace(chosen[0], doubts=[
             f"이 시리즈의 영상 {count}개는 방향이나 간격이 다르거나 손상되어 뺐습니다"] * bool(count))
@@ -189,7 +193,7 @@ def planes_of(path, header):
         def holder(sequence, groups=groups):
             """The dataset with the attributes of a functional group: in the frame, shared, or the header itself."""
             found = [items[0] for items in (dataset.get(sequence) for dataset in groups) if items]
-            return found[0] if found else groups[0]
+            return found[0] if found else header
         position = holder("PlanePositionSequence").ImagePositionPatient
         orientation = holder("PlaneOrientationSequence").ImageOrientationPatient
         measures = holder("PixelMeasuresSequence")
@@ -206,13 +210,13 @@ def planes_of(path, header):
 
 
 def group(planes):
-    """Lists of slices that have series, patient, size, spacing and orientation in common."""
+    """Lists of slices that have series, patient, size, spacing, orientation and polarity in common."""
     groups = collections.defaultdict(list)  # of lists whose orientation or spacing differs
     for plane in planes:
         header = plane.header
         key = (plane.frame is not None and header.SOPInstanceUID, *(str(header.get(name)) for name in (
             "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "Modality", "Rows",
-            "Columns")))
+            "Columns", "PhotometricInterpretation")))
         for alike in groups[key]:
             if np.allclose(plane.orientation, alike[0].orientation, rtol=0, atol=1e-4) and \
                     np.allclose(plane.spacing, alike[0].spacing, rtol=1e-4):
@@ -226,13 +230,15 @@ def group(planes):
 def split(planes):
     """Split slices of which several have one position: [(", name value" of the attribute that differs, slices)].
 
-    The first of DIFFERENCES that gives parts of one size without duplicates; if none does, all slices stay together.
+    The first of DIFFERENCES that gives parts of one size, at least two slices, without duplicates; if none does, all
+    slices stay together.
     """
     for name in DIFFERENCES if has_duplicates(planes) else ():
         parts = collections.defaultdict(list)
         for plane in planes:
             parts[str(plane.header.get(name))].append(plane)
-        if len(set(map(len, parts.values()))) == 1 and not any(map(has_duplicates, parts.values())):
+        is_even = len(set(map(len, parts.values()))) == 1 and len(parts) < len(planes)
+        if is_even and not any(map(has_duplicates, parts.values())):
             return [(f", {name} {as_text(value)}", part) for value, part in parts.items()]
     return [("", planes)]
 
@@ -246,8 +252,8 @@ def heights(planes):
 
 
 def has_duplicates(planes):
-    """Whether two slices have one position."""
-    return bool((np.diff(np.sort(heights(planes))) < 0.01 * planes[0].spacing.min()).any())
+    """Whether two slices have one position, as close as scanners repeat one."""
+    return bool((np.diff(np.sort(heights(planes))) < TOLERANCE * planes[0].spacing.min()).any())
 
 
 def grid_of(planes):
@@ -261,7 +267,7 @@ def grid_of(planes):
     planes = [planes[number] for number in order]
     if has_duplicates(planes):
         raise ImageError(f"{planes[0].path.parent}: 같은 자리에 슬라이스가 둘 이상입니다 (여러 시점 등). "
-                         "한 벌만 다른 폴더에 옮기세요")
+                         "한 벌만 다른 폴더에 옮기거나 dcm2niix로 바꾼 NIfTI를 쓰세요")
     rows, columns = planes[0].orientation
     step = (planes[-1].position - planes[0].position) / (len(planes) - 1)
     affine = np.eye(4)
@@ -312,7 +318,7 @@ def read_series(series):
     if 0 < 1.9 * planes[0].thickness <= normal @ step:
         doubts.append(f"슬라이스의 간격이 {normal @ step:.4g} mm인데 헤더에는 {planes[0].thickness:.4g} mm입니다. "
                       "슬라이스가 빠졌을 수 있습니다")
-    if series.modality == "CT" and planes[0].rescale.get("RescaleType", "HU") != "HU":
+    if series.modality == "CT" and {plane.rescale.get("RescaleType", "HU") for plane in planes} != {"HU"}:
         doubts.append("CT인데 값의 단위가 Hounsfield 단위(HU)가 아니라고 적혀 있습니다")
     return replace(series, planes=planes, image=image, is_tilted=is_tilted, doubts=doubts)
 
@@ -342,7 +348,10 @@ def rescale(values, dataset):
     """Stored values to real ones, float32: by the slope and intercept in a dataset, or its lookup table."""
     if "ModalityLUTSequence" in dataset:
         return apply_modality_lut(values, dataset).astype(np.float32)
-    slope, intercept = dataset.get("RescaleSlope") or 1, dataset.get("RescaleIntercept") or 0
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept") or 0
+    if slope == 0:
+        raise ValueError("RescaleSlope")
+    slope = 1 if slope in (None, "") else slope
     return values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
@@ -363,16 +372,24 @@ def as_text(value):
 def seg_bytes(series, mask, mark):
     """A DICOM SEG, as bytes, of a mask on the grid of the image of read_series(): columns x rows x slices, 0 and 1.
 
-    It refers to the files of the series and belongs to the same patient and study, whose attributes highdicom copies.
-    mark: its content description, at most 64 characters.
+    It refers to the files of the series. It repeats those attributes of patient and study that a SEG must have, and no
+    others. mark: its content description, at most 64 characters.
     """
     import highdicom as hd  # takes a second, which NIfTI files need not wait for
+    from pydicom.charset import python_encoding
     from pydicom.sr.codedict import codes
 
     planes = series.planes
-    first = pydicom.dcmread(planes[0].path, force=True, stop_before_pixels=True)
+    first = pydicom.dcmread(planes[0].path, force=True, stop_before_pixels=True,
+                            specific_tags=[*HEADER, *REQUIRED, *DEIDENTIFIED])
     for name in REQUIRED:
         first.setdefault(name, "")
+    encodings = first.get("SpecificCharacterSet")
+    if not encodings:
+        first.pop("SpecificCharacterSet", None)  # bytes are copied
+    elif set(np.atleast_1d(encodings)) <= set(python_encoding):
+        first.decode()  # highdicom refuses Korea's usual "\ISO 2022 IR 149"
+        first.SpecificCharacterSet = "ISO_IR 192"  # UTF-8
     is_enhanced = planes[0].frame is not None
     sources = [first] if is_enhanced else [first, *(plane.header for plane in planes[1:])]
     for source in sources[1:]:  # highdicom requires equal ones, to the last digit

@@ -140,7 +140,7 @@ def halve_weights(path):
     for weight in model.graph.initializer:
         if weight.data_type == onnx.TensorProto.FLOAT:
             name, values = weight.name, onnx.numpy_helper.to_array(weight)
-            if not np.abs(values).max() <= np.finfo(np.float16).max:
+            if not np.abs(values).max(initial=0) <= np.finfo(np.float16).max:
                 fail(f"fp16의 범위(±65504)를 벗어난 가중치가 있습니다: {name}. --fp16 없이 내보내세요")
             weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
             cast = onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT)

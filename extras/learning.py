@@ -6,8 +6,8 @@
     while learner.work():                   # one short piece of work: encode an image, measure, one step, write
         pass
 
-The loss, the prompts and the optimizer are those of train_sam2_proper.py --recipe improved --prompt any; the learning
-rate and the number of steps have not been tuned yet (benchmarks/study_annotation.py). No window, no thread.
+The loss and the optimizer are those of train_sam2_proper.py --recipe improved. The prompts, the learning rate and the
+number of steps were chosen with benchmarks/study_annotation.py. No window, no thread.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
 import train_sam2_proper as train  # noqa: E402
 
 STEPS, LR, BATCH = 10, 1e-4, 4  # steps per labelled image
+KINDS = ("point", "points", "points", "box", "none")  # of prompts, drawn with equal probability
+CORRECTIONS = 8                 # of "points": fewer than this, but more than in a training, as annotators need more
 RECENT = 10                     # images: of these the agreement and the guard's loss of IoU are taken
 LOST = 0.1                      # mean IoU over RECENT images that a model may lose against the last good one
 WORTH_SHOWING = 0.6             # mean IoU of masks without a prompt with what was saved
@@ -171,8 +173,8 @@ class Learner:
         indices = rng.integers(max(0, count - max(BATCH, self.cache.capacity)), count, BATCH).tolist()
         if self.iteration % 2 == 0:
             indices[0] = count - 1
-        kind, rngs = train.ANY[rng.integers(len(train.ANY))], rng.spawn(BATCH)
-        corrections = int(rng.integers(train.MAX_POINTS)) if kind == "points" else 0
+        kind, rngs = KINDS[rng.integers(len(KINDS))], rng.spawn(BATCH)
+        corrections = int(rng.integers(CORRECTIONS)) if kind == "points" else 0
         gt_masks = [masks.labels(0)[None] > 0 if kind == "none" else
                     masks.decode(0, each.permutation(masks.objects[0])[:1])
                     for masks, each in ((self.masks[index], each) for index, each in zip(indices, rngs))]

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +18,10 @@ import segment_volume
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line
 from files import ImageError
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.fileset import FileSet
-from pydicom.pixels import get_decoder
+from pydicom.pixels import get_decoder, pixel_array
 from test_segment_volume import segment
 
 SHAPE, SPACING = (24, 20, 8), (1.0, 1.5, 4.0)  # columns, rows, slices
@@ -175,6 +177,8 @@ def test_files_in_subfolders_without_suffix_beside_others_are_found(tmp_path, ca
         assert not assert_is_drawn(path)
     assert "같은 파일의 사본 1개" in (out := capsys.readouterr().out)
     assert "DICOM이 아닌 파일 2개" in out and "CT, MR, PET 영상이 아닌 DICOM 8개" in out
+    shutil.copy(first, first.with_name("copy"))
+    assert not assert_is_drawn(first.with_name("copy"))  # the other one is the copy then
     files = FileSet()
     for path in (first, *others):
         files.add(path)
@@ -209,6 +213,7 @@ def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, vi
 
     arguments = "--point", "4,7,6", "--each-slice", "-o", "out"
     done = segment(tmp_path, visible, "--series", 2, *arguments, volume="mr")
+    assert "\n시리즈 2: MR, 8장, 24 x 20픽셀, 간격 1 x 1.5 x 4 mm, SeriesNumber 4, EchoTime 80.0\n" in done.stdout
     assert "MR 영상: Hounsfield 단위(HU)의 창 대신 --window none을 씁니다" in done.stdout
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert (summary["series"], summary["modality"]) == (2, "MR") and summary["window"][0] < -900
@@ -251,6 +256,13 @@ def lookup_table(dataset, _):
     dataset.ModalityLUTSequence = [table]
 
 
+def signed_lookup_table(dataset, number):
+    stored(np.int16, offset=0)(dataset, number)
+    lookup_table(dataset, number)
+    dataset.ModalityLUTSequence[0].LUTDescriptor = [2048, -1024, 16]
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # hides the descriptor's sign
+
+
 def with_syntax(name):
     def change(dataset, _):
         dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, name)
@@ -277,6 +289,8 @@ def test_values_are_those_that_were_stored(tmp_path, change):
 def test_lookup_tables_missing_preambles_and_inverted_mr_are_read(tmp_path):
     write_series(tmp_path / "table", change=lookup_table)
     assert_is_drawn(tmp_path / "table", draw() + 1024)
+    write_series(tmp_path / "signed", change=signed_lookup_table)
+    assert_is_drawn(tmp_path / "signed", draw() + 1024)
     for path in write_series(tmp_path / "old"):
         content = path.read_bytes()
         path.write_bytes(content[content.index(b"\x08\0\x08\0CS"):])  # without preamble and file meta information
@@ -291,6 +305,10 @@ def test_lookup_tables_missing_preambles_and_inverted_mr_are_read(tmp_path):
                                   "RLELossless"])
 def test_the_compressions_that_scanners_and_archives_use_have_a_decoder(name):
     assert get_decoder(getattr(pydicom.uid, name)).is_available
+
+
+def test_lossy_jpeg_of_12_bits_is_decoded():
+    assert pixel_array(get_testdata_file("JPGExtended.dcm")).max() == 264
 
 
 def enhance(folder, shuffle=False):
@@ -325,6 +343,14 @@ def test_an_enhanced_file_is_read_and_its_seg_refers_to_its_frames(tmp_path, shu
     assert referenced.ReferencedSOPInstanceUID == enhanced.SOPInstanceUID
 
 
+def test_the_rescaling_of_an_enhanced_file_may_be_outside_its_frames(tmp_path):
+    enhanced = enhance(tmp_path)
+    del enhanced.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    enhanced.RescaleSlope, enhanced.RescaleIntercept = 1, -1024
+    enhanced.save_as(tmp_path / "enhanced/1.dcm")
+    assert_is_drawn(tmp_path / "enhanced")
+
+
 # ----------------------------------------------------------------------------- what is refused or reported
 
 def at_heights(*heights):
@@ -347,6 +373,11 @@ NO_VOLUME = "볼륨이 되는 CT, MR, PET 시리즈가 없습니다"
     (at_heights(0, 4, 8, 12, 17.5, 21.5, 25.5, 29.5), "슬라이스의 간격이나 위치가 고르지 않습니다"),
     (at_heights(0, 4, 8, 12, 12, 16, 20, 24), "같은 자리에 슬라이스가 둘 이상입니다"),
     (at_heights(*[0] * 8), "같은 자리에 슬라이스가 둘 이상입니다"),  # a mosaic, or time points
+    (lambda dataset, number: set_all(ImagePositionPatient=[0, 0, 0], AcquisitionNumber=number)(dataset, number),
+     "같은 자리에 슬라이스가 둘 이상입니다"),  # which would be eight volumes of one slice
+    (at_heights(0, 0.02, 4, 4.02, 8, 8.02, 12, 12.02), "같은 자리에 슬라이스가 둘 이상입니다"),
+    (lambda dataset, number: setattr(dataset, "PhotometricInterpretation", f"MONOCHROME{number // 4 + 1}"),
+     "시리즈를 --series 번호로"),
     (lambda dataset, number: setattr(dataset, "ImagePositionPatient", [number // 4 * 3, 7, 4 * number]),
      "슬라이스의 간격이나 위치가 고르지 않습니다"),
     (lambda dataset, number: setattr(dataset, "PatientID", f"SECRET{number // 4}"), "시리즈를 --series 번호로"),
@@ -361,7 +392,8 @@ NO_VOLUME = "볼륨이 되는 CT, MR, PET 시리즈가 없습니다"
     (set_all(PhotometricInterpretation="PALETTE COLOR"), NO_VOLUME),
     (set_all(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0), NO_VOLUME),
     (raw(0x00281053, "LO", "SECRET"), "IM0.dcm: 픽셀을 읽을 수 없습니다"),
-    (set_all(RescaleSlope="inf"), "IM0.dcm: 픽셀을"), (set_all(Rows=65535, Columns=65535), "IM0.dcm: 픽셀을"),
+    (set_all(RescaleSlope="inf"), "IM0.dcm: 픽셀을"), (set_all(RescaleSlope=0), "IM0.dcm: 픽셀을"),
+    (set_all(Rows=65535, Columns=65535), "IM0.dcm: 픽셀을"),
     (set_all(Rows=10), "IM0.dcm: 픽셀을"), (set_all(BitsStored=12), "IM0.dcm: 픽셀을"),
     (set_all(PixelData=b""), "IM0.dcm: 픽셀을"),
     (lambda dataset, _: dataset.pop("PixelData"), "IM0.dcm: 픽셀을"),
@@ -392,7 +424,8 @@ def test_what_may_be_wrong_is_reported(tmp_path):
         path.unlink()
     doubt, = read(tmp_path / "gaps")[1]
     assert doubt.startswith("슬라이스의 간격이 8 mm인데 헤더에는 4 mm입니다")
-    write_series(tmp_path / "unit", change=set_all(RescaleType="US"))
+    write_series(tmp_path / "unit", change=lambda dataset, number: setattr(
+        dataset, "RescaleType", "US" if number == 5 else "HU"))
     doubt, = read(tmp_path / "unit")[1]
     assert doubt.startswith("CT인데 값의 단위가 Hounsfield 단위(HU)가 아니라고")
     jitter = write_series(tmp_path / "jitter", change=lambda dataset, number: setattr(
@@ -448,6 +481,20 @@ def test_nothing_from_the_patients_header_leaves_it_unless_asked(tmp_path, visib
     (tmp_path / "ct.nii").touch()
     usage = segment(tmp_path, visible, *arguments, "--keep-patient", volume="ct.nii", code=2)
     assert "--series와 --keep-patient는 DICOM에만 씁니다" in usage.stderr
+
+
+def test_the_seg_has_the_patients_name_in_any_character_set_and_nothing_that_it_does_not_need(tmp_path):
+    for encoding, name in ((["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"), (None, "Hong^Gildong"),
+                           ("ISO_IR 192", "홍^길동")):  # Korea's usual one, none, UTF-8
+        folder = tmp_path / f"{encoding}"
+        write_series(folder, change=set_all(
+            SpecificCharacterSet=encoding, PatientName=name, PatientComments="PRIVATE", PatientAge="056Y",
+            StudyDescription="PRIVATE", InstitutionName="PRIVATE", AdmissionID="PRIVATE", StationName="PRIVATE",
+            PatientIdentityRemoved="YES"))
+        seg = dicom_files.seg_bytes(read(folder)[2], np.ones(SHAPE, np.uint8), "mark")
+        assert b"PRIVATE" not in seg and b"056Y" not in seg and b"headache" not in seg
+        header = pydicom.dcmread(io.BytesIO(seg))
+        assert (header.PatientName, header.PatientID, header.PatientIdentityRemoved) == (name, "SECRET-1", "YES")
 
 
 def test_values_of_a_hostile_header_are_not_printed(tmp_path, visible):

@@ -177,6 +177,16 @@ def test_weights_out_of_the_range_of_fp16_are_refused(exported, tmp_path):
         export_onnx.halve_weights(tmp_path / "large.onnx")
 
 
+def test_empty_weights_are_stored_as_fp16(tmp_path):
+    kind, zeros = onnx.TensorProto.FLOAT, np.zeros(0, np.float32)
+    node = onnx.helper.make_node("Identity", ["empty"], ["result"])
+    graph = onnx.helper.make_graph([node], "g", [], [onnx.helper.make_tensor_value_info("result", kind, [0])],
+                                   [onnx.numpy_helper.from_array(zeros, "empty")])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), tmp_path / "empty.onnx")
+    export_onnx.halve_weights(tmp_path / "empty.onnx")
+    assert onnx.load(tmp_path / "empty.onnx").graph.initializer[0].data_type == onnx.TensorProto.FLOAT16
+
+
 def test_errors_end_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
