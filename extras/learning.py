@@ -210,9 +210,10 @@ class Learner:
             return 0.0  # one mask of all objects is not what was saved
         gt_masks = masks.decode(0, masks.objects[0][:self.args.max_objects])
         features = self.cache([(self.paths[index], size)])
-        found, = train.best_masks(predictor, [size], *train.simulate_prompts(predictor, features, kind, [gt_masks]))
+        found = train.best_masks(predictor, [size] * len(gt_masks),
+                                 *train.simulate_prompts(predictor, features, kind, gt_masks))
         if kind == "none" and train.nothing_found(predictor.model):
-            found[:] = False
+            found[0][:] = False
         return float(np.mean([train.calculate_iou(*pair) for pair in zip(found, gt_masks)]))
 
     def is_worth_showing(self):
