@@ -246,13 +246,9 @@ def sample_objects(numbers, max_objects):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that compute an image's features are equal in both models.
-
-    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
-    conv_s1, which run in set_image.
-    """
+    """Whether all weights that compute an image's features are equal in both models."""
     ours, theirs = original.state_dict(), finetuned.state_dict()
-    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")  # these two run in set_image
     return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
 
 
@@ -509,12 +505,13 @@ def save_charts(folder, rows):
                 title=f"{better} of {len(rows)} objects better after fine-tuning")
     histogram.hist(ious, np.linspace(0, 1, 21), color=CHART_COLORS, label=list(COLORS))
     histogram.set(xlabel="IoU", ylabel="objects", title="distribution of IoU")
+    histogram.yaxis.get_major_locator().set_params(integer=True)
     for iou, color, title in zip(ious, CHART_COLORS, COLORS):
         size.scatter([row["area"]**0.5 for row in rows], iou, s=18, alpha=0.6, color=color, label=title)
     size.vlines(np.sqrt(SIZE_LIMITS), 0, 1, color="grey", linestyle=":")
     size.set(xlabel="square root of the object's area (px; dotted: 32, 96)", ylabel="IoU", title="IoU by object size")
-    for axes in (histogram, size):
-        axes.legend()
+    histogram.legend(loc="upper left")  # where a good model has the fewest objects
+    size.legend(loc="lower right")
     for figure, name in zip(figures, CHARTS):
         figure.axes[0].grid(alpha=0.3)
         save_figure(figure, folder / name)
@@ -605,17 +602,22 @@ def draw_picture(image, gt_masks, results, number):
     crop = np.s_[top:y + height + margin, left:x + width + margin]
     scale = 512 / max(gt_mask[crop].shape)
     size = [max(1, round(side * scale)) for side in gt_mask[crop].shape[::-1]]
-    small, truth = (cv2.resize(array[crop], size, interpolation=cv2.INTER_AREA) for array in (image, np.uint8(gt_mask)))
-    edges, _ = cv2.findContours(truth, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+
+    def resized(mask):  # a tenth of a pixel counts: thin objects stay visible
+        return cv2.resize(255 * np.uint8(mask[crop]), size, interpolation=cv2.INTER_AREA) > 25
+
+    small = cv2.resize(image[crop], size, interpolation=cv2.INTER_AREA)
+    edges, _ = cv2.findContours(np.uint8(resized(gt_mask)), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     panels = []
     for title, (masks, (coords, labels)) in results.items():
-        mask = cv2.resize(np.uint8(masks[number][crop]), size, interpolation=cv2.INTER_AREA)
-        panels.append(cv2.drawContours(overlay(small, mask, COLORS[title]), edges, -1, (0, 200, 0), 2))
+        tinted = overlay(small, resized(masks[number]), COLORS[title])
+        panels.append(cv2.drawContours(tinted, edges, -1, (0, 200, 0), 2))
         for (x, y), label in zip((coords[number] - (left, top)) * scale, labels[number]):
             if label >= 0:  # -1: no prompt
                 color = (0, 255, 0) if label else (255, 0, 0)
                 cv2.drawMarker(panels[-1], (int(x), int(y)), color, cv2.MARKER_STAR, 20, 2)
-    pixels = cv2.cvtColor(np.hstack(panels), cv2.COLOR_RGB2BGR)
+    gap = np.full((size[1], 8, 3), 255, np.uint8)
+    pixels = cv2.cvtColor(np.hstack([panels[0], gap, panels[1]]), cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
 
 
@@ -640,14 +642,19 @@ def make_report(rows, summary, pictures, charts):
         table += f'<tr {data}><td><a href="#row{index}">{name}</a><td>{row["area"]}<td>{points}{cells(row)}\n'
         caption = f"{name}<br>IoU {change(row, 'iou')} {points}"
         gallery += figure("jpeg", pictures[index], f'{data} id="row{index}"', caption)
-    groups = {"전체": summary, **summary["by_size"], **summary.get("by_class", {})}
-    means = [f"<tr><td>{text(name)}<td>{group['num_objects']}{cells(group)}\n" for name, group in groups.items()]
+    groups = [("전체", summary), *((f"크기 {name}", group) for name, group in summary["by_size"].items()),
+              *((f"클래스 {name}", group) for name, group in summary.get("by_class", {}).items())]
+    means = [f"<tr><td>{text(name)}<td>{group['num_objects']}{cells(group)}\n" for name, group in groups]
+    interval = ("괄호 안은 차이의 95% 구간입니다. 이미지를 10,000번 다시 뽑아 구했고(paired bootstrap, percentile), "
+                "0이 들어 있으면 차이가 우연일 수 있습니다.") if summary["difference_pp_95"] else \
+        "이미지가 하나라 차이의 구간은 없습니다."
     empty = f"<p>객체가 없는 이미지에서 아무것도 찾지 않은 비율(특이도): {change(summary, 'specificity')}</p>" \
         if "original_specificity" in summary else ""
     return PAGE.substitute(
         {name: text(value) for name, value in summary.items()}, iou=change(summary, "iou"), means="".join(means),
         difference=difference_text(summary["difference_pp"], summary["difference_pp_95"]), shown=len(pictures),
-        charts="".join(figure("png", chart) for chart in charts), specificity=empty, table=table, gallery=gallery)
+        charts="".join(figure("png", chart) for chart in charts), interval=interval, specificity=empty, table=table,
+        gallery=gallery)
 
 
 PAGE = string.Template("""\
@@ -663,7 +670,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; pad
 .gain { color: light-dark(#08702c, #6fdc8c) } .loss { color: light-dark(#c01818, #ff8a80) }
 .scroll { overflow: auto; max-height: 70vh; white-space: nowrap } table { border-collapse: collapse }
 td, th { padding: .2rem .6rem; border-bottom: 1px solid #8886; text-align: right }
-td:first-child { text-align: left } thead th { position: sticky; top: 0; background: Canvas }
+:is(td, th):first-child { text-align: left } thead th { position: sticky; top: 0; background: Canvas }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 0; padding: .5rem; border: 1px solid #8886; border-radius: .5rem } img { width: 100% }
 </style>
@@ -671,8 +678,7 @@ figure { margin: 0; padding: .5rem; border: 1px solid #8886; border-radius: .5re
 <p class="result">평균 IoU $iou<br>차이 $difference</p>
 <p>이미지 $num_images장, 객체 $num_objects개, 프롬프트 $prompt, 모델 입력 $image_size px, 장치 $device.
 원본: $original, 파인튜닝: $finetuned.</p>
-<p>괄호 안은 차이의 95% 구간입니다. 이미지를 10,000번 다시 뽑아 구했고(paired bootstrap, percentile), 0이 들어 있으면
-차이가 우연일 수 있습니다.</p>
+<p>$interval</p>
 <div class="scroll"><table><thead><tr><th><th>객체<th>IoU<th>Dice<th>Boundary F</thead>$means</table></div>
 $specificity
 <p>객체마다 잰 값의 평균입니다. 객체의 크기는 COCO처럼 small이 32², medium이 96² 픽셀 미만입니다(줄이지 않은 이미지의

@@ -7,22 +7,20 @@
     python test_my_image.py --image test_images --everything
 
 Chapters:
-    settings            sizes, file names, the keys of the window
-    the run             main(), the command line, the two models
-    images and prompts  the images, the names of their results, checks of the prompts
-    segmenting          masks from prompts, from none (--auto), or --everything: sam2's automatic mask generator
-    the window          on a screen or in a browser; clicks and keys
-    results             the output files, masks and prompts over an image
-    shared block        identical in train_sam2_proper.py and compare_models.py
+    settings      sizes, file names, the keys of the window
+    the run       main(), the command line, the two models, the images and the names of their results
+    segmenting    masks from prompts, from none (--auto), or --everything: sam2's automatic mask generator
+    the window    on a screen or in a browser; clicks and keys
+    results       the output files, masks and prompts over an image
+    shared block  identical in train_sam2_proper.py and compare_models.py
 """
 
 import argparse
-import asyncio
 import collections
 import contextlib
-import copy
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -34,7 +32,6 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -43,10 +40,6 @@ from typing import NamedTuple
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch is imported
 
 import cv2
-
-if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
-    del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
-
 import numpy as np
 import torch
 from matplotlib import font_manager
@@ -66,14 +59,15 @@ except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a 
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
              "설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
+if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
+    del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
 
 # ---- settings ----
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".tif", ".tiff")  # read from folders
-DISPLAY_SIDE = 1000     # pixels: larger images are reduced to this in windows and result pictures
-EVERYTHING_SIDE = 1024  # the same for --everything, whose masks have no finer detail
-RESULTS = (("result.png", "mask.png", "objects.png", "original_mask.png"),  # of prompts; of --everything;
-           ("everything.png", "labels.png", "everything.json"))             # the first of each is always written
+DISPLAY_SIDE = 1024  # pixels: larger images are reduced to this in windows and pictures, and for --everything
+RESULTS = ("result.png", "mask.png", "objects.png", "original_mask.png",  # of prompts
+           "everything.png", "labels.png", "everything.json")             # of --everything
 WINDOW_HELP = ("left click: object    right click: background    drag: box    1 2 3: candidate\n"
                "u: undo    r: reset    n: next object    Enter: save")
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㅂ": "q"}  # the letters on the same keys
@@ -87,9 +81,9 @@ def main():
     paths = find_images(args.image, args.mask)
     if args.interactive:
         require_display(args.web, '--point "x,y"로 좌표를 주거나, --auto로 찾거나')
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     else:
         plt.switch_backend("Agg")
-    args.inputs = {Path(path).resolve() for path in [*paths, args.mask or paths[0]]}
     if args.mask and not (mask := read_mask(args.mask) > 0).any():
         raise ImageError(f"{args.mask}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
     args.mask = mask if args.mask else None
@@ -98,8 +92,6 @@ def main():
     predictors, shared = load_models(args)
     if args.auto:
         check_trained_for_auto([*predictors.values()][-1].model)
-    if args.interactive:
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
     failed, args.rows = [], []
     bar = tqdm(paths, "분할", disable=True if len(paths) == 1 else None)
     for path, name, image in zip(bar, result_names(paths), read_ahead(read_or_error, paths, 1, 2)):
@@ -121,9 +113,7 @@ def main():
         if len(paths) == 1 or args.interactive:
             tqdm.write("\n".join(lines))
     if args.rows:
-        write_rows(args.rows, args.output / "auto.csv")
-        found = sum(row["found"] for row in args.rows)
-        print(f"{len(args.rows)}장 가운데 {found}장에서 찾음: {args.output / 'auto.csv'}")
+        print(f"{len(args.rows)}장 가운데 {sum(row[1] for row in args.rows)}장에서 찾음: {args.output / 'auto.csv'}")
     if len(paths) > 1:
         print(f"이미지 {len(paths) - len(failed)}장을 분할했습니다. 저장: {args.output}")
     if failed:
@@ -134,8 +124,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description="내 이미지를 파인튜닝한 SAM 2.1로 분할합니다.")
     add = parser.add_argument
     add("--image", "-i", required=True, nargs="+", metavar="PATH", help="이미지 경로, 여러 개나 폴더도 됨 (필수)")
-    add("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
-    add("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
+    models = parser.add_mutually_exclusive_group().add_argument
+    models("--original", action="store_true", help="파인튜닝 모델 대신 원본 모델 사용")
+    models("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
     add("--point", "-p", type=parse_points, default=[], help='점: "x,y" 또는 "x,y,라벨;..." (라벨 1 전경, 0 배경)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
     add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
@@ -157,18 +148,14 @@ def parse_args():
     add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
     prompted = bool(args.point or args.box or args.mask)
-    if args.everything and (prompted or args.compare or args.refine):
-        parser.error("--everything은 --point, --box, --mask, --refine, --compare와 함께 쓸 수 없습니다")
+    if sum((prompted, args.auto, args.everything, args.web is not None)) > 1:
+        parser.error("프롬프트(--point, --box, --mask), --auto, --everything, --web은 함께 쓸 수 없습니다")
+    if args.everything and (args.compare or args.refine):
+        parser.error("--everything은 --refine, --compare와 함께 쓸 수 없습니다")
     if args.annotate:
-        command = ["python", "extras/annotate.py", "--images", *args.image, "--output", args.annotate]
-        fail(f"--annotate 대신: {shlex.join(command)}")
-    if args.auto and (prompted or args.everything):
-        parser.error("--auto는 --point, --box, --mask, --everything과 함께 쓸 수 없습니다")
-    if args.compare and args.original:
-        parser.error("--compare와 --original은 함께 쓸 수 없습니다")
+        fail("--annotate 대신: python extras/annotate.py --images "
+             + shlex.join([*args.image, "--output", args.annotate]))
     args.interactive = not (prompted or args.everything or args.auto)
-    if args.web is not None and not args.interactive:
-        parser.error("--web은 프롬프트 없이 창을 열 때만 씁니다")
     for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0), ("web", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: {least} 이상이어야 합니다")
@@ -212,13 +199,10 @@ def load_models(args):
     if not args.compare:
         del checkpoints["fine-tuned model" if args.original else "original model"]
     device = detect_device(args.device)
-    first, *others = checkpoints
-    predictors = {first: load_predictor(args.model_cfg, checkpoints[first], device, args.image_size)}
-    for title in others:
-        predictors[title] = copy.deepcopy(predictors[first])
-        load_weights(predictors[title].model, checkpoints[title], args.model_cfg)
+    predictors = {title: load_predictor(args.model_cfg, checkpoint, device, args.image_size)
+                  for title, checkpoint in checkpoints.items()}
     print(f"모델: {', '.join(checkpoints.values())}, 장치: {device}")
-    return predictors, all(same_frozen_weights(predictors[first].model, predictors[title].model) for title in others)
+    return predictors, args.compare and same_frozen_weights(*(predictor.model for predictor in predictors.values()))
 
 
 def check_trained_for_auto(model):
@@ -228,13 +212,9 @@ def check_trained_for_auto(model):
 
 
 def same_frozen_weights(original, finetuned):
-    """Whether all weights that compute an image's features are equal in both models.
-
-    These are all weights except the prompt encoder and the mask decoder, plus the decoder's conv_s0 and
-    conv_s1, which run in set_image.
-    """
+    """Whether all weights that compute an image's features are equal in both models."""
     ours, theirs = original.state_dict(), finetuned.state_dict()
-    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
+    trained = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")  # these two run in set_image
     return all(torch.equal(ours[name], theirs[name]) for name in ours if not trained.match(name))
 
 
@@ -247,9 +227,6 @@ def set_image_in_all(predictors, image, shared):
             other._features, other._orig_hw, other._is_image_set = first._features, first._orig_hw, True
         else:
             other.set_image(image)
-
-
-# ---- images and prompts ----
 
 
 def find_images(names, *others):
@@ -279,55 +256,34 @@ def read_or_error(path):
 
 
 def result_names(paths):
-    """A name for each image's results: its stem, made unique if several images share it."""
-    stems, names = Counter(path.stem for path in paths), {}
+    """A name for each image's results: its stem, made unique if several images share it, also but for upper case."""
+    stems, names = collections.Counter(path.stem.lower() for path in paths), {}
     for path in paths:
-        name = path.stem if stems[path.stem] == 1 else f"{path.stem}_{path.suffix[1:]}"
-        while name in names or name.endswith("_original") and name.removesuffix("_original") in stems:
+        name = path.stem if stems[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}"
+        while (key := name.lower()) in names or key.endswith("_original") and key.removesuffix("_original") in stems:
             name += "_"  # --compare also writes NAME_original_mask.png for NAME
-        names[name] = path
-    return list(names)
-
-
-def check_prompts(path, image, points, boxes, rough):
-    """Raise ImageError, with the image's size, if a prompt does not fit the image.
-
-    A box may end at the image's edge, a point may not. Of several boxes, one around each point determines its object.
-    """
-    height, width = image.shape[:2]
-    size = f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다"
-    outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
-    outside += [(x, y) for box in boxes for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
-    if outside:
-        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. {size}")
-    of_objects = [point for own, _ in split_prompts(points, boxes) for point in own]
-    if lost := [point for point in points if point not in of_objects]:
-        raise ImageError(f"{path}: 상자가 여럿인데 어느 상자에도 없는 점입니다: ({lost[0][0]:g}, {lost[0][1]:g})")
-    if rough is not None and rough.shape != (height, width):
-        raise ImageError(f"{path}: --mask는 가로 {rough.shape[1]}, 세로 {rough.shape[0]}픽셀인데 {size}")
+        names[key] = name
+    return list(names.values())
 
 
 # ---- segmenting ----
 
 
 def run_everything(path, name, image, predictors, args):
-    """Segment everything in one image; write overlay, label map (k: annotation k), COCO file; return lines to print."""
+    """Segment everything in one image; write a picture, a label map (k: annotation k) and a COCO file."""
     height, width = image.shape[:2]
-    reduced = reduce_to(image, EVERYTHING_SIDE, cv2.INTER_AREA)
-    found = segment_everything(*predictors.values(), reduced, (height, width), args)
-    labels = np.zeros(reduced.shape[:2], np.uint16)
-    black, white = np.zeros_like(reduced), np.full_like(reduced, 255)
-    for annotation, mask in found:  # smaller ones are drawn over larger ones
-        labels[mask] = annotation["id"]
-        black, white = (overlay(ground, mask, object_color(annotation["id"])) for ground in (black, white))
-    # an overlay is share * image + tint; overlays of black and of white give both, at the size of the masks
-    labels, tint, share = (cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-                           for array in (labels, black, white - black))
+    picture = reduce_to(image, DISPLAY_SIDE, cv2.INTER_AREA)
+    found = segment_everything(*predictors.values(), picture, (height, width), args)
+    labels = np.zeros(picture.shape[:2], np.uint16)
+    for number, (annotation, mask) in enumerate(found, start=1):  # smaller ones are drawn over larger ones
+        annotation["id"] = labels[mask] = number
+        picture = overlay(picture, mask, object_color(number))
+    labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     coco = {"images": [{"id": 1, "file_name": path.name, "width": width, "height": height}],
             "categories": [{"id": 1, "name": "object"}], "annotations": [annotation for annotation, _ in found]}
     advice = "" if found else ". --pred-iou-thresh나 --stability-score-thresh를 낮춰 보세요"
-    return [f"찾은 것: {len(found)}개{advice}", write_results(args, name, {
-        "everything.png": partial(write_png, array=cv2.add(cv2.multiply(image, share, scale=1 / 255), tint)[..., ::-1]),
+    return [f"찾은 것: {len(found)}개{advice}", write_results(args.output, name, {
+        "everything.png": partial(write_png, array=picture[..., ::-1]),
         "labels.png": partial(write_png, array=labels), "everything.json": partial(write_json, value=coco)})]
 
 
@@ -349,19 +305,15 @@ def segment_everything(predictor, reduced, size, args):
         columns = cv2.resize(mask.T.astype(np.uint8, order="C"), size, interpolation=cv2.INTER_NEAREST_EXACT)
         rle = coco_mask.encode(columns.T)  # RLE runs down the columns
         found.append(({
+            "image_id": 1, "category_id": 1,
             "bbox": [int(number) for number in coco_mask.toBbox(rle)], "area": int(coco_mask.area(rle)),
             "score": round(item["predicted_iou"], 4), "stability_score": round(item["stability_score"], 4),
             "segmentation": {**rle, "counts": rle["counts"].decode()}, "iscrowd": 0}, mask))
-    found.sort(key=lambda pair: -pair[0]["area"])
-    return [({"id": number, "image_id": 1, "category_id": 1, **annotation}, mask)
-            for number, (annotation, mask) in enumerate(found, start=1)]
+    return sorted(found, key=lambda pair: -pair[0]["area"])
 
 
 def run_prompts(path, name, image, predictors, args):
-    """Segment an image, which is set in all predictors, by prompts of the arguments or the window; write the results.
-
-    The masks of the last model are written, with --compare also those of the original. Returns the lines to print.
-    """
+    """Segment an image, which is set in all predictors, by prompts or in the window; write the last model's masks."""
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
     shown_name = path.name.encode(errors="replace").decode()  # matplotlib cannot draw what is not valid UTF-8
@@ -377,20 +329,23 @@ def run_prompts(path, name, image, predictors, args):
 
     labels = {title: number_objects(objects, title) for title in models}
     *_, title = models
-    pictures = {"mask.png": 255 * (labels[title] > 0).astype(np.uint8)}
+    writers = {"result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
+               "mask.png": partial(write_png, array=255 * np.uint8(labels[title] > 0))}
     if len(objects) > 1:
-        pictures["objects.png"] = labels[title]
+        writers["objects.png"] = partial(write_png, array=labels[title])
     if args.compare:
-        pictures["original_mask.png"] = 255 * (labels["original model"] > 0).astype(np.uint8)
+        writers["original_mask.png"] = partial(write_png, array=255 * np.uint8(labels["original model"] > 0))
     lines = [f"창에서 준 프롬프트: {prompts_as_flags(*item[:2])}" for item in objects] if args.interactive else []
     number, mask, score = objects[0].best(title)
-    if args.auto:
-        args.rows.append({"image": text_cell(path.name), "found": int(mask.any()), "area": int(mask.sum()),
-                          "area_share": round(float(mask.mean()), 6), "score": round(score, 4)})
     found = f"마스크 {number + 1}번 (점수 {score:.3f})" if len(objects) == 1 else f"객체 {len(objects)}개"
-    return [*lines, f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args, name, {
-        "result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
-        **{kind: partial(write_png, array=picture) for kind, picture in pictures.items()}})]
+    lines += [f"{found}, 이미지의 {(labels[title] > 0).mean():.1%}", write_results(args.output, name, writers)]
+    if args.auto:  # the table is written after each image: an interrupted run keeps its rows
+        cell = "'" * path.name.startswith(("=", "+", "-", "@", "\t", "\r")) + path.name  # no spreadsheet evaluates it
+        args.rows.append((cell, int(mask.any()), mask.sum(), round(mask.mean(), 6), round(score, 4)))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("image", "found", "area", "area_share", "score"), *args.rows])
+        write_file(args.output / "auto.csv", text.getvalue().encode(errors="surrogateescape"))
+    return lines
 
 
 class Segmented(NamedTuple):
@@ -408,6 +363,21 @@ class Segmented(NamedTuple):
         masks, scores = self.candidates[title]
         number = int(scores.argmax()) if self.choice is None else self.choice
         return number, masks[number], float(scores[number])
+
+
+def check_prompts(path, image, points, boxes, rough):
+    """Raise ImageError, with the image's size, if a prompt does not fit: a box may end at its edge, a point may not."""
+    height, width = image.shape[:2]
+    size = f"이미지 크기는 가로 {width}, 세로 {height}픽셀입니다"
+    outside = [(x, y) for x, y, _ in points if not (0 <= x < width and 0 <= y < height)]
+    outside += [(x, y) for box in boxes for x, y in (box[:2], box[2:]) if not (0 <= x <= width and 0 <= y <= height)]
+    if outside:
+        raise ImageError(f"{path}: 좌표 ({outside[0][0]:g}, {outside[0][1]:g})가 이미지 밖에 있습니다. {size}")
+    of_objects = [point for own, _ in split_prompts(points, boxes) for point in own]
+    if lost := [point for point in points if point not in of_objects]:
+        raise ImageError(f"{path}: 상자가 여럿인데 어느 상자에도 없는 점입니다: ({lost[0][0]:g}, {lost[0][1]:g})")
+    if rough is not None and rough.shape != (height, width):
+        raise ImageError(f"{path}: --mask는 가로 {rough.shape[1]}, 세로 {rough.shape[0]}픽셀인데 {size}")
 
 
 def split_prompts(points, boxes):
@@ -436,7 +406,8 @@ def segment(predictor, points, box, rough=None, refine=0):
             np.array([point[2] for point in points]) if points else None,
             np.array(box, np.float32) if box else None, mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
-    return np.zeros_like(masks, bool) if not prompted and nothing_found(predictor.model) else masks > 0, scores
+    is_found = bool(prompted or not nothing_found(predictor.model))
+    return (masks > 0) & is_found, scores * is_found
 
 
 def number_objects(objects, title):
@@ -466,9 +437,11 @@ def require_display(web, alternative):
     try:
         plt.switch_backend("WebAgg")
         from matplotlib.backends.backend_webagg import WebAggApplication as Server
+        from tornado.log import access_log
+        access_log.setLevel("ERROR")  # not a line for each /favicon.ico that a browser asks for
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
         Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError) as error:  # OSError: a port that needs an administrator
         fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
     print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
           f"다른 컴퓨터에서 보려면 거기서 먼저: ssh -L {Server.port}:127.0.0.1:{Server.port} 사용자@서버", flush=True)
@@ -478,15 +451,12 @@ def show_window(figure):
     """Show a window and wait until it is closed; in a browser only plt.close() closes it, not the end of a tab."""
     if plt.get_backend().lower() != "webagg":
         return plt.show()
-    from tornado.ioloop import IOLoop
-
-    async def wait(manager):
-        while plt.fignum_exists(figure.number):
-            await asyncio.sleep(0.05)
-        manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
-        await asyncio.sleep(0.1)
-
-    IOLoop.current().run_sync(partial(wait, figure.canvas.manager))
+    from tornado import gen, ioloop
+    loop, manager = ioloop.IOLoop.current(), figure.canvas.manager
+    while plt.fignum_exists(figure.number):
+        loop.run_sync(partial(gen.sleep, 0.05))
+    manager.set_window_title("끝났습니다. 다음 이미지가 있으면 새로 고치세요")
+    loop.run_sync(partial(gen.sleep, 0.1))
 
 
 class Window:
@@ -496,13 +466,15 @@ class Window:
     title: title of the window. After show_window(), objects() returns the segmented objects.
     """
 
+    numbers = itertools.count(1)  # one number for two figures would lead clicks in a browser's old tab to the new one
+
     def __init__(self, image, models, title):
         self.image, self.models, self.size = image, models, image.shape[:2]
         self.finished, self.current = [], Segmented([], None, {})
-        self.history, self.markers, self.pressed = [], [], None
+        self.history, self.pressed = [], None
         height, width = self.size
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
-        self.figure = plt.figure(layout="constrained", figsize=(
+        self.figure = plt.figure(next(self.numbers), layout="constrained", figsize=(
             max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
         self.panels = self.figure.subplots(1, len(models), squeeze=False)[0]
         canvas = self.figure.canvas
@@ -544,7 +516,7 @@ class Window:
 
     def on_motion(self, event):
         if self.pressed and (box := self.dragged_box(event)):
-            self.draw_markers(self.current.points, box)
+            mark_prompts(self.panels, [(self.current.points, box)])
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
@@ -554,41 +526,30 @@ class Window:
         box = self.dragged_box(event)
         points = [] if box else [(*self.position(self.pressed), int(self.pressed.button == 1))]
         self.pressed = None
-        self.remember()
-        self.set_prompts([*self.current.points, *points], box or self.current.box)
+        self.set_state(self.finished, [*self.current.points, *points], box or self.current.box)
 
     def on_key(self, event):
         key = (event.key or "").lower()  # with Caps Lock too
         key = KOREAN_KEYBOARD.get(key, key)
         if key in ("u", "backspace") and self.history:
-            self.finished, before = self.history.pop()
-            self.set_prompts(*before)
+            self.set_state(*self.history.pop())
+            self.history.pop()  # the state that was left
         elif key in ("1", "2", "3") and self.current.candidates:
             self.current = self.current._replace(choice=int(key) - 1)
             self.update()
         elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
-            self.remember()
-            self.finished = self.objects() if key == "n" else self.finished
-            self.set_prompts([], None)
-        elif key == "enter" and not self.objects():
-            self.update("nothing to save yet: click an object")
+            self.set_state(self.objects() if key == "n" else self.finished, [], None)
+        elif key in ("1", "2", "3", "n") or key == "enter" and not self.objects():
+            self.update("nothing found here yet: click an object")
         elif key == "enter" or key in plt.rcParams["keymap.quit"]:
             plt.close(self.figure)
 
-    def remember(self):
-        """Save the state that "u" restores."""
-        self.history.append((self.finished, (self.current.points, self.current.box, self.current.choice)))
-
-    def set_prompts(self, points, box, choice=None):
-        """Take new prompts for the current object, segment with them and show the result."""
+    def set_state(self, finished, points, box, choice=None):
+        """Take the finished objects and the current one's prompts, segment with these and show the result."""
+        self.history.append((self.finished, self.current.points, self.current.box, self.current.choice))
         candidates = {title: predict(points, box) for title, predict in self.models.items()} if points or box else {}
-        self.current = Segmented(points, box, candidates, choice)
+        self.finished, self.current = finished, Segmented(points, box, candidates, choice)
         self.update()
-
-    def draw_markers(self, points, box):
-        for artist in self.markers:
-            artist.remove()
-        self.markers = [artist for axes in self.panels for artist in mark_prompts(axes, points, box)]
 
     def update(self, message=""):
         """Show the image, the finished objects, the current one's mask, its prompts, and a message."""
@@ -600,7 +561,7 @@ class Window:
                 text += f": mask {number + 1} of 3, score {score:.3f}"
             show(axes, self.image, colored_masks(objects, title))
             axes.set_title(text, fontsize=10)
-        self.draw_markers(self.current.points, self.current.box)
+        mark_prompts(self.panels, [self.current[:2]])
         self.figure.canvas.draw_idle()
 
 
@@ -608,74 +569,42 @@ class Window:
 
 
 def save_result(path, image, name, objects, rough):
-    """Write a picture of the image with all prompts and, beside it, the masks of `objects` (a list of Segmented).
-
-    For one object and one model these are its candidates, the best in a green frame; else one panel per model.
-    """
-    panels, heading = [], name
-    if len(objects) == 1 and len(objects[0].candidates) == 1:
-        (heading, candidates), = objects[0].candidates.items()  # the panels are named after their masks
-        chosen, _, _ = objects[0].best(heading)
-        panels = [(f"mask {index + 1}, score {score:.3f}" + "  (best)" * (index == chosen),
-                   [(mask, object_color(1))], index == chosen) for index, (mask, score) in enumerate(zip(*candidates))]
-    for title in () if panels else objects[0].candidates:
-        text = f": {len(objects)} objects" if len(objects) > 1 else f", score {objects[0].best(title)[2]:.3f}"
-        panels.append((title + text, colored_masks(objects, title), False))
+    """Write a picture: the image with all prompts; the candidates of one object, or each model's masks of several."""
+    (title, candidates), *others = objects[0].candidates.items()
+    if len(objects) == 1 and not others:
+        name, chosen = title, objects[0].best(title)[0]  # the panels are named after their masks
+        panels = [(f"mask {number + 1}, score {score:.3f}" + "  (best)" * (number == chosen),
+                   [(mask, object_color(1))], number == chosen)
+                  for number, (mask, score) in enumerate(zip(*candidates))]
+    else:
+        count = f": {len(objects)} objects" if len(objects) > 1 else ", score {:.3f}"
+        panels = [(title + count.format(objects[0].best(title)[2]), colored_masks(objects, title), False)
+                  for title in objects[0].candidates]
+    panels = [(name, [] if rough is None else [(rough, (0, 255, 0))], False), *panels]
     flatness = image.shape[1] / image.shape[0]
-    count = len(panels) + 1
-    columns = count if flatness < 1.6 else 1 if flatness > 5 else 2  # wide images are put below each other
-    rows = math.ceil(count / columns)
+    columns = len(panels) if flatness < 1.6 else 1 if flatness > 5 else 2  # wide images are put below each other
+    rows = math.ceil(len(panels) / columns)
     width = max(4, 14 / columns)  # inches a panel
     height = min(max(width / flatness, 1), 9) + 0.4
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(width * columns, height * rows),
-                                layout="constrained")
-    heading = textwrap.fill(heading, int(5 * width))  # a Korean letter is up to 1/6 inch wide
-    for axis, (title, masks, framed) in zip(axes.flat, [(heading, [], False), *panels]):
-        show(axis, image, masks)
-        axis.set_title(title)
-        axis.spines[:].set(visible=framed, color="lime", linewidth=4)
-    for item in objects:
-        mark_prompts(axes.flat[0], item.points, item.box)
-    if rough is not None and rough.any():
-        axes.flat[0].contour(rough, levels=[0.5], colors="lime", linewidths=2)
-    for axis in axes.flat[count:]:
-        axis.remove()
+    figure = plt.figure(figsize=(width * columns, height * rows), layout="constrained")
+    for number, (title, masks, framed) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        show(axes, image, masks)
+        axes.set_title(textwrap.fill(title, int(5 * width)))  # a Korean letter is up to 1/6 inch wide
+        axes.spines[:].set(visible=framed, color="lime", linewidth=4)
+    mark_prompts(figure.axes[:1], [item[:2] for item in objects])
     save_figure(figure, path)
 
 
-def write_results(args, name, writers):
-    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them.
-
-    Removes others of an earlier run, which wrote the first file of their group in RESULTS; NAME_mask.png alone is the
-    user's, as inputs are. NAME_original_mask.png may be the mask of an image NAME_original.
-    """
-    paths = {kind: args.output / f"{name}_{kind}" for group in RESULTS for kind in group}
-    kept = {*args.inputs, *(paths[kind].resolve() for kind in writers)}
-    if (args.output / f"{name}_original_result.png").is_file():
-        kept.add(paths["original_mask.png"].resolve())
-    removed = [paths[kind] for group in RESULTS if paths[group[0]].is_file() for kind in group
-               if paths[kind].is_file() and paths[kind].resolve() not in kept]
-    for path in removed:
-        path.unlink()
-    if removed:
-        tqdm.write(f"이전 실행의 결과를 지웠습니다: {', '.join(path.name for path in removed)}")
+def write_results(folder, name, writers):
+    """Write an image's results, {kind: function of the path}, as NAME_KIND; returns the line that lists them."""
+    paths = {kind: folder / f"{name}_{kind}" for kind in RESULTS}
     for kind, write in writers.items():
         write(paths[kind])
+    if others := [path.name for kind, path in paths.items() if kind not in writers and path.is_file()]:
+        # they stay: masks may have been made by hand
+        tqdm.write(f"이번 실행이 쓰지 않은 이전 파일이 남아 있습니다: {', '.join(others)}")
     return "저장: " + ", ".join(str(paths[kind]) for kind in writers)
-
-
-def write_rows(rows, path):
-    """Write dictionaries with the same keys as a CSV file."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode(errors="surrogateescape"))
-
-
-def text_cell(text):
-    """A table cell that no spreadsheet evaluates: a text that begins with = + - @, tab or CR gets an apostrophe."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def prompts_as_flags(points, box):
@@ -704,15 +633,16 @@ def show(axes, image, masks=()):
         axes.set(xticks=[], yticks=[], anchor="N")  # anchored elsewhere, a title may be cut off
 
 
-def mark_prompts(axes, points, box):
-    """Mark points (x, y, label) with stars, green or red, and the box in green; returns what was drawn."""
-    drawn = [axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
-             for x, y, label in points]
-    if box:
-        x1, y1, x2, y2 = box
-        drawn.append(axes.add_patch(
-            plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2)))
-    return drawn
+def mark_prompts(panels, prompts):
+    """Mark [(points, box)], in place of those marked before: (x, y, label) with stars, green or red, boxes in green."""
+    for artist in [artist for axes in panels for artist in (*axes.collections, *axes.patches)]:
+        artist.remove()
+    for axes, (points, box) in itertools.product(panels, prompts):
+        for x, y, label in points:
+            axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
+        if box:
+            x1, y1, x2, y2 = box
+            axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
 
 
 def colored_masks(objects, title):
@@ -736,11 +666,8 @@ def overlay(image, mask, color):
 
 def reduce_to(array, max_side, interpolation):
     """Shrink H x W (x 3) so that the longer side is at most max_side pixels; never enlarge."""
-    height, width = array.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
-        return array
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    scale = min(1, max_side / max(array.shape[:2]))
+    size = [max(1, round(side * scale)) for side in array.shape[1::-1]]
     return cv2.resize(array, size, interpolation=interpolation)
 
 

@@ -47,7 +47,7 @@ def main():
     window.figure.canvas.draw()
     rng, seconds = np.random.default_rng(0), []
     for _ in range(args.clicks + 1):
-        window.set_prompts([], None)
+        window.set_state([], [], None)
         place = window.panels[0].transData.transform(rng.uniform([0, 0], [args.width - 1, args.height - 1]))
         started = time.perf_counter()
         for name in ("button_press_event", "button_release_event"):

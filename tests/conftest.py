@@ -1,5 +1,6 @@
 """Helpers of the tests: run a script as a user does, on a small SAM 2 and on small drawn images."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -100,6 +101,19 @@ def assert_fails_in_one_line(done, *words):
     assert line.startswith("오류: ")
     for word in words:
         assert word in line
+
+
+@contextlib.contextmanager
+def kill_if_it_hangs(process, seconds=300):
+    """Kill `process` and fail if the body takes longer: what waits for ever shows no message and blocks CI."""
+    is_hanging = threading.Event()
+    watchdog = threading.Timer(seconds, lambda: (is_hanging.set(), process.kill()))
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+        assert not is_hanging.is_set(), f"no answer in {seconds} s: the process was killed"
 
 
 def display_width(text):
@@ -215,9 +229,10 @@ def screen(tmp_path):
     ready = tmp_path / "openbox is ready"
     manager = subprocess.Popen(["openbox", "--startup", f"touch '{ready}'"], env={**os.environ, "DISPLAY": display},
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not ready.exists():
-        assert manager.poll() is None and xvfb.poll() is None
-        time.sleep(0.01)
+    with kill_if_it_hangs(manager):
+        while not ready.exists():
+            assert manager.poll() is None and xvfb.poll() is None
+            time.sleep(0.01)
     yield display
     for process in (manager, xvfb):
         process.terminate()

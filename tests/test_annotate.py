@@ -418,11 +418,7 @@ annotate.Learner = Learner
 
 
 def wait_for_step(window, number):
-    for line in window.script.stdout:
-        window.output += line
-        if line.startswith(f"step {number} "):
-            return
-    raise AssertionError(window.output)
+    window.read_until(f"step {number} ")
 
 
 LEARNED = """

@@ -14,9 +14,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import test_window
 import torch
 from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
 
+import test_my_image
 import train_sam2_proper
 
 MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
@@ -130,6 +132,33 @@ def test_auto_segments_a_folder(with_empty, weights):
         assert int(row["area"]) == (mask > 0).sum() and int(row["found"]) == mask.any()
         assert float(row["area_share"]) == pytest.approx((mask > 0).mean(), abs=1e-6)
         assert (results / f"{row['image'][:-4]}_result.png").is_file()
+
+
+def test_an_interrupted_run_keeps_the_rows_of_auto_csv(data, monkeypatch):
+    write, written = test_my_image.write_results, []
+
+    def write_two(*results):
+        written.append(results)
+        if len(written) > 2:
+            raise KeyboardInterrupt
+        return write(*results)
+
+    monkeypatch.setattr(test_my_image, "write_results", write_two)
+    (data / "data/images/val/pair_100.png").rename(data / "data/images/val/=1+1.png")
+    with pytest.raises(KeyboardInterrupt):
+        test_window.main(monkeypatch, data, "--auto", "--image", "data/images/val")
+    assert [row["image"] for row in read_rows(data / "output/my_results/auto.csv")] == ["'=1+1.png", "pair_101.png"]
+
+
+@pytest.mark.parametrize("is_absent", [False, True])
+def test_an_image_in_which_nothing_is_found_has_no_mask_and_no_score(data, visible, monkeypatch, is_absent):
+    predictor = test_my_image.load_predictor(SMALL_CFG, visible, "cpu")
+    predictor.set_image(test_my_image.read_image(data / "data/images/val/pair_100.png"))
+    monkeypatch.setattr(test_my_image, "nothing_found", lambda model: is_absent)
+    masks, scores = test_my_image.segment(predictor, [], None)
+    assert masks.shape == (3, 60, 80) and masks.dtype == bool and masks.any() != is_absent
+    assert (scores > 0).all() if not is_absent else not scores.any()
+    assert test_my_image.segment(predictor, [(40, 30, 1)], None)[1].any()  # a click is always answered
 
 
 def test_auto_says_if_the_model_was_not_trained_for_it(data, weights):

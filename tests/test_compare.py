@@ -244,7 +244,8 @@ def test_classes_are_compared_one_by_one(data, weights):
         assert f"  {name}: 객체 4개, IoU {mean:.2%} → " in done.stdout
     assert "  unused: 객체 0개, IoU -, Dice -, Boundary F -" in done.stdout
     page = (data / "output/comparison/report.html").read_text(encoding="utf-8")
-    assert "<td>용종<td>4<td>" in page and "<td>unused<td>0<td>-" in page and "pair_100.png 12002 =tool" in page
+    assert "<td>클래스 용종<td>4<td>" in page and "<td>클래스 unused<td>0<td>-" in page
+    assert "pair_100.png 12002 =tool" in page
 
 
 def test_a_value_without_a_class_is_refused_in_one_line(data, weights):
@@ -317,7 +318,7 @@ def test_the_report_needs_no_other_file_and_escapes_names(reported):
     assert {attributes["href"][0] for _, attributes in page.elements if "href" in attributes} == {"#"}
     pictures = [np.frombuffer(base64.b64decode(source.split(",")[1]), np.uint8) for source in sources]
     shapes = [cv2.imdecode(picture, cv2.IMREAD_COLOR).shape for picture in pictures]
-    assert len(shapes) == 3 + 4 and all(max(height, width / 2) == 512 for height, width, _ in shapes[3:])
+    assert len(shapes) == 3 + 4 and all(max(height, (width - 8) / 2) == 512 for height, width, _ in shapes[3:])
 
 
 def test_the_report_shows_the_numbers_of_the_summary_and_of_the_table(reported):
@@ -331,6 +332,20 @@ def test_the_report_shows_the_numbers_of_the_summary_and_of_the_table(reported):
             before, after = (float(values[f"{model}_{measure}"]) for model in ("original", "finetuned"))
             assert f"{before:.2%} → {after:.2%}" in text
     assert "객체 4개 가운데 4개" in text
+
+
+def test_a_report_of_one_image_has_no_interval_and_a_class_may_have_the_name_of_a_size():
+    row = {f"{model}_{measure}": 0.5 for model in compare_models.MODELS for measure in compare_models.MEASURES}
+    rows = [{"image": "a.png", "object": 1001, **row, "area": 50, "size": "small", "class": "large"}]
+    summary = {"num_images": 1, **compare_models.mean_measures(rows), **compare_models.difference(rows),
+               "by_size": {name: compare_models.mean_measures(rows, size=name) for name in compare_models.SIZES},
+               "by_class": {"large": compare_models.mean_measures(rows)}, "prompt": "point", "image_size": 1024,
+               "device": "cpu", "original": "a.pt", "finetuned": "b.pt"}
+    text = compare_models.make_report(rows, summary, {}, [])
+    assert "<td>크기 large<td>0<td>-" in text and "<td>클래스 large<td>1<td>50.00%" in text
+    assert "이미지가 하나라" in text and "bootstrap" not in text
+    text = compare_models.make_report(rows, summary | {"difference_pp_95": [-1, 2]}, {}, [])
+    assert "(95%: -1.0 … +2.0)" in text and "bootstrap" in text
 
 
 def test_the_report_sorts_and_filters_in_a_browser(reported, browser):
@@ -350,6 +365,21 @@ def test_the_report_sorts_and_filters_in_a_browser(reported, browser):
         wait.until(lambda _, names=names: shown(names), link)
     browser.find_element("tag name", "input").send_keys("가_")
     wait.until(lambda _: shown(["가_1.png 1", "가_2.png 1"]))
+
+
+def test_the_report_shows_thin_objects_of_large_images():
+    """A crack of one pixel, in a part of the image that is shown at a quarter of its size."""
+    image, crack = np.full((2100, 2100, 3), 128, np.uint8), np.zeros((1, 2100, 2100), bool)
+    crack[0, np.arange(50, 2050), np.arange(50, 2050)] = True
+    prompts = np.full((1, 1, 2), -1), np.full((1, 1), -1)
+    results = {"original": (crack, prompts), "fine-tuned": (~crack, prompts)}
+    picture = compare_models.draw_picture(image, crack, results, 0)
+    pixels = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).astype(int)
+    blue, green, red = np.moveaxis(pixels, 2, 0)
+    for left in (0, 520):  # the outline of the ground truth runs from corner to corner of both panels
+        is_truth = ((green - blue > 60) & (green - red > 60))[:, left:left + 512]
+        assert is_truth.any(1).mean() > 0.9 and is_truth.any(0).mean() > 0.9
+    assert (np.abs(pixels - 128).max(2)[100:200, 350:500] < 10).all() and (blue - red)[100:200, 870:1020].min() > 40
 
 
 def test_of_many_objects_the_report_shows_the_worst_and_the_largest_changes(monkeypatch):

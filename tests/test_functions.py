@@ -271,6 +271,8 @@ def test_results_of_images_with_the_same_stem_get_names_of_their_own():
     assert test_my_image.result_names(paths) == ["a_jpg", "b", "a_png", "a_png_"]
     paths = [Path("b_original.png"), *paths]  # --compare writes b_original_mask.png for b
     assert test_my_image.result_names(paths)[0] == "b_original_"
+    paths = [Path("1/A.png"), Path("2/a.png"), Path("c.png")]  # one file on Windows and macOS
+    assert test_my_image.result_names(paths) == ["A_png", "a_png_", "c"]
 
 
 def test_prompts_are_written_as_the_flags_that_give_them_again():
@@ -531,7 +533,7 @@ def test_runs_and_polygons_that_are_none_are_refused():
                   {"size": [2, 3], "counts": "zzzz"}, {"size": [3, 2], "counts": [6]}, [[0, 0, 1, 1]],
                   [[0, 0, 1, 1, float("nan"), 1]], [[0, 0, 1e9, 1, 1, 1]], [["a"] * 6], "abc", 5):
         with pytest.raises(prepare_data.ImageError):
-            prepare_data.draw_objects([("a", wrong)], (2, 3), False, "a.png")
+            prepare_data.draw_objects([("a", wrong)], (2, 3), False, "a.png", {}, (2, 3))
     for height, width in ((-1, 5), (0, 5), (2.5, 2), ("3", 3), (10**6, 10**6)):
         with pytest.raises(prepare_data.ImageError):
-            prepare_data.draw_objects([], (height, width), False, "a.png")
+            prepare_data.draw_objects([], (height, width), False, "a.png", {}, (60, 80))

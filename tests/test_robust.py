@@ -244,8 +244,8 @@ def test_a_second_training_in_the_same_folder_is_refused_while_the_first_lives(d
                               str(weights), "--iterations", "100000", "--save-every", "5"], cwd=data, env=ENV,
                              stdout=subprocess.PIPE, encoding="utf-8")
     with first:
-        while "[5/" not in first.stdout.readline():
-            pass
+        while "[5/" not in (line := first.stdout.readline()):
+            assert line  # else it has ended
         assert_fails_in_one_line(train(data, weights, "--iterations", 2, code=1), "이미 실행 중", "output")
         first.kill()
     train(data, weights, "--iterations", 2)

@@ -952,13 +952,9 @@ class TrackingWindow(RealWindow):
 
     def wait_for(self, name, frame=0, number=1, prompts=0, status="prompting"):
         """Wait until the window shows this frame, with this object selected, this many prompts and this status."""
-        for line in self.script.stdout:
-            self.output += line
-            if line.startswith(f"drawn {name} {frame} {number} {prompts} {status} "):
-                *self.slider, left, top, right, bottom = (float(word) for word in line.split()[6:])
-                self.corners = left, top, right, bottom
-                return
-        raise AssertionError(self.output)
+        drawn = self.read_until(f"drawn {name} {frame} {number} {prompts} {status} ")
+        *self.slider, left, top, right, bottom = (float(word) for word in drawn.split())
+        self.corners = left, top, right, bottom
 
     def slide(self, share):
         """Click on the slider, this share of its length from the left."""

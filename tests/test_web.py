@@ -39,14 +39,10 @@ class WebWindow(RealWindow):
     def __init__(self, folder, browser, *arguments, driver=test_window.DRIVER):
         self.browser = browser
         super().__init__(folder, "", *arguments, "--web", free_port(), driver=driver)
-        for line in self.script.stdout:
-            self.output += line
-            if found := re.search(r"(http://127\.0\.0\.1:(\d+)/\w{32})/", line):
-                self.address, self.port = found[1], int(found[2])
-            if "ssh -L" in line:
-                assert f"ssh -L {self.port}:127.0.0.1:{self.port} " in line
-                return
-        raise AssertionError(self.output)
+        line = self.read_until("브라우저에서 여세요: ")
+        self.address, port = re.match(r"(http://127\.0\.0\.1:(\d+)/\w{32})/", line).groups()
+        self.port = int(port)
+        assert f"ssh -L {self.port}:127.0.0.1:{self.port} " in self.read_until("다른 컴퓨터에서 보려면")
 
     def open(self, name, *state):
         self.browser.get(self.address + "/")
@@ -115,7 +111,9 @@ def test_one_image_in_a_browser_gives_the_mask_of_the_command_line(tmp_path, bro
         window.open("a.png", 0, 2, 1)
         WebDriverWait(browser, 60).until(lambda _: window.picture().std() > 10)  # not an empty page
         window.key(Keys.ENTER)
-        flags = shlex.split(re.search("창에서 준 프롬프트: (.*)", window.end())[1])
+        output = window.end()
+        assert "tornado" not in output  # no line for what was refused, or for /favicon.ico
+        flags = shlex.split(re.search("창에서 준 프롬프트: (.*)", output)[1])
     (x1, y1, label1), (x2, y2, label2) = test_my_image.parse_points(flags[1])
     assert (label1, label2) == (1, 0) and (x1, y1, x2, y2) == pytest.approx((40, 40, 100, 20), abs=1)
     assert test_my_image.parse_boxes(flags[3])[0] == pytest.approx([12, 12, 70, 69], abs=1)
@@ -168,8 +166,7 @@ def test_ctrl_c_ends_a_video_in_a_browser(tmp_path, browser):
         window.click(20, 20)
         window.wait_for("frames", 0, 1, 1)
         window.script.send_signal(signal.SIGINT)
-        output = window.script.communicate()[0]
-    assert window.script.returncode == 1 and output.splitlines()[-1] == "오류: 중단했습니다"
+        assert window.end(code=1).splitlines()[-1] == "오류: 중단했습니다"
     assert not (tmp_path / "out/overlay.mp4").exists()
 
 
@@ -182,3 +179,9 @@ def test_web_without_tornado_or_with_a_prompt_is_one_line(tmp_path):
     assert "--web" in done.stderr.splitlines()[-1]
     done = run("test_my_image.py", "--image", "a.png", *DEMO, "--web", 70000, cwd=tmp_path, code=1, env=ENV)
     assert_fails_in_one_line(done, "--web 70000", "65535")
+    done = run("test_my_image.py", "--image", "a.png", *DEMO, "--web", 80, cwd=tmp_path, code=1, before="""
+import tornado.web
+def listen(*_):
+    raise PermissionError(13, "Permission denied")
+tornado.web.Application.listen = listen""")
+    assert_fails_in_one_line(done, "브라우저에 창을 띄울 수 없습니다", "Permission denied")
