@@ -110,9 +110,9 @@ def without_mask(paths, mask_dir):
 
     Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
     """
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(path.stem.lower() for path in paths)  # not every file system tells A.png from a.png
     for path in paths:
-        if stems[path.stem] > 1:
+        if stems[path.stem.lower()] > 1:
             fail(f"이름이 같은 이미지가 둘 이상입니다: {path}. 하나만 남기세요")
         if path.parent.resolve() == mask_dir.resolve():
             fail(f"마스크 폴더가 이미지 폴더와 같습니다: {mask_dir}. 다른 폴더를 쓰세요")

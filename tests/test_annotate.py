@@ -130,7 +130,7 @@ def test_labelling_refuses_what_would_mix_masks_up(tmp_path, label):
         label()
     with pytest.raises(SystemExit, match="마스크 폴더가 이미지 폴더와 같습니다"):
         label(more=("--output", "images"))
-    draw_discs(tmp_path / "images/a.jpg")
+    draw_discs(tmp_path / "images/A.jpg")
     with pytest.raises(SystemExit, match="이름이 같은 이미지"):
         label()
     with pytest.raises(SystemExit) as stop:
