@@ -788,7 +788,7 @@ def augment_example(rng, image, gt_masks):
         for _ in range(5):
             moved = move(torch.cat([recolor(image), layers]))
             masks = moved[3:] > 127
-            if (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
+            if not gt_masks.any() or (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
                 return moved[:3], masks
     return image, gt_masks
 

@@ -146,8 +146,8 @@ def run(job):
         patches.append(mock.patch.object(project, "SCORE_WEIGHT", options["score_weight"]))
     if "views" in options:
         pairs = write_views(pairs, options["views"], args.cache_dir / "views")
-    patches.append(mock.patch.object(project, "load_masks", lambda _: (
-        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND, keep_empty=True),
+    patches.append(mock.patch.object(project, "load_masks", lambda settings: (
+        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND, keep_empty=settings.prompt in ("none", "any")),
         project.Masks(val_pairs, 10**9, 1, keep_empty=True))))
     patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
     started = time.process_time()

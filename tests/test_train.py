@@ -926,6 +926,14 @@ def test_augmented_masks_are_not_shifted_against_the_image():
         assert train_sam2_proper.calculate_iou(masks[0].numpy(), grey > (grey.min() + grey.max()) / 2) > 0.995
 
 
+def test_images_without_an_object_are_augmented_too():
+    image, mask = torch.from_numpy(draw_pair(3)[0]).permute(2, 0, 1), torch.zeros(1, 60, 80, dtype=torch.bool)
+    pictures, masks = zip(*(train_sam2_proper.augment_example(np.random.default_rng(seed), image, mask)
+                            for seed in range(5)))
+    assert len({picture.numpy().tobytes() for picture in pictures} - {image.numpy().tobytes()}) == 5
+    assert not any(each.any() for each in masks)
+
+
 def test_encoded_batches_are_what_set_image_gives(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     images = [train_sam2_proper.read_image(data / f"data/images/train/pair_00{number}.png") for number in (0, 1)]
