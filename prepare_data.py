@@ -25,20 +25,19 @@ import atexit
 import colorsys
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
 import re
 import shlex
 import shutil
-import struct
 import sys
 import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import cv2
@@ -80,12 +79,14 @@ NOTES = {  # messages about changes to some files, by the key under which they a
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
+COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, without alpha, upright
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
 MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
 REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
 Row = namedtuple("Row", "name image mask size share objects content reasons")  # see measure_pair()
+CocoImage = namedtuple("CocoImage", "path size objects left_out")  # size: (H, W); objects: [(category, segmentation)]
 Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/NAME", path, page (0: the file), function of (H, W)
 
 for _stream in (sys.stdout, sys.stderr):
@@ -151,15 +152,13 @@ def parse_args():
     add("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
     add("--preview", type=int, metavar="N", help="N쌍을, 살펴볼 것부터, 한 장에 모아 data/preview.png로 저장")
     args = parser.parse_args()
-    for images, masks, coco in (("images", "masks", "coco"), ("val_images", "val_masks", "val_coco")):
-        given = [bool(getattr(args, name)) for name in (images, masks, coco)]
-        if given not in ([False] * 3, [True, True, False], [True, False, True]):
-            images, masks, coco = (f"--{name.replace('_', '-')}" for name in (images, masks, coco))
-            parser.error(f"{images}에는 {masks} 또는 {coco} 하나만 함께 있어야 합니다. {IMPORT}")
-    if args.val_images and (not args.images or bool(args.coco) != bool(args.val_coco)):
-        parser.error("--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다")
+    sets = (args.images, args.masks, args.coco), (args.val_images, args.val_masks, args.val_coco)
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
     for is_wrong, message in (
+            (any(bool(images) != bool(masks) + bool(coco) for images, masks, coco in sets),
+             f"--images와 --val-images에는 저마다 마스크 폴더 또는 --coco 파일 하나만 함께 있어야 합니다. {IMPORT}"),
+            (args.val_images and [*map(bool, sets[0])] != [*map(bool, sets[1])],
+             "--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다"),
             (any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
              "--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
              "--category와 --keep-crowd는 --coco와 함께 씁니다"),
@@ -177,15 +176,45 @@ def parse_args():
 
 def prepare(args):
     """Pair, check, read the masks, split and write data/; print a summary."""
-    target, staging, notes = args.data_dir, args.data_dir / ".part", defaultdict(list)
-    pairs, problems, sources, classes = [], {}, set(), {}  # classes: {name: number in the masks}
-    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
-             ("val", args.val_images, args.val_masks, args.val_coco)]
-    for split, images, masks, coco in parts[:2 if args.val_images else 1]:
-        if target.resolve() in (images.resolve(), *images.resolve().parents):
-            fail(f"--images가 결과 폴더 {target} 안에 있습니다. 원본은 다른 폴더에 두세요")
-        find_pairs = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
-        found, files = find_pairs(images, split, args, problems, notes)
+    target, staging, problems, notes = args.data_dir, args.data_dir / ".part", {}, defaultdict(list)
+    pairs, sources, classes = collect_pairs(args, problems, notes)
+    lock(target / ".lock")
+    settings = {name: value for name, value in vars(args).items()
+                if not isinstance(value, Path) and name not in ("check", "preview")}
+    record = {"sources": sources, "complete": True, **settings}
+    replaced = files_to_replace(target, record)
+    if replaced is None:
+        print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
+        return
+    atexit.register(shutil.rmtree, staging, ignore_errors=True)
+    contents, groups = write_pairs(pairs, problems, staging, args, notes)
+    print_notes(notes, problems, "제외")
+    if not contents:
+        fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
+    if args.group and len(notes["ungrouped"]) == len(contents):
+        fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
+    splits = {split: [name for name in contents if name.startswith(f"{split}/")] for split in SPLITS}
+    is_own = any(splits.values())
+    splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
+    warn_about_split(splits, contents, groups, args.group)
+    if replaced:
+        print(f"{target}에 있던 {sum(name.startswith('masks/') for name in replaced)}쌍을 새 쌍으로 바꿉니다.")
+    put_in_place(staging, target, splits, classes, record)
+    print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
+          + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
+
+
+def collect_pairs(args, problems, notes):
+    """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
+    pairs, sources, classes = [], set(), {}
+    parts = [("all", args.images, args.masks, args.coco)]
+    if args.val_images:
+        parts = [("train", *parts[0][1:]), ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts:
+        if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
+            fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
+        find = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
+        found, files = find(images, split, args, problems, notes)
         pairs += found
         sources.update((f"{split}/{path.name}", path) for path in files)
         sources.update((pair.name, pair.image) for pair in found)
@@ -194,47 +223,27 @@ def prepare(args):
     used = [name for name, is_used in classes.items() if is_used]
     if len(used) > MAX_CLASSES and not args.merge:
         fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
-    classes.clear()
+    classes.clear()  # the pairs share this dictionary: draw_objects() reads the numbers
     if len(used) > 1 and not args.merge:
         classes.update({name: number for number, name in enumerate(used, start=1)})
+    return pairs, [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], classes
 
-    lock(target / ".lock")
-    settings = {name: value for name, value in vars(args).items()
-                if not isinstance(value, Path) and name not in ("check", "preview")}
-    record = {"sources": [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], "complete": True,
-              **settings}
-    earlier_record, files = {}, checksums(target)
+
+def files_to_replace(target, record):
+    """The files in data/ that an earlier run wrote, {path: CRC-32}; None if they are what `record` describes.
+
+    Fails if a file was added or edited by hand.
+    """
+    earlier, files = {}, checksums(target)
     with contextlib.suppress(OSError, ValueError, TypeError):
-        earlier_record = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
-    if {**earlier_record, "split": 0} == {**record, "checksums": files, "split": 0}:
-        print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
-        return
-    own = earlier_record.get("checksums", files if earlier_record else {})  # of an unfinished run: all files
+        earlier = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
+    if {**earlier, "split": 0} == {**record, "checksums": files, "split": 0}:
+        return None
+    own = earlier.get("checksums", files if earlier else {})  # of an unfinished run: all files
     if by_hand := sorted(files.items() - own.items()):
         fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
              "옮기거나 다른 --data-dir을 쓰세요")
-
-    try:
-        contents, groups = write_pairs(pairs, problems, staging, args, notes)
-        print_notes(notes)
-        for name, problem in sorted(problems.items()):
-            print(f"  제외: {name.removeprefix('all/')} - {problem}")
-        if not contents:
-            fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
-        if args.group and len(notes["ungrouped"]) == len(contents):
-            fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
-    except SystemExit:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    splits = {split: [name for name in contents if name.startswith(split)] for split in SPLITS}  # their own split
-    is_own = any(splits.values())
-    splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
-    warn_about_split(splits, contents, groups, args.group)
-    if files:
-        print(f"{target}에 있던 {sum(name.startswith('masks/') for name in files)}쌍을 새 쌍으로 바꿉니다.")
-    put_in_place(staging, target, splits, classes, record)
-    print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
-          + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
+    return files
 
 
 def make_empty_folders(data_dir):
@@ -268,8 +277,8 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
               and not SYSTEM_FILES.search(f"/{path.name}/")]
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     own = own if set(own.values()) == set(SPLITS) else {}
-    paths = set(walk_files(folder, recursive and not own, skip)).union(
-        *(walk_files(folder / name, recursive, skip) for name in [*own, *subfolders]))
+    folders = {*own, *(inside if recursive and not own else subfolders)}
+    paths = set(walk_files(folder, False)).union(*(walk_files(folder / name, recursive, skip) for name in folders))
     found = []
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
@@ -283,8 +292,7 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
             problems[name] = "train/과 val/ 밖에 있음"
         else:
             found.append((name, path))
-    read = {*own, *(name.split("/")[0] for name in subfolders), *(inside if recursive and not own else ())}
-    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in read]
+    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in {path.split("/")[0] for path in folders}]
     return found
 
 
@@ -303,14 +311,15 @@ def pairs_from_masks(masks, images, split, args, problems, notes):
     if images.resolve() != masks.resolve():
         image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
     elif args.mask_suffix:
-        files, suffix = find(images), composed(args.mask_suffix)
-        mask_files = [(name, path) for name, path in files if composed(path.stem).endswith(suffix)]
-        image_files = [(name, path) for name, path in files if not composed(path.stem).endswith(suffix)]
+        image_files, mask_files = [], []
+        for name, path in find(images):
+            is_mask = composed(path.stem).endswith(composed(args.mask_suffix))
+            (mask_files if is_mask else image_files).append((name, path))
     else:
         fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
     pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
     if image_files and not pairs and not args.mask_suffix:
-        suggest_suffix(*([composed(name.removesuffix(path.suffix)) for name, path in files]
+        suggest_suffix(*([composed(name.partition("/")[2].removesuffix(path.suffix)) for name, path in files]
                          for files in (image_files, mask_files)))
     pairs = [Pair(name, *image, partial(read_source_mask, *mask, args, notes)) for name, image, mask in pairs]
     return pairs, [path for _, path in mask_files]
@@ -325,15 +334,15 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
     is_one_mask_folder = all(name.startswith("all/") for name, _ in mask_files)  # for images with a split of their own
     for part, (files, suffix) in enumerate(((image_files, image_suffix), (mask_files, mask_suffix))):
         for name, path in files:
-            stem, pages = name.removesuffix(path.suffix), len(tiff_pages(path))
-            if not composed(stem).endswith(composed(suffix)):
+            stem = name.removesuffix(path.suffix)
+            key = composed(stem.partition("/")[2] if is_one_mask_folder else stem)
+            if not key.endswith(composed(suffix)):
                 notes["suffixes"].append((name, 1))
                 continue
-            for page in range(1, pages + 1) if pages > 1 else [0]:
+            for page in tiff_pages(path):
                 mark = f"_p{page:03}" if page else ""
-                key = composed(stem).removesuffix(composed(suffix)) + mark
-                key = key.partition("/")[2] if is_one_mask_folder else key
-                found[key][part].append((f"{stem}{mark}{path.suffix}", (path, page)))
+                files_of_key = found[key.removesuffix(composed(suffix)) + mark]
+                files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page)))
     for stem, (images, masks) in sorted(found.items()):
         if len(images) > 1 or len(masks) > 1:
             same = [name for name, _ in max(images, masks, key=len)]
@@ -348,46 +357,33 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
 
 
 def suggest_suffix(images, masks):
-    """Fail with the command that pairs all images if their stems and those of the masks differ only in one suffix."""
-    common = os.path.commonprefix([stem[::-1] for stem in images])[::-1]
-    for tail in ("", *re.findall(r"[-_. ].*", common)):
-        bases = [stem.removesuffix(tail) for stem in images]
-        suffixes = [mask[len(bases[0]):] for mask in sorted(masks) if mask.startswith(bases[0])]
-        fitting = [suffix for suffix in suffixes if suffix and {base + suffix for base in bases} <= set(masks)]
-        if fitting:
-            flags = [f"--mask-suffix={fitting[0]}", *([f"--image-suffix={tail}"] if tail else [])]
-            fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
-                 + shlex.join(["python", "prepare_data.py", *sys.argv[1:], *flags])
-                 + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
+    """Fail with the command that pairs all images, [stem], if the masks' stems differ from theirs by one suffix."""
+    suffixes = [mask.removeprefix(images[0]) for mask in sorted(masks) if mask.startswith(images[0])]
+    fitting = [suffix for suffix in suffixes if suffix and {stem + suffix for stem in images} <= set(masks)]
+    if fitting:
+        fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
+             + shlex.join(["python", "prepare_data.py", *sys.argv[1:], f"--mask-suffix={fitting[0]}"])
+             + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
 
 
 def tiff_pages(path):
-    """The pages of a TIFF file: [(offset of the directory, position of the offset of the next)]; [] if it is none."""
-    pages, position = {}, 4
-    with contextlib.suppress(struct.error, OSError), path.open("rb") as file:  # decode_file() reports damaged files
-        order = {b"II*\0": "<", b"MM\0*": ">"}.get(file.read(4))  # decode_file() refuses BigTIFFs of several pages
-        while order and file.seek(position):
-            start, = struct.unpack(f"{order}I", file.read(4))
-            if start in (0, *pages):
-                break
-            file.seek(start)
-            position = pages[start] = start + 2 + 12 * struct.unpack(f"{order}H", file.read(2))[0]
-    return [(start, position, order) for start, position in pages.items()]
+    """The numbers of the pages of a TIFF file of several, from 1 on; [0], the file itself, for other files."""
+    with contextlib.suppress(Exception), Image.open(path, formats=["TIFF"]) as file:  # decode_file() reports bad files
+        if file.n_frames > 1:
+            return range(1, file.n_frames + 1)
+    return [0]
 
 
 def one_page(path, page, folder):
-    """A copy of a TIFF file in `folder` that shows only one page, counted from 1; `path` itself for page 0."""
+    """Write the pixels of a page of a TIFF file, counted from 1, to a file in `folder`; returns `path` for page 0."""
     if not page:
         return path
-    copy = folder / str(zlib.crc32(os.fsencode(path.resolve()))) / path.name
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    start, position, order = tiff_pages(path)[page - 1]
-    with copy.open("r+b") as file:  # the header leads to this page, and this page to no other
-        for place, value in ((4, start), (position, 0)):
-            file.seek(place)
-            file.write(struct.pack(f"{order}I", value))
+    _, pages = cv2.imdecodemulti(np.fromfile(path, np.uint8), COLOR_AND_DEPTH, range=(page - 1, page))
+    if not pages:
+        raise ImageError(f"{path}: {page}번째 장을 읽을 수 없습니다")
+    copy = folder / f"{path.stem}.tif"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(cv2.imencode(".tif", pages[0])[1].tobytes())
     return copy
 
 
@@ -402,8 +398,7 @@ def read_source_mask(path, page, args, notes, _shape=None):
     masks, pixels above 127 in any channel are foreground; in a mask of 0 and 1, pixels of 1 are. Fails if a threshold
     of 127 would lose objects and no flag selects another reading.
     """
-    path = one_page(path, page, args.data_dir / ".part" / "mask pages")
-    values, is_voc, void = read_pixels(path, args)
+    values, is_voc, void = read_pixels(path, page, args)
     if args.void or void.any():
         values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
         notes["void"].append((path.name, int(void.sum())))
@@ -420,48 +415,61 @@ def read_source_mask(path, page, args, notes, _shape=None):
         return brightness > args.threshold
     if values.ndim == 2 and values.max() == 1:
         return values > 0
-    colors = np.unique(values[::2, ::2].astype(np.int64) @ [1, 2**16, 2**32]) if values.ndim == 3 else ()
-    if 2 < len(colors) < 9 or is_label_map(brightness):  # an antialiased edge has more colors
+    if is_label_map(brightness) or values.ndim == 3 and has_several_hues(values):
         fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
              f"--classes, 밝기로 나누려면 --threshold {min(127, brightness.max() // 2)}, 무시할 값은 --void N")
     return brightness > 127
 
 
-def read_pixels(path, args):
+def read_pixels(path, page, args):
     """The pixels of a mask file, H x W or H x W x 3 (BGR); whether they are indices of the VOC palette; void pixels.
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values = upright(decode_file(path, cv2.IMREAD_UNCHANGED), path)
-    if values.ndim == 3 and values.shape[2] == 4:
-        values, alpha = values[..., :3], values[..., 3] > values[..., 3].max() // 2
+    values = decode_file(one_page(path, page, args.data_dir / ".part" / "mask pages"), COLOR_AND_DEPTH)
+    rgba = read_transparent(path, page)
+    if rgba is not None:
+        alpha = rgba[..., 3] > rgba[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
-        values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], values, 0)
+        colors = np.where(alpha[..., None], np.atleast_3d(values), 0)
+        values = alpha.astype(np.uint8) * 255 if is_plain else colors
     colors = np.atleast_3d(values)
-    values = values[..., 0].copy() if values.ndim == 3 and (colors == colors[..., :1]).all() else values
-    is_jpeg, palette, tags = False, [], {}
-    with contextlib.suppress(Exception), Image.open(path) as file:  # formats that Pillow cannot read have no palette
+    values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
+    is_jpeg, indices, palette, tags = False, None, [], {}
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
+        file.seek(max(page - 1, 0))
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
         if file.mode == "P" and args.threshold is None:
-            indices, palette = np.array(file), file.getpalette()[:9]
-    if is_jpeg and (args.numbered or args.classes):
+            indices, palette = upright(np.array(file), path), file.getpalette()[:9]
+    is_numbered, is_voc = args.numbered or args.classes, len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
+    if is_jpeg and is_numbered:
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
-    is_voc = len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
     is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
-    if is_inverted and not (args.numbered or args.classes or args.threshold is not None):
+    if is_inverted and not is_numbered and args.threshold is None:
         if not str(tags.get(305)).startswith("tifffile"):  # which stores boolean arrays so
             fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
                  "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
-    if palette and (is_voc or args.numbered or args.classes):
+    if palette and (is_voc or is_numbered):
         if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
             values = indices
     elif is_inverted and args.threshold is None:
         values = 255 - values
-    void = is_voc & (values == 255) if values.ndim == 2 else np.zeros(values.shape[:2], bool)
+    void = is_voc & (np.atleast_3d(values) == 255).all(axis=2)
     for value in args.void:
-        void = void | ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
+        void |= ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
     return values, is_voc, void
+
+
+def has_several_hues(colors):
+    """Whether a color mask (H x W x 3) has up to eight colors, but not two, or areas above 127 of different hues."""
+    if 2 < len(np.unique(colors[::2, ::2].astype(np.int64) @ [1, 2**16, 2**32])) < 9:  # a blurred edge has more
+        return True
+    brightness = colors.max(axis=2)
+    hues = colors / np.maximum(brightness, 1)[..., None].astype(np.float32)
+    usual = np.median(hues[brightness > 127], axis=0) if (brightness > 127).any() else 0
+    differs = (brightness > 127) & (np.abs(hues - usual).max(axis=2) > 0.3)
+    return cv2.erode(differs.astype(np.uint8), np.ones((5, 5))).any()  # thinner ones are blurred edges
 
 
 def to_labels(values, classes=False):
@@ -498,83 +506,83 @@ def to_labels(values, classes=False):
 
 
 def read_annotations(coco_path, args, notes):
-    """Read a COCO file, or the given categories of it; a region marked iscrowd may contain several objects.
+    """Read a COCO file, or the given categories of it: ({image id: CocoImage}, names of all categories).
 
-    It is skipped if its category also has single objects. Returns {image id: (path, (H, W))}, {image id: [(category,
-    segmentation)]}, the ids of images with other objects, which cannot be used, and the names of all categories.
+    A region marked iscrowd, which may contain several objects, is left out if its category also has single objects.
     """
-    paths, objects, incomplete = {}, defaultdict(list), set()
+    images = {}
     try:
         coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
             raise ValueError("images와 annotations 목록이 없음")
         for image in coco["images"]:
             path = composed(str(image.get("file_name") or image["coco_url"]).replace("\\", "/"))
-            if image["id"] in paths:
-                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({paths[image['id']][0]}, {path}). "
+            if image["id"] in images:
+                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({images[image['id']].path}, {path}). "
                      "파일을 합쳤다면 번호를 다시 매기세요")
-            paths[image["id"]] = path, (image.get("height"), image.get("width"))
+            images[image["id"]] = CocoImage(path, (image.get("height"), image.get("width")), [], [])
         known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
         chosen = [(name, annotation) for annotation in coco["annotations"]
                   if (name := known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
                   in (args.category or [name])]
         with_singles = {name for name, annotation in chosen if not annotation.get("iscrowd")}
         for name, annotation in chosen:
-            identity, is_crowd = annotation["image_id"], annotation.get("iscrowd") and not args.merge
+            image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
             is_kept = not is_crowd or args.keep_crowd or name not in with_singles
-            note = ("orphans" if identity not in paths else "boxes" if not annotation.get("segmentation")
-                    else ("kept_crowds" if is_kept else "crowds") if is_crowd else None)
+            note = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
+                    else ("kept_crowds" if is_kept else "crowds") if is_crowd else "")
             if known and annotation.get("category_id") not in known:
                 notes["unnamed"].append((f"category_id {name}", 1))
             if note:
-                notes[note].append((paths.get(identity, (str(identity),))[0], 1))
-            if note in (None, "kept_crowds"):
-                objects[identity].append((name, annotation["segmentation"]))
-            else:
-                incomplete.add(identity)
+                notes[note].append((image.path if image else str(annotation["image_id"]), 1))
+            if image and note in ("", "kept_crowds"):
+                image.objects.append((name, annotation["segmentation"]))
+            elif image:
+                image.left_out.append(annotation)
     except FileNotFoundError:
         fail(f"파일이 없습니다: {coco_path}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
              f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
-    return paths, objects, incomplete, [*known.values()]
+    return images, [*known.values()]
 
 
 def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     """Like pairs_from_masks, for a COCO file; adds its categories to `classes`: {name: whether it has objects}."""
-    paths, objects, incomplete, categories = read_annotations(coco_path, args, notes)
-    if "boxes" in notes and not objects:
+    entries, categories = read_annotations(coco_path, args, notes)
+    used = {name for entry in entries.values() for name, _ in entry.objects}
+    if "boxes" in notes and not used:
         fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
-    used = {name for found in objects.values() for name, _ in found}
     for name in [*categories, *sorted(used)]:
         classes[name] = classes.get(name) or name in used
 
-    entries, pairs = defaultdict(list), []
-    folders = {end for path, _ in paths.values() for end in ends(path.rpartition("/")[0]) if (images / end).is_dir()}
+    folders = {end for entry in entries.values() for end in ends(entry.path.rpartition("/")[0])
+               if (images / end).is_dir()}
     files, places = images_in(images, split, args.recursive, problems, notes, folders), defaultdict(set)
     for file in files:  # by its path in the folder, and without train/ or val/
         for place in (file[1].relative_to(images).as_posix(), file[0].partition("/")[2]):
             places[composed(place)].add(file)
-    for identity, (path, size) in paths.items():
-        found = next((places[end] for end in ends(path) if end in places), ())  # CVAT writes folders before the name
-        if not found and (found := places.get(UPLOAD_PREFIX.sub("", path.rpartition("/")[2], count=1), ())):
-            notes["prefixes"].append((path, 1))
+    entries_of, pairs = defaultdict(list), []
+    for entry in entries.values():
+        found = next((places[end] for end in ends(entry.path) if end in places), ())  # CVAT writes folders before it
+        if not found and (found := places.get(UPLOAD_PREFIX.sub("", entry.path.rpartition("/")[2], count=1), ())):
+            notes["prefixes"].append((entry.path, 1))
         if len(found) == 1:
-            entries[min(found)].append((path, identity, size))
+            entries_of[min(found)].append(entry)
         else:
-            problems[f"{split}/{path}"] = "이미지 없음" if not found else (
+            problems[f"{split}/{entry.path}"] = "이미지 없음" if not found else (
                 f"이미지가 여럿: {', '.join(name for name, _ in sorted(found))}")
     for name, path in files:
-        (entry, identity, size), *others = entries[name, path] or [("", None, ())]
-        if others:
-            problems[name] = f"COCO 파일에 두 번 나옴 ({entry}, {others[0][0]})"
-        elif not entry:
+        entry, *others = entries_of[name, path] or [None]
+        if not entry:
             problems[name] = "마스크 없음 (COCO 파일에 없음)"
-        elif not objects[identity] and (identity in incomplete or not args.allow_empty):
+        elif others:
+            problems[name] = f"COCO 파일에 두 번 나옴 ({entry.path}, {others[0].path})"
+        elif not entry.objects and (entry.left_out or not args.allow_empty):
             problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
         else:
-            read_mask = partial(draw_objects, objects[identity], size, args.merge, entry, classes)
+            read_mask = partial(draw_objects, entry.objects, entry.size, args.merge, entry.path, classes)
             pairs.append(Pair(name, path, 0, read_mask))
     return pairs, [coco_path]
 
@@ -585,17 +593,16 @@ def ends(path):
     return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
 
 
-def draw_objects(objects, size, merge, name, classes=(), shape=None):
+def draw_objects(objects, size, merge, name, classes, shape):
     """Draw COCO objects, [(class name, segmentation)], as uint16 labels H x W; smaller objects cover larger ones.
 
     Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
     `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
-    reported; ImageError if none is left. size: (H, W) in the COCO file; if missing, the image's `shape`.
+    reported; ImageError if none is left. size: (H, W) in the COCO file or None; shape: that of the image, upright.
     """
-    height, width = (int(side) if isinstance(side, float) and side.is_integer() else side
-                     for side in (shape if None in size else size))
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and 0 < height * width < 2**30):
-        raise ImageError(f"COCO 파일의 이미지 크기가 잘못됨 ({width}x{height})")
+    if None not in size and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
+        raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]}x{size[0]}")
+    height, width = shape if None in size else map(int, size)
     rles, values, counts, problem = [], [], Counter(), ""
     for category, segmentation in objects:
         try:
@@ -609,13 +616,13 @@ def draw_objects(objects, size, merge, name, classes=(), shape=None):
         raise ImageError(problem)
     if problem:
         tqdm.write(f"  제외: {name}의 객체 {len(objects) - len(rles)}개 - {problem}")
-    labels = np.zeros((height, width), np.uint16)
     if rles and (merge or len(rles) == 1 and not classes):
         return coco_mask.decode(coco_mask.merge(rles)) > 0
     if not classes and len(rles) > 65535:
         raise ImageError("객체가 65,535개보다 많음")
     if classes and max(counts.values(), default=0) > MAX_NUMBER:
         fail(f"{name}: 한 클래스의 객체가 {MAX_NUMBER}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    labels = np.zeros((height, width), np.uint16)
     areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
     for index in np.argsort(areas, kind="stable")[::-1]:
         labels[coco_mask.decode(rles[index]) > 0] = values[index]
@@ -669,8 +676,8 @@ def write_pairs(pairs, problems, staging, args, notes):
             if others:
                 raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(
                     other.name.partition("/")[2] for other in (pair, *others)))
-            path = one_page(pair.image, pair.page, staging / "image pages")
-            image, is_flattened = read_over_white(path)
+            path = pair.image
+            image, is_flattened = read_over_white(path, pair.page, staging / "image pages")
             mask = fit_to_image(pair.read_mask(image.shape[:2]), path, image.shape[:2], notes, args.allow_empty)
         except ImageError as problem:
             problems[pair.name] = str(problem)
@@ -691,17 +698,25 @@ def write_pairs(pairs, problems, staging, args, notes):
     return contents, groups
 
 
-def read_over_white(path):
+def read_over_white(path, page, folder):
     """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
-    image, rgba = read_image(path), None
-    with contextlib.suppress(Exception), Image.open(path) as file:  # Pillow reads every format with alpha
+    file = one_page(path, page, folder)
+    image, rgba = read_image(file), read_transparent(path, page)
+    if rgba is None or not rgba[..., 3].any():
+        return image, False
+    is_deep = decode_file(file, COLOR_AND_DEPTH).dtype != np.uint8
+    colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
+    return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
+
+
+def read_transparent(path, page):
+    """Read a file with transparent pixels as RGBA, uint8 H x W x 4, upright; None if it has none."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
+        file.seek(max(page - 1, 0))
         if file.mode[-1] in "Aa" or "transparency" in file.info:
-            rgba = np.array(file.convert("RGBA"))
-    if rgba is not None and rgba[..., 3].any() and (rgba[..., 3] < 255).any():
-        rgba, is_deep = upright(rgba, path), decode_file(path, cv2.IMREAD_UNCHANGED).dtype != np.uint8
-        colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
-        return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
-    return image, False
+            rgba = upright(np.array(file.convert("RGBA")), path)
+            return rgba if (rgba[..., 3] < 255).any() else None
+    return None
 
 
 def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
@@ -717,12 +732,11 @@ def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
     if mask.shape != shape:
         raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape)
                          + " (90도 돌아간 마스크?)" * (mask.shape == shape[::-1]))
-    if not mask.any():
-        if not allow_empty:
-            raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
-        notes["empty"].append((image_path.name, 1))
-    elif mask.min() == mask.max():
+    if mask.min() == mask.max() > 0:
         raise ImageError("마스크가 이미지 전체를 덮음")
+    if not mask.any() and not allow_empty:
+        raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
+    notes["empty"] += [] if mask.any() else [(image_path.name, 1)]
     return mask
 
 
@@ -743,7 +757,7 @@ def turn(pixels, orientation):
 
 
 def upright(pixels, path):
-    """Turn decoded pixels of a file upright; TIFF files are already turned by OpenCV and Pillow."""
+    """Turn pixels upright that Pillow read; it has turned those of a TIFF file, if it read the file from memory."""
     return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
 
 
@@ -765,15 +779,15 @@ def split_names(groups, val_ratio, shuffle_seed):
     With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
     val_ratio.
     """
-    members = defaultdict(list)
-    for name in sorted(groups):
-        members[groups[name]].append(name)
-    order = sorted(members)
+    order = sorted(set(groups.values()))
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
-    names = [name for group in order for name in members[group]]
-    wanted, cuts = len(names) - round(len(names) * val_ratio), [*accumulate(len(members[group]) for group in order)]
-    cut = min([0, *cuts] if wanted in (0, len(names)) else cuts[:-1] or cuts, key=lambda cut: abs(cut - wanted))
+    places = {group: place for place, group in enumerate(order)}
+    names = sorted(groups, key=lambda name: (places[groups[name]], name))
+    wanted = len(names) - round(len(names) * val_ratio)
+    cuts = [cut for cut in range(1, len(names)) if groups[names[cut - 1]] != groups[names[cut]]]
+    cuts = [0, *cuts, len(names)] if wanted in (0, len(names)) or not cuts else cuts
+    cut = min(cuts, key=lambda cut: abs(cut - wanted))
     return {"train": names[:cut], "val": names[cut:]}
 
 
@@ -809,7 +823,6 @@ def put_in_place(staging, target, splits, classes, record):
                 path.rename(target / part / split / path.name)
     if classes:
         write_json(target / "classes.json", {number: name for name, number in classes.items()})
-    shutil.rmtree(staging)
     split = {split: [Path(name).name for name in names] for split, names in splits.items()}
     write_json(target / "split.json", {**record, "split": split, "checksums": checksums(target)})
 
@@ -821,12 +834,14 @@ def checksums(data_dir):
     return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
 
 
-def print_notes(notes):
-    """Print the NOTES for {key: [(file name, count), ...]} with totals and the first file names."""
+def print_notes(notes, problems, word):
+    """Print NOTES for {key: [(file name, count), ...]}, with totals and first file names, then {name: problem}."""
     for key, found in notes.items():
         named = ", ".join(name.removeprefix("all/") for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
         if found:
             print(f"  {NOTES[key].format(sum(count for _, count in found))}: {named}")
+    for name, problem in sorted(problems.items()):
+        print(f"  {word}: {name.removeprefix('all/')} - {problem}")
 
 
 # ---- --check and --preview ----
@@ -904,28 +919,26 @@ def read_labels(path):
 
 def print_check(rows, problems, notes, classes):
     """Print sizes, shares of foreground and objects of both splits, then the notes and every problem by file."""
+    spread = partial(np.quantile, q=(0, 0.5, 1))
     for split in SPLITS:
         good = [row for row in rows if row.size and row.name.startswith(f"{split}/")]
         filled, sizes = [row for row in good if row.objects], Counter(row.size for row in good).most_common()
         print(f"{split}: {len(good)}쌍")
-        if filled:
-            shares, counts = [row.share for row in filled], [len(row.objects) for row in filled]
-            pixels = np.concatenate([[*row.objects.values()] for row in filled])
-            common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
-            print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-            print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*np.quantile(shares, (0, 0.5, 1))))
-            print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
-                len(pixels), *np.quantile(counts, (0, 0.5, 1))))
-            small = [(pixels < limit).sum() for limit in (100, 1000)]
-            print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀".format(
-                *np.quantile(pixels, (0, 0.5, 1))) + f", 100픽셀 미만 {small[0]}개, 1,000픽셀 미만 {small[1]}개 "
-                f"(긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
-            found = Counter(str(number // 1000) for row in filled for number in row.objects)
-            if classes:
-                print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
-    print_notes({key: found for key, found in notes.items() if key != "turned"})  # a problem here
-    for name, problem in sorted(problems.items()):
-        print(f"  문제: {name}: {problem}")
+        if not filled:
+            continue
+        common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
+        pixels = np.concatenate([[*row.objects.values()] for row in filled])
+        print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
+        print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*spread([row.share for row in filled])))
+        print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
+            len(pixels), *spread([len(row.objects) for row in filled])))
+        small = [(pixels < limit).sum() for limit in (100, 1000)]
+        print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀, 100픽셀 미만 {}개, "
+              "1,000픽셀 미만 {}개 (긴 변이 {}보다 크면 줄인 뒤)".format(*spread(pixels), *small, MAX_SIDE))
+        found = Counter(str(number // 1000) for row in filled for number in row.objects)
+        if classes:
+            print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
+    print_notes({key: found for key, found in notes.items() if key != "turned"}, problems, "문제")  # a problem here
     print(f"문제 {len(problems)}개" if problems else "문제 없음")
 
 

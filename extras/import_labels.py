@@ -5,8 +5,9 @@
     python extras/import_labels.py --dataset DIR --output labels.json    keep the COCO JSON too
 
 A reader takes a folder and returns {image path: (split, (H, W) or None, objects)}, empty for other layouts. A split is
-"train", "val", "test" or "". An object is a COCO annotation without ids, with the name of its class as "category"; one
-without "segmentation" is a box. What a reader leaves out is added to `problems`, [(name, problem)].
+"train", "val", "test" or "". An object is a COCO annotation without ids, with the name of its class as "category" and,
+where the format has an order of classes, its place there as "rank"; one without "segmentation" is a box. What a reader
+leaves out is added to `problems`, [(name, problem)].
 
 Chapters:
     the run            main(), the command line, the layout, COCO JSON for prepare_data.py
@@ -31,7 +32,6 @@ from files import FORMATS, fail, run, write_json
 from label_files import (
     VOID,
     composed,
-    draw_polygon,
     draw_shape,
     encode_mask,
     find_image,
@@ -39,6 +39,7 @@ from label_files import (
     images_by_name,
     list_files,
     number_regions,
+    other_images,
     read_indices,
     read_json,
     read_text,
@@ -48,6 +49,7 @@ from label_files import (
     unite,
     voc_settings,
     yolo_files,
+    yolo_object,
 )
 from PIL import Image
 from tqdm import tqdm
@@ -108,7 +110,7 @@ def recognise(folder, layout=None):
 
 def report(folder, layout, labels, problems):
     """Print what was found and what is not used; returns {split: image paths}, with "train", "val" or both."""
-    splits, beside = defaultdict(list), {image.parent for image in labels}
+    splits = defaultdict(list)
     for image, (split, _, _) in sorted(labels.items()):
         splits[split].append(image)
     counts = Counter(each["category"] for _, _, objects in labels.values() for each in objects)
@@ -117,7 +119,7 @@ def report(folder, layout, labels, problems):
           f"({', '.join(f'{name} {count}' for name, count in counts.most_common(9))}{' 등' * (len(counts) > 9)})")
     for name, problem in problems:
         print(f"  제외: {name} - {problem}")
-    unread = [path for path in list_files(folder, *FORMATS) if path.parent in beside and path not in labels]
+    unread = other_images(folder, labels)
     for what, images in (("라벨이 없거나 읽지 못한", unread), ("test의", splits.pop("test", []))):
         if images:
             print(f"  {what} 이미지 {len(images)}장은 쓰지 않습니다: {', '.join(path.name for path in images[:3])}"
@@ -132,7 +134,8 @@ def report(folder, layout, labels, problems):
 
 def stage(folder, splits, labels, output):
     """Link the images of each split into `folder` and write its COCO JSON; returns the flags for prepare_data.py."""
-    categories = sorted({each["category"] for _, _, objects in labels.values() for each in objects})
+    ranks = {each["category"]: each.pop("rank", 0) for _, _, objects in labels.values() for each in objects}
+    categories = sorted(ranks, key=lambda name: (ranks[name], name))
     flags = ["--recursive"]
     for split, images in splits.items():
         top, annotations, entries = commonpath([image.parent for image in images]), [], []
@@ -167,7 +170,7 @@ def read_yolo(folder, problems):
 
     An image without a text file has no objects, as in Ultralytics.
     """
-    (names, files), labels = yolo_files(folder, problems), {}
+    (names, files), labels, lengths = yolo_files(folder, problems), {}, set()
     for image, (split, text) in tqdm(files.items(), "YOLO", disable=None):
         objects, before = [], len(problems)
         try:
@@ -178,28 +181,14 @@ def read_yolo(folder, problems):
         for number, line in enumerate(lines, 1):
             try:
                 objects += [yolo_object(line.split(), names, *size)] if line.strip() else []
+                lengths.add(len(line.split()))
             except ValueError as error:
                 problems.append((f"{relative(text, folder)} {number}번째 줄", error))
         if objects or len(problems) == before:
             labels[image] = split, size, objects
+    if lengths - {0} == {9}:
+        print("주의: YOLO의 모든 다각형이 사각형입니다. 회전 상자(OBB) 라벨이면 상자의 모양을 학습하게 됩니다")
     return labels
-
-
-def yolo_object(words, names, height, width):
-    """The object of a line; ValueError if it is neither a polygon in the image nor a box, or of an unknown class."""
-    number, *values = map(float, words)
-    name = names.get(number) if names else f"class {number:g}"
-    if not name:
-        raise ValueError(f"이름이 없는 클래스 번호 {number:g}")
-    if not all(-0.5 <= value <= 1.5 for value in values):
-        raise ValueError("좌표가 0~1의 비율이 아님")
-    if len(values) == 4:
-        x, y, *sides = (values * np.array([width, height] * 2)).tolist()
-        return {"category": name, "bbox": [x - sides[0] / 2, y - sides[1] / 2, *sides]}
-    if len(values) < 6 or len(values) % 2:
-        raise ValueError(f"점이 셋 이상인 다각형이 아님 (좌표 {len(values)}개)")
-    polygon = np.reshape(values, (-1, 2)) * (width, height)
-    return {"category": name, "segmentation": encode_mask(draw_polygon(polygon, height, width))}
 
 
 # ---- LabelMe ----
@@ -267,7 +256,7 @@ def read_voc(folder, problems):
                 mask = (numbers == number) & has_both & ~is_void
                 index = np.bincount(classes[mask]).argmax()
                 category = names.get(index, f"class {index}") if "Class" in files else "object"
-                objects.append({"category": category, "segmentation": encode_mask(mask)})
+                objects.append({"category": category, "rank": int(index), "segmentation": encode_mask(mask)})
             if not objects and (classes | numbers).any():
                 raise ValueError("쓸 객체가 없음 (void뿐이거나 클래스와 객체가 맞지 않음)")
             labels[image] = splits.get(stem) or split_of(path, folder), numbers.shape, objects
@@ -320,10 +309,12 @@ def read_coco(folder, problems):
         name = relative(path, folder)
         try:
             coco, objects = read_json(path), defaultdict(list)
-            names = {category["id"]: str(category["name"]) for category in coco.get("categories") or ()}
+            names = {category["id"]: (str(category["name"]), rank)
+                     for rank, category in enumerate(coco.get("categories") or ())}
             for each in coco["annotations"]:
                 kept = {key: each[key] for key in ("segmentation", "bbox", "iscrowd") if each.get(key)}
-                objects[each["image_id"]].append(kept | {"category": names.get(each.get("category_id"), "?")})
+                category, rank = names.get(number := each.get("category_id"), (f"category_id {number}", len(names)))
+                objects[each["image_id"]].append({**kept, "category": category, "rank": rank})
             if len({entry["id"] for entry in coco["images"]}) < len(coco["images"]):
                 raise ValueError("두 이미지의 id가 같음")
             for entry in coco["images"]:

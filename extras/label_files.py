@@ -1,6 +1,14 @@
-"""Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE."""
+"""Files for import_labels.py: finding images and labels, reading settings, polygons and masks as COCO's RLE.
+
+Chapters:
+    finding files      images, labels, splits, texts and JSON; files of other tools
+    YOLO               data.yaml, the text file of an image, a line of it
+    VOC                names and splits, palette PNGs
+    masks              the size of an image, polygons and shapes, COCO's RLE
+"""
 
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -13,11 +21,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import yaml
-from files import FORMATS, fail
+from files import FORMATS, fail, read_image
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 SPLIT = re.compile(r"(?:stage1_)?(train|val|test)(?:ing|id|idation)?(?:20\d\d)?", re.IGNORECASE)
+MASK_FOLDER = re.compile("Segmentation|Visualization|^masks$")  # pictures of labels
 VOID = 255  # in VOC: borders and regions without a class
 VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
              "pottedplant sheep sofa train tvmonitor").split()
@@ -31,6 +40,9 @@ OTHER_TOOLS = {  # what a file contains: what it is, and what to do
     '[a-z]labels"|"(completions|original_width)"':
         "Label Studio JSON입니다. 다각형은 COCO로, 브러시는 Brush labels to PNG로 내보내세요 "
         "(PNG는 python prepare_data.py --images 이미지폴더 --masks PNG폴더)"}
+
+
+# ---- finding files ----
 
 
 @functools.cache
@@ -48,9 +60,15 @@ def images_by_name(folder):
     """{file name or stem, in NFC form: paths of images}, without pictures of masks."""
     found = defaultdict(list)
     for path in list_files(folder, *FORMATS):
-        for name in {path.name, path.stem} if not re.search("Segmentation|Visualization", path.parent.name) else ():
+        for name in {path.name, path.stem} if not MASK_FOLDER.search(path.parent.name) else ():
             found[composed(name)].append(path)
     return found
+
+
+def other_images(folder, used):
+    """The images of the folder that are not in `used`, without pictures of masks."""
+    return [path for path in list_files(folder, *FORMATS)
+            if path not in used and not MASK_FOLDER.search(path.parent.name)]
 
 
 def find_image(folder, label, name, stem=""):
@@ -113,6 +131,9 @@ def refuse_other_tools(folder):
         for pattern, advice in OTHER_TOOLS.items():
             if re.search(pattern, path.read_text(encoding="utf-8", errors="replace")):
                 fail(f"{path}: {advice}")
+
+
+# ---- YOLO ----
 
 
 def yolo_files(folder, problems):
@@ -186,6 +207,23 @@ def yolo_text(image, known):
     return next((known.get(text) or Path(text) for text in texts if text in known or Path(text).is_file()), None)
 
 
+def yolo_object(words, names, height, width):
+    """The object of a line; ValueError if it is neither a polygon in the image nor a box, or of an unknown class."""
+    number, *values = map(float, words)
+    name = names.get(number) if names else f"class {number:g}"
+    if not name:
+        raise ValueError(f"이름이 없는 클래스 번호 {number:g}")
+    if not all(-0.5 <= value <= 1.5 for value in values):
+        raise ValueError("좌표가 0~1의 비율이 아님")
+    if len(values) == 4:
+        x, y, *sides = (values * np.array([width, height] * 2)).tolist()
+        return {"category": name, "rank": number, "bbox": [x - sides[0] / 2, y - sides[1] / 2, *sides]}
+    if len(values) < 6 or len(values) % 2:
+        raise ValueError(f"점이 셋 이상인 다각형이 아님 (좌표 {len(values)}개)")
+    polygon = np.reshape(values, (-1, 2)) * (width, height)
+    return {"category": name, "rank": number, "segmentation": encode_mask(draw_polygon(polygon, height, width))}
+
+
 def locate(entry, bases):
     """The existing path that an entry of YOLO's data.yaml means, or None.
 
@@ -194,6 +232,9 @@ def locate(entry, bases):
     names = [part for part in Path(str(entry).replace("\\", "/")).parts if part not in (".", "..")]
     choices = [base.joinpath(*names[start:]) for start in range(max(1, len(names) - 1)) for base in bases]
     return next((Path(os.path.normpath(path)) for path in [*choices, bases[-1] / str(entry)] if path.exists()), None)
+
+
+# ---- VOC ----
 
 
 @functools.cache
@@ -233,11 +274,19 @@ def number_regions(classes):
     return numbers
 
 
+# ---- masks ----
+
+
 def header_size(path):
-    """(H, W) of an image, turned upright; ValueError if it cannot be read."""
+    """(H, W) of an image, turned upright as OpenCV does; ValueError if it cannot be read."""
     try:
         with Image.open(path) as file:
-            return file.size if file.getexif().get(0x0112, 1) >= 5 else file.size[::-1]
+            exif = Image.Exif()
+            with contextlib.suppress(Exception):  # damaged metadata raise various errors
+                exif.load(file.info.get("exif"))  # not getexif(), which also reads XMP
+            if file.format != "TIFF":  # Pillow turns the size of some TIFF files
+                return file.size if exif.get(0x0112, 1) >= 5 else file.size[::-1]
+        return read_image(path).shape[:2]
     except (OSError, SyntaxError) as error:
         raise ValueError(f"읽을 수 없는 이미지 ({error})") from None
 

@@ -10,6 +10,7 @@ import import_labels
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, write_image
+from files import read_image
 from label_files import draw_polygon
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -155,16 +156,16 @@ def make_yolo(folder, label=YOLO_CIRCLE + YOLO_TWO_PARTS):
         write(folder, name, label)
     write(folder, "train/labels/n.txt", "")
     write(folder, "data.yaml", "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\n"
-                               "names: ['polyp', 'tool']\n\nroboflow:\n  license: CC BY 4.0\n")
+                               "names: ['polyp', 'a tool']\n\nroboflow:\n  license: CC BY 4.0\n")
 
 
 def test_a_yolo_folder_as_roboflow_zips_it(tmp_path):
     make_yolo(tmp_path / "set")
     done = convert(tmp_path, "--", "--allow-empty")
-    assert "yolo 형식, 이미지 4장 (test 1, train 2, val 1), 객체 6개 (polyp 3, tool 3)" in done.stdout
+    assert "yolo 형식, 이미지 4장 (test 1, train 2, val 1), 객체 6개 (polyp 3, a tool 3)" in done.stdout
     assert "test의 이미지 1장은 쓰지 않습니다: t.png" in done.stdout
     assert names_of(tmp_path) == {"train": ["n.png", "p.png"], "val": ["p.png"]}
-    assert json.loads((tmp_path / "data/classes.json").read_text()) == {"1": "polyp", "2": "tool"}
+    assert json.loads((tmp_path / "data/classes.json").read_text()) == {"1": "polyp", "2": "a tool"}  # its own order
     assert (mask_in(tmp_path, "val/p.png") == np.select([circle(), two_parts()], [1001, 2001])).all()
     assert not mask_in(tmp_path, "train/n.png").any()
     assert "이미 준비되어 있습니다" in convert(tmp_path, "--", "--allow-empty").stdout
@@ -178,7 +179,7 @@ def test_an_exported_copy_is_read_by_other_tools(tmp_path):
         assert f"저장: {name} (이미지 폴더: {tmp_path / 'set' / split / 'images'})" in done.stdout
         coco = json.loads((tmp_path / name).read_text())
         assert all((tmp_path / "set" / split / "images" / image["file_name"]).is_file() for image in coco["images"])
-        assert {category["name"] for category in coco["categories"]} == {"polyp", "tool"}
+        assert [category["name"] for category in coco["categories"]] == ["polyp", "a tool"]
     assert_fails_in_one_line(run(SCRIPT, "--dataset", "set", "--output", "a.json", "--layout", "coco", cwd=tmp_path,
                                  code=1), "라벨을 찾지 못했습니다")
 
@@ -220,7 +221,7 @@ def test_bad_lines_of_yolo_are_named_and_the_others_kept(tmp_path):
     labels, problems = read("yolo", tmp_path)
     _, _, (polygon, box) = labels[tmp_path / "images/p.png"]
     assert (decoded([polygon])[0][1] == circle()).all()
-    assert box == {"category": "polyp", "bbox": pytest.approx([25.6, 14.4, 12.8, 19.2])}
+    assert box == {"category": "polyp", "rank": 0, "bbox": pytest.approx([25.6, 14.4, 12.8, 19.2])}
     for number, words in enumerate(lines.values(), 2):
         own, = (problem for problem in problems if problem.startswith(f"labels/p.txt {number}번째 줄 - "))
         assert words in own
@@ -412,6 +413,46 @@ def test_coco_folders_of_roboflow_and_cvat(tmp_path):
         "images/train/p.jpg": "train", "images/val/deep/p.jpg": "val"}
     gone, unclear = problems
     assert "gone.jpg: 이미지가 없음" in gone and "같은 이름의 이미지가 여럿" in unclear
+
+
+def test_coco_classes_keep_their_order_and_unknown_ids_their_number(tmp_path):
+    put(tmp_path, "p.jpg")
+    objects = [{"image_id": 2, "category_id": number, "bbox": [1, 2, 3, 4]} for number in (5, 1, 2, 7)]
+    write(tmp_path, "a.json", {"images": DATUMARO["images"], "annotations": objects,
+                               "categories": [{"id": 2, "name": "zebra"}, {"id": 1, "name": "ant"}]})
+    found = read("coco", tmp_path)[0][tmp_path / "p.jpg"][2]
+    assert [(each["category"], each["rank"]) for each in found] == [
+        ("category_id 5", 2), ("ant", 1), ("zebra", 0), ("category_id 7", 2)]
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_labels_fit_an_image_that_its_orientation_turns(tmp_path, compression):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (WIDTH, HEIGHT, 3)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    noise.save(tmp_path / "images/p.tif", exif=exif, compression=compression)
+    noise.save(tmp_path / "images/q.jpg", exif=exif)
+    noise.rotate(90, expand=True).save(tmp_path / "images/damaged.jpg", exif=b"Exif\0\0no metadata")
+    for name in ("p", "q", "damaged"):
+        write(tmp_path, f"labels/{name}.txt", YOLO_CIRCLE)
+    labels, problems = read("yolo", tmp_path)
+    assert len(labels) == 3 and not problems
+    for image, (_, size, objects) in labels.items():
+        assert size == (HEIGHT, WIDTH) == read_image(image).shape[:2]
+        assert (decoded(objects)[0][1] == circle()).all()
+
+
+def test_rotated_boxes_are_named_and_images_without_labels_are_counted(tmp_path, capsys):
+    put(tmp_path, "images/p.png", "more/q.png", "masks/r.png")
+    write(tmp_path, "labels/p.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5\n" * 2)
+    read("yolo", tmp_path)
+    assert "OBB" in capsys.readouterr().out
+    write(tmp_path, "labels/p.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5\n" + YOLO_CIRCLE)
+    labels, _ = read("yolo", tmp_path)
+    assert "OBB" not in capsys.readouterr().out
+    import_labels.report(tmp_path, "yolo", {tmp_path / "images/p.png": labels[tmp_path / "images/p.png"]}, [])
+    assert "라벨이 없거나 읽지 못한 이미지 1장은 쓰지 않습니다: q.png" in capsys.readouterr().out
 
 
 def test_two_coco_files_for_one_image_are_refused(tmp_path):

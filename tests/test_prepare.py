@@ -1,11 +1,13 @@
 """prepare_data.py, as a user runs it."""
 
+import argparse
 import errno
 import json
 import os
 import shutil
 import signal
 import unicodedata
+from collections import defaultdict
 
 import cv2
 import numpy as np
@@ -299,14 +301,15 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
 
 def test_hundreds_of_coco_objects_are_numbered():
     squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
-    labels = prepare_data.draw_objects([("cell", rle_plain(square)) for square in squares], (60, 80), False, "a.png")
+    objects = [("cell", rle_plain(square)) for square in squares]
+    labels = prepare_data.draw_objects(objects, (60, 80), False, "a.png", {}, (60, 80))
     wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
     assert len(squares) == 400 and (labels == wanted).all()
 
 
 def test_runs_of_no_length_are_merged_rightly():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
-    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png")
+    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png", {}, (20, 30))
     assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
 
 
@@ -544,6 +547,25 @@ def test_a_mask_with_grey_edges_is_no_map_of_classes(tmp_path, kind):
     assert "문제 없음" in run("prepare_data.py", "--check", cwd=tmp_path).stdout
 
 
+@pytest.mark.parametrize("quality", [20, 60, 95, None])
+def test_blurred_colors_are_objects_and_one_color_is_a_mask(tmp_path, quality):
+    def circles(*colors):
+        drawn = np.zeros((120, 200, 3), np.uint8)
+        for number, color in enumerate(colors):
+            cv2.circle(drawn, (50 + 90 * number, 60), 40 - 25 * number, color, -1, cv2.LINE_AA)
+        return drawn if quality is None else cv2.imdecode(
+            cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+    args = argparse.Namespace(data_dir=tmp_path, numbered=False, classes=False, threshold=None, void=[], merge=False)
+    for second in ((10, 250, 20), (250, 250, 250), (0, 150, 250)):
+        write_image(tmp_path / "a.png", circles((20, 10, 250), second))
+        with pytest.raises(SystemExit, match="--threshold"):
+            prepare_data.read_source_mask(tmp_path / "a.png", 0, args, defaultdict(list))
+    for color in ((0, 0, 255), (250, 60, 120), (0, 240, 240), (250, 250, 250)):
+        write_image(tmp_path / "a.png", circles(color, color))
+        mask = prepare_data.read_source_mask(tmp_path / "a.png", 0, args, defaultdict(list))
+        assert (mask == (circles(color, color).max(axis=2) > 127)).all()
+
+
 def test_each_connected_region_of_a_class_is_an_object(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     classes = np.where(SMALL | rectangle(40, 50, 60, 70), 3, LARGE // 255)
@@ -623,7 +645,7 @@ def test_transparency_is_the_mask_of_a_white_picture_and_a_mask_of_everything_is
     assert (read_grey(tmp_path / "data/masks/train/cut.png") == SMALL).all()
     assert "제외: full.png - 마스크가 이미지 전체를 덮음" in done.stdout
     write_image(tmp_path / "data/masks/train/cut.png", np.full((60, 80), 255, np.uint8))
-    assert "cut.png: 마스크가 이미지 전체를 덮음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+    assert "cut.png - 마스크가 이미지 전체를 덮음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
 
 
 def test_a_boolean_tiff_that_shows_zero_as_white_is_read_by_its_values_or_refused(tmp_path):
@@ -850,8 +872,8 @@ def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
         (tmp_path / f"masks/{stem}_left.png").unlink()
     assert "aachen/, bochum/" in prepare(tmp_path, code=1).stdout
     done = prepare(tmp_path, "--recursive", code=1)
-    command = ("--mask-suffix=_1_ids", "--image-suffix=_1_left")
-    assert_fails_in_one_line(done, *command)
+    assert_fails_in_one_line(done, "하나도 없습니다")
+    command = ("--mask-suffix=_ids", "--image-suffix=_left")
     (tmp_path / "images/aachen/loop").symlink_to(tmp_path / "images")  # is not followed
     assert "제외 0개" in prepare(tmp_path, "--recursive", *command, "--val-ratio", 0).stdout
     assert split_of(tmp_path)["train"] == ["aachen__aachen_1_left.png", "bochum__bochum_1_left.png"]
@@ -944,12 +966,23 @@ def test_each_page_is_an_image_with_its_page_of_the_mask(tmp_path):
     images = [Image.fromarray(image[..., ::-1].copy()) for image, _ in pairs]
     masks = [Image.fromarray((mask > 0).astype(np.uint16) * number) for number, (_, mask) in enumerate(pairs, start=7)]
     for path, pages in (("images/z.tif", images), ("masks/z.tif", masks)):
-        pages[0].save(tmp_path / path, save_all=True, append_images=pages[1:], compression="tiff_lzw")
+        pages[0].save(tmp_path / path, save_all=True, append_images=pages[1:], compression="tiff_lzw",
+                      big_tiff=pages is masks)
     prepare_masks(tmp_path)
     for page, (image, mask) in enumerate(pairs, start=1):
         assert (cv2.imread(str(tmp_path / f"data/images/train/z_p{page:03}.png")) == image).all()
         written = read_grey(tmp_path / f"data/masks/train/z_p{page:03}.png")
         assert (written == (mask > 0) * (6 + page)).all()
+    see_through = Image.fromarray(np.dstack([pairs[0][0], pairs[0][1]]))  # the mask is opaque
+    black_is_one = [Image.fromarray(mask == 0) for _, mask in pairs]  # as tifffile writes boolean arrays
+    see_through.save(tmp_path / "images/z.tif", save_all=True, append_images=[see_through] * 2)
+    black_is_one[0].save(tmp_path / "masks/z.tif", save_all=True, append_images=black_is_one[1:],
+                         tiffinfo={262: 0, 305: "tifffile.py"})
+    prepare_masks(tmp_path)
+    for page, (_, mask) in enumerate(pairs, start=1):
+        assert (read_grey(tmp_path / f"data/masks/train/z_p{page:03}.png") == mask).all()
+        assert (cv2.imread(str(tmp_path / f"data/images/train/z_p{page:03}.png"))[pairs[0][1] == 0] == 255).all()
+    images[0].save(tmp_path / "images/z.tif", save_all=True, append_images=images[1:])
     (tmp_path / "masks/z.tif").unlink()
     write_image(tmp_path / "masks/z_p002.png", pairs[1][1])
     done = prepare_masks(tmp_path)
@@ -966,13 +999,16 @@ def test_transparency_is_composited_over_white_and_cmyk_is_read(tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.webp", "c.tif"):
         Image.fromarray(rgba[..., [2, 1, 0, 3]]).save(tmp_path / "images" / name, lossless=True)
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    Image.fromarray(rgba[..., [2, 1, 0, 3]]).save(tmp_path / "images/turned.tif", exif=upside_down)
     (tmp_path / "images/opaque.png").write_bytes(opaque)
     Image.fromarray(image[..., ::-1].copy()).convert("CMYK").save(tmp_path / "images/cmyk.tif")
-    for name in ("a", "b", "c", "opaque", "cmyk"):
+    for name in ("a", "b", "c", "turned", "opaque", "cmyk"):
         write_image(tmp_path / f"masks/{name}.png", mask)
     done = prepare_masks(tmp_path)
-    assert "투명한 이미지 3장" in done.stdout
-    for name, pixels in (("a", wanted), ("b", wanted), ("c", wanted), ("cmyk", image)):
+    assert "투명한 이미지 4장" in done.stdout
+    for name, pixels in (("a", wanted), ("b", wanted), ("c", wanted), ("turned", wanted[::-1, ::-1]), ("cmyk", image)):
         assert np.abs(cv2.imread(str(tmp_path / f"data/images/train/{name}.png")).astype(int) - pixels).max() <= 1
     assert (tmp_path / "data/images/train/opaque.png").read_bytes() == opaque
 
@@ -989,7 +1025,7 @@ def test_images_without_an_object_are_accepted_only_if_asked_for(tmp_path):
     checked = run("prepare_data.py", "--check", cwd=tmp_path).stdout
     assert "train: 3쌍" in checked and "객체가 없는 이미지 1장" in checked and "문제 없음" in checked
     (tmp_path / "data/split.json").unlink()
-    assert "train/black.png: 마스크가 비어 있음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
+    assert "train/black.png - 마스크가 비어 있음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
 
 
 def test_a_coco_image_whose_objects_cannot_be_used_is_not_an_empty_one(tmp_path):
@@ -1016,8 +1052,8 @@ def test_check_and_preview_show_what_harms_a_training(tmp_path):
     done = run("prepare_data.py", "--check", "--preview", 1, cwd=tmp_path, code=1)
     for line in ("픽셀이 같은 이미지 1장이 한쪽에 더 있습니다: train/a.png = train/b.png",
                  "잘린 객체 1개: train/cut.png", "작은 객체 (100픽셀 미만) 1개: train/tiny.png",
-                 "train/full.png: 마스크가 이미지 전체를 덮음",
-                 "train/turned.png: 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
+                 "train/full.png - 마스크가 이미지 전체를 덮음",
+                 "train/turned.png - 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
         assert line in done.stdout
     sheet = cv2.imread(str(tmp_path / "data/preview.png"))
     assert sheet[20, 20, 1] > sheet[20, 20, 0] + 30  # a problem comes first: `full` is green everywhere
