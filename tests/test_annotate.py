@@ -1,4 +1,12 @@
-"""extras/annotate.py: a folder is labelled in one window, on a screen."""
+"""extras/annotate.py: label a folder in one window.
+
+| tests | subject |
+|---|---|
+| labels | masks in the format of data/, continuing, unreadable images, names that collide |
+| window | order of the worker's jobs, zoom, keys, undo, colors, the status line |
+| real window | label, skip, close and continue on a virtual screen |
+| --learn | suggestions, resuming after a kill, when a step may start |
+"""
 
 import shlex
 import sys

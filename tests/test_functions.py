@@ -1,4 +1,14 @@
-"""Pure functions, on values computed by hand."""
+"""Pure functions, on values computed by hand.
+
+| tests | subject |
+|---|---|
+| losses, IoU | of one mask, all masks, several prompts |
+| prompts | middle, random and correcting clicks, boxes, parsing |
+| splits, names, tables | shuffling, result names, CSV cells, learning rates |
+| masks | reducing objects, numbered masks, colors, run lengths |
+| images | kinds, depth, orientation, files that are refused |
+| devices, environment | devices that are missing, package versions, output that is no terminal |
+"""
 
 import argparse
 import importlib.metadata

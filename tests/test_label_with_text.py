@@ -1,4 +1,12 @@
-"""extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: the tests check the pipeline."""
+"""extras/label_with_text.py, run as a user runs it. Detectors are tiny and untrained: only the pipeline is tested.
+
+| tests | subject |
+|---|---|
+| boxes | labels from boxes, masks of sam2, NMS, unreadable images |
+| detectors | answers of Florence-2 and logits of Grounding DINO, by hand |
+| model folders | missing, incomplete or unsafe weights, other models |
+| output | unusable targets, preview, two processes, the benchmark |
+"""
 
 import json
 import re

@@ -1,4 +1,12 @@
-"""extras/learning.py: decoder steps on the labels of a folder, without a window."""
+"""extras/learning.py: decoder steps on the labels of a folder, without a window.
+
+| tests | subject |
+|---|---|
+| steps | bit-for-bit resuming, order of images, masks that are too small |
+| files | learned.pt, learned_last.pt, labels changed since the last save |
+| guard | restoring the last good weights |
+| errors | what cannot be resumed, unreadable images, no steps |
+"""
 
 import shutil
 

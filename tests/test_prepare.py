@@ -1,4 +1,14 @@
-"""prepare_data.py, as a user runs it."""
+"""prepare_data.py, run as a user runs it.
+
+| tests | subject |
+|---|---|
+| pairs | splitting, unpaired and damaged files, repeated runs, files added by hand |
+| COCO | polygons and RLE, numbering, categories, crowds, names, invalid files |
+| maps | label maps, color masks, class maps, VOC palettes, void, thresholds |
+| formats | Unicode names, orientation, transparency, TIFF pages |
+| --check, --preview | counts, problems, the sheet of tiles |
+| own splits | folders, suffixes, groups, classes, images without an object |
+"""
 
 import argparse
 import errno

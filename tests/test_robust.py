@@ -1,4 +1,11 @@
-"""Errors of users, networks, disks and terminals give one clear line and lose nothing."""
+"""Errors of users, networks, disks and terminals give one clear line and lose no data.
+
+| tests | subject |
+|---|---|
+| images | every kind, damaged files, any size and name, unwritable folders |
+| training | killed and resumed, two at once, damaged and harmful checkpoints, memory |
+| arguments, terminals | any text, number or path, any encoding, a folder named sam2 |
+"""
 
 import argparse
 import csv

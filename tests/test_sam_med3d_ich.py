@@ -1,4 +1,14 @@
-"""extras/sam_med3d_ich: data, clicks, metrics, training, checkpoints; and what it refuses."""
+"""extras/sam_med3d_ich.
+
+| tests | subject |
+|---|---|
+| training | files, resuming, schedule, memory, logs, diverging runs |
+| clicks, losses, metrics | on values computed by hand |
+| geometry | points, crops, windows, the head's center |
+| refused input | pickles, volumes, rows and CSV files |
+| checkpoints | official ones, invalid ones, the full model |
+| --test, --help, demo data | system check, flags, defaults |
+"""
 
 import argparse
 import csv

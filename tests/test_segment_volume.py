@@ -1,4 +1,13 @@
-"""segment_volume.py: the mask lies where the object does, whatever the file's axes; millilitres; all kinds of files."""
+"""extras/segment_volume.py on NIfTI files. DICOM: test_dicom.py.
+
+| tests | subject |
+|---|---|
+| geometry | the mask lies on the object for every axis order |
+| numbers | milliliters, Dice, units, truth on other grids, windows |
+| files | value types, damaged files, doubtful values |
+| the script | tracking across slices, errors, results of others, the window |
+| demo, --auto | the drawn volume, starting without a prompt |
+"""
 
 import bz2
 import contextlib

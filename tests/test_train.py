@@ -1,4 +1,14 @@
-"""train_sam2_proper.py, as a user runs it."""
+"""train_sam2_proper.py, run as a user runs it.
+
+| tests | subject |
+|---|---|
+| training | what changes, logs, sizes, seeds, prompts, several processes |
+| resuming | bit for bit, saved settings, changed data, interruptions |
+| checks before training | --test, damaged files, missing packages, devices, checkpoints |
+| cache | same results, memory and disk limits, reading ahead |
+| recipes, objects | flags of a recipe, numbered objects, samples of many |
+| encoder | LoRA, full, learning rate, checkpointing, augmentation |
+"""
 
 import csv
 import gc

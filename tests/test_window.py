@@ -1,4 +1,12 @@
-"""test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py."""
+"""test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py.
+
+| tests | subject |
+|---|---|
+| command line | points, boxes, masks, --refine, folders, errors |
+| results | --everything, --compare, names, titles and colors |
+| window | clicks, drags, keys, objects, candidates |
+| on a screen | a real window on a virtual screen |
+"""
 
 import contextlib
 import json
