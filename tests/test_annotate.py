@@ -65,7 +65,7 @@ def settle(window):
 def label(tmp_path, monkeypatch):
     """Label images/ into masks/ in this process; actions: functions of the figure, one for each image.
 
-    An action does not wait for the model: its image is still being encoded when it clicks.
+    An action does not wait for the model: the image is still being encoded when the action clicks.
     """
     def label(*actions, more=()):
         left, opened = list(actions), []
@@ -146,7 +146,7 @@ def test_annotate_of_earlier_versions_answers_with_the_new_command(tmp_path):
 
 @pytest.fixture
 def window(tmp_path, monkeypatch):
-    """A window on three images with two discs, with the demo's model as both models; not encoded yet."""
+    """A window on three images with two discs, none of them encoded yet; the demo's model is used as both models."""
     for name in "abc":
         draw_discs(tmp_path / f"images/{name}.png")
     monkeypatch.chdir(tmp_path)

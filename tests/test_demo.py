@@ -160,7 +160,7 @@ def test_quick_evaluation_prints_every_figure(tmp_path):
 
 
 def test_demo_model_follows_an_object_that_leaves_and_comes_back():
-    """An orange disc crosses a grey ground behind a wall, through SAM2VideoPredictor, box on the first frame."""
+    """SAM2VideoPredictor, with a box on the first frame, follows an orange disc that passes behind a wall."""
     frames, masks = [], []
     for t in range(16):
         image, mask = np.full((256, 256, 3), 90, np.uint8), np.zeros((256, 256), np.uint8)

@@ -286,7 +286,7 @@ def test_logits_of_grounding_dino_become_boxes_worked_out_by_hand(grounding_dino
     outputs.logits = torch.full((1, 5, 256), -torch.inf)
     outputs.logits[0, :, :8] = probabilities.logit()
     outputs.pred_boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.25, 0.75, 0.1, 0.2], [0.5] * 4, [0.5] * 4,
-                                        [0.9, 0.1, 0.2, 0.2]]])  # centre and size, shares of the image
+                                        [0.9, 0.1, 0.2, 0.2]]])  # center and size, shares of the image
     input_ids = torch.tensor([detector.processor.tokenizer(detector.text)["input_ids"]])
     found = detector.read_outputs(outputs, input_ids, (100, 200, 3))
     assert found.class_id.tolist() == [1, 2, 2]

@@ -41,7 +41,7 @@ def image(folder, number):
 
 
 def add(learner, path):
-    """What the window does when a mask was saved."""
+    """Do what the window does after a mask was saved."""
     learner.predictor.set_image(train.read_image(path))
     learner.add(path, learner.predictor._features)
 

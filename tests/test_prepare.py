@@ -820,7 +820,7 @@ def test_without_arguments_it_makes_folders_and_explains(tmp_path):
 
 
 def write_pairs(folder, names, images="images", masks="masks", suffix=""):
-    """A drawn pair for each name, "a" or "folder/a": a different picture for each."""
+    """A drawn pair for each name, "a" or "folder/a"; all pictures differ."""
     for number, name in enumerate(names):
         image, mask = draw_pair(1000 + number)
         write_image(folder / images / f"{name}.png", image)

@@ -385,7 +385,7 @@ def test_any_terminal_degrades_and_never_raises(data, weights, terminal):
 
 
 def test_a_folder_named_sam2_is_found_out(tmp_path):
-    """Such as a copy of the official repository inside the project, with or without the installed package."""
+    """For example a copy of the official repository in the project, with or without the installed package."""
     shutil.copy(ROOT / "compare_models.py", tmp_path)
     (tmp_path / "sam2").mkdir()
     (tmp_path / "sam2/__init__.py").write_text("")

@@ -446,7 +446,7 @@ pathlib.Path.replace = replace"""
 
 
 def test_a_program_that_holds_a_model_for_a_moment_does_not_end_the_training(data, weights):
-    """As an antivirus or a synchronised folder does on Windows."""
+    """As an antivirus program or a synchronized folder does on Windows."""
     held = """
 import pathlib
 
