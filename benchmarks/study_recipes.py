@@ -6,9 +6,9 @@
 The budget is a number of decoder passes: one prompt on one image, forward and backward. Encoder passes are
 counted separately. The study trains on four fifths of data/images/train and measures on the held-back fifth;
 --final, to be run once, trains only the recipes of train_sam2_proper.py, on all training images, and measures
-on data/images/val. It measures the model after the last iteration on the highest-scored mask, for one click
-in the middle, for the box and without a prompt (the union of an image's objects; images without any object count
-as specificity). It runs one training per core in parallel.
+on data/images/val. It measures the mask with the highest score after the last iteration, for one click in the
+middle, for the box and without a prompt (compared with the union of an image's objects; images without any object
+give the specificity). It runs one training per core in parallel.
 
 --unet SECONDS trains MONAI's BasicUNet from scratch instead, for that CPU time, on the same images.
 """

@@ -1,13 +1,13 @@
-"""Bring data labelled with another tool into data/: its folder becomes COCO JSON, which prepare_data.py reads.
+"""Import data labeled with another tool into data/: its folder becomes COCO JSON, which prepare_data.py reads.
 
-    python extras/import_labels.py --dataset DIR                         recognise, report, convert, run prepare_data.py
+    python extras/import_labels.py --dataset DIR                         find the format, convert, run prepare_data.py
     python extras/import_labels.py --dataset DIR -- --merge              options after -- go to prepare_data.py
     python extras/import_labels.py --dataset DIR --output labels.json    keep the COCO JSON too
 
 A reader takes a folder and returns {image path: (split, (H, W) or None, objects)}, empty for other layouts. A split is
 "train", "val", "test" or "". An object is a COCO annotation without ids, with the name of its class as "category" and,
-where the format has an order of classes, its place there as "rank"; one without "segmentation" is a box. What a reader
-leaves out is added to `problems`, [(name, problem)].
+where the format has an order of classes, its place there as "rank"; one without "segmentation" is a box. A reader adds
+what it skips to `problems`, [(name, problem)].
 
 Chapters:
     the run            main(), the command line, the layout, COCO JSON for prepare_data.py

@@ -1,4 +1,14 @@
-"""Pure functions, on values computed by hand."""
+"""Pure functions, on values computed by hand.
+
+| tests | subject |
+|---|---|
+| losses, IoU | of one mask, all masks, several prompts |
+| prompts | middle, random and correcting clicks, boxes, parsing |
+| splits, names, tables | shuffling, result names, CSV cells, learning rates |
+| masks | reducing objects, numbered masks, colors, run lengths |
+| images | kinds, depth, orientation, files that are refused |
+| devices, environment | devices that are missing, package versions, output that is no terminal |
+"""
 
 import argparse
 import importlib.metadata
@@ -246,7 +256,7 @@ DEUTERANOPIA = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
 
 
 def lab(rgb, simulated=None):
-    """CIE L*a*b* of an sRGB colour, 0 to 255; simulated: Machado et al. (2009), on linear RGB, severity 1."""
+    """CIE L*a*b* of an sRGB color, 0 to 255; simulated: Machado et al. (2009), on linear RGB, severity 1."""
     linear = (np.asarray(rgb) / 255) ** 2.2
     linear = np.clip(linear if simulated is None else simulated @ linear, 0, 1)
     return cv2.cvtColor((linear ** (1 / 2.2)).astype(np.float32)[None, None], cv2.COLOR_RGB2Lab)[0, 0]
@@ -312,7 +322,7 @@ def test_a_reduced_object_stays_centred_on_its_pixels(side):
     reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
     assert broken == 0 and set(np.unique(reduced)) == {0, 65535}
     scale = side / 1024
-    for found, wanted in zip(np.nonzero(reduced), (815, 1513)):  # pixel centres: (i + 0.5) / scale - 0.5
+    for found, wanted in zip(np.nonzero(reduced), (815, 1513)):  # pixel centers: (i + 0.5) / scale - 0.5
         assert abs(found.mean() - ((wanted + 0.5) / scale - 0.5)) < 0.1
     coverage = cv2.resize((labels > 0).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
     assert np.array_equal(reduced > 0, coverage >= 0.5)

@@ -1,4 +1,14 @@
-"""train_sam2_proper.py, as a user runs it."""
+"""train_sam2_proper.py, run as a user runs it.
+
+| tests | subject |
+|---|---|
+| training | what changes, logs, sizes, seeds, prompts, several processes |
+| resuming | bit for bit, saved settings, changed data, interruptions |
+| checks before training | --test, damaged files, missing packages, devices, checkpoints |
+| cache | same results, memory and disk limits, reading ahead |
+| recipes, objects | flags of a recipe, numbered objects, samples of many |
+| encoder | LoRA, full, learning rate, checkpointing, augmentation |
+"""
 
 import csv
 import gc
@@ -436,7 +446,7 @@ pathlib.Path.replace = replace"""
 
 
 def test_a_program_that_holds_a_model_for_a_moment_does_not_end_the_training(data, weights):
-    """As an antivirus or a synchronised folder does on Windows."""
+    """As an antivirus program or a synchronized folder does on Windows."""
     held = """
 import pathlib
 
