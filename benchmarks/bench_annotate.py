@@ -3,7 +3,7 @@
     python benchmarks/bench_annotate.py
 
 The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. A simulated person
-looks at each image for one to three seconds before each click, moves the mouse for 0.7 seconds and clicks; the image
+looks at each image for one to three seconds before each click, moves the mouse for 0.7 seconds and clicks. The image
 after the current one is encoded meanwhile. Events go through matplotlib's own event chain to its Agg canvas.
 """
 
@@ -56,6 +56,8 @@ def label(paths, checkpoint, output, learns, args):
         settings = annotate.parse_args()
     predictors, shared = annotate.load_models(settings)
     learner = annotate.Learner(predictors["original model"], output, annotate.STEPS if learns else 0)
+    if learns:
+        learner.resume([])  # as annotate.py does: hashes the weights
     clicks, steps, rng, work = [], [], np.random.default_rng(0), learner.work
 
     def timed_work():

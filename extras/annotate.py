@@ -1,11 +1,11 @@
 """Label a folder of images in a window: click, look at the mask, press Enter, and the next image opens.
 
-    python extras/annotate.py --images photos --output photo_masks       goes on where it stopped
+    python extras/annotate.py --images photos --output photo_masks       starts, or continues
     python prepare_data.py --images photos --masks photo_masks           and train
 
-Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one. With --learn
-the model learns from each mask while one looks at the next image (learning.py). Once it finds the objects without a
-click, each image opens with this suggestion.
+Images open at once: a worker thread encodes the current image, answers its clicks and then encodes the next image. With
+--learn, the model learns from each saved mask while the user looks at the next image (learning.py). Once it segments
+the objects without a click, each image opens with this mask as a suggestion.
 
 Chapters:
     settings    the pause before a step, the hints
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from common import add_model_flags
 from files import ImageError, as_cell, calculate_iou, fail, read_image, run
-from learning import STEPS, Learner
+from learning import STEPS, Learner, train
 from tqdm import tqdm
 from window import BACKGROUND, NEXT, Window, add_web_flag, say, show_view
 
@@ -43,7 +43,7 @@ from test_my_image import (
 
 # ---- settings ----
 
-PAUSE = 0.3  # seconds without any event in the window, after which a step may begin
+PAUSE = 0.3  # seconds without an event in the window before a learning step may begin
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
             "u: undo    r: reset    Enter: save    s: skip    h: hide masks    m: initial model    "
             "wheel: zoom, 0: whole image    q: quit",
@@ -59,11 +59,18 @@ def main():
     paths = find_images(args.images)
     remaining = without_mask(paths, args.output)
     require_display(args.web, "화면이 있는 컴퓨터에서 실행하거나")
+    # a second window would show images that are being labelled in the first one
+    with train.claim_folder(argparse.Namespace(output_dir=args.output, resume=True, test=False)):
+        label(paths, remaining, args)
+
+
+def label(paths, remaining, args):
+    """Label the remaining images; with --learn, first learn what is new among the others."""
     predictors, shared = load_models(args)
     print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter는 저장, s는 건너뛰기, q는 끝입니다.")
     learner = Learner([*predictors.values()][-1], args.output, STEPS if args.learn else 0)
     if args.learn:
-        learner.resume([path for path in paths if path not in remaining])
+        learner.resume(sorted({*paths}.difference(remaining)))
     window = AnnotationWindow(remaining, len(paths), predictors, shared, learner, args)
     window.show()
     if window.path:
@@ -85,7 +92,7 @@ def parse_args():
     parser.add_argument("--refine", type=int, default=0, metavar="N",
                         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
     parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=False,
-                        help="저장한 마스크마다 모델이 배움 (기본: 배우지 않음)")
+                        help="저장한 마스크로 모델을 바로 학습함 (기본: 학습하지 않음)")
     add_web_flag(parser)
     add_model_flags(parser, "output/my_masks/폴더이름")
     args = parser.parse_args()
@@ -103,9 +110,9 @@ def without_mask(paths, mask_dir):
 
     Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
     """
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(path.stem.lower() for path in paths)  # not every file system tells A.png from a.png
     for path in paths:
-        if stems[path.stem] > 1:
+        if stems[path.stem.lower()] > 1:
             fail(f"이름이 같은 이미지가 둘 이상입니다: {path}. 하나만 남기세요")
         if path.parent.resolve() == mask_dir.resolve():
             fail(f"마스크 폴더가 이미지 폴더와 같습니다: {mask_dir}. 다른 폴더를 쓰세요")
@@ -118,7 +125,7 @@ def write_log_row(path, *row):
     """Add a row to annotation_log.csv."""
     rows = [row] if path.exists() else [("image", "clicks", "seconds", "first_iou"), row]
     try:
-        with path.open("a", encoding="utf-8", newline="") as file:
+        with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows([as_cell(value) for value in each] for each in rows)
     except PermissionError:  # on Windows, while Excel has it open
         tqdm.write(f"주의: {path}에 쓰지 못했습니다. 다른 프로그램에서 닫으세요", file=sys.stderr)
@@ -128,11 +135,12 @@ def write_log_row(path, *row):
 
 
 class AnnotationWindow(Window):
-    """A window that shows one image after the other, with one panel for each model, and writes a mask for each.
+    """A window that shows the images one by one, with a panel for each model, and writes a mask for each image.
 
-    paths: the images to label; total: their number with those that have a mask; predictors: {title: predictor}; the
-    last one's masks are written, and learner trains it; shared: see set_image_in_all. After show(): path is the image
-    open at the end or None; saved, the number of masks written; failed, the images that were unreadable.
+    paths: the images to label; total: the number of all images, including those that have a mask; predictors: {title:
+    predictor}: the masks of the last one are written, and learner trains it; shared: see set_image_in_all. After
+    show(), path is the image that was still open, or None; saved, the number of masks written; failed, the unreadable
+    images.
     """
 
     WAITING_KEYS = ("1", "2", "3", "n", "enter")
@@ -141,15 +149,16 @@ class AnnotationWindow(Window):
         self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
         self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
         self.learner, self.is_learning, self.touched = learner, False, 0
-        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a laptop of 1280 x 720
+        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a screen of 1280 x 720
         self.status = self.figure.text(0.5, 0.955, "", ha="center")
         for name in ("button_press_event", "motion_notify_event", "key_press_event", "scroll_event"):
             self.figure.canvas.mpl_connect(name, self.touch)
         self.open_next()
 
     def open_next(self):
-        """Open the next image, have it encoded and then the one after it; close the window after the last one."""
-        self.path = None
+        """Open the next image; queue its encoding, then that of the image after it. After the last image, close."""
+        self.path, self.delayed = None, []
+        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
         while self.paths and not self.path:
             path = self.paths.pop(0)
             try:
@@ -159,12 +168,11 @@ class AnnotationWindow(Window):
                 tqdm.write(f"오류: {error}", file=sys.stderr)
         if not self.path:
             return self.close()
-        self.size, self.delayed = self.image.shape[:2], []
-        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
+        self.size = self.image.shape[:2]
         self.is_encoded = self.is_suggested = self.shows_initial = False
         self.opened, self.clicks, self.first = time.monotonic(), 0, None
         self.set_title()
-        self.ask(partial(self.encode, self.path), partial(self.on_encoded, self.path))
+        self.ask(partial(self.encode, self.path, self.image), partial(self.on_encoded, self.path))
         if self.paths:
             self.worker.add(NEXT, partial(self.encode, self.paths[0]))
         self.set_view()
@@ -178,7 +186,7 @@ class AnnotationWindow(Window):
         self.touched = time.monotonic()
 
     def tick(self):
-        """Also let the worker learn, one step at a time, while nothing happens: a click waits for that step at most."""
+        """Also queue one learning step at a time while the user does nothing: a click waits for one step at most."""
         super().tick()
         if not (self.is_learning or self.waiting) and self.learner.has_work() and \
                 time.monotonic() - self.touched > PAUSE:
@@ -190,14 +198,18 @@ class AnnotationWindow(Window):
         if self.path and self.figure.canvas.manager:  # else the window has been closed
             self.set_title()
 
-    def encode(self, path):
-        """In the worker: keep the features of an image, one (features, (H, W)) per model; of skipped ones none."""
+    def encode(self, path, image=None):
+        """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped.
+
+        image: uint8 H x W x 3; None: read it.
+        """
         wanted = {self.path, *self.paths[:1]}
         for old in self.encoded.keys() - wanted:
             del self.encoded[old]
         if path in wanted - self.encoded.keys():
             with contextlib.suppress(ImageError):  # open_next() reports it
-                set_image_in_all(self.predictors.values(), read_image(path), self.shared)
+                image = read_image(path) if image is None else image
+                set_image_in_all(self.predictors.values(), image, self.shared)
                 self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
 
     def on_encoded(self, path, _):
@@ -207,7 +219,7 @@ class AnnotationWindow(Window):
         self.update()
 
     def predict(self, path, asked):
-        """In the worker: the candidates for the prompts of an object; incomplete if there are newer prompts."""
+        """In the worker: the candidates for the prompts of an object; incomplete if the prompts have changed since."""
         candidates = {}
         with self.learner.using(self.learner.initial) if self.shows_initial else contextlib.nullcontext():
             for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
@@ -236,7 +248,7 @@ class AnnotationWindow(Window):
         self.history.append((self.finished, before))
 
     def set_prompts(self, points, box, choice=None, is_suggested=False):
-        """Take new prompts for the current object and have them segmented; until then the old mask is shown.
+        """Set new prompts for the current object and queue their segmentation; until it ends, the old mask is shown.
 
         is_suggested: segment what the model finds without prompts.
         """
@@ -282,8 +294,8 @@ class AnnotationWindow(Window):
     def save(self, objects):
         """Write the mask in the format of data/, 8-bit for one object, else numbered, and open the next image.
 
-        The learner gets it, and annotation_log.csv a row: the IoU of the image's first mask, from the first prompt or
-        suggested, with the first object or, if suggested, with all that was saved.
+        Pass the mask to the learner and add a row to annotation_log.csv. Its IoU compares the first mask shown for the
+        image with what was saved: a suggestion with all objects, the mask of the first prompt with the first object.
         """
         labels = number_objects(objects, [*self.predictors][-1])
         mask_path = self.args.output / f"{self.path.stem}.png"
@@ -298,7 +310,7 @@ class AnnotationWindow(Window):
         self.open_next()
 
     def update(self, message=""):
-        """Show the image, the objects' masks, the current one's prompts, and a message or what is going on."""
+        """Show the image, the objects' masks, the current one's prompts, and a message or the state."""
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.predictors):
             show_view(axes, self.image, [] if self.hides_masks else colored_masks(objects, title))
@@ -313,7 +325,8 @@ class AnnotationWindow(Window):
         status = message or (
             say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
             say("segmenting ...", "분할하는 중 ...") if self.waiting else
-            say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested else say("ready", "준비됨"))
+            say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested and self.objects() else
+            say("ready", "준비됨"))
         self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
         self.figure.canvas.draw_idle()
 

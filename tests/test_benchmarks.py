@@ -1,4 +1,11 @@
-"""The benchmarks run and print their tables; the measured values are not checked."""
+"""The benchmarks run and print their tables. The measured values are not checked.
+
+| tests | subject |
+|---|---|
+| study_recipes.py, study_annotation.py | a row for each recipe or variant |
+| bench_training.py, bench_compare.py, bench_window.py | ratios and seconds |
+| bench_onnx.py | sizes, ratios, IoU |
+"""
 
 import re
 
