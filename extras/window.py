@@ -202,9 +202,9 @@ class Window:
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # an extra event, without a release
+        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
         if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
-            height, width = self.size  # after panning, a click may lie outside the image
+            height, width = self.size  # after panning, there is space beside it
             if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
                 self.pressed = event
 
