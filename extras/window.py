@@ -32,7 +32,7 @@ from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_w
 LEAST_VIEW = 16         # smallest width, in pixels of the image, that the zoom shows
 TICK_MS = 10            # between two calls of tick()
 CLICK, NEXT, BACKGROUND = range(3)  # priorities of jobs: what the window waits for; the next image; other
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # letters on the same keys
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # on the same keys
 HAS_HANGUL = len(plt.rcParams["font.family"]) > 1  # test_my_image.py found a font with Hangul
 
 
@@ -202,9 +202,9 @@ class Window:
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # an extra event, without a release
+        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
         if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
-            height, width = self.size  # after panning, a click may lie outside the image
+            height, width = self.size  # after panning, there is space beside it
             if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
                 self.pressed = event
 
