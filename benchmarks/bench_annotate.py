@@ -56,6 +56,8 @@ def label(paths, checkpoint, output, learns, args):
         settings = annotate.parse_args()
     predictors, shared = annotate.load_models(settings)
     learner = annotate.Learner(predictors["original model"], output, annotate.STEPS if learns else 0)
+    if learns:
+        learner.resume([])  # as annotate.py does: hashes the weights
     clicks, steps, rng, work = [], [], np.random.default_rng(0), learner.work
 
     def timed_work():

@@ -40,16 +40,16 @@ def main():
                 cv2.imwrite(str(images / f"empty_{path.stem}.png"), patch)
                 cv2.imwrite(str(masks / f"empty_{path.stem}.png"), np.zeros(mask.shape, np.uint8))
                 sides.append(side)
-        print(f"{split}: {len(sides)} squares, sides {min(sides)} to {max(sides)} px, median {np.median(sides):g}")
         if len(sides) < count:
             sys.exit(f"only {len(sides)} of {count} images have such a square")
+        print(f"{split}: {len(sides)} squares, sides {min(sides)} to {max(sides)} px, median {np.median(sides):g}")
 
 
 def find_square(image, mask, rng):
     """The largest of 300 random squares of background: (top, left, side) in pixels, or None."""
     near = cv2.dilate((mask > 0).astype(np.uint8), np.ones((9, 9)))
     dark, best = image.max(2) < 30, None
-    for _ in range(300):
+    for _ in range(300 if min(mask.shape) >= LEAST else 0):
         side = int(rng.integers(LEAST, min(mask.shape) + 1))
         top, left = (int(rng.integers(length - side + 1)) for length in mask.shape)
         place = slice(top, top + side), slice(left, left + side)

@@ -84,7 +84,7 @@ def sort_by_certainty(pairs, args):
     for pair in pairs:
         image = project.read_image(pair[0])
         predictor.set_image(image)
-        _, scores = project.simulate_prompts(predictor, predictor._features, "none", [np.ones((1, *image.shape[:2]))])
+        _, scores = project.simulate_prompts(predictor, predictor._features, "none", [np.ones(image.shape[:2])])
         certainty[pair] = scores.max().item()
     return sorted(pairs, key=certainty.get)
 
@@ -134,8 +134,8 @@ def validate(predictor, args):
 @torch.no_grad()
 def predict_mask(predictor, features, size, coords, labels):
     """The mask with the highest score, bool H x W."""
-    prompts = [(np.array([coords], np.float32), np.array([labels]))]
-    return project.best_masks(predictor, [size], *project.predict_masks(predictor, features, [size], prompts))[0][0]
+    prompts = [(np.array(coords, np.float32), np.array(labels))]
+    return project.best_masks(predictor, [size], *project.predict_masks(predictor, features, [size], prompts))[0]
 
 
 def simulate(predict, gt_mask, clicks=CLICKS):

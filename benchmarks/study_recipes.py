@@ -146,8 +146,8 @@ def run(job):
         patches.append(mock.patch.object(project, "SCORE_WEIGHT", options["score_weight"]))
     if "views" in options:
         pairs = write_views(pairs, options["views"], args.cache_dir / "views")
-    patches.append(mock.patch.object(project, "load_masks", lambda _: (
-        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND, keep_empty=True),
+    patches.append(mock.patch.object(project, "load_masks", lambda settings: (
+        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND, keep_empty=settings.prompt in ("none", "any")),
         project.Masks(val_pairs, 10**9, 1, keep_empty=True))))
     patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
     started = time.process_time()
@@ -174,14 +174,13 @@ def run(job):
     return name, values, encoded, time.process_time() - started
 
 
-def focal_loss(weight, logits, scores, gt_masks, dice_weight, supervise):
+def focal_loss(weight, logits, scores, gt_masks, dice_weight):
     """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) instead of cross-entropy."""
-    del supervise  # all
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     right = prob * gt + (1 - prob) * (1 - gt)
     alpha = 0.25 * gt + 0.75 * (1 - gt)
     focal = (-alpha * (1 - right) ** 2 * torch.log(right + 1e-5)).mean((-2, -1))
-    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight, "all")
+    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight)
     entropy = (-torch.log(right + 1e-5)).mean((-2, -1))
     return plain + (weight * focal - entropy).mean(), iou
 
@@ -224,20 +223,20 @@ def measure(training):
         features, gt_masks, columns = training.val_cache([(path, size)]), masks.decode(index), []
         union = masks.labels(index)[None] > 0
         for kind in ("point", "box", "none") if index < masks.filled else ("none",):
+            truth = union if kind == "none" else gt_masks
             with torch.no_grad():
-                low_res_masks, scores = project.simulate_prompts(
-                    predictor, features, kind, [union if kind == "none" else gt_masks])
-            best, = project.best_masks(predictor, [size], low_res_masks, scores)
+                low_res_masks, scores = project.simulate_prompts(predictor, features, kind, truth)
+            best = project.best_masks(predictor, [size] * len(truth), low_res_masks, scores)
             if kind == "none" and project.nothing_found(predictor.model):
-                best[:] = False
+                best[0][:] = False
             if kind == "none" and index < masks.filled:
                 unions.append([calculate(best[0], union[0]) for calculate in MEASURES])
             elif kind == "none":
-                right.append(not best.any())
+                right.append(not best[0].any())
             else:
                 columns += [[calculate(*pair) for pair in zip(best, gt_masks)] for calculate in MEASURES]
             if kind == "point":
-                first, = project.best_masks(predictor, [size], low_res_masks[:, :1], scores[:, :1])
+                first = project.best_masks(predictor, [size] * len(truth), low_res_masks[:, :1], scores[:, :1])
                 first = [project.calculate_iou(*pair) for pair in zip(first, gt_masks)]
         if columns:
             objects += zip(*columns, first)

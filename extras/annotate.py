@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from common import add_model_flags
 from files import ImageError, as_cell, calculate_iou, fail, read_image, run
-from learning import STEPS, Learner
+from learning import STEPS, Learner, train
 from tqdm import tqdm
 from window import BACKGROUND, NEXT, Window, add_web_flag, say, show_view
 
@@ -59,11 +59,18 @@ def main():
     paths = find_images(args.images)
     remaining = without_mask(paths, args.output)
     require_display(args.web, "화면이 있는 컴퓨터에서 실행하거나")
+    # a second window would show images that are being labelled in the first one
+    with train.claim_folder(argparse.Namespace(output_dir=args.output, resume=True, test=False)):
+        label(paths, remaining, args)
+
+
+def label(paths, remaining, args):
+    """Label the remaining images; with --learn, first learn what is new among the others."""
     predictors, shared = load_models(args)
     print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter는 저장, s는 건너뛰기, q는 끝입니다.")
     learner = Learner([*predictors.values()][-1], args.output, STEPS if args.learn else 0)
     if args.learn:
-        learner.resume([path for path in paths if path not in remaining])
+        learner.resume(sorted({*paths}.difference(remaining)))
     window = AnnotationWindow(remaining, len(paths), predictors, shared, learner, args)
     window.show()
     if window.path:
@@ -103,9 +110,9 @@ def without_mask(paths, mask_dir):
 
     Fails if a mask would be written among the images or could belong to two images; ends if no image is left.
     """
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(path.stem.lower() for path in paths)  # not every file system tells A.png from a.png
     for path in paths:
-        if stems[path.stem] > 1:
+        if stems[path.stem.lower()] > 1:
             fail(f"이름이 같은 이미지가 둘 이상입니다: {path}. 하나만 남기세요")
         if path.parent.resolve() == mask_dir.resolve():
             fail(f"마스크 폴더가 이미지 폴더와 같습니다: {mask_dir}. 다른 폴더를 쓰세요")
@@ -118,7 +125,7 @@ def write_log_row(path, *row):
     """Add a row to annotation_log.csv."""
     rows = [row] if path.exists() else [("image", "clicks", "seconds", "first_iou"), row]
     try:
-        with path.open("a", encoding="utf-8", newline="") as file:
+        with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows([as_cell(value) for value in each] for each in rows)
     except PermissionError:  # on Windows, while Excel has it open
         tqdm.write(f"주의: {path}에 쓰지 못했습니다. 다른 프로그램에서 닫으세요", file=sys.stderr)
@@ -150,7 +157,8 @@ class AnnotationWindow(Window):
 
     def open_next(self):
         """Open the next image; queue its encoding, then that of the image after it. After the last image, close."""
-        self.path = None
+        self.path, self.delayed = None, []
+        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
         while self.paths and not self.path:
             path = self.paths.pop(0)
             try:
@@ -160,12 +168,11 @@ class AnnotationWindow(Window):
                 tqdm.write(f"오류: {error}", file=sys.stderr)
         if not self.path:
             return self.close()
-        self.size, self.delayed = self.image.shape[:2], []
-        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
+        self.size = self.image.shape[:2]
         self.is_encoded = self.is_suggested = self.shows_initial = False
         self.opened, self.clicks, self.first = time.monotonic(), 0, None
         self.set_title()
-        self.ask(partial(self.encode, self.path), partial(self.on_encoded, self.path))
+        self.ask(partial(self.encode, self.path, self.image), partial(self.on_encoded, self.path))
         if self.paths:
             self.worker.add(NEXT, partial(self.encode, self.paths[0]))
         self.set_view()
@@ -191,14 +198,18 @@ class AnnotationWindow(Window):
         if self.path and self.figure.canvas.manager:  # else the window has been closed
             self.set_title()
 
-    def encode(self, path):
-        """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped."""
+    def encode(self, path, image=None):
+        """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped.
+
+        image: uint8 H x W x 3; None: read it.
+        """
         wanted = {self.path, *self.paths[:1]}
         for old in self.encoded.keys() - wanted:
             del self.encoded[old]
         if path in wanted - self.encoded.keys():
             with contextlib.suppress(ImageError):  # open_next() reports it
-                set_image_in_all(self.predictors.values(), read_image(path), self.shared)
+                image = read_image(path) if image is None else image
+                set_image_in_all(self.predictors.values(), image, self.shared)
                 self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
 
     def on_encoded(self, path, _):
@@ -314,7 +325,8 @@ class AnnotationWindow(Window):
         status = message or (
             say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
             say("segmenting ...", "분할하는 중 ...") if self.waiting else
-            say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested else say("ready", "준비됨"))
+            say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested and self.objects() else
+            say("ready", "준비됨"))
         self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
         self.figure.canvas.draw_idle()
 

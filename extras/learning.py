@@ -60,11 +60,11 @@ class Learner:
 
     def resume(self, labeled):
         """Restore what learned_last.pt holds; queue the images whose mask is new or was changed since."""
-        path = self.folder / "learned_last.pt"
+        path, initial = self.folder / "learned_last.pt", self.hash_initial
         if path.exists():
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                if saved["frozen"] == self.hash_frozen:
+                if saved["initial"] == initial:
                     self.load(saved["model"])
                     for group in saved["optimizer"]["param_groups"]:
                         group["fused"] = self.optimizer.defaults["fused"]  # depends on the device
@@ -72,7 +72,7 @@ class Learner:
                     vars(self).update({name: saved[name] for name in STATE}, good=saved["good"])
             except Exception as error:  # torch.load raises many error types for a damaged file
                 fail(f"{path}: 읽을 수 없습니다 ({type(error).__name__}). 지우면 처음부터 다시 배웁니다")
-            if saved["frozen"] != self.hash_frozen:
+            if saved["initial"] != initial:
                 fail(f"{path}: 다른 모델로 배운 것입니다. 그 모델을 주거나, --no-learn을 쓰거나, 이 파일을 지우세요")
         images = {image.stem: image for image in labeled}
         for stem in [stem for stem in self.learned if stem in images and self.learned[stem] == self.hash_mask(stem)]:
@@ -84,18 +84,16 @@ class Learner:
         return hashlib.sha256((self.folder / f"{stem}.png").read_bytes()).hexdigest()
 
     @functools.cached_property
-    def hash_frozen(self):
-        """Hash of the weights that are not trained: the features depend on them."""
+    def hash_initial(self):
+        """Hash of the weights before the first step."""
         digest = hashlib.sha256()
         for name, tensor in self.predictor.model.state_dict().items():
-            if name not in self.trained:
-                digest.update(tensor.cpu().numpy().tobytes())
+            digest.update(self.initial.get(name, tensor).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def add(self, path, features=None):
         """Queue an image whose mask was saved; features: predictor._features after set_image(), or None."""
-        levels = features and [features["image_embed"], *features["high_res_feats"]]
-        self.waiting.appendleft((path, levels and [level.to(self.cache.dtype) for level in levels]))
+        self.waiting.appendleft((path, features))
 
     def finish(self):
         """Take the steps of the images that were added; those of earlier sessions may wait for the next one."""
@@ -112,7 +110,7 @@ class Learner:
         if self.queued:
             batch = self.draw()
             missing = [index for index in batch.indices if self.paths[index] not in self.cache.kept]
-            if missing and self.cache.capacity:
+            if missing and self.cache.capacity >= BATCH:
                 self.encode(missing[0])
             else:
                 self.step(batch)
@@ -126,6 +124,7 @@ class Learner:
         """Measure the model on a newly labeled image and queue the image's steps, also in learned_last.pt."""
         if self.keep(path) and self.encode(-1, features):
             self.measure(-1)
+            self.learned.pop(path.stem, None)  # the newest is the last, also if its mask was changed
             self.learned[path.stem] = self.hash_mask(path.stem)
             self.queued = self.steps
             if self.steps:
@@ -156,7 +155,8 @@ class Learner:
             del kept[next(iter(kept))]
         if features and cache.capacity:
             place = self.predictor.device if len(kept) < cache.on_device else "cpu"
-            kept[self.paths[index]] = [level.to(place) for level in features]
+            levels = features["image_embed"], *features["high_res_feats"]
+            kept[self.paths[index]] = [level.to(place, cache.dtype) for level in levels]
             return True
         try:
             return bool(cache([(self.paths[index], self.sizes[index])]))
@@ -210,9 +210,10 @@ class Learner:
             return 0.0  # one mask of all objects cannot agree with the separate objects that were saved
         gt_masks = masks.decode(0, masks.objects[0][:self.args.max_objects])
         features = self.cache([(self.paths[index], size)])
-        found, = train.best_masks(predictor, [size], *train.simulate_prompts(predictor, features, kind, [gt_masks]))
+        found = train.best_masks(predictor, [size] * len(gt_masks),
+                                 *train.simulate_prompts(predictor, features, kind, gt_masks))
         if kind == "none" and train.nothing_found(predictor.model):
-            found[:] = False
+            found[0][:] = False
         return float(np.mean([train.calculate_iou(*pair) for pair in zip(found, gt_masks)]))
 
     def is_worth_showing(self):
@@ -239,8 +240,10 @@ class Learner:
         """Use other values of the trained weights inside a with block."""
         now = self.copy()
         self.load(weights)
-        yield
-        self.load(now)
+        try:
+            yield
+        finally:
+            self.load(now)
 
     def write(self):
         """Write both files: learned.pt, which all scripts can load, and learned_last.pt."""
@@ -254,5 +257,5 @@ class Learner:
     def write_last(self):
         """Write learned_last.pt: all that resume() needs."""
         content = {"model": self.copy(), "good": self.good, "optimizer": self.optimizer.state_dict(),
-                   "frozen": self.hash_frozen, **{name: getattr(self, name) for name in STATE}}
+                   "initial": self.hash_initial, **{name: getattr(self, name) for name in STATE}}
         write_file(self.folder / "learned_last.pt", lambda file: torch.save(content, file))

@@ -20,6 +20,7 @@ import pytest
 import torch
 import window as window_module
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, run, write_image
+from filelock import FileLock
 from matplotlib import pyplot as plt
 from matplotlib.backend_bases import MouseEvent
 from test_window import NO_DISPLAY, RealWindow, click, drag, draw_discs, masks_in, mouse, press, read_png, rounded
@@ -123,11 +124,20 @@ def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, label, capsys):
     assert list(masks_in(tmp_path / "masks")) == ["a", "c"] and "images/b.png" in capsys.readouterr().err
 
 
+def test_the_log_takes_any_file_name(tmp_path):
+    for name in ("내 사진.png", "\udcff.png", "=a.png"):
+        annotate.write_log_row(tmp_path / "log.csv", name, 1, 2.5, 0.5)
+    _, *rows = (tmp_path / "log.csv").read_bytes().splitlines()
+    assert rows == ["내 사진.png,1,2.5,0.5".encode(), b"\xff.png,1,2.5,0.5", b"'=a.png,1,2.5,0.5"]
+
+
 def test_labelling_refuses_what_would_mix_masks_up(tmp_path, label):
     draw_discs(tmp_path / "images/a.png")
+    with FileLock(tmp_path / "masks/.lock"), pytest.raises(SystemExit, match="이미 실행 중입니다"):
+        label()
     with pytest.raises(SystemExit, match="마스크 폴더가 이미지 폴더와 같습니다"):
         label(more=("--output", "images"))
-    draw_discs(tmp_path / "images/a.jpg")
+    draw_discs(tmp_path / "images/A.jpg")
     with pytest.raises(SystemExit, match="이름이 같은 이미지"):
         label()
     with pytest.raises(SystemExit) as stop:
@@ -279,6 +289,33 @@ def test_an_image_that_is_skipped_before_it_is_encoded_is_forgotten(window):
     assert [path.name for path in window.encoded] == ["c.png"]
 
 
+def test_an_image_is_read_once_so_that_its_file_may_vanish_while_it_is_open(window, tmp_path):
+    settle(window)
+    hold = threading.Event()
+    window.worker.add(window_module.CLICK, hold.wait)
+    for _ in range(2):
+        press(window.figure, "s")
+    (tmp_path / "images/c.png").unlink()
+    hold.set()
+    click(window.figure, 40, 40)
+    settle(window)
+    assert window.path.name == "c.png" and window.objects()
+
+
+def test_what_was_pressed_after_the_last_enter_is_forgotten(window):
+    settle(window)
+    for _ in range(2):
+        press(window.figure, "s")
+    click(window.figure, 40, 40)
+    for key in ("enter", "enter"):
+        press(window.figure, key)
+    click(window.figure, 110, 80)
+    settle(window)
+    assert window.saved == 1 and window.path is None and not plt.fignum_exists(window.figure.number)
+    press(window.figure, "enter")  # a browser may send it after the window was closed
+    assert window.error is None and list(masks_in(window.args.output)) == ["c"]
+
+
 def test_undo_reset_and_the_next_object(window):
     settle(window)
     click(window.figure, 40, 40)
@@ -358,7 +395,7 @@ def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
         window.wait_for("d.png", points=1)
         window.close()
         assert "이미지 2장을 라벨링했습니다" in window.end()
-    assert {path.name for path in (tmp_path / "masks").iterdir()} == {
+    assert {path.name for path in (tmp_path / "masks").iterdir()} - {".lock"} == {
         "a.png", "c.png", "annotation_log.csv", "learned.pt", "learned_last.pt"}
     two, one = read_png(tmp_path / "masks/a.png"), read_png(tmp_path / "masks/c.png")
     assert two.dtype == np.uint16 and (two[40, 40], two[80, 110], two[5, 5]) == (1, 2, 0)
@@ -491,6 +528,10 @@ def test_a_suggestion_is_emptied_undone_and_shown_by_the_initial_model(window, m
     assert (window.current.best("fine-tuned model")[1] == learned).all()
     press(window.figure, "r")
     assert not window.objects() and window.current == ([], None, {}, None)
+    monkeypatch.setattr(annotate, "segment", lambda *_, **__: (np.zeros((3, 120, 160), bool), np.ones(3)))
+    press(window.figure, "s")
+    settle(window)
+    assert "ready" in window.status.get_text() and window.is_suggested  # nothing was found
 
 
 def test_a_step_starts_only_when_nothing_has_happened_for_a_while(window, monkeypatch):

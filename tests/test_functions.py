@@ -53,29 +53,37 @@ ENTROPY = [-(2 * math.log(0.5 + 1e-5) + 2 * math.log(0.75 + 1e-5)) / 4, -math.lo
 SCORES = [0.8, 0.9, 0.1]  # real IoUs: 1/2 (one pixel is above 0.5, two are right), 1, 0
 
 
-def loss_of(**options):
-    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK]]), torch.tensor([SCORES]),
-                                                GT[None], **options)
+def loss_of(count, **options):
+    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK][:count]]),
+                                                torch.tensor([SCORES[:count]]), GT[None], **options)
     return loss.item(), iou.item()
 
 
 def test_loss_of_the_reference_by_hand():
-    loss, iou = loss_of()
+    loss, iou = loss_of(1)
     assert iou == pytest.approx(1 / 2, abs=1e-6)
     assert loss == pytest.approx(ENTROPY[0] + 0.05 * abs(0.8 - 0.5), abs=1e-6)
-    assert loss_of(supervise="first") == (loss, iou)
+
+
+@pytest.mark.parametrize("supervise, count", [("first", 1), ("all", 3)])
+def test_supervise_chooses_the_masks_in_the_loss(supervise, count):
+    predictor = argparse.Namespace(_transforms=argparse.Namespace(postprocess_masks=lambda masks, size: masks))
+    args = argparse.Namespace(supervise=supervise, dice_weight=0.0)
+    loss, iou = train_sam2_proper.image_loss(predictor, torch.tensor([[FIRST, SECOND, THIRD_MASK]]),
+                                             torch.tensor([SCORES]), GT[None] > 0, args)
+    assert (loss.item(), iou.item()) == loss_of(count)
 
 
 def test_loss_of_all_masks_by_hand():
     score_loss = (abs(0.8 - 0.5) + abs(0.9 - 1) + abs(0.1 - 0)) / 3
-    loss, iou = loss_of(supervise="all")
+    loss, iou = loss_of(3)
     assert loss == pytest.approx(sum(ENTROPY) / 3 + 0.05 * score_loss, abs=1e-6)
     assert iou == pytest.approx(1, abs=1e-6)  # of the mask with the highest score
 
 
 def test_dice_loss_by_hand():
     dice = (2 * (0.5 + 0.75) + 1) / (2 + 2 + 1)  # of the first mask: overlap 1.25, areas 2 and 2
-    assert loss_of(dice_weight=3)[0] - loss_of()[0] == pytest.approx(3 * (1 - dice), abs=1e-5)
+    assert loss_of(1, dice_weight=3)[0] - loss_of(1)[0] == pytest.approx(3 * (1 - dice), abs=1e-5)
 
 
 def test_loss_of_several_prompts_is_their_mean():

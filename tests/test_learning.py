@@ -28,8 +28,8 @@ def start(tmp_path):
         for folder, array in zip(("images", "masks"), draw_pair(number)):
             write_image(tmp_path / folder / f"{number}.png", array)
 
-    def start(labelled=(), folder="masks", steps=learning.STEPS):
-        predictor = train.load_predictor(SMALL_CFG, DEMO, "cpu")
+    def start(labelled=(), folder="masks", steps=learning.STEPS, checkpoint=DEMO):
+        predictor = train.load_predictor(SMALL_CFG, checkpoint, "cpu")
         learner = learning.Learner(predictor, tmp_path / folder, steps)
         learner.resume([image(tmp_path, number) for number in labelled])
         return learner
@@ -100,6 +100,7 @@ def test_labels_made_or_changed_since_the_last_save_are_learned(tmp_path, start)
     while again.work():
         pass
     assert again.iteration == 4 and [path.stem for path in again.paths] == ["1", "0", "2"]
+    assert [path.stem for path in start([0, 1, 2]).paths] == ["1", "0", "2"]  # the newest last
 
 
 def test_the_newest_image_is_in_every_second_batch(tmp_path, start):
@@ -154,9 +155,13 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, start):
     while learner.work():
         pass
     last = tmp_path / "masks/learned_last.pt"
-    torch.save({**read(learner), "frozen": "another model's"}, last)
-    with pytest.raises(SystemExit, match="learned_last.pt: 다른 모델로 배운 것입니다.*--no-learn"):
-        start([0])
+    for name in ("image_encoder.neck.convs.0.conv.bias", "sam_mask_decoder.iou_token.weight"):
+        other = torch.load(DEMO, weights_only=True)
+        other["model"][name] += 0.01
+        torch.save(other, tmp_path / "other.pt")
+        with pytest.raises(SystemExit, match="learned_last.pt: 다른 모델로 배운 것입니다.*--no-learn"):
+            start([0], checkpoint=tmp_path / "other.pt")
+    assert start([0]).iteration == 1
     for content in (b"half", last.read_bytes()[:-100]):
         last.write_bytes(content)
         with pytest.raises(SystemExit, match="learned_last.pt: 읽을 수 없습니다"):
@@ -173,6 +178,27 @@ def test_an_image_that_cannot_be_read_again_is_left_out(tmp_path, start, capsys)
     while again.work():
         pass
     assert "images/0.png" in capsys.readouterr().err and [path.stem for path in again.paths] == ["1", "2"]
+
+
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_steps_are_taken_if_memory_holds_fewer_images_than_a_batch(tmp_path, start, capacity):
+    learner = start()
+    learner.cache.capacity = capacity
+    for number in range(3):
+        learner.keep(image(tmp_path, number))
+    add(learner, image(tmp_path, 2))
+    for _ in range(3):  # measures, then takes steps
+        learner.work()
+    assert learner.iteration == 2 and len(learner.cache.kept) <= capacity
+
+
+def test_an_error_while_other_weights_are_used_does_not_leave_them_in_the_model(start):
+    learner = start()
+    now = learner.copy()
+    with pytest.raises(ZeroDivisionError), learner.using({name: each + 1 for name, each in now.items()}):
+        assert not same(learner.copy(), now)
+        raise ZeroDivisionError
+    assert same(learner.copy(), now)
 
 
 def test_without_steps_images_are_measured_and_not_kept(tmp_path, start):

@@ -557,20 +557,18 @@ def test_batches_of_images_of_several_sizes_train(data, weights):
 def test_a_batch_decodes_as_its_images_and_clicks_do_one_by_one(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     cache = train_sam2_proper.FeatureCache(predictor, (0, 10**9))
-    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in (0, 1)]
+    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(3)]
     sizes = [size for _, size in images]
-    prompts = [(np.array(points, np.float32), np.ones((3, 1)))
-               for points in ([[[10, 20]], [[40, 30]], [[70, 5]]], [[[1, 2]], [[3, 4]], [[50, 50]]])]
+    prompts = [(np.array([point], np.float32), np.ones(1)) for point in ([10, 20], [40, 30], [70, 5])]
     with torch.no_grad():
-        together, scores = train_sam2_proper.predict_masks(predictor, cache(images), sizes, prompts)
-        assert together.shape == (6, 3, 64, 64) and scores.shape == (6, 3)
-        for row in range(6):
-            own, click = divmod(row, 3)
-            alone, score = train_sam2_proper.predict_masks(
-                predictor, cache([images[own]]), [sizes[own]],
-                [tuple(part[click:click + 1] for part in prompts[own])])
-            torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(scores[row:row + 1], score, rtol=1e-3, atol=1e-4)
+        for own in (images, images[:1]):  # an image for each click; one for all
+            together, scores = train_sam2_proper.predict_masks(predictor, cache(own), sizes, prompts)
+            assert together.shape == (3, 3, 64, 64) and scores.shape == (3, 3)
+            for row in range(3):
+                alone, score = train_sam2_proper.predict_masks(
+                    predictor, cache(own[row:row + 1] or own), sizes[:1], prompts[row:row + 1])
+                torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(scores[row:row + 1], score, rtol=1e-3, atol=1e-4)
 
 
 def test_image_size_is_the_side_that_the_model_sees(data, weights):
@@ -936,6 +934,14 @@ def test_augmented_masks_are_not_shifted_against_the_image():
             np.random.default_rng(seed), image, torch.from_numpy(mask[None] > 0))
         grey = picture.float().mean(0).numpy()
         assert train_sam2_proper.calculate_iou(masks[0].numpy(), grey > (grey.min() + grey.max()) / 2) > 0.995
+
+
+def test_images_without_an_object_are_augmented_too():
+    image, mask = torch.from_numpy(draw_pair(3)[0]).permute(2, 0, 1), torch.zeros(1, 60, 80, dtype=torch.bool)
+    pictures, masks = zip(*(train_sam2_proper.augment_example(np.random.default_rng(seed), image, mask)
+                            for seed in range(5)))
+    assert len({picture.numpy().tobytes() for picture in pictures} - {image.numpy().tobytes()}) == 5
+    assert not any(each.any() for each in masks)
 
 
 def test_encoded_batches_are_what_set_image_gives(data, weights):
