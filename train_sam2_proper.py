@@ -94,20 +94,20 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("mask_dir", "data/masks/train", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)"),
     ("val_image_dir", "data/images/val", str, "검증 이미지 폴더"),
     ("val_mask_dir", "data/masks/val", str, "검증 마스크 폴더"),
-    ("max_objects", 20, (int, 1), "이미지마다 객체를 몇 개까지 검증할지. 더 많으면 무작위로 뽑은, 늘 같은 표본"),
+    ("max_objects", 20, (int, 1), "이미지마다 객체를 몇 개까지 검증할지. 더 많으면 무작위로 뽑되 언제나 같은 객체"),
     # training
     ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실, "
      "improved 더 높은 IoU, strongest 거기에 이미지 인코더도 학습. 따로 준 옵션이 우선"),
     ("iterations", 3000, (int, 1), "총 학습 반복 횟수"),
     ("save_every", 500, (int, 1), "몇 번 반복할 때마다 검증하고 저장할지"),
-    ("patience", 0, (int, 0), "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지"),
+    ("patience", 0, (int, 0), "검증 IoU가 이 횟수만큼 연속으로 나아지지 않으면 일찍 끝냄, 0이면 끝까지"),
     ("batch_size", 1, (int, 1), "한 번에 디코딩할 이미지 수 (프로세스마다)"),
-    ("accumulate", 1, (int, 1), "기울기를 몇 배치 모아 한 번 학습할지: 메모리를 더 쓰지 않고 배치를 키움"),
+    ("accumulate", 1, (int, 1), "몇 배치의 기울기를 모아 가중치를 한 번 갱신할지: 메모리를 더 쓰지 않고 배치를 키움"),
     ("seed", 0, (int, 0), "난수 시드: 같은 값이면 같은 순서로 학습"),
     # optimizer
     ("lr", 1e-5, (float, 0), "학습률"),
     ("weight_decay", 4e-5, (float, 0), "가중치 감쇠"),
-    ("scheduler", "none", ["none", "cosine"], "학습률을 바꾸는 방법: none 그대로, cosine 끝에서 0까지 부드럽게"),
+    ("scheduler", "none", ["none", "cosine"], "학습률 스케줄러: none 일정하게, cosine 코사인 곡선을 따라 0까지 줄임"),
     ("warmup", 0, (int, 0), "처음 몇 번 반복하는 동안 학습률을 0 가까이에서부터 올릴지"),
     ("max_grad_norm", 0.0, (float, 0), "기울기 노름을 이 값 이하로 제한, 0이면 제한하지 않음"),
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
@@ -115,15 +115,15 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("prompt", "point", ["point", "points", "box", "mixed", "none", "any"], "학습할 프롬프트: point 마스크 안의 점, "
      "points 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음, none 없이 모든 객체, any 넷을 섞음"),
     ("val_prompt", "point", ["point", "points", "box", "mixed", "none"], "검증할 프롬프트: compare_models.py와 같음"),
-    ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
-    ("supervise", "first", ["first", "all"], "손실에 넣을 마스크: first 첫째, all 셋 모두"),
+    ("dice_weight", 0.0, (float, 0), "Dice 손실에 곱해 교차 엔트로피에 더할 값, 0이면 더하지 않음"),
+    ("supervise", "first", ["first", "all"], "손실을 계산할 마스크: first 첫째만, all 셋 모두"),
     # image encoder
     ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, lora 저랭크 행렬만 "
      "학습, full 전부 학습. lora와 full은 캐시가 없어 느림"),
     ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: full은 --lr과 같고 lora는 그 3배)"),
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
-    ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
+    ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 특징을 캐시할 수 없어 느려짐"),
     ("workers", 2, (int, 0), "이미지를 미리 읽을 프로세스 수, 캐시를 쓸 때는 스레드 수"),
     # output and system
     ("output_dir", "output", str, "결과를 쓸 폴더"),
@@ -145,17 +145,17 @@ RECIPES = {  # what --recipe sets, unless a flag is given
 ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, unless --encoder-lr is given
 FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image_dir", "val_mask_dir", "iterations",
                   "patience", "grad_checkpointing", "workers", "output_dir", "device", "cache_gb", "cache_dir",
-                  "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
+                  "tensorboard", "wandb", "resume", "test"}  # flags that may be combined with --resume
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
 ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with equal probability
-MAX_POINTS = 3         # of --prompt points in training; validation and compare_models.py always use three
+MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py always use three
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
-SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
-OBJECT_WEIGHT = 0.5    # of the object score's loss, without a prompt, if there are images without any object
+SCORE_WEIGHT = 0.05    # weight of the score loss relative to the mask loss
+OBJECT_WEIGHT = 0.5    # weight of the object score's loss, for examples without a prompt if some images have no object
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 AT_ONCE = 16           # images that a GPU encodes at once for the cache
-SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
+SMOOTHING = 0.98       # running mean of loss and IoU; it starts with the first value
 DECODER = r"sam_prompt_encoder\.|sam_mask_decoder\."
 TRAINED = {            # names of the weights that --encoder trains
     # conv_s0 and conv_s1 belong to the decoder but run with the encoder: cached features include their output
@@ -200,12 +200,12 @@ def parse_args():
         parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **options)
     parser.add_argument("--resume", action="store_true", default=False,
                         help="결과 폴더의 중단된 학습을 저장된 설정으로 이어서 하기. 학습을 바꾸지 않는 옵션만 함께 줌")
-    parser.add_argument("--test", action="store_true", default=False, help="모든 이미지를 읽고 한 번 학습해 보기")
+    parser.add_argument("--test", action="store_true", default=False, help="모든 이미지를 읽고 한 번 학습해 보기만")
     given = vars(parser.parse_args())
     settings = RECIPES[given.get("recipe", CONFIG["recipe"])]
     if given["resume"]:
         if fixed := sorted(given.keys() - FREE_ON_RESUME):
-            fail("--resume는 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
+            fail("--resume은 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
                  f"--{', --'.join(fixed).replace('_', '-')}")
         settings = load_last(given.setdefault("output_dir", CONFIG["output_dir"]))["settings"]  # it may have been moved
     args = argparse.Namespace(**{**CONFIG, **settings, **given})
@@ -214,7 +214,7 @@ def parse_args():
         if isinstance(kind, tuple) and value is not None and not kind[1] <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: {kind[1]} 이상이어야 합니다")
     if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
-        parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
+        parser.error("--encoder-lr과 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and (args.cache_gb or args.cache_dir):
         parser.error("--cache-gb와 --cache-dir은 --encoder frozen과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and args.encoder_lr is None:
@@ -254,7 +254,7 @@ def claim_folder(args):
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
         held = contextlib.nullcontext()
-    for leftover in folder.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
+    for leftover in folder.glob("*.[0-9]*.tmp"):  # left by a run that was killed while writing
         leftover.unlink()
     return held
 
@@ -284,8 +284,9 @@ def print_setup(training):
     """Print the device, the data, the trained weights and the cache."""
     args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
     cache, val_cache = training.cache, training.val_cache
-    broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
-    unsampled = f" ({args.max_objects}개씩만 검증해 뺀 객체 {val_masks.unsampled}개)" if val_masks.unsampled else ""
+    broken = f", {MAX_SIDE}픽셀로 줄이면 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
+    unsampled = f" (이미지마다 {args.max_objects}개까지만 검증하므로 제외한 객체 {val_masks.unsampled}개)" \
+        if val_masks.unsampled else ""
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
                "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
@@ -315,7 +316,7 @@ def check_images_and_step(training):
     """--test, once the setup has succeeded: decode every image and run one step."""
     (_, free), problems, started = free_memory(), [], time.time()
     if free < 2e9:
-        fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
+        fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB 이상 필요합니다. 다른 프로그램을 닫아 보세요")
     images = [image for masks in (training.masks, training.val_masks) for image in zip(masks.paths, masks.sizes)]
     for image in tqdm(images, "이미지 검사", leave=False, disable=None):
         try:
@@ -362,7 +363,7 @@ def train(training, trackers):
             stopping = False
             try:
                 training.step(iteration)
-                if logging or on_cpu or interrupted and training.processes == 1:  # else do not wait for the GPU
+                if logging or on_cpu or interrupted and training.processes == 1:  # otherwise do not wait for the GPU
                     stopping = training.fetch(interrupted)
                     bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
                 if logging:
@@ -442,7 +443,7 @@ class Training:
         self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
         self.iteration, self.rows, self.mean, self.encoded = 0, [], None, 0  # encoded: images, by this process
-        self.pending = []  # of each iteration since the last fetch(): a tensor (loss, IoU) on the device
+        self.pending = []  # a tensor (loss, IoU) on the device for each iteration since the last fetch()
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
         if args.resume:
             restore(self, load_last(args.output_dir))
@@ -487,7 +488,7 @@ class Training:
     def fetch(self, interrupted=()):
         """Wait for the device and add the steps since the last call to the running means of loss and IoU.
 
-        Returns whether any process was interrupted: its `interrupted` is not empty. Fails if a loss is not finite;
+        Returns whether any process was interrupted (its `interrupted` is not empty). Fails if a loss is not finite;
         each save is preceded by this call, so nothing that was learned from such a loss is saved.
         """
         values = torch.stack([*self.pending, torch.full_like(self.pending[-1], bool(interrupted))])
@@ -520,7 +521,7 @@ def make_optimizer(model, args):
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [{"params": [parameter for name, parameter in trained if name.startswith("image_encoder.") == encoder],
                "lr": rate, "initial_lr": rate} for encoder, rate in ((False, args.lr), (True, args.encoder_lr))]
-    fused = next(model.parameters()).device.type != "mps"  # where it is untested
+    fused = next(model.parameters()).device.type != "mps"  # on MPS, fused AdamW is untested
     return torch.optim.AdamW([each for each in groups if each["params"]], weight_decay=args.weight_decay, fused=fused)
 
 
@@ -574,7 +575,7 @@ class Masks:
 
     Masks are reduced to max_side, which damages `broken` objects. Skipped: objects below min_foreground pixels
     (`left_out`), all but a sample of max_objects in an image (`unsampled`), and the `empty` images, whose masks are
-    black, unless keep_empty: then these follow after the `filled` images. For each image: its path in `paths`, (H, W)
+    black, unless keep_empty: then they come after the `filled` images. For each image: its path in `paths`, (H, W)
     of its mask in `sizes`, the numbers of its objects in `objects` (`count` in all), the hash of its mask in `hashes`.
     """
 
@@ -956,7 +957,7 @@ class BatchLoss(torch.nn.Module):
             low_res_masks.split(1), scores.split(1), batch.gt_masks)])
         if batch.kind != "none" or not self.model.knows_absence:
             return results.mean(0).unbind()
-        # of images without an object only the object score is trained: masks that learn to vanish lose IoU elsewhere
+        # an image without an object trains only the object score: learning empty masks lowers the IoU elsewhere
         object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()[:, 0]
         visible = torch.tensor([float(masks.any()) for masks in batch.gt_masks]).to(object_scores.device)
         loss = (results[:, 0] * visible).mean() + OBJECT_WEIGHT * torch.nn.functional.binary_cross_entropy_with_logits(
@@ -1153,7 +1154,7 @@ def validate(training):
 def validate_image(training, index):
     """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss at most at MAX_SIDE.
 
-    Without prompts: of the union of its objects; (None, None, None, whether nothing is found) if there is none.
+    Without prompts: of the union of its objects; If there is none: (None, None, None, whether nothing is found).
     """
     args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
     features = training.val_cache([(masks.paths[index], masks.sizes[index])])
@@ -1260,7 +1261,7 @@ def restore(training, last):
                "바뀜": {name for name in before.keys() & now.keys() if before[name] != now[name]}}
     if named := [f"{how} {', '.join(sorted(names)[:5])}{f' 외 {len(names) - 5}개' if len(names) > 5 else ''}"
                  for how, names in changes.items() if names]:
-        fail(f"다른 데이터로 한 학습이라 이어서 할 수 없습니다. 마스크가 {'; '.join(named)}")
+        fail(f"학습하던 데이터와 달라 이어서 할 수 없습니다. 마스크: {'; '.join(named)}")
     if last["processes"] != training.processes:
         fail(f"프로세스 {last['processes']}개로 한 학습이라 {training.processes}개로 이어서 할 수 없습니다")
     if last["iteration"] > training.args.iterations:
@@ -1270,9 +1271,9 @@ def restore(training, last):
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
     training.model.load_state_dict(last["low_rank"], strict=False)  # load_predictor has loaded the other weights
     for group in last["optimizer"]["param_groups"]:
-        group["fused"] = training.optimizer.defaults["fused"]  # a matter of the device
+        group["fused"] = training.optimizer.defaults["fused"]  # depends on the device
     training.optimizer.load_state_dict(last["optimizer"])
-    if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
+    if last["scaler"]:  # empty if the earlier run needed no scaler (bfloat16, or another device)
         training.scaler.load_state_dict(last["scaler"])
     vars(training).update({name: last[name] for name in PROGRESS}, started=time.time() - last["seconds"])
 

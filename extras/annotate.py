@@ -92,7 +92,7 @@ def parse_args():
     parser.add_argument("--refine", type=int, default=0, metavar="N",
                         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
     parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=False,
-                        help="저장한 마스크마다 모델이 배움 (기본: 배우지 않음)")
+                        help="저장한 마스크로 모델을 바로 학습함 (기본: 학습하지 않음)")
     add_web_flag(parser)
     add_model_flags(parser, "output/my_masks/폴더이름")
     args = parser.parse_args()

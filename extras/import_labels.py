@@ -79,7 +79,8 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(description="다른 도구의 라벨 폴더를 알아보고 COCO로 바꾸어 data/에 준비합니다.")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="도구가 쓴 그대로의 폴더 (필수)")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR",
+                        help="라벨링 도구가 내보낸 그대로의 폴더 (필수)")
     parser.add_argument("--layout", choices=READERS, help="라벨의 형식 (기본: 폴더를 보고 알아냄)")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="COCO JSON도 남김 (검증은 이름 뒤에 _val)")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="-- 뒤의 옵션은 prepare_data.py에 넘김")

@@ -709,10 +709,10 @@ def test_a_sample_of_many_objects_is_validated_as_it_is_compared(tmp_path, weigh
     make_numbered_data(tmp_path)
     done = train(tmp_path, weights, "--iterations", 2, "--max-objects", 2, "--val-prompt", prompt, "--lr", "1e-3",
                  "--dice-weight", 1, "--supervise", "all")
-    assert "검증 4장, 객체 8개 (2개씩만 검증해 뺀 객체 4개)" in done.stdout
+    assert "검증 4장, 객체 8개 (이미지마다 2개까지만 검증하므로 제외한 객체 4개)" in done.stdout
     done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
                "--max-objects", 2, "--prompt", prompt, cwd=tmp_path)
-    assert "2개씩만 비교해 뺀 객체: 4개" in done.stdout
+    assert "이미지마다 2개까지만 비교하므로 제외한 객체: 4개" in done.stdout
     compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["num_objects"] == 8
     assert compared["finetuned_iou"] == read_summary(tmp_path / "output")["best_iou"]
