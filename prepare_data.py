@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 KEPT_AS_IS = (".jpg", ".jpeg", ".png")
 IMAGE_SUFFIXES = (*KEPT_AS_IS, ".jfif", ".jpe", ".bmp", ".tif", ".tiff", ".webp")
-TEXT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml")  # common beside images, not reported as unread
+SILENT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml", ".pt")  # common beside images, not reported
 VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by PASCAL VOC, DAVIS and LabelMe
 SPLITS = ("train", "val")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -283,7 +283,7 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         first, _, rest = name.partition("/")
-        if path.suffix.lower() in TEXT_SUFFIXES or SYSTEM_FILES.search(f"/{name}"):
+        if path.suffix.lower() in SILENT_SUFFIXES or SYSTEM_FILES.search(f"/{name}"):
             continue
         name = f"{own[first]}/{rest}" if first in own else f"{split}/{name}"
         if path.suffix.lower() not in IMAGE_SUFFIXES:

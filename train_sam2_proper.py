@@ -1154,7 +1154,7 @@ def validate(training):
 def validate_image(training, index):
     """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss at most at MAX_SIDE.
 
-    Without prompts: of the union of its objects; If there is none: (None, None, None, whether nothing is found).
+    Without prompts: of the union of its objects; if there is none: (None, None, None, whether nothing is found).
     """
     args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
     features = training.val_cache([(masks.paths[index], masks.sizes[index])])
