@@ -32,7 +32,7 @@ from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_w
 LEAST_VIEW = 16         # smallest width, in pixels of the image, that the zoom shows
 TICK_MS = 10            # between two calls of tick()
 CLICK, NEXT, BACKGROUND = range(3)  # priorities of jobs: what the window waits for; the next image; other
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # the same keys
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # on the same keys
 HAS_HANGUL = len(plt.rcParams["font.family"]) > 1  # test_my_image.py found a font with Hangul
 
 
