@@ -65,7 +65,7 @@ from matplotlib.colors import hsv_to_rgb
 # ---- settings ----
 
 MODELS = ("original", "finetuned")  # in the names of columns
-COLORS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; distinct to the colour-blind too
+COLORS = {"original": (255, 255, 0), "fine-tuned": (30, 110, 255)}  # of masks; also distinct for color-blind readers
 CHART_COLORS = ("#d9a400", "#1e6eff")  # the same, readable on white
 CHARTS = ("scatter.png", "histogram.png", "size.png")
 MEASURES = {"iou": "IoU", "dice": "Dice", "boundary_f": "Boundary F"}
@@ -103,7 +103,7 @@ def main():
         old.unlink()
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
     rows, pictures, unsampled = [], {}, 0
-    right = {model: [] for model in MODELS}  # of images without any object: whether nothing was found
+    right = {model: [] for model in MODELS}  # for images without any object: whether nothing was found
     for number, (image_path, image, labels) in enumerate(tqdm(
             read_ahead(read_pair, pairs, 1, 2), "비교", len(pairs), disable=None)):
         kind = prompt_kind(args.prompt, number)
@@ -136,7 +136,7 @@ def main():
     if len(pairs) < count:
         print(f"정답 마스크가 비어 있어 뺀 이미지: {count - len(pairs)}장")
     if unsampled:
-        print(f"이미지마다 {args.max_objects}개씩만 비교해 뺀 객체: {unsampled}개")
+        print(f"이미지마다 {args.max_objects}개까지만 비교하므로 제외한 객체: {unsampled}개")
     print(f"저장: {args.output_dir} (report.html, 비교 그림 {len(chosen)}장, {', '.join(CHARTS)}, per_image.csv, "
           "summary.json)")
 
@@ -156,9 +156,9 @@ def parse_args():
     option("--output-dir", Path("output/comparison"), "결과를 쓸 폴더", type=Path)
     option("--num-images", None, "앞에서부터 몇 장만 비교할지 (기본: 전부)", type=int)
     option("--num-visualize", 5, "비교 그림을 몇 장 저장할지, 고르게 뽑음", type=int)
-    option("--report-images", 200, "report.html에 보여 줄 객체 수. 더 많으면 가장 나쁜, 나아진, 나빠진 것", type=int)
-    option("--max-objects", 20, "이미지마다 객체를 몇 개까지 비교할지. 더 많으면 무작위로 뽑은, 늘 같은 표본", type=int)
-    option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 거기에 가장 크게 틀린 곳의 점 둘을 더함, "
+    option("--report-images", 200, "report.html에 보여 줄 객체 수. 더 많으면 가장 나쁘거나 많이 바뀐 것", type=int)
+    option("--max-objects", 20, "이미지마다 객체를 몇 개까지 비교할지. 더 많으면 무작위, 언제나 같은 객체", type=int)
+    option("--prompt", "point", "프롬프트: point 마스크의 가운데 점, points 그 점과 가장 크게 틀린 곳의 점 둘, "
            "box 마스크를 둘러싼 상자, mixed 이미지마다 셋을 번갈아, none 프롬프트 없이 모든 객체를 한 마스크로",
            choices=["point", "points", "box", "mixed", "none"])
     option("--image-size", None, "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 1024에서 학습되어 "
@@ -430,7 +430,7 @@ def save_comparison(path, name, image, gt_masks, results):
     """Save one row of four panels: the input with its prompts, the ground truth, and both models' masks.
 
     results: {"original": (masks bool N x H x W, prompts), "fine-tuned": ...}. Later clicks depend on the model and are
-    drawn on its masks. A single object has the model's colour; several objects have one colour each.
+    drawn on its masks. A single object has the model's color; several objects have one color each.
     """
     height, width = image.shape[:2]
     figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained",

@@ -55,15 +55,15 @@ SILENT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml", ".pt")  # co
 VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by PASCAL VOC, DAVIS and LabelMe
 SPLITS = ("train", "val")
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
-SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files of a NAS or Windows
+SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files by a NAS or Windows
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
 AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
 IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 NOTES = {  # messages about changes to some files, by the key under which they are collected
     "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive는 모두 읽고, train/과 val/이 있으면 그 둘만)",
     "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
-    "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 저마다 한 묶음입니다",
-    "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다: 배경인 값은 --void로 알려 주세요",
+    "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 한 장씩 따로 묶음이 됩니다",
+    "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다. 배경으로 쓸 값을 --void로 지정하세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
     "crowds": "iscrowd 영역 {:,}개를 뺐습니다 (객체로 쓰려면 --keep-crowd)",
     "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --keep-crowd 없이, 또는 --category로 다른 범주만)",
@@ -128,8 +128,8 @@ def parse_args():
     add("--val-images", type=Path, help="검증 이미지 폴더: 나누지 않고 이 분할을 씀")
     add("--val-masks", type=Path, help="--val-images의 마스크 폴더")
     add("--val-coco", type=Path, help="--val-images의 COCO 파일")
-    add("--mask-suffix", default="", metavar="TEXT", help="마스크 이름의 꼬리: a.jpg의 마스크가 a_mask.png이면 _mask")
-    add("--image-suffix", default="", metavar="TEXT", help="마스크 이름에는 없는 이미지 이름의 꼬리")
+    add("--mask-suffix", default="", metavar="TEXT", help="마스크 이름의 접미사: a.jpg의 마스크가 a_mask.png이면 _mask")
+    add("--image-suffix", default="", metavar="TEXT", help="마스크 이름에는 없는 이미지 이름의 접미사")
     add("--recursive", action="store_true", help="하위 폴더도 읽음: a/b.jpg는 a__b.jpg가 됨")
     kind.add_argument("--numbered", "--colors", "--colours", action="store_true",
                       help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
@@ -146,11 +146,11 @@ def parse_args():
     add("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: %(default)s)")
     add("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
     group.add_argument("--group", metavar="REGEX",
-                       help="이름에서 이 정규식(괄호가 있으면 첫 괄호)에 맞는 글자가 같은 이미지는 한쪽에만 둠")
+                       help="이름에서 이 정규식에 맞는 부분(괄호가 있으면 첫 괄호)이 같은 이미지는 한쪽에만 둠")
     group.add_argument("--group-by-folder", dest="group", action="store_const", const="^([^/]+)/",
                        help="--images 바로 아래의 폴더가 같은 이미지는 한쪽에만 둠")
     add("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
-    add("--preview", type=int, metavar="N", help="N쌍을, 살펴볼 것부터, 한 장에 모아 data/preview.png로 저장")
+    add("--preview", type=int, metavar="N", help="문제가 있을 만한 쌍부터 N쌍을 한 장에 모아 data/preview.png로 저장")
     args = parser.parse_args()
     sets = (args.images, args.masks, args.coco), (args.val_images, args.val_masks, args.val_coco)
     kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
@@ -239,7 +239,7 @@ def files_to_replace(target, record):
         earlier = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
     if {**earlier, "split": 0} == {**record, "checksums": files, "split": 0}:
         return None
-    own = earlier.get("checksums", files if earlier else {})  # of an unfinished run: all files
+    own = earlier.get("checksums", files if earlier else {})  # after an unfinished run: all files
     if by_hand := sorted(files.items() - own.items()):
         fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
              "옮기거나 다른 --data-dir을 쓰세요")
@@ -268,7 +268,7 @@ Kvasir-SEG 받기: python download_dataset.py""")
 def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=None):
     """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become `problems`.
 
-    split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then are it.
+    split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then define it.
     Folders inside are read if `recursive` or if named in `subfolders`; `skip`, a folder inside, is never read.
     """
     if not folder.is_dir():

@@ -81,7 +81,7 @@ def main():
     paths = find_images(args.image, args.mask)
     if args.interactive:
         require_display(args.web, '--point "x,y"로 좌표를 주거나, --auto로 찾거나')
-        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체입니다. Enter나 창 닫기는 저장입니다")
+        print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter나 창 닫기는 저장입니다")
     else:
         plt.switch_backend("Agg")
     if args.mask and not (mask := read_mask(args.mask) > 0).any():
@@ -129,7 +129,7 @@ def parse_args():
     models("--compare", action="store_true", help="원본과 파인튜닝 모델의 결과를 나란히 보기")
     add("--point", "-p", type=parse_points, default=[], help='점: "x,y" 또는 "x,y,라벨;..." (라벨 1 전경, 0 배경)')
     add("--box", type=parse_boxes, default=[], help='상자 좌표: "x1,y1,x2,y2", 객체가 여럿이면 ";"로 이어서')
-    add("--mask", metavar="FILE", help="대강의 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
+    add("--mask", metavar="FILE", help="대강 그린 마스크 파일을 프롬프트로 사용 (이미지와 같은 크기)")
     add("--refine", type=int, default=0, metavar="N", help="마스크를 다시 넣어 N번 다듬기 (기본: %(default)s)")
     add("--web", type=int, nargs="?", const=8988, metavar="PORT", help="창을 브라우저에 띄움 (PORT를 빼면 8988)")
     add("--annotate", metavar="DIR", help=argparse.SUPPRESS)  # earlier versions
@@ -137,9 +137,12 @@ def parse_args():
         help="프롬프트 없이, 모델이 학습한 것을 찾아 분할 (--recipe strongest나 --prompt any로 학습한 모델)")
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
     add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
-    add("--pred-iou-thresh", type=float, default=0.88, help="--everything: 가장 낮은 예측 점수 (기본: %(default)s)")
-    add("--stability-score-thresh", type=float, default=0.95, help="--everything: 가장 낮은 안정성 (기본: %(default)s)")
-    add("--min-mask-region-area", type=int, default=100, help="--everything: 없앨 조각의 픽셀 수 (기본: %(default)s)")
+    add("--pred-iou-thresh", type=float, default=0.88,
+        help="--everything: 예측 점수가 이보다 낮은 마스크를 버림 (기본: %(default)s)")
+    add("--stability-score-thresh", type=float, default=0.95,
+        help="--everything: 안정성이 이보다 낮은 마스크를 버림 (기본: %(default)s)")
+    add("--min-mask-region-area", type=int, default=100,
+        help="--everything: 이 픽셀 수보다 작은 조각과 구멍을 없앰 (기본: %(default)s)")
     add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: %(default)s)")
     add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml", help="설정 이름이나 YAML 경로 (기본: %(default)s)")
     add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
@@ -391,7 +394,7 @@ def split_prompts(points, boxes):
 def segment(predictor, points, box, rough=None, refine=0):
     """Segment one object in the current image: bool masks 3 x H x W and scores 3. points and box: as in Segmented.
 
-    Without any prompt it is what the model was trained to find: the point with label -1 as in SAM2Base.
+    Without any prompt, the model segments what it was trained to find: the point has label -1, as in SAM2Base.
     rough: a mask to start from, bool H x W, or None; refine: how many times the best mask is fed back as a prompt.
     """
     logits, prompted = None, points or box or rough is not None
@@ -438,7 +441,7 @@ def require_display(web, alternative):
         plt.switch_backend("WebAgg")
         from matplotlib.backends.backend_webagg import WebAggApplication as Server
         from tornado.log import access_log
-        access_log.setLevel("ERROR")  # not a line for each /favicon.ico that a browser asks for
+        access_log.setLevel("ERROR")  # prints no line for each /favicon.ico that a browser requests
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
         Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
     except (ImportError, RuntimeError, OSError) as error:  # OSError: a port that needs an administrator
@@ -466,7 +469,7 @@ class Window:
     title: title of the window. After show_window(), objects() returns the segmented objects.
     """
 
-    numbers = itertools.count(1)  # one number for two figures would lead clicks in a browser's old tab to the new one
+    numbers = itertools.count(1)  # with equal numbers, clicks in an old browser tab would reach the new figure
 
     def __init__(self, image, models, title):
         self.image, self.models, self.size = image, models, image.shape[:2]
@@ -602,7 +605,7 @@ def write_results(folder, name, writers):
     for kind, write in writers.items():
         write(paths[kind])
     if others := [path.name for kind, path in paths.items() if kind not in writers and path.is_file()]:
-        # they stay: masks may have been made by hand
+        # earlier results stay, because masks may have been edited by hand
         tqdm.write(f"이번 실행이 쓰지 않은 이전 파일이 남아 있습니다: {', '.join(others)}")
     return "저장: " + ", ".join(str(paths[kind]) for kind in writers)
 
@@ -646,7 +649,7 @@ def mark_prompts(panels, prompts):
 
 
 def colored_masks(objects, title):
-    """The masks of one model's objects, [(bool H x W, RGB)]: a colour belongs to the object's number, from 1."""
+    """The masks of one model's objects, [(bool H x W, RGB)]: a color belongs to the object's number, from 1."""
     return [(item.best(title)[1], object_color(number)) for number, item in enumerate(objects, start=1)]
 
 

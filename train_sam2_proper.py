@@ -73,6 +73,7 @@ try:
     import sam2
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+    from sam2.modeling.sam2_utils import sample_one_point_from_error_center
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
     sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
@@ -87,53 +88,48 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     # model
     ("checkpoint", "checkpoints/sam2.1_hiera_small.pt", str, "원본 SAM 2.1 체크포인트"),
     ("model_cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로"),
-    ("image_size", None, [512, 768, 1024], "모델 입력 한 변(픽셀). 작을수록 빠르지만, 사전 학습된 가중치는 "
-     "1024에서 학습되어 정확도가 떨어짐 (기본: 모델 설정대로)"),
+    ("image_size", None, [512, 768, 1024], "모델 입력 한 변(픽셀): 작으면 빠르지만 덜 정확함 (기본: 모델 설정대로)"),
     # data
     ("image_dir", "data/images/train", str, "학습 이미지 폴더"),
     ("mask_dir", "data/masks/train", str, "학습 마스크 폴더 (이미지와 이름이 같은 PNG)"),
     ("val_image_dir", "data/images/val", str, "검증 이미지 폴더"),
     ("val_mask_dir", "data/masks/val", str, "검증 마스크 폴더"),
-    ("max_objects", 20, (int, 1), "이미지마다 객체를 몇 개까지 검증할지. 더 많으면 무작위로 뽑은, 늘 같은 표본"),
+    ("max_objects", 20, (int, 1), "이미지마다 객체를 몇 개까지 검증할지. 더 많으면 무작위로 뽑되 언제나 같은 객체"),
     # training
-    ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실 그대로, "
-     "improved 같은 수의 예제로 IoU를 더 올리는 설정 묶음, strongest 거기에 이미지 인코더도 학습(따로 준 옵션이 우선)"),
+    ("recipe", "reference", ["reference", "improved", "strongest"], "학습 방법: reference 원래 가이드의 손실, "
+     "improved 더 높은 IoU, strongest 거기에 이미지 인코더도 학습. 따로 준 옵션이 우선"),
     ("iterations", 3000, (int, 1), "총 학습 반복 횟수"),
     ("save_every", 500, (int, 1), "몇 번 반복할 때마다 검증하고 저장할지"),
-    ("patience", 0, (int, 0), "검증을 몇 번 하는 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지"),
+    ("patience", 0, (int, 0), "검증 IoU가 이 횟수만큼 연속으로 나아지지 않으면 일찍 끝냄, 0이면 끝까지"),
     ("batch_size", 1, (int, 1), "한 번에 디코딩할 이미지 수 (프로세스마다)"),
-    ("accumulate", 1, (int, 1), "기울기를 몇 배치 모아 한 번 학습할지: 메모리를 더 쓰지 않고 배치를 키움"),
+    ("accumulate", 1, (int, 1), "몇 배치의 기울기를 모아 가중치를 한 번 갱신할지: 메모리를 더 쓰지 않고 배치를 키움"),
     ("seed", 0, (int, 0), "난수 시드: 같은 값이면 같은 순서로 학습"),
     # optimizer
     ("lr", 1e-5, (float, 0), "학습률"),
     ("weight_decay", 4e-5, (float, 0), "가중치 감쇠"),
-    ("scheduler", "none", ["none", "cosine"], "학습률을 바꾸는 방법: none 그대로, cosine 끝에서 0까지 부드럽게"),
+    ("scheduler", "none", ["none", "cosine"], "학습률 스케줄러: none 일정하게, cosine 코사인 곡선을 따라 0까지 줄임"),
     ("warmup", 0, (int, 0), "처음 몇 번 반복하는 동안 학습률을 0 가까이에서부터 올릴지"),
     ("max_grad_norm", 0.0, (float, 0), "기울기 노름을 이 값 이하로 제한, 0이면 제한하지 않음"),
     ("amp", True, bool, "CUDA에서 혼합 정밀도를 쓸지, 다른 장치에서는 늘 꺼짐"),
     # prompts and loss
-    ("prompt", "point", ["point", "points", "box", "mixed", "none", "any"], "학습할 프롬프트: point 마스크 안의 점 "
-     "하나, points 거기에 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음, none 프롬프트 없이 이미지의 모든 "
-     "객체, any 넷을 섞음"),
-    ("val_prompt", "point", ["point", "points", "box", "mixed", "none"],
-     "검증할 프롬프트: compare_models.py --prompt와 같음"),
-    ("dice_weight", 0.0, (float, 0), "교차 엔트로피에 더할 Dice 손실의 배수, 0이면 더하지 않음"),
-    ("supervise", "first", ["first", "all"], "손실에 넣을 마스크: first 첫째, all 셋 모두"),
+    ("prompt", "point", ["point", "points", "box", "mixed", "none", "any"], "학습할 프롬프트: point 마스크 안의 점, "
+     "points 틀린 곳의 점을 더함, box 조금 흔든 상자, mixed 셋을 섞음, none 없이 모든 객체, any 넷을 섞음"),
+    ("val_prompt", "point", ["point", "points", "box", "mixed", "none"], "검증할 프롬프트: compare_models.py와 같음"),
+    ("dice_weight", 0.0, (float, 0), "Dice 손실에 곱해 교차 엔트로피에 더할 값, 0이면 더하지 않음"),
+    ("supervise", "first", ["first", "all"], "손실을 계산할 마스크: first 첫째만, all 셋 모두"),
     # image encoder
-    ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
-     "lora 저랭크 행렬만 학습, full 전부 학습. lora와 full은 캐시가 없어 느리고, 메모리는 "
-     "--grad-checkpointing으로 줄임"),
+    ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, lora 저랭크 행렬만 "
+     "학습, full 전부 학습. lora와 full은 캐시가 없어 느림"),
     ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: full은 --lr과 같고 lora는 그 3배)"),
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
-    ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 캐시를 쓰지 않게 됨"),
+    ("augment", False, bool, "학습 이미지를 뒤집고 돌리고 자르고 색을 바꿈. 특징을 캐시할 수 없어 느려짐"),
     ("workers", 2, (int, 0), "이미지를 미리 읽을 프로세스 수, 캐시를 쓸 때는 스레드 수"),
     # output and system
     ("output_dir", "output", str, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
-    ("cache_gb", None, (float, 0), "--encoder frozen: 이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 "
-     "(기본: 남은 메모리의 절반)"),
-    ("cache_dir", None, str, "--encoder frozen: 이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
+    ("cache_gb", None, (float, 0), "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)"),
+    ("cache_dir", None, str, "이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
     ("tensorboard", False, bool, "결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기"),
     ("wandb", None, str, "Weights & Biases의 이 프로젝트에도 기록 (기본: 쓰지 않음)"),
 ]
@@ -149,17 +145,17 @@ RECIPES = {  # what --recipe sets, unless a flag is given
 ENCODER_LR = {"lora": 3, "full": 1}  # times --lr, unless --encoder-lr is given
 FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image_dir", "val_mask_dir", "iterations",
                   "patience", "grad_checkpointing", "workers", "output_dir", "device", "cache_gb", "cache_dir",
-                  "tensorboard", "wandb", "resume", "test"}  # flags that --resume allows beside it
+                  "tensorboard", "wandb", "resume", "test"}  # flags that may be combined with --resume
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
 ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with equal probability
-MAX_POINTS = 3         # of --prompt points in training; validation and compare_models.py always use three
+MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py always use three
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
-SCORE_WEIGHT = 0.05    # of the score loss beside the mask loss
-OBJECT_WEIGHT = 0.5    # of the object score's loss, without a prompt, if there are images without any object
+SCORE_WEIGHT = 0.05    # weight of the score loss relative to the mask loss
+OBJECT_WEIGHT = 0.5    # weight of the object score's loss, for examples without a prompt if some images have no object
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 AT_ONCE = 16           # images that a GPU encodes at once for the cache
-SMOOTHING = 0.98       # running mean of loss and IoU; it starts at the first value
+SMOOTHING = 0.98       # running mean of loss and IoU; it starts with the first value
 DECODER = r"sam_prompt_encoder\.|sam_mask_decoder\."
 TRAINED = {            # names of the weights that --encoder trains
     # conv_s0 and conv_s1 belong to the decoder but run with the encoder: cached features include their output
@@ -175,11 +171,14 @@ def main():
     """Train with the settings of the command line; returns the finished Training, for callers from Python."""
     args = parse_args()
     rank, processes, device = join_processes(args.device)
-    with claim_folder(args) if rank == 0 else contextlib.nullcontext(), open_trackers(args, rank) as track:
+    with contextlib.ExitStack() as at_end:
+        if rank == 0:
+            at_end.enter_context(claim_folder(args))
+        trackers = open_trackers(args, at_end) if rank == 0 else []
         training = Training(args, device, rank, processes)
         print_setup(training)
         with contextlib.closing(training):
-            check_images_and_step(training) if args.test else train(training, track)
+            check_images_and_step(training) if args.test else train(training, trackers)
         if rank == 0 and not args.test:
             finish(training)
     if processes > 1:
@@ -189,9 +188,8 @@ def main():
 
 def parse_args():
     """The settings: CONFIG, updated by those of the recipe or of the training to resume, then by the given flags."""
-    parser = argparse.ArgumentParser(
-        description="SAM 2.1의 마스크 디코더와 프롬프트 인코더(원하면 이미지 인코더까지)를 내 데이터로 파인튜닝합니다.",
-        argument_default=argparse.SUPPRESS)  # so that only given flags are in the result
+    parser = argparse.ArgumentParser(description="SAM 2.1의 디코더와 프롬프트 인코더를 내 데이터로 파인튜닝합니다.",
+                                     argument_default=argparse.SUPPRESS)  # so that only given flags are in the result
     for name, default, kind, text in SETTINGS:
         options = {"type": kind[0] if isinstance(kind, tuple) else kind}
         if kind is bool:
@@ -201,24 +199,22 @@ def parse_args():
         shown = "" if default is None or kind is bool else f" (기본: {default})"
         parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **options)
     parser.add_argument("--resume", action="store_true", default=False,
-                        help="중단된 학습을 결과 폴더의 sam2_last.pt에 저장된 설정으로 이어서 하기. 경로, 반복 횟수, "
-                             "장치, 캐시처럼 학습을 바꾸지 않는 옵션만 다시 줄 수 있음")
-    parser.add_argument("--test", action="store_true", default=False, help="모든 이미지를 읽고 한 번 학습해 보기")
+                        help="결과 폴더의 중단된 학습을 저장된 설정으로 이어서 하기. 학습을 바꾸지 않는 옵션만 함께 줌")
+    parser.add_argument("--test", action="store_true", default=False, help="모든 이미지를 읽고 한 번 학습해 보기만")
     given = vars(parser.parse_args())
     settings = RECIPES[given.get("recipe", CONFIG["recipe"])]
     if given["resume"]:
         if fixed := sorted(given.keys() - FREE_ON_RESUME):
-            fail("--resume는 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
+            fail("--resume은 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
                  f"--{', --'.join(fixed).replace('_', '-')}")
-        settings = load_last(given.get("output_dir", CONFIG["output_dir"]))["settings"]
-        settings = {**settings, "output_dir": CONFIG["output_dir"]}  # the folder may have been moved
+        settings = load_last(given.setdefault("output_dir", CONFIG["output_dir"]))["settings"]  # it may have been moved
     args = argparse.Namespace(**{**CONFIG, **settings, **given})
     for name, _, kind, _ in SETTINGS:
         value = getattr(args, name)
         if isinstance(kind, tuple) and value is not None and not kind[1] <= value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: {kind[1]} 이상이어야 합니다")
     if args.encoder == "frozen" and (args.encoder_lr is not None or args.grad_checkpointing):
-        parser.error("--encoder-lr와 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
+        parser.error("--encoder-lr과 --grad-checkpointing은 --encoder lora나 full과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and (args.cache_gb or args.cache_dir):
         parser.error("--cache-gb와 --cache-dir은 --encoder frozen과 함께 쓰는 옵션입니다")
     if args.encoder != "frozen" and args.encoder_lr is None:
@@ -258,49 +254,39 @@ def claim_folder(args):
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
         held = contextlib.nullcontext()
-    for leftover in folder.glob("*.[0-9]*.tmp"):  # of a run that was killed while it wrote
+    for leftover in folder.glob("*.[0-9]*.tmp"):  # left by a run that was killed while writing
         leftover.unlink()
     return held
 
 
-@contextlib.contextmanager
-def open_trackers(args, rank):
-    """A function that writes a row of the log to TensorBoard and W&B too, if --tensorboard and --wandb ask for it."""
-    board = run = None
+def open_trackers(args, at_end):
+    """Functions that write a row of the log to TensorBoard and W&B, as asked for; at_end: an ExitStack, closes them."""
+    trackers = []
     try:
-        if args.tensorboard and rank == 0:
+        if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(Path(args.output_dir, "tensorboard"))
-        if args.wandb and rank == 0:
+            board = at_end.enter_context(SummaryWriter(Path(args.output_dir, "tensorboard")))
+            trackers.append(lambda row: [board.add_scalar(key, row[key], row["iteration"]) for key in row])
+        if args.wandb:
             import wandb
             run = wandb.init(project=args.wandb, dir=args.output_dir, config=vars(args))
+            at_end.callback(run.finish)
+            trackers.append(lambda row: run.log(row, step=row["iteration"]))
     except ImportError as error:
         fail(f"따로 설치해야 하는 패키지입니다 ({error}): pip install {error.name or 'tensorboard'}")
     except Exception as error:  # W&B: no login, no network, no such project
         fail(f"--tensorboard나 --wandb를 시작할 수 없습니다 ({textwrap.shorten(str(error), 200)}). "
              "W&B 로그인: wandb login, 로그인 없이: 환경 변수 WANDB_MODE=offline")
-
-    def track(row):
-        for name, value in row.items() if board else ():
-            board.add_scalar(name, value, row["iteration"])
-        if run:
-            run.log(row, step=row["iteration"])
-
-    try:
-        yield track
-    finally:
-        if board:
-            board.close()
-        if run:
-            run.finish()
+    return trackers
 
 
 def print_setup(training):
     """Print the device, the data, the trained weights and the cache."""
     args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
     cache, val_cache = training.cache, training.val_cache
-    broken = f", {MAX_SIDE}픽셀로 줄일 때 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
-    unsampled = f" ({args.max_objects}개씩만 검증해 뺀 객체 {val_masks.unsampled}개)" if val_masks.unsampled else ""
+    broken = f", {MAX_SIDE}픽셀로 줄이면 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
+    unsampled = f" (이미지마다 {args.max_objects}개까지만 검증하므로 제외한 객체 {val_masks.unsampled}개)" \
+        if val_masks.unsampled else ""
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
                "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
@@ -324,15 +310,13 @@ def print_setup(training):
               "검증 IoU가 실제보다 높게 나옵니다")
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
-    if args.resume:
-        print(f"{training.iteration}회까지 진행한 학습을 이어서 합니다.")
 
 
 def check_images_and_step(training):
     """--test, once the setup has succeeded: decode every image and run one step."""
     (_, free), problems, started = free_memory(), [], time.time()
     if free < 2e9:
-        fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB는 있어야 합니다: 다른 프로그램을 닫아 보세요")
+        fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB 이상 필요합니다. 다른 프로그램을 닫아 보세요")
     images = [image for masks in (training.masks, training.val_masks) for image in zip(masks.paths, masks.sizes)]
     for image in tqdm(images, "이미지 검사", leave=False, disable=None):
         try:
@@ -360,7 +344,7 @@ def versions():
 # ---- the training loop ----
 
 
-def train(training, track):
+def train(training, trackers):
     """Run all iterations; log, validate and save at the set intervals. Ctrl-C saves and ends the program."""
     args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
     bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
@@ -368,7 +352,7 @@ def train(training, track):
     with contextlib.closing(bar), deferred_interrupts(training.processes) as interrupted:
         if not training.rows and training.val_masks:
             bar.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_masks)}장).")
-            log(training, track, validating=True)
+            log(training, trackers, validating=True)
         for iteration in bar:
             if 0 < args.patience <= training.validations_since_best:
                 bar.write(f"{training.iteration}회에 일찍 끝냅니다: "
@@ -379,27 +363,25 @@ def train(training, track):
             stopping = False
             try:
                 training.step(iteration)
-                if logging or on_cpu or interrupted and training.processes == 1:  # else do not wait for the GPU
+                if logging or on_cpu or interrupted and training.processes == 1:  # otherwise do not wait for the GPU
                     stopping = training.fetch(interrupted)
                     bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
                 if logging:
-                    log(training, track, validating)
+                    log(training, trackers, validating)
             except ImageError:
                 if rank == 0 and training.iteration:
                     if training.pending and training.processes == 1:
                         training.fetch()
-                    save(training, better=False)
-                    bar.write(f"{training.iteration}회까지 저장했습니다. 고친 뒤에: {resume_command(training)}")
+                    save(training, better=False, unfinished=True)
                 raise
             better = validating and training.is_best_so_far()
             if (validating or stopping) and rank == 0:
-                save(training, better)
+                save(training, better, unfinished=stopping)
             if stopping:
-                bar.write(f"{iteration}회까지 저장했습니다. 이어서 하려면: {resume_command(training)}")
                 sys.exit(130)
 
 
-def log(training, track, validating):
+def log(training, trackers, validating):
     """Add a row to the log: running means, learning rates and, if validating, what compare_models.py would measure."""
     row = {"iteration": training.iteration, **dict(zip(("loss", "train_iou"), training.mean or ())),
            **dict(zip(("lr", "encoder_lr"), (group["lr"] for group in training.optimizer.param_groups))),
@@ -411,7 +393,8 @@ def log(training, track, validating):
         measured = f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
         measured += f", 특이도 {row['val_specificity']:.2%}" if "val_specificity" in row else ""
         tqdm.write(f"[{training.iteration}/{training.args.iterations}] {means}, 검증 {measured}")
-    track(row)
+    for track in trackers:
+        track(row)
 
 
 @contextlib.contextmanager
@@ -444,9 +427,8 @@ class Training:
                      for path, digest in zip(masks.paths, masks.hashes)}
         cached = args.encoder == "frozen" and not args.augment  # the features of training images stay the same
         self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes)
-        share = range(len(self.val_masks))[rank::processes]
-        self.cache, self.val_cache = make_caches(
-            self.predictor, self.dataset, [(self.val_masks.paths[i], self.val_masks.sizes[i]) for i in share], args)
+        val_images = list(zip(self.val_masks.paths, self.val_masks.sizes))[rank::processes]  # of this process
+        self.cache, self.val_cache = make_caches(self.predictor, self.dataset, val_images, args)
         choose_weights(self.model, args)
         self.model.knows_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -461,7 +443,7 @@ class Training:
         self.model.image_encoder.register_forward_hook(self.count_encoded)
         self.started = time.time()
         self.iteration, self.rows, self.mean, self.encoded = 0, [], None, 0  # encoded: images, by this process
-        self.pending = []  # of each iteration since the last fetch(): a tensor (loss, IoU) on the device
+        self.pending = []  # a tensor (loss, IoU) on the device for each iteration since the last fetch()
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
         if args.resume:
             restore(self, load_last(args.output_dir))
@@ -506,7 +488,7 @@ class Training:
     def fetch(self, interrupted=()):
         """Wait for the device and add the steps since the last call to the running means of loss and IoU.
 
-        Returns whether any process was interrupted: its `interrupted` is not empty. Fails if a loss is not finite;
+        Returns whether any process was interrupted (its `interrupted` is not empty). Fails if a loss is not finite;
         each save is preceded by this call, so nothing that was learned from such a loss is saved.
         """
         values = torch.stack([*self.pending, torch.full_like(self.pending[-1], bool(interrupted))])
@@ -539,7 +521,7 @@ def make_optimizer(model, args):
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [{"params": [parameter for name, parameter in trained if name.startswith("image_encoder.") == encoder],
                "lr": rate, "initial_lr": rate} for encoder, rate in ((False, args.lr), (True, args.encoder_lr))]
-    fused = next(model.parameters()).device.type != "mps"  # where it is untested
+    fused = next(model.parameters()).device.type != "mps"  # on MPS, fused AdamW is untested
     return torch.optim.AdamW([each for each in groups if each["params"]], weight_decay=args.weight_decay, fused=fused)
 
 
@@ -593,7 +575,7 @@ class Masks:
 
     Masks are reduced to max_side, which damages `broken` objects. Skipped: objects below min_foreground pixels
     (`left_out`), all but a sample of max_objects in an image (`unsampled`), and the `empty` images, whose masks are
-    black, unless keep_empty: then these follow after the `filled` images. For each image: its path in `paths`, (H, W)
+    black, unless keep_empty: then they come after the `filled` images. For each image: its path in `paths`, (H, W)
     of its mask in `sizes`, the numbers of its objects in `objects` (`count` in all), the hash of its mask in `hashes`.
     """
 
@@ -662,15 +644,15 @@ def reduced_size(shape, max_side):
 def reduce_labels(labels, max_side):
     """Shrink a numbered mask (uint16 H x W) so that the longer side is at most max_side pixels; never enlarge.
 
-    Each object is reduced on its own, see reduce_mask; a pixel that two objects share goes to the smaller one.
+    An object gets the pixels that it covers by at least a half; those that two objects share go to the smaller one.
     Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
     """
     size = height, width = reduced_size(labels.shape, max_side)
     if size == labels.shape:
         return labels, 0
-    reduced, parts = np.zeros(size, np.uint16), []
+    reduced, broken = np.zeros(size, np.uint16), 0
     numbers, areas, boxes = find_objects(labels)
-    for index in np.argsort(-areas, kind="stable"):
+    for index in np.argsort(-areas, kind="stable")[::-1]:  # the smallest object first
         top, left, bottom, right = boxes[index]
         mask = labels[top:bottom, left:right] == numbers[index]
         rows = slice(top * height // labels.shape[0], -(-bottom * height // labels.shape[0]))
@@ -681,43 +663,35 @@ def reduce_labels(labels, max_side):
         else:  # the same result, faster for small objects
             coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
                 @ area_weights(labels.shape[1], width)[columns, left:right].T
-        pieces, place = count_pieces(mask), (rows, columns)
-        reduced[place][reduce_mask(coverage, pieces)] = numbers[index]
-        parts.append((numbers[index], place, pieces, coverage.sum()))
-    kept = [(reduced[place] == number, pieces, area) for number, place, pieces, area in parts]
-    return reduced, sum(count_pieces(mask) > pieces or mask.sum() < area / 2 for mask, pieces, area in kept)
+        pieces, area, place = count_pieces(mask), coverage.sum(), reduced[rows, columns]
+        for least in (0.5, 0.25, 0.125):  # less, where a thin object would lose half its area or break
+            kept = coverage >= least
+            if count_pieces(kept) <= pieces and kept.sum() >= area / 2:
+                break
+        kept &= place == 0  # what smaller objects have left
+        place[kept] = numbers[index]
+        broken += count_pieces(kept) > pieces or kept.sum() < area / 2
+    return reduced, broken
 
 
 def find_objects(labels):
     """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, in one pass."""
-    width = labels.shape[1] + 1
     padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
     starts = np.flatnonzero(np.diff(padded, prepend=0))
     lengths = np.diff(starts, append=len(padded))
     runs = np.argsort(padded[starts], kind="stable")[np.count_nonzero(padded[starts] == 0):]  # none of the background
-    starts, lengths, values = starts[runs], lengths[runs], padded[starts[runs]]
-    first = np.flatnonzero(np.diff(values, prepend=0))  # run of each object
-    if not len(first):
-        return values, lengths, np.empty((0, 4), int)
-    rows, columns = np.divmod(starts, width)
-    boxes = np.stack([np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
-                      np.maximum.reduceat(rows, first) + 1, np.maximum.reduceat(columns + lengths, first)], 1)
-    return values[first], np.add.reduceat(lengths, first), boxes
+    starts, lengths = starts[runs], lengths[runs]
+    numbers, first = np.unique(padded[starts], return_index=True)
+    rows, columns = np.divmod(starts, labels.shape[1] + 1)
+    boxes = [np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
+             np.maximum.reduceat(rows + 1, first), np.maximum.reduceat(columns + lengths, first)]
+    return numbers, np.add.reduceat(lengths, first), np.stack(boxes, 1)
 
 
 @functools.lru_cache(4)
 def area_weights(full, reduced):
     """How much of each of `full` pixels of an axis lies in each of `reduced` pixels: float32 reduced x full."""
     return cv2.resize(np.eye(full, dtype=np.float32), (full, reduced), interpolation=cv2.INTER_AREA)
-
-
-def reduce_mask(coverage, pieces):
-    """The pixels (bool H x W) of a reduced object: where its coverage (float H x W, 0 to 1) is at least a half."""
-    for least in (0.5, 0.25, 0.125):  # less, where a thin object would break into more `pieces` or lose half its area
-        mask = coverage >= least
-        if count_pieces(mask) <= pieces and mask.sum() >= coverage.sum() / 2:
-            break
-    return mask
 
 
 def count_pieces(mask):
@@ -738,7 +712,7 @@ class Batch(NamedTuple):
     """The examples of one forward pass: one object and one prompt in each of N images."""
 
     indices: list                       # of the images in Masks
-    kind: str                           # of the prompts: point, points or box
+    kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
     rngs: list                          # a Generator for each image, of its view and its prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
@@ -903,7 +877,7 @@ class FeatureCache:
             levels = self.kept.get(image[0])
             while levels is None:
                 group = list(itertools.islice(self.ahead, self.at_once)) or [self.read(image)]
-                for path, encoded in self.encode(group):
+                for path, encoded in self.encode(group).items():
                     if len(self.kept) < self.capacity:
                         place = device if len(self.kept) < self.on_device else "cpu"
                         self.kept[path] = [level.to(place) for level in encoded]
@@ -922,31 +896,31 @@ class FeatureCache:
             key.update(repr(size).encode() + path.read_bytes())
             entry = Path(self.folder, f"{key.hexdigest()}.npz")
             with contextlib.suppress(Exception), np.load(entry) as stored:  # missing or damaged: many error types
-                if stored.zip.testzip() is None:  # all checksums are right
-                    return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
+                return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
         return path, entry, read_reduced(path, size)
 
     @torch.no_grad()
     def encode(self, group):
-        """[(path, [image_embed, stride 4, stride 8]), ...] of what read() gave: each 1 x C x h x w in self.dtype."""
+        """{path: [image_embed, stride 4, stride 8]} of what read() gave: each 1 x C x h x w in self.dtype."""
         transforms, device = self.predictor._transforms.transforms, self.predictor.device
-        if new := [pixels for _, _, pixels in group if isinstance(pixels, np.ndarray)]:
-            images = [torch.from_numpy(pixels).to(device).permute(2, 0, 1).contiguous().float() / 255 for pixels in new]
+        results = {path: content for path, _, content in group}
+        if new := {path: entry for path, entry, content in group if isinstance(content, np.ndarray)}:
+            images = [torch.from_numpy(results[path]).to(device).permute(2, 0, 1).contiguous() for path in new]
             with mixed_precision(device, self.amp):
-                features = encode_images(self.predictor, torch.stack([transforms(image) for image in images]))
-            levels = [level.to(self.dtype) for level in (features["image_embed"], *features["high_res_feats"])]
-            encoded = zip(*(level.split(1) for level in levels))
-        results = [(path, content if isinstance(content, list) else next(encoded)) for path, _, content in group]
-        for (_, entry, content), (_, levels) in zip(group, results):
-            if entry and isinstance(content, np.ndarray):
-                write_file(entry, lambda file: np.savez(file, *(level.cpu().numpy() for level in levels)))  # noqa: B023
+                images = torch.stack([transforms(image.float() / 255) for image in images])
+                features = encode_images(self.predictor, images)
+            levels = [level.to(self.dtype).split(1) for level in (features["image_embed"], *features["high_res_feats"])]
+            results.update(zip(new, zip(*levels)))
+        for path, entry in new.items():
+            if entry:
+                write_file(entry, lambda file: np.savez(file, *(each.cpu().numpy() for each in results[path])))  # noqa: B023
         return results
 
 
 def mixed_precision(device, wanted=True):
     """Autocast on CUDA, without its cache: weights cast under no_grad lose their gradients (PyTorch issue 112583)."""
-    on_cuda = wanted and torch.device(device).type == "cuda"
-    return torch.autocast("cuda", autocast_dtype() if on_cuda else torch.float16, enabled=on_cuda, cache_enabled=False)
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.autocast("cuda", autocast_dtype(), enabled=wanted and on_cuda, cache_enabled=False)
 
 
 def autocast_dtype():
@@ -976,15 +950,14 @@ class BatchLoss(torch.nn.Module):
             else:
                 images = batch.images.to(predictor.device, non_blocking=True).float() / 255
                 images = v2.functional.normalize(images, predictor._transforms.mean, predictor._transforms.std)
-                with torch.set_grad_enabled(args.encoder != "frozen"):
-                    features = encode_images(predictor, images)
+                features = encode_images(predictor, images)
             low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, [
-                masks.numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
+                masks[0].numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
         results = torch.stack([torch.stack(image_loss(predictor, *example, args)) for example in zip(
             low_res_masks.split(1), scores.split(1), batch.gt_masks)])
         if batch.kind != "none" or not self.model.knows_absence:
             return results.mean(0).unbind()
-        # of images without an object only the object score is trained: masks that learn to vanish lose IoU elsewhere
+        # an image without an object trains only the object score: learning empty masks lowers the IoU elsewhere
         object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()[:, 0]
         visible = torch.tensor([float(masks.any()) for masks in batch.gt_masks]).to(object_scores.device)
         loss = (results[:, 0] * visible).mean() + OBJECT_WEIGHT * torch.nn.functional.binary_cross_entropy_with_logits(
@@ -999,26 +972,21 @@ def prompt_kind(kind, number):
 
 
 def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections=MAX_POINTS - 1):
-    """Prompt for each object of N images, decode, and correct the result with further clicks where kind is "points".
+    """Prompt for each of N objects, decode, and correct the result with further clicks where kind is "points".
 
-    features: of the N images, in the form of predictor._features; gt_masks: for each image bool K x H x W.
-    rngs: a Generator for each image; None: the click, box and corrections of compare_models.py, without randomness.
-    Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3, with gradients.
+    features: see predict_masks; gt_masks: the N objects, bool H x W each. rngs: a Generator for each object; None: the
+    click, box and corrections of compare_models.py, without randomness.
+    Returns: low-resolution logits N x 3 x h x w and predicted scores N x 3, with gradients.
     """
-    sizes, rngs = [masks.shape[1:] for masks in gt_masks], rngs or [None] * len(gt_masks)
-    prompts = [[first_prompt(kind, mask, rng) for mask in masks] for masks, rng in zip(gt_masks, rngs)]  # per image
-
-    def decode():
-        return predict_masks(predictor, features, sizes, [list(map(np.stack, zip(*image))) for image in prompts])
-
+    sizes, rngs = [mask.shape for mask in gt_masks], rngs or [None] * len(gt_masks)
+    prompts = [first_prompt(kind, mask, rng) for mask, rng in zip(gt_masks, rngs)]
     for _ in range(corrections if kind == "points" else 0):
         with torch.no_grad():
-            predicted = best_masks(predictor, sizes, *decode())
-        for image, found, masks, rng in zip(prompts, predicted, gt_masks, rngs):
-            for number, (coords, labels) in enumerate(image):
-                point, label = correcting_click(found[number], masks[number], rng)
-                image[number] = np.vstack([coords, point]), np.append(labels, label)
-    return decode()
+            found = best_masks(predictor, sizes, *predict_masks(predictor, features, sizes, prompts))
+        clicks = map(correcting_click, found, gt_masks, rngs)
+        prompts = [(np.vstack([coords, point]), np.append(labels, label))
+                   for (coords, labels), (point, label) in zip(prompts, clicks)]
+    return predict_masks(predictor, features, sizes, prompts)
 
 
 def first_prompt(kind, mask, rng=None):
@@ -1030,7 +998,8 @@ def first_prompt(kind, mask, rng=None):
         return np.zeros((1, 2), np.float32), np.array([-1], np.int32)
     if kind != "box":
         return pick_pixel(mask, rng)[None], np.ones(1, np.int32)
-    box = mask_box(mask)
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    box = np.array([x, y, x + width - 1, y + height - 1], np.float32)
     if rng is not None:
         spread = BOX_JITTER * np.tile(box[2:] - box[:2], 2)
         limits = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
@@ -1045,80 +1014,67 @@ def pick_pixel(mask, rng=None):
     return np.array([x, y], np.float32)
 
 
-def mask_box(mask):
-    """The tight box around the mask's foreground: float32 (x1, y1, x2, y2) in pixels, both ends inside."""
-    rows, columns = np.nonzero(mask)
-    return np.array([columns.min(), rows.min(), columns.max(), rows.max()], np.float32)
-
-
 def correcting_click(predicted, gt_mask, rng=None):
     """One more click, on a wrong pixel: (float32 (x, y), label), 1 on the object, 0 beside it.
 
     predicted, gt_mask: bool H x W. With rng a random wrong pixel, as in SAM 2's training; else the one deepest in the
-    largest error (sam2.modeling.sam2_utils.sample_one_point_from_error_center). If none is wrong: see pick_pixel.
+    largest error, as in SAM 2's evaluation. If none is wrong: see pick_pixel.
     """
     wrong = gt_mask != predicted
-    if rng is not None or not wrong.any():
-        x, y = point = pick_pixel(wrong if wrong.any() else gt_mask, rng)
-        return point, int(gt_mask[int(y), int(x)])
-    depths = [cv2.distanceTransform(np.pad(error, 1).astype(np.uint8), cv2.DIST_L2, 0)[1:-1, 1:-1]
-              for error in (predicted & ~gt_mask, gt_mask & ~predicted)]
-    label = int(depths[1].max() > depths[0].max())
-    y, x = np.unravel_index(depths[label].argmax(), gt_mask.shape)
-    return np.array([x, y], np.float32), label
+    if rng is None and wrong.any():
+        point, label = sample_one_point_from_error_center(
+            *(torch.from_numpy(mask)[None, None] for mask in (gt_mask, predicted)))
+        return point[0, 0].numpy(), label.item()
+    x, y = point = pick_pixel(wrong if wrong.any() else gt_mask, rng)
+    return point, int(gt_mask[int(y), int(x)])
 
 
 def predict_masks(predictor, features, sizes, prompts):
-    """Decode prompts with gradients: what predictor.predict() does, without its no_grad.
+    """Decode N prompts with gradients: what predictor.predict() does, without its no_grad.
 
-    features: of N images, as in predictor._features; sizes: their N (H, W); prompts: for each image
-    (coordinates K x P x 2 in its pixels, labels K x P), K the same for all.
-    Returns: low-resolution logits N*K x 3 x h x w and predicted scores N*K x 3.
+    features: of N images, or of one image for all prompts, as in predictor._features; sizes: N (H, W) of the images;
+    prompts: N (coordinates P x 2 in the image's pixels, labels P), P the same for all.
+    Returns: low-resolution logits N x 3 x h x w and predicted scores N x 3.
     """
     model = predictor.model
     predictor._features, predictor._orig_hw, predictor._is_image_set = features, sizes, True
-    prepared = [predictor._prep_prompts(coords, labels, None, None, True, img_idx=number)
-                for number, (coords, labels) in enumerate(prompts)]
+    prepared = [predictor._prep_prompts(*prompt, None, None, True, img_idx=number)
+                for number, prompt in enumerate(prompts)]
     coords, labels = (torch.cat([prompt[part] for prompt in prepared]) for part in (1, 2))
     sparse, dense = model.sam_prompt_encoder(points=(coords, labels), boxes=None, masks=None)
-
-    def for_each_prompt(level):
-        return level[:, None].expand(-1, len(coords) // len(sizes), -1, -1, -1).flatten(0, 1)
-
+    embeddings, *others = (level.expand(len(prompts), -1, -1, -1)
+                           for level in (features["image_embed"], *features["high_res_feats"]))
     return model.sam_mask_decoder(
-        image_embeddings=for_each_prompt(features["image_embed"]), image_pe=model.sam_prompt_encoder.get_dense_pe(),
+        image_embeddings=embeddings, image_pe=model.sam_prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=True, repeat_image=False,
-        high_res_features=[for_each_prompt(level) for level in features["high_res_feats"]])[:2]
+        high_res_features=others)[:2]
 
 
 def best_masks(predictor, sizes, low_res_masks, scores):
-    """The masks with the highest score that predict_masks gave, at their images' N sizes: N arrays, bool K x H x W."""
-    chosen, found = scores.float().cpu().numpy().argmax(1).reshape(len(sizes), -1), []
-    for masks, best, size in zip(low_res_masks.chunk(len(sizes)), chosen, sizes):
+    """The masks with the highest score that predict_masks gave, at their N images' sizes: N arrays, bool H x W."""
+    found = []
+    for masks, best, size in zip(low_res_masks.split(1), scores.float().cpu().numpy().argmax(1), sizes):
         logits = predictor._transforms.postprocess_masks(masks, size)  # all three: the same bits as in predict()
-        found.append((logits[range(len(best)), best] > 0).cpu().numpy())
+        found.append((logits[0, best] > 0).cpu().numpy())
     return found
 
 
 def image_loss(predictor, low_res_masks, scores, gt_masks, args):
     """training_loss of the K prompts on one image, at the size of gt_masks, bool tensor K x H x W."""
-    if args.supervise == "first":  # only masks in the loss are enlarged
-        low_res_masks = low_res_masks[:, :1]
-    logits = predictor._transforms.postprocess_masks(low_res_masks, gt_masks.shape[1:])
+    count = {"first": 1, "all": 3}[args.supervise]  # masks in the loss; the others are not enlarged
+    logits = predictor._transforms.postprocess_masks(low_res_masks[:, :count], gt_masks.shape[1:])
     target = gt_masks.to(logits.device, non_blocking=True).float()
-    return training_loss(logits, scores.float(), target, args.dice_weight, args.supervise)
+    return training_loss(logits, scores[:, :count].float(), target, args.dice_weight)
 
 
-def training_loss(logits, scores, gt_masks, dice_weight=0.0, supervise="first"):
+def training_loss(logits, scores, gt_masks, dice_weight=0.0):
     """(loss, IoU), scalars: means over K prompts on one image.
 
-    logits: K x 3 x H x W, at the image's size; scores: K x 3 predicted IoUs; gt_masks: float K x H x W, 0 or 1.
-    The loss is the binary cross-entropy with 1e-5 inside the logarithms (the guide's), plus dice_weight times
-    1 - Dice of the probabilities, plus SCORE_WEIGHT times |score - IoU|: of the "first" mask (the others may be
-    omitted), or the mean of "all" three. The IoU returned is that of the mask with the highest score among these.
+    logits: K x M x H x W, M masks for each prompt at the image's size; scores: K x M predicted IoUs; gt_masks: float
+    K x H x W, 0 or 1. The loss is the binary cross-entropy with 1e-5 inside the logarithms (the guide's), plus
+    dice_weight times 1 - Dice of the probabilities, plus SCORE_WEIGHT times |score - IoU|: the mean of the M masks.
+    The IoU is that of the mask with the highest score.
     """
-    if supervise == "first":
-        logits, scores = logits[:, :1], scores[:, :1]
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     mask_loss = (-gt * torch.log(prob + 1e-5) - (1 - gt) * torch.log(1 - prob + 1e-5)).mean((-2, -1))
     if dice_weight:
@@ -1198,7 +1154,7 @@ def validate(training):
 def validate_image(training, index):
     """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss at most at MAX_SIDE.
 
-    Without prompts: of the union of its objects; (None, None, None, whether nothing is found) if there is none.
+    Without prompts: of the union of its objects; if there is none: (None, None, None, whether nothing is found).
     """
     args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
     features = training.val_cache([(masks.paths[index], masks.sizes[index])])
@@ -1208,12 +1164,12 @@ def validate_image(training, index):
     reduced, _ = reduce_labels(labels, MAX_SIDE)
     for part in in_parts(numbers, labels.shape):
         gt_masks = labels == part[:, None, None]
-        low_res_masks, scores = simulate_prompts(predictor, features, kind, [gt_masks])
+        low_res_masks, scores = simulate_prompts(predictor, features, kind, gt_masks)
         target = torch.from_numpy(reduced == part[:, None, None])
         loss, _ = image_loss(predictor, low_res_masks, scores, target, args)
-        best, = best_masks(predictor, [labels.shape], low_res_masks, scores)
+        best = best_masks(predictor, [labels.shape] * len(part), low_res_masks, scores)
         if kind == "none" and nothing_found(predictor.model):
-            best[:] = False
+            best[0][:] = False
         results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None) if gt_mask.any()
                     else (None, None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
     return results
@@ -1234,10 +1190,15 @@ def calculate_dice(pred_mask, gt_mask):
 
 # attributes of Training that sam2_last.pt keeps beside the weights, the optimizer and the settings
 PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "encoded")
+COLUMNS = ("iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
+           "seconds")  # of train_log.csv, where there are values
 
 
-def save(training, better):
-    """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt."""
+def save(training, better, unfinished=False):
+    """Write sam2_last.pt (all that --resume needs), the log and, if the model is the best so far, sam2_best.pt.
+
+    unfinished: the training ends before its last iteration, so the command line that continues it is printed.
+    """
     folder, state = Path(training.args.output_dir), training.model.state_dict()
     if better:
         save_model(training, folder / "sam2_best.pt")
@@ -1252,6 +1213,11 @@ def save(training, better):
         except PermissionError as error:  # on Windows, while Excel has the file open; sam2_last.pt has the rows
             tqdm.write(f"주의: {error.filename2 or error.filename}: 쓰지 못했습니다 ({error.strerror}). "
                        "다른 프로그램에서 닫으세요", file=sys.stderr)
+    if unfinished:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", training.processes)
+        command = f"torchrun --nproc-per-node={processes}" if training.processes > 1 else "python"
+        tqdm.write(f"{training.iteration}회까지 저장했습니다. 이어서 하려면: "
+                   f'{command} "{sys.argv[0]}" --resume --output-dir "{folder}"')
 
 
 def save_model(training, path, **more):
@@ -1295,39 +1261,27 @@ def restore(training, last):
                "바뀜": {name for name in before.keys() & now.keys() if before[name] != now[name]}}
     if named := [f"{how} {', '.join(sorted(names)[:5])}{f' 외 {len(names) - 5}개' if len(names) > 5 else ''}"
                  for how, names in changes.items() if names]:
-        fail(f"다른 데이터로 한 학습이라 이어서 할 수 없습니다. 마스크가 {'; '.join(named)}")
+        fail(f"학습하던 데이터와 달라 이어서 할 수 없습니다. 마스크: {'; '.join(named)}")
     if last["processes"] != training.processes:
         fail(f"프로세스 {last['processes']}개로 한 학습이라 {training.processes}개로 이어서 할 수 없습니다")
     if last["iteration"] > training.args.iterations:
         fail(f"이미 {last['iteration']}회까지 학습했습니다. --iterations를 더 크게 주세요")
+    print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
     if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
-    weights = {**last["model"], **last["low_rank"]}
-    training.model.load_state_dict({name: weights[name] for name in training.model.state_dict()})
+    training.model.load_state_dict(last["low_rank"], strict=False)  # load_predictor has loaded the other weights
     for group in last["optimizer"]["param_groups"]:
-        group["fused"] = training.optimizer.defaults["fused"]  # a matter of the device
+        group["fused"] = training.optimizer.defaults["fused"]  # depends on the device
     training.optimizer.load_state_dict(last["optimizer"])
-    if last["scaler"]:  # empty if the run before needed none: bfloat16, or another device
+    if last["scaler"]:  # empty if the earlier run needed no scaler (bfloat16, or another device)
         training.scaler.load_state_dict(last["scaler"])
     vars(training).update({name: last[name] for name in PROGRESS}, started=time.time() - last["seconds"])
-
-
-def resume_command(training):
-    """The command line that continues this training."""
-    count = os.environ.get("LOCAL_WORLD_SIZE", training.processes)
-    start = f"torchrun --nproc-per-node={count}" if training.processes > 1 else "python"
-    return f'{start} "{sys.argv[0]}" --resume --output-dir "{training.args.output_dir}"'
 
 
 def save_log(rows, output_dir):
     """Write train_log.csv: the rows logged so far."""
     text = io.StringIO(newline="")
-    names = ["iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
-             "seconds"]
-    for name in ("encoder_lr", "val_specificity"):
-        if not any(name in row for row in rows):
-            names.remove(name)
-    writer = csv.DictWriter(text, names)
+    writer = csv.DictWriter(text, [name for name in COLUMNS if any(name in row for row in rows)])
     writer.writeheader()
     writer.writerows(rows)
     write_file(output_dir / "train_log.csv", text.getvalue().encode())

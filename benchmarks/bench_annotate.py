@@ -3,7 +3,7 @@
     python benchmarks/bench_annotate.py
 
 The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. A simulated person
-looks at each image for one to three seconds before each click, moves the mouse for 0.7 seconds and clicks; the image
+looks at each image for one to three seconds before each click, moves the mouse for 0.7 seconds and clicks. The image
 after the current one is encoded meanwhile. Events go through matplotlib's own event chain to its Agg canvas.
 """
 

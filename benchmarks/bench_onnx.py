@@ -3,8 +3,8 @@
     python benchmarks/bench_onnx.py
 
 The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Torch and the
-forms of the files alternate. --checkpoint with --image-dir and --mask-dir adds the IoU of the highest-scored mask with
-the click of compare_models.py, one object per image.
+variants of the files (float32, --fp16, --int8) alternate. --checkpoint with --image-dir and --mask-dir adds the IoU of
+the mask with the highest score for the click of compare_models.py, one object per image.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main():
 
 
 def print_seconds(predictor, encoders, decoder, threads, repeats):
-    """Encode one image and decode one click with torch and with each form of the files, in turn, on `threads` threads.
+    """Encode one image and decode one click with torch and each variant of the files, in turn, on `threads` threads.
 
     Both sides compute the same: torch runs the modules that were exported, without resizing.
     """

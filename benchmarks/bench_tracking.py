@@ -1,12 +1,12 @@
 """Measure memory and speed of extras/track_video.py and of sam2's own video predictor on the same JPEG frames.
 
-    python benchmarks/bench_tracking.py                  peak memory at 200 and 2,000 frames, frames a second
+    python benchmarks/bench_tracking.py                  peak memory at 200 and 2,000 frames, frames per second
     python benchmarks/bench_tracking.py --model-cfg configs/sam2.1/sam2.1_hiera_t.yaml --frames 12
 
-It draws frames of 960 x 540 and prompts two objects on the first one. Each run is a separate process; its peak is that
-process's resident memory, including Python, torch and the model. On the CPU it measures the process time of one thread,
-which a busy machine changes little. Weights are the demo's, or random for another config: right for memory and speed,
-meaningless for quality.
+It draws frames of 960 x 540 and prompts two objects on the first one. Each run is a separate process; the peak
+is the resident memory of that process, including Python, torch and the model. On the CPU it measures the process time
+of one thread, which a busy machine changes little. Weights are the demo's, or random for another config: right for
+memory and speed, meaningless for quality.
 """
 
 import argparse

@@ -143,14 +143,14 @@ def limit(predictor, optimizer, device, amp, visits):
         features = project.encode_images(predictor, images[:1])
     features = {"image_embed": features["image_embed"].repeat(16, 1, 1, 1),
                 "high_res_feats": [level.repeat(16, 1, 1, 1) for level in features["high_res_feats"]]}
-    prompts = [(np.full((1, 1, 2), size / 2, np.float32), np.ones((1, 1)))] * 16
+    prompts = [(np.full((1, 2), size / 2, np.float32), np.ones(1))] * 16
     target = torch.rand(16, size, size, device=device).round()
 
     def step():
         with project.mixed_precision(device, amp):
             low_res_masks, scores = project.predict_masks(predictor, features, [(size, size)] * 16, prompts)
         logits = predictor._transforms.postprocess_masks(low_res_masks[:, :1], (size, size))
-        project.training_loss(logits, scores.float(), target)[0].backward()
+        project.training_loss(logits, scores[:, :1].float(), target)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -190,7 +190,7 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng, am
             high_res_features=[level[-1].unsqueeze(0) for level in predictor._features["high_res_feats"]])
     masks = predictor._transforms.postprocess_masks(low_res_masks, predictor._orig_hw[-1])
     target = torch.from_numpy(gt.astype(np.float32)).to(device)
-    loss, iou = project.training_loss(masks, scores.float(), target[None])
+    loss, iou = project.training_loss(masks[:, :1], scores[:, :1].float(), target[None])
     predictor.model.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)

@@ -3,7 +3,7 @@
     python benchmarks/bench_window.py
 
 The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. Events go through
-matplotlib's own event chain to its Agg canvas, which draws at once; a real window adds the copy to the screen.
+matplotlib's own event chain to its Agg canvas, which draws at once; a real window also copies the image to the screen.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/cut_background.py --data-dir data --output data_empty --train 200 --val 100
 
-From images in random order, the largest of 300 random squares is taken that is at least 96 px wide, is at least 4 px
-away from every object and is dark (no channel above 30, as the corners of an endoscope's picture) in at most 15 % of
-its area. It is resized to the size of its image. An image without such a square is passed over.
+The images are visited in random order. In each, 300 random squares are drawn, and the largest is used that is at least
+96 px wide, is at least 4 px away from every object, and is dark (no channel above 30, as in the corners of endoscopic
+images) in at most 15 % of its area. It is resized to the size of the image. Images without such a square are skipped.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python benchmarks/study_annotation.py --model-cfg demo/sam2_demo.yaml --checkpoint demo/sam2_demo.pt
 
-A stream of images in random order is labelled. The first click is in the middle of an object, each further one in the
+A stream of images in random order is labeled. The first click is in the middle of an object, each further one in the
 middle of the largest error of the mask with the highest score, at most 10; a mask that does not reach an IoU with them
-counts as 11 clicks. What is saved, and learned, is the mask in data/. Images with several objects: mean over these.
-frozen never learns; learning takes steps after each image (extras/learning.py); training runs train_sam2_proper.py
---recipe improved after every --every images, on all of them. With --split train, the model at the end of the stream is
-also measured on data/images/val: the mean IoU after one click.
+counts as 11 clicks. The mask in data/ is then saved and learned. The values of an image with several objects are means
+over the objects. Variants: frozen never learns; learning takes steps after each image (extras/learning.py); training
+runs train_sam2_proper.py --recipe improved after every --every images, on all images so far. With --split train, the
+model at the end of the stream is also measured on data/images/val: the mean IoU after one click.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def sort_by_certainty(pairs, args):
     for pair in pairs:
         image = project.read_image(pair[0])
         predictor.set_image(image)
-        _, scores = project.simulate_prompts(predictor, predictor._features, "none", [np.ones((1, *image.shape[:2]))])
+        _, scores = project.simulate_prompts(predictor, predictor._features, "none", [np.ones(image.shape[:2])])
         certainty[pair] = scores.max().item()
     return sorted(pairs, key=certainty.get)
 
@@ -108,7 +108,7 @@ def label(name, stream, pairs, kept, args):
         started = time.perf_counter()
         predict = partial(predict_mask, predictor, kept[path], stream.sizes[index])
         result.append([simulate(predict, gt_mask) for gt_mask in stream.decode(index)])
-        labelled = time.perf_counter()
+        labeled = time.perf_counter()
         shutil.copy(masks_of[path.stem], folder / f"{path.stem}.png")
         if learner:
             learner.add(path, kept[path])
@@ -116,7 +116,7 @@ def label(name, stream, pairs, kept, args):
                 pass
         elif name == "training" and (index + 1) % args.every == 0:
             train(predictor, stream.paths[:index + 1], folder, args)
-        seconds += labelled - started, time.perf_counter() - labelled
+        seconds += labeled - started, time.perf_counter() - labeled
     return predictor, result, seconds / len(stream)
 
 
@@ -134,8 +134,8 @@ def validate(predictor, args):
 @torch.no_grad()
 def predict_mask(predictor, features, size, coords, labels):
     """The mask with the highest score, bool H x W."""
-    prompts = [(np.array([coords], np.float32), np.array([labels]))]
-    return project.best_masks(predictor, [size], *project.predict_masks(predictor, features, [size], prompts))[0][0]
+    prompts = [(np.array(coords, np.float32), np.array(labels))]
+    return project.best_masks(predictor, [size], *project.predict_masks(predictor, features, [size], prompts))[0]
 
 
 def simulate(predict, gt_mask, clicks=CLICKS):
@@ -176,7 +176,7 @@ def draw(ious, args):
     for name, values in ious.items():
         width = min(20, len(values))
         axes.plot(np.arange(width, len(values) + 1), np.convolve(values, np.ones(width) / width, "valid"), label=name)
-    axes.set(xlabel="images labelled", ylabel="IoU after one click, mean of 20 images", ylim=(0, 1))
+    axes.set(xlabel="images labeled", ylabel="IoU after one click, mean of 20 images", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     project.save_figure(figure, args.output / "study.png")

@@ -2,7 +2,7 @@
 
     python benchmarks/study_objects.py
 
-It draws 60 images (48 to train on, 12 to compare on) of 3 to 8 ellipses in two sizes and two colours, many of which
+It draws 60 images (48 to train on, 12 to compare on) of 3 to 8 ellipses in two sizes and two colors, many of which
 touch. Both trainings start from the same weights and take the same number of decoder passes; compare_models.py then
 prompts both models for each object of the 12 images with a click in its middle.
 """

@@ -6,9 +6,9 @@
 The budget is a number of decoder passes: one prompt on one image, forward and backward. Encoder passes are
 counted separately. The study trains on four fifths of data/images/train and measures on the held-back fifth;
 --final, to be run once, trains only the recipes of train_sam2_proper.py, on all training images, and measures
-on data/images/val. It measures the model after the last iteration on the highest-scored mask, for one click
-in the middle, for the box and without a prompt (the union of an image's objects; images without any object count
-as specificity). It runs one training per core in parallel.
+on data/images/val. It measures the mask with the highest score after the last iteration, for one click in the
+middle, for the box and without a prompt (compared with the union of an image's objects; images without any object
+give the specificity). It runs one training per core in parallel.
 
 --unet SECONDS trains MONAI's BasicUNet from scratch instead, for that CPU time, on the same images.
 """
@@ -174,14 +174,13 @@ def run(job):
     return name, values, encoded, time.process_time() - started
 
 
-def focal_loss(weight, logits, scores, gt_masks, dice_weight, supervise):
+def focal_loss(weight, logits, scores, gt_masks, dice_weight):
     """project.training_loss with `weight` times the focal loss (gamma 2, alpha 0.25) instead of cross-entropy."""
-    del supervise  # all
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     right = prob * gt + (1 - prob) * (1 - gt)
     alpha = 0.25 * gt + 0.75 * (1 - gt)
     focal = (-alpha * (1 - right) ** 2 * torch.log(right + 1e-5)).mean((-2, -1))
-    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight, "all")
+    plain, iou = TRAINING_LOSS(logits, scores, gt_masks, dice_weight)
     entropy = (-torch.log(right + 1e-5)).mean((-2, -1))
     return plain + (weight * focal - entropy).mean(), iou
 
@@ -224,20 +223,20 @@ def measure(training):
         features, gt_masks, columns = training.val_cache([(path, size)]), masks.decode(index), []
         union = masks.labels(index)[None] > 0
         for kind in ("point", "box", "none") if index < masks.filled else ("none",):
+            truth = union if kind == "none" else gt_masks
             with torch.no_grad():
-                low_res_masks, scores = project.simulate_prompts(
-                    predictor, features, kind, [union if kind == "none" else gt_masks])
-            best, = project.best_masks(predictor, [size], low_res_masks, scores)
+                low_res_masks, scores = project.simulate_prompts(predictor, features, kind, truth)
+            best = project.best_masks(predictor, [size] * len(truth), low_res_masks, scores)
             if kind == "none" and project.nothing_found(predictor.model):
-                best[:] = False
+                best[0][:] = False
             if kind == "none" and index < masks.filled:
                 unions.append([calculate(best[0], union[0]) for calculate in MEASURES])
             elif kind == "none":
-                right.append(not best.any())
+                right.append(not best[0].any())
             else:
                 columns += [[calculate(*pair) for pair in zip(best, gt_masks)] for calculate in MEASURES]
             if kind == "point":
-                first, = project.best_masks(predictor, [size], low_res_masks[:, :1], scores[:, :1])
+                first = project.best_masks(predictor, [size] * len(truth), low_res_masks[:, :1], scores[:, :1])
                 first = [project.calculate_iou(*pair) for pair in zip(first, gt_masks)]
         if columns:
             objects += zip(*columns, first)

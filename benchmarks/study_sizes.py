@@ -4,7 +4,8 @@
 
 The images of a subset are drawn from data/images/train at random; a larger subset contains the smaller ones. Every run
 has the same number of decoder passes (see study_recipes.py) and is measured on data/images/val after the last
-iteration: the highest-scored mask for one click, for the box and without a prompt. One training per core in parallel.
+iteration: the mask with the highest score, for one click, for the box and without a prompt. One training per core runs
+in parallel.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """Label a folder of images in a window: click, look at the mask, press Enter, and the next image opens.
 
-    python extras/annotate.py --images photos --output photo_masks       goes on where it stopped
+    python extras/annotate.py --images photos --output photo_masks       starts, or continues
     python prepare_data.py --images photos --masks photo_masks           and train
 
-Images open at once: a worker encodes the current one, answers its clicks and then encodes the next one. With --learn
-the model learns from each mask while one looks at the next image (learning.py). Once it finds the objects without a
-click, each image opens with this suggestion.
+Images open at once: a worker thread encodes the current image, answers its clicks and then encodes the next image. With
+--learn, the model learns from each saved mask while the user looks at the next image (learning.py). Once it segments
+the objects without a click, each image opens with this mask as a suggestion.
 
 Chapters:
     settings    the pause before a step, the hints
@@ -43,7 +43,7 @@ from test_my_image import (
 
 # ---- settings ----
 
-PAUSE = 0.3  # seconds without any event in the window, after which a step may begin
+PAUSE = 0.3  # seconds without an event in the window before a learning step may begin
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
             "u: undo    r: reset    Enter: save    s: skip    h: hide masks    m: initial model    "
             "wheel: zoom, 0: whole image    q: quit",
@@ -92,7 +92,7 @@ def parse_args():
     parser.add_argument("--refine", type=int, default=0, metavar="N",
                         help="가장 좋은 마스크를 모델에 다시 넣어 N번 다듬기 (기본: 0)")
     parser.add_argument("--learn", action=argparse.BooleanOptionalAction, default=False,
-                        help="저장한 마스크마다 모델이 배움 (기본: 배우지 않음)")
+                        help="저장한 마스크로 모델을 바로 학습함 (기본: 학습하지 않음)")
     add_web_flag(parser)
     add_model_flags(parser, "output/my_masks/폴더이름")
     args = parser.parse_args()
@@ -135,11 +135,12 @@ def write_log_row(path, *row):
 
 
 class AnnotationWindow(Window):
-    """A window that shows one image after the other, with one panel for each model, and writes a mask for each.
+    """A window that shows the images one by one, with a panel for each model, and writes a mask for each image.
 
-    paths: the images to label; total: their number with those that have a mask; predictors: {title: predictor}; the
-    last one's masks are written, and learner trains it; shared: see set_image_in_all. After show(): path is the image
-    open at the end or None; saved, the number of masks written; failed, the images that were unreadable.
+    paths: the images to label; total: the number of all images, including those that have a mask; predictors: {title:
+    predictor}: the masks of the last one are written, and learner trains it; shared: see set_image_in_all. After
+    show(), path is the image that was still open, or None; saved, the number of masks written; failed, the unreadable
+    images.
     """
 
     WAITING_KEYS = ("1", "2", "3", "n", "enter")
@@ -148,14 +149,14 @@ class AnnotationWindow(Window):
         self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
         self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
         self.learner, self.is_learning, self.touched = learner, False, 0
-        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a laptop of 1280 x 720
+        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a screen of 1280 x 720
         self.status = self.figure.text(0.5, 0.955, "", ha="center")
         for name in ("button_press_event", "motion_notify_event", "key_press_event", "scroll_event"):
             self.figure.canvas.mpl_connect(name, self.touch)
         self.open_next()
 
     def open_next(self):
-        """Open the next image, have it encoded and then the one after it; close the window after the last one."""
+        """Open the next image; queue its encoding, then that of the image after it. After the last image, close."""
         self.path, self.delayed = None, []
         self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
         while self.paths and not self.path:
@@ -185,7 +186,7 @@ class AnnotationWindow(Window):
         self.touched = time.monotonic()
 
     def tick(self):
-        """Also let the worker learn, one step at a time, while nothing happens: a click waits for that step at most."""
+        """Also queue one learning step at a time while the user does nothing: a click waits for one step at most."""
         super().tick()
         if not (self.is_learning or self.waiting) and self.learner.has_work() and \
                 time.monotonic() - self.touched > PAUSE:
@@ -198,7 +199,7 @@ class AnnotationWindow(Window):
             self.set_title()
 
     def encode(self, path, image=None):
-        """In the worker: keep the features of an image, one (features, (H, W)) per model; of skipped ones none.
+        """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped.
 
         image: uint8 H x W x 3; None: read it.
         """
@@ -218,7 +219,7 @@ class AnnotationWindow(Window):
         self.update()
 
     def predict(self, path, asked):
-        """In the worker: the candidates for the prompts of an object; incomplete if there are newer prompts."""
+        """In the worker: the candidates for the prompts of an object; incomplete if the prompts have changed since."""
         candidates = {}
         with self.learner.using(self.learner.initial) if self.shows_initial else contextlib.nullcontext():
             for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
@@ -247,7 +248,7 @@ class AnnotationWindow(Window):
         self.history.append((self.finished, before))
 
     def set_prompts(self, points, box, choice=None, is_suggested=False):
-        """Take new prompts for the current object and have them segmented; until then the old mask is shown.
+        """Set new prompts for the current object and queue their segmentation; until it ends, the old mask is shown.
 
         is_suggested: segment what the model finds without prompts.
         """
@@ -293,8 +294,8 @@ class AnnotationWindow(Window):
     def save(self, objects):
         """Write the mask in the format of data/, 8-bit for one object, else numbered, and open the next image.
 
-        The learner gets it, and annotation_log.csv a row: the IoU of the image's first mask, from the first prompt or
-        suggested, with the first object or, if suggested, with all that was saved.
+        Pass the mask to the learner and add a row to annotation_log.csv. Its IoU compares the first mask shown for the
+        image with what was saved: a suggestion with all objects, the mask of the first prompt with the first object.
         """
         labels = number_objects(objects, [*self.predictors][-1])
         mask_path = self.args.output / f"{self.path.stem}.png"
@@ -309,7 +310,7 @@ class AnnotationWindow(Window):
         self.open_next()
 
     def update(self, message=""):
-        """Show the image, the objects' masks, the current one's prompts, and a message or what is going on."""
+        """Show the image, the objects' masks, the current one's prompts, and a message or the state."""
         objects = [*self.finished, self.current] if self.current.candidates else self.finished
         for axes, title in zip(self.panels, self.predictors):
             show_view(axes, self.image, [] if self.hides_masks else colored_masks(objects, title))

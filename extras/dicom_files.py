@@ -6,7 +6,7 @@ Messages contain neither values of the patient's header nor messages of pydicom,
 
 Chapters:
     settings   attributes of the header
-    series     which slices of a folder belong together
+    series     grouping the slices of a folder
     geometry   the order of the slices, and their place in the patient
     pixels     a series as a NIfTI image
     writing    a mask as DICOM SEG
@@ -36,7 +36,7 @@ for _name in ("pydicom", "highdicom"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=_name)
 
-MODALITIES = ("CT", "MR", "PT")  # not SEG and RTDOSE, which may lie beside them
+MODALITIES = ("CT", "MR", "PT")  # not SEG and RTDOSE, which may be in the same folder
 DIFFERENCES = ("ImageType", "EchoTime", "EchoNumbers", "InversionTime", "DiffusionBValue", "FlipAngle",
                "TemporalPositionIdentifier", "AcquisitionNumber")  # of several images at one position
 HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
@@ -59,9 +59,9 @@ DEIDENTIFIED = ("PatientIdentityRemoved", "DeidentificationMethod", "Deidentific
 class Plane:
     """One slice: a single-frame file, or frame `frame` of an enhanced file.
 
-    position: 3, the centre of the first pixel, and orientation: 2 x 3, the directions of rows and columns, both in the
+    position: 3, the center of the first pixel, and orientation: 2 x 3, the directions of rows and columns, both in the
     patient's LPS coordinates, in mm; spacing: 2, between rows and between columns, in mm; thickness in mm, 0 if it is
-    unknown; rescale: the dataset with slope and intercept; order: what slices are listed by.
+    unknown; rescale: the dataset with slope and intercept; order: the key by which slices are listed.
     """
 
     path: Path
@@ -77,10 +77,10 @@ class Plane:
 
 @dataclass(eq=False)
 class Series:
-    """Slices of one series, orientation, size and spacing.
+    """Slices that have the same series, orientation, size and spacing.
 
-    number: for --series; difference: what distinguishes it from others of the same series, such as an echo time; image,
-    is_tilted and doubts, warnings in Korean: see read_series().
+    number: for --series; difference: what distinguishes these slices from others of the same series, such as an echo
+    time; doubts: warnings in Korean; image, is_tilted: see read_series().
     """
 
     number: int
@@ -115,8 +115,8 @@ def is_dicom(path):
 def choose_series(path, number=None):
     """The Series at a path: a folder and those below it, a DICOMDIR, or one of the series' own files.
 
-    Prints what is skipped and what is chosen. Raises ImageError, after a list of the series, unless there is one or
-    `number` chooses it.
+    Prints what is skipped and what is chosen. If there are several series and `number` chooses none, prints a list of
+    them and raises ImageError.
     """
     path = Path(path)
     is_slice = path.is_file() and path.name.upper() != "DICOMDIR"
@@ -149,8 +149,8 @@ def choose_series(path, number=None):
 
 
 def scan(paths):
-    """The slices in files, sorted by the numbers of series and instance; Counters of skipped files by reason, and of
-    those of which the slices could not be read by series."""
+    """The slices in files, sorted by the numbers of series and instance; two Counters of skipped files: by
+    reason, and, if their slices could not be read, by series."""
     planes, seen, skipped, left_out = [], {}, collections.Counter(), collections.Counter()
     for path in paths:
         if not path.is_file() or path.name.upper() == "DICOMDIR":
@@ -230,8 +230,8 @@ def group(planes):
 def split(planes):
     """Split slices of which several have one position: [(", name value" of the attribute that differs, slices)].
 
-    The first of DIFFERENCES that gives parts of one size, at least two slices, without duplicates; if none does, all
-    slices stay together.
+    Uses the first of DIFFERENCES that gives parts of equal size, of at least two slices each, without duplicates. If
+    none does, all slices stay together.
     """
     for name in DIFFERENCES if has_duplicates(planes) else ():
         parts = collections.defaultdict(list)
@@ -252,15 +252,15 @@ def heights(planes):
 
 
 def has_duplicates(planes):
-    """Whether two slices have one position, as close as scanners repeat one."""
+    """Whether two slices have the same position, within the precision of scanners."""
     return bool((np.diff(np.sort(heights(planes))) < TOLERANCE * planes[0].spacing.min()).any())
 
 
 def grid_of(planes):
     """Sort slices along their normal: (sorted slices, affine).
 
-    affine: 4 x 4, from indices of column, row and slice to the patient's RAS coordinates in mm. A gantry tilt, by which
-    each slice lies a little beside the one before, is kept: the affine is sheared. Raises ImageError if slices are
+    affine: 4 x 4, from indices of column, row and slice to the patient's RAS coordinates in mm. A gantry tilt shifts
+    each slice against the one before; the affine keeps it as a shear. Raises ImageError if slices are
     missing, unevenly spaced, or at one position.
     """
     order = np.argsort(heights(planes), kind="stable")
@@ -292,8 +292,8 @@ def read_series(series):
     """Read the pixels of a series: the Series with its slices sorted, image and doubts. Raises ImageError.
 
     The image's axes are those of the files: column, row, slice, the last sorted by position. Its values are rescaled,
-    float32; its affine leads to nibabel's RAS. MONOCHROME1 inverts the brightness of all but CT, where Hounsfield units
-    do not depend on it. is_tilted: the last slice lies half a pixel or more beside the normal through the first.
+    float32; its affine maps to nibabel's RAS. MONOCHROME1 inverts the brightness, except in CT, where Hounsfield units
+    do not depend on it. is_tilted: the last slice is shifted by half a pixel or more from the normal through the first.
     """
     planes, affine = grid_of(series.planes)
     slices = []
@@ -375,7 +375,7 @@ def seg_bytes(series, mask, mark):
     It refers to the files of the series. It repeats those attributes of patient and study that a SEG must have, and no
     others. mark: its content description, at most 64 characters.
     """
-    import highdicom as hd  # takes a second, which NIfTI files need not wait for
+    import highdicom as hd  # takes a second, which only DICOM needs
     from pydicom.charset import python_encoding
     from pydicom.sr.codedict import codes
 
@@ -392,7 +392,7 @@ def seg_bytes(series, mask, mark):
         first.SpecificCharacterSet = "ISO_IR 192"  # UTF-8
     is_enhanced = planes[0].frame is not None
     sources = [first] if is_enhanced else [first, *(plane.header for plane in planes[1:])]
-    for source in sources[1:]:  # highdicom requires equal ones, to the last digit
+    for source in sources[1:]:  # highdicom requires exactly equal values
         source.ImageOrientationPatient, source.PixelSpacing = first.ImageOrientationPatient, first.PixelSpacing
     if len({source.SOPInstanceUID for source in sources}) < len(sources):
         raise ValueError("instances with one UID")
@@ -414,7 +414,7 @@ def seg_bytes(series, mask, mark):
 
 
 def is_own_seg(path, mark):
-    """Whether a file is a DICOM SEG of seg_bytes() with this mark; programs that save an edited one replace it."""
+    """Whether a file is a DICOM SEG of seg_bytes() with this mark; programs replace the mark when they save an edit."""
     try:
         return pydicom.dcmread(path, stop_before_pixels=True).ContentDescription == mark
     except Exception:  # pydicom raises many error types for a damaged file

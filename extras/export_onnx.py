@@ -1,10 +1,10 @@
-"""Export a SAM 2 as two ONNX files, image encoder and mask decoder, and check them with ONNX Runtime.
+"""Export a SAM 2 checkpoint as two ONNX files, image encoder and mask decoder, and check them with ONNX Runtime.
 
     python extras/export_onnx.py output/sam2_best.pt onnx/        sam2_best.encoder.onnx, sam2_best.decoder.onnx
 
-Names, order and shapes of inputs and outputs are those of samexporter 0.5, so that tools that open its SAM 2 files
-(X-AnyLabeling and others) open these. Nothing is written unless ONNX Runtime and torch give the same logits for a
-synthetic image.
+Names, order and shapes of inputs and outputs are those of samexporter 0.5, so that tools for its SAM 2 files
+(X-AnyLabeling and others) can open these files. Nothing is written unless ONNX Runtime and torch give the same logits
+for a synthetic image.
 
     encoder   image 1x3xSxS, normalized RGB; S: the model's image_size
               -> high_res_feats_0 1xCxS/4xS/4, high_res_feats_1 1xCxS/8xS/8, image_embed 1xCxS/16xS/16
@@ -197,5 +197,5 @@ def difference_from_torch(predictor, encoder, decoder):
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # quantize_dynamic's advice to fold constants first, which enlarges the file
+    logging.disable(logging.WARNING)  # hides quantize_dynamic's advice to fold constants first, which enlarges the file
     run(main, "더 작은 모델로 해 보거나 다른 프로그램을 닫으세요")

@@ -1,13 +1,13 @@
-"""Bring data labelled with another tool into data/: its folder becomes COCO JSON, which prepare_data.py reads.
+"""Import data labeled with another tool into data/: its folder becomes COCO JSON, which prepare_data.py reads.
 
-    python extras/import_labels.py --dataset DIR                         recognise, report, convert, run prepare_data.py
+    python extras/import_labels.py --dataset DIR                         find the format, convert, run prepare_data.py
     python extras/import_labels.py --dataset DIR -- --merge              options after -- go to prepare_data.py
     python extras/import_labels.py --dataset DIR --output labels.json    keep the COCO JSON too
 
 A reader takes a folder and returns {image path: (split, (H, W) or None, objects)}, empty for other layouts. A split is
 "train", "val", "test" or "". An object is a COCO annotation without ids, with the name of its class as "category" and,
-where the format has an order of classes, its place there as "rank"; one without "segmentation" is a box. What a reader
-leaves out is added to `problems`, [(name, problem)].
+where the format has an order of classes, its place there as "rank"; one without "segmentation" is a box. A reader adds
+what it skips to `problems`, [(name, problem)].
 
 Chapters:
     the run            main(), the command line, the layout, COCO JSON for prepare_data.py
@@ -79,7 +79,8 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(description="다른 도구의 라벨 폴더를 알아보고 COCO로 바꾸어 data/에 준비합니다.")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR", help="도구가 쓴 그대로의 폴더 (필수)")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="DIR",
+                        help="라벨링 도구가 내보낸 그대로의 폴더 (필수)")
     parser.add_argument("--layout", choices=READERS, help="라벨의 형식 (기본: 폴더를 보고 알아냄)")
     parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="COCO JSON도 남김 (검증은 이름 뒤에 _val)")
     parser.add_argument("options", nargs="*", metavar="-- OPTION", help="-- 뒤의 옵션은 prepare_data.py에 넘김")

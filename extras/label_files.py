@@ -72,7 +72,7 @@ def other_images(folder, used):
 
 
 def find_image(folder, label, name, stem=""):
-    """The image that a label file calls `name`, where it says or elsewhere in the folder; ValueError if unclear.
+    """The image that a label file calls `name`, at that path or elsewhere in the folder; ValueError if ambiguous.
 
     Of images with the same name, one with the same folders as `name`, of the same split or nearer to `label` is used.
     """
@@ -254,7 +254,7 @@ def voc_settings(root):
 
 
 def read_indices(path):
-    """The indices of a palette or grey PNG, int32 H x W; ValueError for other files and masks of one object."""
+    """The indices of a palette or gray PNG, int32 H x W; ValueError for other files and masks of one object."""
     with Image.open(path) as file:
         if file.format != "PNG" or file.mode not in ("P", "L", "I", "I;16"):
             raise ValueError(f"팔레트 PNG가 아님 ({file.format}, {file.mode}; 색이면 prepare_data.py --masks --colors)")
@@ -294,7 +294,7 @@ def header_size(path):
 def draw_polygon(polygon, height, width):
     """Fill a polygon (N x 2; x, y in pixels), with the pixels of its edge, as YOLO and LabelMe do: uint8 H x W.
 
-    Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are left out.
+    Where it returns to a point, it is split there: YOLO joins the parts of an object by lines, which are not drawn.
     """
     path, places, parts = [], {}, []
     for point in [*map(tuple, polygon), tuple(polygon[0])]:
@@ -307,7 +307,7 @@ def draw_polygon(polygon, height, width):
             places[point] = len(path)
             path.append(point)
     starts = {part[0] for part in parts if len(part) > 2}
-    parts = [part for part in parts if len(part) > 2 or part[-1] not in starts]  # a thin end stays
+    parts = [part for part in parts if len(part) > 2 or part[-1] not in starts]  # keep thin ends
     points = [np.floor(np.array(part) + 0.05).astype(np.int32) for part in parts]  # 0.05: rounded fractions
     return cv2.fillPoly(np.zeros((height, width), np.uint8), points, 1)
 

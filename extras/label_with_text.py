@@ -169,7 +169,7 @@ def make_detector(args, device):
     if args.boxes:
         return CocoBoxes(args.boxes)
     if not all(name.isascii() for name in args.category):
-        print("주의: 두 검출기는 영어로 배웠습니다. --category를 영어로 쓰세요")
+        print("주의: 두 검출기는 영어로 학습되었습니다. --category를 영어로 쓰세요")
     given = {name: getattr(args, name) for name in OPTIONS[args.detector] if getattr(args, name) is not None}
     folder = find_weights(args.detector, given.pop("detector_dir", None))
     detector_class = {"florence2": Florence2, "grounding-dino": GroundingDino}[args.detector]

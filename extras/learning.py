@@ -1,13 +1,13 @@
-"""Decoder steps on the labels of a folder, taken one by one while the next image is labelled: see annotate.py.
+"""Decoder steps on the labels of a folder, taken one by one while the next image is labeled: see annotate.py.
 
     learner = Learner(predictor, Path("masks"), steps=10)
-    learner.resume(labelled)                # the images that have a mask masks/STEM.png
+    learner.resume(labeled)                 # the images that have a mask masks/STEM.png
     learner.add(path, features)             # its mask was saved
     while learner.work():                   # one short piece of work: encode an image, measure, one step, write
         pass
 
 The loss and the optimizer are those of train_sam2_proper.py --recipe improved. The prompts, the learning rate and the
-number of steps were chosen with benchmarks/study_annotation.py. No window, no thread.
+number of steps were chosen with benchmarks/study_annotation.py. This module uses neither a window nor a thread.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from tqdm import tqdm
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
 import train_sam2_proper as train  # noqa: E402
 
-STEPS, LR, BATCH = 10, 1e-4, 4  # steps per labelled image
+STEPS, LR, BATCH = 10, 1e-4, 4  # steps per labeled image
 KINDS = ("point", "points", "points", "box", "none")  # of prompts, drawn with equal probability
-CORRECTIONS = 8                 # of "points": fewer than this, but more than in a training, as annotators need more
-RECENT = 10                     # images: of these the agreement and the guard's loss of IoU are taken
-LOST = 0.1                      # mean IoU over RECENT images that a model may lose against the last good one
-WORTH_SHOWING = 0.6             # mean IoU of masks without a prompt with what was saved
+CORRECTIONS = 8                 # upper limit for "points", higher than in a training, as annotators need more
+RECENT = 10                     # number of images over which agreement and loss of IoU are averaged
+LOST = 0.1                      # a model may lose this much mean IoU over RECENT images against the last good weights
+WORTH_SHOWING = 0.6             # lowest mean IoU, of masks without a prompt and saved masks, for suggestions
 STATE = ("learned", "queued", "iteration", "gains", "agreements")  # attributes that learned_last.pt keeps
 
 
 class Learner:
-    """Trains the mask decoder and the prompt encoder of a SAM2ImagePredictor on one labelled image after the other.
+    """Trains the mask decoder and the prompt encoder of a SAM2ImagePredictor on labeled images, one by one.
 
     folder: holds the masks, STEM.png, as data/ does; learned.pt (official form) and learned_last.pt are written to it.
     steps: per image; with 0, work() only measures. An image of an earlier session is encoded when a step needs it.
-    Masks below train.MIN_FOREGROUND pixels are not learned. As soon as the last RECENT images had LOST less IoU from
-    one click than with the last good weights, these are restored. `initial`: the weights before the first step.
+    Masks below train.MIN_FOREGROUND pixels are not learned. The last good weights are restored when the mean IoU from
+    one click over RECENT images is LOST lower than theirs. `initial`: the weights before the first step.
     """
 
     def __init__(self, predictor, folder, steps=STEPS, lr=LR):
@@ -58,7 +58,7 @@ class Learner:
         self.learned, self.queued, self.iteration = {}, 0, 0  # learned: {STEM: hash of its mask}; queued: steps
         self.gains, self.agreements = [], []  # IoU of the last images: beyond the last good weights; without a prompt
 
-    def resume(self, labelled):
+    def resume(self, labeled):
         """Restore what learned_last.pt holds; queue the images whose mask is new or was changed since."""
         path, initial = self.folder / "learned_last.pt", self.hash_initial
         if path.exists():
@@ -67,14 +67,14 @@ class Learner:
                 if saved["initial"] == initial:
                     self.load(saved["model"])
                     for group in saved["optimizer"]["param_groups"]:
-                        group["fused"] = self.optimizer.defaults["fused"]  # a matter of the device
+                        group["fused"] = self.optimizer.defaults["fused"]  # depends on the device
                     self.optimizer.load_state_dict(saved["optimizer"])
                     vars(self).update({name: saved[name] for name in STATE}, good=saved["good"])
             except Exception as error:  # torch.load raises many error types for a damaged file
                 fail(f"{path}: 읽을 수 없습니다 ({type(error).__name__}). 지우면 처음부터 다시 배웁니다")
             if saved["initial"] != initial:
                 fail(f"{path}: 다른 모델로 배운 것입니다. 그 모델을 주거나, --no-learn을 쓰거나, 이 파일을 지우세요")
-        images = {image.stem: image for image in labelled}
+        images = {image.stem: image for image in labeled}
         for stem in [stem for stem in self.learned if stem in images and self.learned[stem] == self.hash_mask(stem)]:
             self.keep(images.pop(stem))
         self.waiting.extend((image, None) for image in images.values())
@@ -92,7 +92,7 @@ class Learner:
         return digest.hexdigest()
 
     def add(self, path, features=None):
-        """Queue an image whose mask was saved; features: predictor._features after set_image(), if at hand."""
+        """Queue an image whose mask was saved; features: predictor._features after set_image(), or None."""
         self.waiting.appendleft((path, features))
 
     def finish(self):
@@ -121,7 +121,7 @@ class Learner:
         return self.has_work()
 
     def start(self, path, features):
-        """Measure the model on a newly labelled image and queue the image's steps, also in learned_last.pt."""
+        """Measure the model on a newly labeled image and queue the image's steps, also in learned_last.pt."""
         if self.keep(path) and self.encode(-1, features):
             self.measure(-1)
             self.learned.pop(path.stem, None)  # the newest is the last, also if its mask was changed
@@ -134,7 +134,7 @@ class Learner:
                     each.clear()
 
     def keep(self, path):
-        """Add an image and its mask to those that steps draw from; returns whether it can be learned, else reports."""
+        """Add an image and its mask to those that steps draw from; returns whether it can be learned."""
         try:
             masks = train.Masks([(path, self.folder / f"{path.stem}.png")], train.MAX_SIDE, train.MIN_FOREGROUND)
         except train.ImageError as error:
@@ -146,9 +146,9 @@ class Learner:
         return True
 
     def encode(self, index, features=None):
-        """Keep the features of an image, in place of the oldest if memory is full; one that cannot be read is dropped.
+        """Keep the features of an image; if memory is full, they replace the oldest. Drop an unreadable image.
 
-        Returns whether it worked.
+        Returns whether the image was encoded.
         """
         kept, cache = self.cache.kept, self.cache
         while len(kept) >= max(1, cache.capacity):
@@ -168,7 +168,7 @@ class Learner:
             return False
 
     def draw(self):
-        """The next step's train.Batch, which follows from the iteration: the newest image is in every second one."""
+        """The train.Batch of an iteration, determined by its number. Every second one contains the newest image."""
         rng, count = np.random.default_rng([self.args.seed, self.iteration]), len(self.paths)
         indices = rng.integers(max(0, count - max(BATCH, self.cache.capacity)), count, BATCH).tolist()
         if self.iteration % 2 == 0:
@@ -207,12 +207,13 @@ class Learner:
         """IoU of the mask with the highest score: of a click in the middle of each object (mean), or of kind "none"."""
         masks, size, predictor = self.masks[index], self.sizes[index], self.predictor
         if kind == "none" and masks.count > 1:
-            return 0.0  # one mask of all objects is not what was saved
+            return 0.0  # one mask of all objects cannot agree with the separate objects that were saved
         gt_masks = masks.decode(0, masks.objects[0][:self.args.max_objects])
         features = self.cache([(self.paths[index], size)])
-        found, = train.best_masks(predictor, [size], *train.simulate_prompts(predictor, features, kind, [gt_masks]))
+        found = train.best_masks(predictor, [size] * len(gt_masks),
+                                 *train.simulate_prompts(predictor, features, kind, gt_masks))
         if kind == "none" and train.nothing_found(predictor.model):
-            found[:] = False
+            found[0][:] = False
         return float(np.mean([train.calculate_iou(*pair) for pair in zip(found, gt_masks)]))
 
     def is_worth_showing(self):
@@ -236,7 +237,7 @@ class Learner:
 
     @contextlib.contextmanager
     def using(self, weights):
-        """Exchange the trained weights for others for a while."""
+        """Use other values of the trained weights inside a with block."""
         now = self.copy()
         self.load(weights)
         try:
@@ -245,7 +246,7 @@ class Learner:
             self.load(now)
 
     def write(self):
-        """Write both files: learned.pt, which every script opens, and learned_last.pt."""
+        """Write both files: learned.pt, which all scripts can load, and learned_last.pt."""
         model = self.predictor.model
         content = {"model": train.official_weights(model), "image_size": model.image_size, "prompt": "any",
                    "knows_absence": model.knows_absence}

@@ -155,7 +155,7 @@ def parse_args():
     parser.add_argument("--window", type=parse_window, default="brain", metavar="이름",
                         help=f'밝기 범위: {", ".join(WINDOWS)}, "레벨,폭" (HU), 또는 MR에는 none (기본: brain)')
     parser.add_argument("--max-gap", type=int, default=3, metavar="N",
-                        help="대상이 잇달아 N장에서 보이지 않으면 그 방향은 거기서 끝, 0이면 볼륨 끝까지 (기본: 3)")
+                        help="대상이 연속 N장에서 보이지 않으면 그 방향의 추적을 끝냄, 0이면 볼륨 끝까지 (기본: 3)")
     parser.add_argument("--each-slice", action="store_true",
                         help="기억으로 따라가지 않고 프롬프트가 있는 슬라이스만 하나씩 분할")
     parser.add_argument("--truth", metavar="FILE", help="정답 마스크 NIfTI: Dice와 IoU를 계산 (0.5보다 큰 값이 대상)")

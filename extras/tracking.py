@@ -10,7 +10,7 @@ Chapters:
     settings    sizes, times, the hints
     tracking    sam2's propagation with bounded memory
     prompts     numbers from the command line, checks
-    the window  prompts on frames, tracking while one watches
+    the window  prompts on frames, tracking while the window stays usable
 """
 
 import argparse
@@ -39,8 +39,8 @@ from test_my_image import check_trained_for_auto
 # ---- settings ----
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in sam2.utils.misc.load_video_frames
-MAX_OBJECTS = 255   # the numbers that an 8-bit mask can hold
-REDRAW_SECONDS, PLAY_SECONDS = 0.3, 0.1  # minimum between two redraws during tracking, between two frames of playing
+MAX_OBJECTS = 255   # the highest number that an 8-bit mask can hold
+REDRAW_SECONDS, PLAY_SECONDS = 0.3, 0.1  # minimum time between redraws while tracking, between played frames
 FOLLOW_SECONDS = 0.1  # the window's events wait at most this long, or one frame, for tracking
 SAME_SHARE = 0.1    # two masks that overlap in less of the smaller one are different objects
 OBJECT_HINTS = say("1 ... 9 or [ ]: object    ", "1 ... 9, [ ]: 대상 번호    ")
@@ -259,12 +259,12 @@ class FrameWindow(Window):
 
     follow: function of prompts that tracks and yields (frame, label map), and then (None, None) while it saves.
     max_object: the highest object number; first: the frame shown first; aspect: height of a pixel / its width.
-    voxel_ml: volume of a voxel; sides: letters drawn at the left and the right edge. Both are only for volumes, whose
-    frames are called slices and have change_window(level, width).
+    voxel_ml: volume of a voxel in ml; sides: letters drawn at the left and the right edge. Both are only for volumes,
+    whose `frames` have change_window(level, width) and are called slices in the window.
 
     After show(), prompts holds the current prompts; tracked_prompts, those of the last complete tracking, or None;
-    is_tracking, whether the window was closed during tracking. Only the frame that is shown is encoded by the worker:
-    what else uses the model waits until that is done.
+    is_tracking, whether the window was closed during tracking. The worker encodes only the frame that is shown. Other
+    uses of the model wait until it is encoded.
 
     The first click on a tracked frame also adds the box around the object's tracked mask as a prompt, so that the
     click corrects the object instead of selecting a new one. The box is omitted if the click selects something that
@@ -283,7 +283,7 @@ class FrameWindow(Window):
         self.followed = {}  # the prompts that produced self.tracked, even if incomplete
         self.following, self.encoded, self.asked, self.redrawn, self.tracked_ml = None, None, None, 0, ""
         self.is_tracking, self.is_saving, self.is_stopped, self.is_playing = False, False, False, False
-        # fits a laptop of 1280 x 720
+        # fits a screen of 1280 x 720
         height = min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.2) + 1.9
         super().__init__(1, (10, height), 0.24, HINTS.format(
             OBJECT_HINTS if max_object > 1 else "", "" if voxel_ml is None else VOLUME_HINTS), frames.size, aspect)
@@ -344,7 +344,7 @@ class FrameWindow(Window):
             super().on_press(event)
 
     def add_prompt(self, point, box):
-        if not self.is_tracking:  # otherwise a click that began before tracking
+        if not self.is_tracking:  # otherwise the click began before tracking
             self.act(partial(self.prompt_object, (self.frame, self.object), point, box), True)
             self.update()
 
@@ -465,7 +465,7 @@ class FrameWindow(Window):
         return found
 
     def update(self, message=None):
-        """Show the frame, the masks, the prompts and a message, or what is going on; have the frame encoded."""
+        """Show the frame, the masks, the prompts and a message, or the state; queue the encoding of the frame."""
         image = self.frames[self.frame]
         is_free = not (self.is_tracking or self.is_playing)
         if is_free and self.frame not in (self.encoded, self.asked):

@@ -2,9 +2,9 @@
 
     from window import Window      Python finds this file beside the script
 
-A window opens on this screen or, with --web, in a browser. It never waits for the model: that runs in a Worker, whose
-results tick() collects. What depends on such a result waits in Window.delayed, so that no click is lost. The functions
-that open and draw are those of test_my_image.py. Three methods of its window are repeated here letter for letter.
+A window opens on this screen or, with --web, in a browser. It never waits for the model, which runs in a Worker; tick()
+collects its results. Actions that depend on a result wait in Window.delayed, so that no click is lost. The functions
+that open and draw are those of test_my_image.py. Three methods are copies of methods of its window.
 
 Chapters:
     settings    sizes, keys, the language of the hints
@@ -29,15 +29,15 @@ from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_w
 
 # ---- settings ----
 
-LEAST_VIEW = 16         # pixels of the image: the width of the closest zoom
-TICK_MS = 10            # between two looks at the worker's results
-CLICK, NEXT, BACKGROUND = range(3)  # priorities of the worker's jobs: the window waits for it; the next image; the rest
-KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # on the same keys
+LEAST_VIEW = 16         # smallest width, in pixels of the image, that the zoom shows
+TICK_MS = 10            # between two calls of tick()
+CLICK, NEXT, BACKGROUND = range(3)  # priorities of jobs: what the window waits for; the next image; other
+KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㄴ": "s", "ㅂ": "q", "ㅗ": "h", "ㅡ": "m"}  # the same keys
 HAS_HANGUL = len(plt.rcParams["font.family"]) > 1  # test_my_image.py found a font with Hangul
 
 
 def say(english, korean):
-    """The text to draw in a window: Korean, as on the terminal, if there is a font for it."""
+    """The text to draw in a window: Korean, as on the terminal, if a font has Hangul."""
     return korean if HAS_HANGUL else english
 
 
@@ -50,7 +50,7 @@ def add_web_flag(parser):
 
 
 class Worker:
-    """A thread that owns the model: it runs the job of the first priority (CLICK, NEXT, BACKGROUND), oldest first."""
+    """A thread that owns the model: it runs jobs by priority (CLICK, NEXT, BACKGROUND), oldest first."""
 
     def __init__(self):
         self.jobs, self.done, self.order = queue.PriorityQueue(), queue.SimpleQueue(), itertools.count()
@@ -70,7 +70,7 @@ class Worker:
                 self.done.put((then, None, error))
 
     def deliver(self):
-        """In the window's thread: pass on the results so far; raises what a job raised."""
+        """In the window's thread: pass on the results so far; raises the exception of a job that failed."""
         while not self.done.empty():
             then, result, error = self.done.get()
             if error:
@@ -115,13 +115,14 @@ def show_view(axes, image, masks):
 
 
 class Window:
-    """A matplotlib window on images: clicks, dragged boxes, zoom, keys; the model's work is done by self.worker.
+    """A matplotlib window on images: clicks, dragged boxes, zoom, keys. self.worker runs the model.
 
-    panels: their number; all show the same image. figsize in inches; bottom: where the panels end, as a share of it;
-    hints: text below them; size: (H, W) of the image shown; aspect: height of a pixel / its width.
+    panels: number of panels, which all show the same image; figsize: in inches; bottom: lower end of the panels, as a
+    share of the height; hints: text below the panels; size: (H, W) of the image shown; aspect: height of a
+    pixel / its width.
 
     A subclass defines add_prompt(point, box), press_key(key) and update(), and WAITING_KEYS, the keys that depend on
-    the model's answer to the clicks before them. show() raises what any handler raised.
+    the model's answer to the clicks before them. show() raises the exceptions of event handlers.
     """
 
     WAITING_KEYS = ()
@@ -135,7 +136,7 @@ class Window:
         for axes in self.panels:
             axes.imshow(np.zeros((1, 1, 3), np.uint8), aspect=aspect)
             axes.set(xticks=[], yticks=[], autoscale_on=False)
-            axes.callbacks.connect("ylim_changed", self.guarded(lambda axes: self.update()))  # by the toolbar too
+            axes.callbacks.connect("ylim_changed", self.guarded(lambda axes: self.update()))  # the toolbar zooms, too
         self.figure.text(0.5, 0.015, hints, ha="center", fontsize=9)
         canvas = self.figure.canvas
         canvas.mpl_disconnect(canvas.manager.key_press_handler_id)  # disables matplotlib's own keys
@@ -174,7 +175,7 @@ class Window:
         plt.close(self.figure)
 
     def ask(self, job, then):
-        """Let the worker run job() and then, here, then(its result); whatever depends on it waits."""
+        """Let the worker run job() and then, here, then(its result); actions that depend on the result wait."""
         def finish(result):
             self.waiting -= 1
             then(result)
@@ -231,7 +232,7 @@ class Window:
         self.add_prompt(point, box)
 
     def on_scroll(self, event):
-        """Zoom about the pointer."""
+        """Zoom in or out around the pointer."""
         if event.inaxes in self.panels:
             (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.size[1]
             share = min(max((right - left) * 0.8 ** event.step, LEAST_VIEW), width) / width
@@ -246,7 +247,7 @@ class Window:
             axes.set(xlim=(left, left + share * width), ylim=(top + share * height, top))
 
     def on_key(self, event):
-        key = (event.key or "").lower()  # None for a key without a name; with Caps Lock too
+        key = (event.key or "").lower()  # None for a key without a name; lower case also with Caps Lock
         key = KOREAN_KEYBOARD.get(key, key)
         if key in plt.rcParams["keymap.quit"]:
             self.close()

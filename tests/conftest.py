@@ -105,7 +105,7 @@ def assert_fails_in_one_line(done, *words):
 
 @contextlib.contextmanager
 def kill_if_it_hangs(process, seconds=300):
-    """Kill `process` and fail if the body takes longer: what waits for ever shows no message and blocks CI."""
+    """Kill `process` and fail if the body takes longer: a test that waits forever shows no message and blocks CI."""
     is_hanging = threading.Event()
     watchdog = threading.Timer(seconds, lambda: (is_hanging.set(), process.kill()))
     watchdog.start()
@@ -122,7 +122,7 @@ def display_width(text):
 
 
 def write_image(path, image):
-    """Write an array as the format of the path's suffix (BGR for colour)."""
+    """Write an array in the format of the path's suffix (BGR for color)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
 
@@ -162,7 +162,7 @@ def weights(tmp_path_factory):
 
 
 def make_visible(checkpoint):
-    """Raise the object score: with random weights the model often predicts that no object is visible."""
+    """Raise the object score, because a model with random weights often predicts that no object is visible."""
     weights = torch.load(checkpoint, weights_only=True)
     weights["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] += 10
     torch.save(weights, checkpoint)

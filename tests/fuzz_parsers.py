@@ -63,7 +63,7 @@ def image(data):
 
 
 def labels(data):
-    """Label maps and colour masks of any type and any values."""
+    """Label maps and color masks of any type and any values."""
     kind = data.PickValueInList([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
     shape = [data.ConsumeIntInRange(1, 6), data.ConsumeIntInRange(1, 6)]
     if data.ConsumeBool():

@@ -1,4 +1,12 @@
-"""extras/annotate.py: a folder is labelled in one window, on a screen."""
+"""extras/annotate.py: label a folder in one window.
+
+| tests | subject |
+|---|---|
+| labels | masks in the format of data/, continuing, unreadable images, names that collide |
+| window | order of the worker's jobs, zoom, keys, undo, colors, the status line |
+| real window | label, skip, close and continue on a virtual screen |
+| --learn | suggestions, resuming after a kill, when a step may start |
+"""
 
 import shlex
 import sys
@@ -58,7 +66,7 @@ def settle(window):
 def label(tmp_path, monkeypatch):
     """Label images/ into masks/ in this process; actions: functions of the figure, one for each image.
 
-    An action does not wait for the model: its image is still being encoded when it clicks.
+    An action does not wait for the model: the image is still being encoded when the action clicks.
     """
     def label(*actions, more=()):
         left, opened = list(actions), []
@@ -148,7 +156,7 @@ def test_annotate_of_earlier_versions_answers_with_the_new_command(tmp_path):
 
 @pytest.fixture
 def window(tmp_path, monkeypatch):
-    """A window on three images with two discs, with the demo's model as both models; not encoded yet."""
+    """A window on three images with two discs, none of them encoded yet; the demo's model is used as both models."""
     for name in "abc":
         draw_discs(tmp_path / f"images/{name}.png")
     monkeypatch.chdir(tmp_path)

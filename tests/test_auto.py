@@ -69,7 +69,7 @@ def test_no_prompt_is_the_point_that_sam2_gives(data, weights):
     features = predictor._features
     with torch.no_grad():
         ours, scores = train_sam2_proper.simulate_prompts(
-            predictor, features, "none", [np.zeros((1, 60, 80), bool)])
+            predictor, features, "none", [np.zeros((60, 80), bool)])
         expected = predictor.model._forward_sam_heads(
             features["image_embed"], high_res_features=features["high_res_feats"], multimask_output=True)
     assert torch.equal(ours, expected[0]) and torch.equal(scores, expected[2])

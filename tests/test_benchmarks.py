@@ -1,4 +1,11 @@
-"""The benchmarks run and print their tables; the measured values are not checked."""
+"""The benchmarks run and print their tables. The measured values are not checked.
+
+| tests | subject |
+|---|---|
+| study_recipes.py, study_annotation.py | a row for each recipe or variant |
+| bench_training.py, bench_compare.py, bench_window.py | ratios and seconds |
+| bench_onnx.py | sizes, ratios, IoU |
+"""
 
 import re
 
@@ -54,6 +61,6 @@ def test_the_onnx_benchmark_prints_sizes_ratios_and_iou(data, weights):
                cwd=data)
     sizes = [float(size) for size in re.findall(r"^\w+: ([\d.]+) MB", done.stdout, re.MULTILINE)]
     assert len(sizes) == 4 and sizes[0] > sizes[1] > sizes[2]
-    assert len(re.findall(r"ratio \d+\.\d\dx", done.stdout)) == 6
+    assert len(re.findall(r"ratio \d+\.\d\dx", done.stdout)) == 4  # three encoders, one decoder
     agreement = dict(re.findall(r"2 images, (\w+): .* torch's masks ([\d.]+)", done.stdout))
     assert float(agreement["torch"]) > 0.999 and float(agreement["float32"]) > 0.99

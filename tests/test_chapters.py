@@ -1,4 +1,11 @@
-"""Scripts above 300 lines are divided into chapters, and their docstrings end with a list of them."""
+"""Scripts above 300 lines are divided into chapters, and their docstrings end with a list of them.
+
+| tests | subject |
+|---|---|
+| length | which scripts need chapters |
+| list | the docstring lists the banners in their order |
+| banners | one form in all files |
+"""
 
 import ast
 import re

@@ -1,4 +1,12 @@
-"""compare_models.py, as a user runs it."""
+"""compare_models.py, run as a user runs it.
+
+| tests | subject |
+|---|---|
+| comparison | figures and tables agree, IoU equals sam2's own, unreadable images, empty masks |
+| measures | bootstrap interval, boundary F, size classes |
+| classes | one row for each class, invalid values and files |
+| report | report.html: content, escaping, sorting and filtering in a browser |
+"""
 
 import base64
 import csv

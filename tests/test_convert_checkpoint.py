@@ -1,4 +1,11 @@
-"""extras/convert_checkpoint.py, as a user runs it; the models' numbers are compared with sam2's own."""
+"""extras/convert_checkpoint.py, run as a user runs it, with logits compared with sam2's own.
+
+| tests | subject |
+|---|---|
+| round trip | the same bits after converting there and back, sizes, image size |
+| transformers | the image model, the video model and the pipeline give sam2's logits |
+| errors | other models, wrong folders and flags, targets that cannot be written |
+"""
 
 import json
 import re

@@ -1,4 +1,11 @@
-"""The demo: its data, its model, the scripts that make them, and its gain from fine-tuning."""
+"""The demo: its data, its model, the scripts that make them, and its gain from fine-tuning.
+
+| tests | subject |
+|---|---|
+| data | the same seed gives the same data, sizes of polyps, scenes and clips |
+| model | size and format, clicks select objects, tracking after an occlusion |
+| training | gain of a shortened demo, losses by hand, quick evaluation |
+"""
 
 import json
 import re
@@ -153,7 +160,7 @@ def test_quick_evaluation_prints_every_figure(tmp_path):
 
 
 def test_demo_model_follows_an_object_that_leaves_and_comes_back():
-    """An orange disc crosses a grey ground behind a wall, through SAM2VideoPredictor, box on the first frame."""
+    """SAM2VideoPredictor, with a box on the first frame, follows an orange disc that passes behind a wall."""
     frames, masks = [], []
     for t in range(16):
         image, mask = np.full((256, 256, 3), 90, np.uint8), np.zeros((256, 256), np.uint8)

@@ -1,4 +1,13 @@
-"""DICOM series in segment_volume.py: the mask lies where it does in NIfTI, the SEG refers to the series."""
+"""DICOM series in segment_volume.py.
+
+| tests | subject |
+|---|---|
+| place | the mask and the SEG lie where the mask of the same NIfTI file lies, tilted gantry |
+| files | finding the files of a series, choosing one of several |
+| values | rescaling, lookup tables, compressions, enhanced files |
+| refused | series that may be misread, warnings, pydicom's test files |
+| privacy | patient data in results, messages and the SEG |
+"""
 
 import csv
 import gzip

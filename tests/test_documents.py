@@ -1,4 +1,13 @@
-"""The documents agree with the code: command lines, flags, defaults, files, settings and messages."""
+"""The documents agree with the code.
+
+| tests | subject |
+|---|---|
+| commands | every command line parses, every command names existing things |
+| flags | named, explained, listed in tables of options, with their defaults |
+| files | named files exist or are written by a script, links |
+| messages | quoted messages, settings, prompts and Python examples |
+| claims | torch's lowest version, the guide's pitfalls |
+"""
 
 import ast
 import contextlib

@@ -1,4 +1,12 @@
-"""download_dataset.py against a server on loopback and with local archives, as a user runs it."""
+"""download_dataset.py, run as a user runs it, against a local server and with local archives.
+
+| tests | subject |
+|---|---|
+| download | data from an archive, resuming, retries, hostile members |
+| servers | ranges, wrong lengths, redirects, silence, certificates, no network |
+| archives | damaged and wrong archives |
+| interruption | full disk, Ctrl-C at any step, two downloads at once |
+"""
 
 import contextlib
 import errno

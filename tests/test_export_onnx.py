@@ -1,4 +1,12 @@
-"""extras/export_onnx.py, as a user runs it, and its files, as a user without torch runs them."""
+"""extras/export_onnx.py, run as a user runs it, and its files, run without torch.
+
+| tests | subject |
+|---|---|
+| files | layout of samexporter, agreement with torch, prompts of every kind |
+| the guide's lines | segmentation without torch |
+| --fp16, --int8 | sizes, weights out of range, empty weights |
+| errors | unsupported configs, files that differ from torch |
+"""
 
 import re
 import shutil

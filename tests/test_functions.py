@@ -1,4 +1,14 @@
-"""Pure functions, on values computed by hand."""
+"""Pure functions, on values computed by hand.
+
+| tests | subject |
+|---|---|
+| losses, IoU | of one mask, all masks, several prompts |
+| prompts | middle, random and correcting clicks, boxes, parsing |
+| splits, names, tables | shuffling, result names, CSV cells, learning rates |
+| masks | reducing objects, numbered masks, colors, run lengths |
+| images | kinds, depth, orientation, files that are refused |
+| devices, environment | devices that are missing, package versions, output that is no terminal |
+"""
 
 import argparse
 import importlib.metadata
@@ -43,29 +53,37 @@ ENTROPY = [-(2 * math.log(0.5 + 1e-5) + 2 * math.log(0.75 + 1e-5)) / 4, -math.lo
 SCORES = [0.8, 0.9, 0.1]  # real IoUs: 1/2 (one pixel is above 0.5, two are right), 1, 0
 
 
-def loss_of(**options):
-    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK]]), torch.tensor([SCORES]),
-                                                GT[None], **options)
+def loss_of(count, **options):
+    loss, iou = train_sam2_proper.training_loss(torch.tensor([[FIRST, SECOND, THIRD_MASK][:count]]),
+                                                torch.tensor([SCORES[:count]]), GT[None], **options)
     return loss.item(), iou.item()
 
 
 def test_loss_of_the_reference_by_hand():
-    loss, iou = loss_of()
+    loss, iou = loss_of(1)
     assert iou == pytest.approx(1 / 2, abs=1e-6)
     assert loss == pytest.approx(ENTROPY[0] + 0.05 * abs(0.8 - 0.5), abs=1e-6)
-    assert loss_of(supervise="first") == (loss, iou)
+
+
+@pytest.mark.parametrize("supervise, count", [("first", 1), ("all", 3)])
+def test_supervise_chooses_the_masks_in_the_loss(supervise, count):
+    predictor = argparse.Namespace(_transforms=argparse.Namespace(postprocess_masks=lambda masks, size: masks))
+    args = argparse.Namespace(supervise=supervise, dice_weight=0.0)
+    loss, iou = train_sam2_proper.image_loss(predictor, torch.tensor([[FIRST, SECOND, THIRD_MASK]]),
+                                             torch.tensor([SCORES]), GT[None] > 0, args)
+    assert (loss.item(), iou.item()) == loss_of(count)
 
 
 def test_loss_of_all_masks_by_hand():
     score_loss = (abs(0.8 - 0.5) + abs(0.9 - 1) + abs(0.1 - 0)) / 3
-    loss, iou = loss_of(supervise="all")
+    loss, iou = loss_of(3)
     assert loss == pytest.approx(sum(ENTROPY) / 3 + 0.05 * score_loss, abs=1e-6)
     assert iou == pytest.approx(1, abs=1e-6)  # of the mask with the highest score
 
 
 def test_dice_loss_by_hand():
     dice = (2 * (0.5 + 0.75) + 1) / (2 + 2 + 1)  # of the first mask: overlap 1.25, areas 2 and 2
-    assert loss_of(dice_weight=3)[0] - loss_of()[0] == pytest.approx(3 * (1 - dice), abs=1e-5)
+    assert loss_of(1, dice_weight=3)[0] - loss_of(1)[0] == pytest.approx(3 * (1 - dice), abs=1e-5)
 
 
 def test_loss_of_several_prompts_is_their_mean():
@@ -238,7 +256,7 @@ DEUTERANOPIA = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
 
 
 def lab(rgb, simulated=None):
-    """CIE L*a*b* of an sRGB colour, 0 to 255; simulated: Machado et al. (2009), on linear RGB, severity 1."""
+    """CIE L*a*b* of an sRGB color, 0 to 255; simulated: Machado et al. (2009), on linear RGB, severity 1."""
     linear = (np.asarray(rgb) / 255) ** 2.2
     linear = np.clip(linear if simulated is None else simulated @ linear, 0, 1)
     return cv2.cvtColor((linear ** (1 / 2.2)).astype(np.float32)[None, None], cv2.COLOR_RGB2Lab)[0, 0]
@@ -304,7 +322,7 @@ def test_a_reduced_object_stays_centred_on_its_pixels(side):
     reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
     assert broken == 0 and set(np.unique(reduced)) == {0, 65535}
     scale = side / 1024
-    for found, wanted in zip(np.nonzero(reduced), (815, 1513)):  # pixel centres: (i + 0.5) / scale - 0.5
+    for found, wanted in zip(np.nonzero(reduced), (815, 1513)):  # pixel centers: (i + 0.5) / scale - 0.5
         assert abs(found.mean() - ((wanted + 0.5) / scale - 0.5)) < 0.1
     coverage = cv2.resize((labels > 0).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
     assert np.array_equal(reduced > 0, coverage >= 0.5)

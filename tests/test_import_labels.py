@@ -1,4 +1,13 @@
-"""extras/import_labels.py, as a user runs it, on files that the labelling tools or their own libraries wrote."""
+"""extras/import_labels.py, run as a user runs it, on files written by the labeling tools or their libraries.
+
+| tests | subject |
+|---|---|
+| YOLO | zips of Roboflow, paths in data.yaml, invalid lines, boxes |
+| LabelMe | shapes drawn as LabelMe draws them, files that cannot be placed |
+| VOC, DSB2018 | palettes, regions of a class, one folder per image |
+| COCO | folders of Roboflow and CVAT, two files for one image |
+| all | other formats, names, a training on imported labels |
+"""
 
 import base64
 import json

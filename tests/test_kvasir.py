@@ -1,4 +1,9 @@
-"""`make kvasir` from download to table: stopped twice and continued, with the official addresses served locally."""
+"""`make kvasir` from download to table.
+
+| tests | subject |
+|---|---|
+| make kvasir | stopped twice and continued, with the official addresses served locally |
+"""
 
 import http.server
 import io

@@ -1,4 +1,12 @@
-"""extras/label_with_text.py, as a user runs it. Detectors are tiny and untrained: the tests check the pipeline."""
+"""extras/label_with_text.py, run as a user runs it. Detectors are tiny and untrained: only the pipeline is tested.
+
+| tests | subject |
+|---|---|
+| boxes | labels from boxes, masks of sam2, NMS, unreadable images |
+| detectors | answers of Florence-2 and logits of Grounding DINO, by hand |
+| model folders | missing, incomplete or unsafe weights, other models |
+| output | unusable targets, preview, two processes, the benchmark |
+"""
 
 import json
 import re
@@ -278,7 +286,7 @@ def test_logits_of_grounding_dino_become_boxes_worked_out_by_hand(grounding_dino
     outputs.logits = torch.full((1, 5, 256), -torch.inf)
     outputs.logits[0, :, :8] = probabilities.logit()
     outputs.pred_boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.25, 0.75, 0.1, 0.2], [0.5] * 4, [0.5] * 4,
-                                        [0.9, 0.1, 0.2, 0.2]]])  # centre and size, shares of the image
+                                        [0.9, 0.1, 0.2, 0.2]]])  # center and size, shares of the image
     input_ids = torch.tensor([detector.processor.tokenizer(detector.text)["input_ids"]])
     found = detector.read_outputs(outputs, input_ids, (100, 200, 3))
     assert found.class_id.tolist() == [1, 2, 2]

@@ -1,4 +1,12 @@
-"""extras/learning.py: decoder steps on the labels of a folder, without a window."""
+"""extras/learning.py: decoder steps on the labels of a folder, without a window.
+
+| tests | subject |
+|---|---|
+| steps | bit-for-bit resuming, order of images, masks that are too small |
+| files | learned.pt, learned_last.pt, labels changed since the last save |
+| guard | restoring the last good weights |
+| errors | what cannot be resumed, unreadable images, no steps |
+"""
 
 import shutil
 
@@ -33,7 +41,7 @@ def image(folder, number):
 
 
 def add(learner, path):
-    """What the window does when a mask was saved."""
+    """Do what the window does after a mask was saved."""
     learner.predictor.set_image(train.read_image(path))
     learner.add(path, learner.predictor._features)
 

@@ -1,4 +1,10 @@
-"""Training, comparison and prediction contain nothing at which Apple's GPU (MPS) fails, as far as a CPU can tell."""
+"""Training, comparison and prediction use nothing that Apple's GPU (MPS) lacks, as far as a CPU can tell.
+
+| tests | subject |
+|---|---|
+| scripts | a training step, a validation, a comparison, a prediction |
+| the check itself | what MPS lacks is found |
+"""
 
 import numpy as np
 import pytest

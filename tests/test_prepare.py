@@ -1,4 +1,14 @@
-"""prepare_data.py, as a user runs it."""
+"""prepare_data.py, run as a user runs it.
+
+| tests | subject |
+|---|---|
+| pairs | splitting, unpaired and damaged files, repeated runs, files added by hand |
+| COCO | polygons and RLE, numbering, categories, crowds, names, invalid files |
+| maps | label maps, color masks, class maps, VOC palettes, void, thresholds |
+| formats | Unicode names, orientation, transparency, TIFF pages |
+| --check, --preview | counts, problems, the sheet of tiles |
+| own splits | folders, suffixes, groups, classes, images without an object |
+"""
 
 import argparse
 import errno
@@ -810,7 +820,7 @@ def test_without_arguments_it_makes_folders_and_explains(tmp_path):
 
 
 def write_pairs(folder, names, images="images", masks="masks", suffix=""):
-    """A drawn pair for each name, "a" or "folder/a": a different picture for each."""
+    """A drawn pair for each name, "a" or "folder/a"; all pictures differ."""
     for number, name in enumerate(names):
         image, mask = draw_pair(1000 + number)
         write_image(folder / images / f"{name}.png", image)

@@ -1,4 +1,11 @@
-"""Errors of users, networks, disks and terminals give one clear line and lose nothing."""
+"""Errors of users, networks, disks and terminals give one clear line and lose no data.
+
+| tests | subject |
+|---|---|
+| images | every kind, damaged files, any size and name, unwritable folders |
+| training | killed and resumed, two at once, damaged and harmful checkpoints, memory |
+| arguments, terminals | any text, number or path, any encoding, a folder named sam2 |
+"""
 
 import argparse
 import csv
@@ -378,7 +385,7 @@ def test_any_terminal_degrades_and_never_raises(data, weights, terminal):
 
 
 def test_a_folder_named_sam2_is_found_out(tmp_path):
-    """Such as a copy of the official repository inside the project, with or without the installed package."""
+    """For example a copy of the official repository in the project, with or without the installed package."""
     shutil.copy(ROOT / "compare_models.py", tmp_path)
     (tmp_path / "sam2").mkdir()
     (tmp_path / "sam2/__init__.py").write_text("")

@@ -1,4 +1,14 @@
-"""extras/sam_med3d_ich: data, clicks, metrics, training, checkpoints; and what it refuses."""
+"""extras/sam_med3d_ich.
+
+| tests | subject |
+|---|---|
+| training | files, resuming, schedule, memory, logs, diverging runs |
+| clicks, losses, metrics | on values computed by hand |
+| geometry | points, crops, windows, the head's center |
+| refused input | pickles, volumes, rows and CSV files |
+| checkpoints | official ones, invalid ones, the full model |
+| --test, --help, demo data | system check, flags, defaults |
+"""
 
 import argparse
 import csv
@@ -651,7 +661,7 @@ def test_a_mask_of_an_odd_length_lies_where_torchio_puts_it(length, first):
 
 
 def test_no_label_is_learnt_from_a_crop_without_the_haemorrhage(data):
-    """The head's centre is far from a haemorrhage at the rim: a small crop around it shows none."""
+    """The head's center is far from a hemorrhage at the rim, so a small crop around the center shows none."""
     volume, mask = draw_scan(0, 0)
     mask[20, 15, 7] = 1
     path = save_nifti(data / "masks/rim.nii", mask, "RAS")

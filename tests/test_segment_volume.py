@@ -1,4 +1,13 @@
-"""segment_volume.py: the mask lies where the object does, whatever the file's axes; millilitres; all kinds of files."""
+"""extras/segment_volume.py on NIfTI files. DICOM: test_dicom.py.
+
+| tests | subject |
+|---|---|
+| geometry | the mask lies on the object for every axis order |
+| numbers | milliliters, Dice, units, truth on other grids, windows |
+| files | value types, damaged files, doubtful values |
+| the script | tracking across slices, errors, results of others, the window |
+| demo, --auto | the drawn volume, starting without a prompt |
+"""
 
 import bz2
 import contextlib
@@ -189,7 +198,7 @@ def test_units_of_the_header_are_taken_to_millimetres(tmp_path):
 
 
 def test_voxels_and_values_may_be_small_in_their_units(tmp_path):
-    """Metres with voxels of 10 µm; apparent diffusion coefficients in m²/s."""
+    """Units of meters with voxels of 10 µm; apparent diffusion coefficients in m²/s."""
     values = np.linspace(0, 3e-9, 120).reshape(4, 5, 6).astype(np.float32)
     image = nib.Nifti1Image(values, np.diag([1e-5, 1e-5, 1e-5, 1]))
     image.header.set_xyzt_units("meter")
@@ -414,7 +423,7 @@ def test_each_slice_segments_the_prompted_slices_alone(tmp_path, visible):
 
 
 def test_the_gap_ends_both_directions_and_what_it_left_out_is_said(tmp_path, visible):
-    """A model that sees nothing: with --max-gap 1 it looks at one slice beyond the prompt on each side."""
+    """The model finds nothing: with --max-gap 1 it tracks one slice beyond the prompt on each side."""
     hidden = torch.load(visible, weights_only=True)
     hidden["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] -= 40
     torch.save(hidden, tmp_path / "hidden.pt")

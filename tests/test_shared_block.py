@@ -1,4 +1,11 @@
-"""The scripts stand alone and contain copies of functions, which must stay identical."""
+"""The scripts stand alone and contain copies of functions, which must stay identical.
+
+| tests | subject |
+|---|---|
+| shared block | identical in three scripts and in extras/ |
+| functions, methods | the same name means the same code |
+| imports | no script imports another |
+"""
 
 import ast
 import difflib

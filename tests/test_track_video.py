@@ -1,4 +1,14 @@
-"""track_video.py: the same masks as sam2's own predictor, from files of every kind, and a window."""
+"""extras/track_video.py.
+
+| tests | subject |
+|---|---|
+| the same masks as sam2 | long clips, the official architecture, memory kept |
+| output | files, overwriting, killed runs, pairs for training |
+| frames | random access, rotation, durations, damaged and foreign files |
+| prompts | invalid ones, gaps |
+| window | prompting, correcting, keys, errors; on a virtual screen |
+| demo, --auto | the drawn clip, starting without a prompt |
+"""
 
 import argparse
 import csv

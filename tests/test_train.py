@@ -1,4 +1,14 @@
-"""train_sam2_proper.py, as a user runs it."""
+"""train_sam2_proper.py, run as a user runs it.
+
+| tests | subject |
+|---|---|
+| training | what changes, logs, sizes, seeds, prompts, several processes |
+| resuming | bit for bit, saved settings, changed data, interruptions |
+| checks before training | --test, damaged files, missing packages, devices, checkpoints |
+| cache | same results, memory and disk limits, reading ahead |
+| recipes, objects | flags of a recipe, numbered objects, samples of many |
+| encoder | LoRA, full, learning rate, checkpointing, augmentation |
+"""
 
 import csv
 import gc
@@ -436,7 +446,7 @@ pathlib.Path.replace = replace"""
 
 
 def test_a_program_that_holds_a_model_for_a_moment_does_not_end_the_training(data, weights):
-    """As an antivirus or a synchronised folder does on Windows."""
+    """As an antivirus program or a synchronized folder does on Windows."""
     held = """
 import pathlib
 
@@ -547,20 +557,18 @@ def test_batches_of_images_of_several_sizes_train(data, weights):
 def test_a_batch_decodes_as_its_images_and_clicks_do_one_by_one(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     cache = train_sam2_proper.FeatureCache(predictor, (0, 10**9))
-    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in (0, 1)]
+    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(3)]
     sizes = [size for _, size in images]
-    prompts = [(np.array(points, np.float32), np.ones((3, 1)))
-               for points in ([[[10, 20]], [[40, 30]], [[70, 5]]], [[[1, 2]], [[3, 4]], [[50, 50]]])]
+    prompts = [(np.array([point], np.float32), np.ones(1)) for point in ([10, 20], [40, 30], [70, 5])]
     with torch.no_grad():
-        together, scores = train_sam2_proper.predict_masks(predictor, cache(images), sizes, prompts)
-        assert together.shape == (6, 3, 64, 64) and scores.shape == (6, 3)
-        for row in range(6):
-            own, click = divmod(row, 3)
-            alone, score = train_sam2_proper.predict_masks(
-                predictor, cache([images[own]]), [sizes[own]],
-                [tuple(part[click:click + 1] for part in prompts[own])])
-            torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(scores[row:row + 1], score, rtol=1e-3, atol=1e-4)
+        for own in (images, images[:1]):  # an image for each click; one for all
+            together, scores = train_sam2_proper.predict_masks(predictor, cache(own), sizes, prompts)
+            assert together.shape == (3, 3, 64, 64) and scores.shape == (3, 3)
+            for row in range(3):
+                alone, score = train_sam2_proper.predict_masks(
+                    predictor, cache(own[row:row + 1] or own), sizes[:1], prompts[row:row + 1])
+                torch.testing.assert_close(together[row:row + 1], alone, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(scores[row:row + 1], score, rtol=1e-3, atol=1e-4)
 
 
 def test_image_size_is_the_side_that_the_model_sees(data, weights):
@@ -701,10 +709,10 @@ def test_a_sample_of_many_objects_is_validated_as_it_is_compared(tmp_path, weigh
     make_numbered_data(tmp_path)
     done = train(tmp_path, weights, "--iterations", 2, "--max-objects", 2, "--val-prompt", prompt, "--lr", "1e-3",
                  "--dice-weight", 1, "--supervise", "all")
-    assert "검증 4장, 객체 8개 (2개씩만 검증해 뺀 객체 4개)" in done.stdout
+    assert "검증 4장, 객체 8개 (이미지마다 2개까지만 검증하므로 제외한 객체 4개)" in done.stdout
     done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
                "--max-objects", 2, "--prompt", prompt, cwd=tmp_path)
-    assert "2개씩만 비교해 뺀 객체: 4개" in done.stdout
+    assert "이미지마다 2개까지만 비교하므로 제외한 객체: 4개" in done.stdout
     compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["num_objects"] == 8
     assert compared["finetuned_iou"] == read_summary(tmp_path / "output")["best_iou"]

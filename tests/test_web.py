@@ -1,4 +1,12 @@
-"""--web: the windows in a real browser, headless Chromium."""
+"""--web: the windows in a real browser, headless Chromium.
+
+| tests | subject |
+|---|---|
+| test_my_image.py | one image, the secret address, closed tabs |
+| annotate.py | a folder in one tab |
+| track_video.py | Ctrl-C |
+| errors | tornado is missing, a prompt was given |
+"""
 
 import ast
 import base64

@@ -1,4 +1,12 @@
-"""test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py."""
+"""test_my_image.py: prompts on the command line and in the window. The window in a browser: test_web.py.
+
+| tests | subject |
+|---|---|
+| command line | points, boxes, masks, --refine, folders, errors |
+| results | --everything, --compare, names, titles and colors |
+| window | clicks, drags, keys, objects, candidates |
+| on a screen | a real window on a virtual screen |
+"""
 
 import contextlib
 import json
@@ -543,7 +551,7 @@ def test_n_finishes_an_object_and_begins_the_next(window, key):
     assert first.best("fine-tuned model")[1].sum() == 10 * 20  # the candidate that was picked
     assert second.best("fine-tuned model")[1].sum() == 20 * 30
     pixels = np.asarray(window.figure.axes[0].images[0].get_array()).astype(int)
-    tint = (pixels - window.image)[2:8]  # the finished one is drawn too, in a colour of its own
+    tint = (pixels - window.image)[2:8]  # the finished one is drawn too, in a color of its own
     assert np.abs(tint[:, 12:28]).mean() > 20 and np.abs(tint[:, 42:68]).mean() > 20
     assert np.abs(tint[:, 12:28].mean((0, 1)) - tint[:, 42:68].mean((0, 1))).max() > 20
     assert not tint[:, 32:38].any()

@@ -66,11 +66,11 @@ def parse_args(arguments=None):
     add("--batch_size", at_least(1, int), 2, "배치 크기")
     add("--lr", at_least(0, float), 1e-4, "학습률")
     add("--weight_decay", at_least(0, float), 1e-4, "가중치 감쇠")
-    add("--patience", at_least(0, int), 15, "검증 Dice가 몇 에포크 동안 나아지지 않으면 일찍 끝낼지, 0이면 끝까지")
+    add("--patience", at_least(0, int), 15, "검증 Dice가 이 에포크 수만큼 나아지지 않으면 일찍 끝냄, 0이면 끝까지")
     add("--seed", at_least(0, int), 0, "난수 시드")
     parser.add_argument("--use_mixed_precision", action="store_true", help="혼합 정밀도(CUDA에서만)")
-    add("--gradient_accumulation_steps", at_least(1, int), 4, "기울기를 몇 배치 모아 한 번 학습할지")
-    add("--max_grad_norm", at_least(0, float), 1.0, "기울기의 길이를 이 값까지 줄임, 0이면 줄이지 않음")
+    add("--gradient_accumulation_steps", at_least(1, int), 4, "몇 배치의 기울기를 모아 가중치를 한 번 갱신할지")
+    add("--max_grad_norm", at_least(0, float), 1.0, "기울기 노름의 상한, 0이면 제한하지 않음")
     add("--scheduler_type", str, "reduce_on_plateau", "학습률을 바꾸는 방법",
         choices=["reduce_on_plateau", "cosine", "step"])
     add("--num_clicks", at_least(1, int), 3, "학습할 때 볼륨마다 찍는 점의 수: 첫 점은 출혈 안에, 다음 점은 틀린 곳에")
@@ -113,7 +113,7 @@ def warnings_about(args, device):
     if args.freeze_encoder and not args.sam_checkpoint and not args.resume:
         warnings.append("--freeze_encoder가 무작위 가중치의 encoder를 고정합니다")
     if args.sam_checkpoint and args.spacing != 1.5:
-        warnings.append(f"공식 가중치는 1.5 mm 복셀에서 배웠습니다 (--spacing {args.spacing:g})")
+        warnings.append(f"공식 가중치는 1.5 mm 복셀로 학습되었습니다 (--spacing {args.spacing:g})")
     if args.log_images and not args.use_wandb:
         warnings.append("--log_images는 --use_wandb와 함께 써야 기록됩니다")
     return warnings
