@@ -402,14 +402,15 @@ def segment(predictor, points, box, rough=None, refine=0):
     if rough is not None:  # as logits, with the values of SAM2Base._use_mask_as_output
         height, width = predictor.model.sam_prompt_encoder.mask_input_size
         logits = 20 * cv2.resize(rough.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)[None] - 10
-    for _ in range(refine + 1):
+    for number in range(refine + 1):
         # always three masks: fine-tuning trains these, not SAM 2's single-mask output
         masks, scores, low_res = predictor.predict(
             np.array([point[:2] for point in points], np.float32) if points else None,
             np.array([point[2] for point in points]) if points else None,
             np.array(box, np.float32) if box else None, mask_input=logits, multimask_output=True)
         logits = low_res[scores.argmax()][None]
-    is_found = bool(prompted or not nothing_found(predictor.model))
+        if number == 0:  # the object score was not trained for a mask that is fed back
+            is_found = bool(prompted or not nothing_found(predictor.model))
     return (masks > 0) & is_found, scores * is_found
 
 

@@ -541,7 +541,8 @@ def load_masks(args):
     if not masks.filled:
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
-    return masks, Masks(val_pairs, math.inf, 1, args.max_objects, keep_empty=args.val_prompt == "none")
+    limit = None if args.val_prompt == "none" else args.max_objects  # the union of an image's objects leaves none out
+    return masks, Masks(val_pairs, math.inf, 1, limit, keep_empty=args.val_prompt == "none")
 
 
 def find_pairs(image_dir, mask_dir):
@@ -1310,6 +1311,7 @@ def finish(training):
     rows, folder = training.rows, Path(training.args.output_dir)
     save_model(training, folder / "sam2_final.pt")
     seconds, start = time.time() - training.started, rows[0].get("val_iou")
+    by_validation = any("val_iou" in row for row in rows)  # not if no validation image has an object
     write_json(folder / "training_summary.json", {
         "settings": {**vars(training.args), "processes": training.processes}, "device": training.device,
         "versions": versions(), "train_images": len(training.masks), "train_objects": training.masks.count,
@@ -1317,11 +1319,11 @@ def finish(training):
         "trained_weights": sum(map(torch.numel, training.parameters)), "encodings_per_process": training.encoded,
         "iterations": training.iteration, "start_iou": start, "best_iou": training.best,
         "best_iteration": training.best_iteration,
-        "best_chosen_by": "validation IoU" if training.val_masks else "training IoU", "seconds": round(seconds, 1)})
+        "best_chosen_by": "validation IoU" if by_validation else "training IoU", "seconds": round(seconds, 1)})
     trained = [row["train_iou"] for row in rows if "train_iou" in row]
     print(f"학습 시간 {round(seconds) // 60}분 {round(seconds) % 60}초, "
           f"학습 IoU(이동 평균) {trained[0]:.1%} → {trained[-1]:.1%}, "
-          f"{'검증' if training.val_masks else '학습'} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
+          f"{'검증' if by_validation else '학습'} 최고 IoU {training.best:.2%} ({training.best_iteration}회)")
     print(f"저장: {folder / 'sam2_best.pt'}, {folder / 'sam2_final.pt'}")
     if start is not None and training.best <= start:
         print(f"주의: 검증 IoU가 학습 전({start:.2%})보다 나아지지 않았습니다. sam2_best.pt보다 원본 모델이 낫습니다. "
