@@ -839,6 +839,8 @@ def first_visits(batches):
             if index not in seen:
                 seen.add(index)
                 yield masks.paths[index], masks.sizes[index]
+        if len(seen) == len(masks):
+            return
 
 
 class FeatureCache:

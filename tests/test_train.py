@@ -380,7 +380,7 @@ def test_resume_refuses_other_data_and_names_the_pairs(data, weights):
     write_image(data / "data/masks/val/pair_100.png", draw_pair(50)[1])
     move("train/pair_002.png", "train/new.png")
     done = train(data, weights, "--iterations", 4, "--resume", code=1)
-    assert_fails_in_one_line(done, "다른 데이터", "없어짐 train/pair_002.png", "새로 생김 train/new.png",
+    assert_fails_in_one_line(done, "학습하던 데이터와 달라", "없어짐 train/pair_002.png", "새로 생김 train/new.png",
                              "바뀜 train/pair_001.png, val/pair_100.png")
     write_image(data / "data/masks/train/pair_001.png", draw_pair(1)[1])
     write_image(data / "data/masks/val/pair_100.png", draw_pair(100)[1])
