@@ -25,7 +25,6 @@ import atexit
 import colorsys
 import contextlib
 import hashlib
-import io
 import json
 import os
 import random
@@ -378,7 +377,8 @@ def one_page(path, page, folder):
     """Write the pixels of a page of a TIFF file, counted from 1, to a file in `folder`; returns `path` for page 0."""
     if not page:
         return path
-    _, pages = cv2.imdecodemulti(np.fromfile(path, np.uint8), COLOR_AND_DEPTH, range=(page - 1, page))
+    stack = np.memmap(path, np.uint8, "r")  # not read as a whole for each page
+    _, pages = cv2.imdecodemulti(stack, COLOR_AND_DEPTH, range=(page - 1, page))
     if not pages:
         raise ImageError(f"{path}: {page}번째 장을 읽을 수 없습니다")
     copy = folder / f"{path.stem}.tif"
@@ -436,7 +436,7 @@ def read_pixels(path, page, args):
     colors = np.atleast_3d(values)
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
     is_jpeg, indices, palette, tags = False, None, [], {}
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
+    with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:  # else no palette
         file.seek(max(page - 1, 0))
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
@@ -711,8 +711,8 @@ def read_over_white(path, page, folder):
 
 def read_transparent(path, page):
     """Read a file with transparent pixels as RGBA, uint8 H x W x 4, upright; None if it has none."""
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(path.read_bytes())) as file:
-        file.seek(max(page - 1, 0))
+    with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:
+        file.seek(max(page - 1, 0))  # Pillow reads every format with transparency that OpenCV reads
         if file.mode[-1] in "Aa" or "transparency" in file.info:
             rgba = upright(np.array(file.convert("RGBA")), path)
             return rgba if (rgba[..., 3] < 255).any() else None
@@ -757,7 +757,7 @@ def turn(pixels, orientation):
 
 
 def upright(pixels, path):
-    """Turn pixels upright that Pillow read; it has turned those of a TIFF file, if it read the file from memory."""
+    """Turn pixels upright that Pillow read; it has turned those of a TIFF file, unless it opened it by its path."""
     return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
 
 

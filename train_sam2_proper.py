@@ -173,7 +173,7 @@ def main():
     rank, processes, device = join_processes(args.device)
     with contextlib.ExitStack() as at_end:
         if rank == 0:
-            at_end.enter_context(claim_folder(args))
+            at_end.enter_context(claim_folder(Path(args.output_dir)))
         trackers = open_trackers(args, at_end) if rank == 0 else []
         training = Training(args, device, rank, processes)
         print_setup(training)
@@ -239,13 +239,11 @@ def join_processes(requested):
     return rank, processes, device
 
 
-def claim_folder(args):
-    """Make the output folder and lock it, for a `with`; fail if another training holds it or it cannot be written."""
-    folder, path = Path(args.output_dir), Path(args.output_dir, ".lock")
+def claim_folder(folder):
+    """Make a folder and lock it, for a `with`; fail if another process holds it or it cannot be written."""
+    path = folder / ".lock"
     folder.mkdir(parents=True, exist_ok=True)
     path.touch()  # fails if the folder is not writable: an OSError below is about locking only
-    if not (args.resume or args.test) and (folder / "sam2_last.pt").exists():
-        print(f"주의: 처음 저장할 때 {folder}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
     try:
         held = FileLock(path, fallback_to_soft=False).acquire(blocking=False)  # a soft lock would outlive a kill
     except Timeout:
@@ -310,6 +308,8 @@ def print_setup(training):
               "검증 IoU가 실제보다 높게 나옵니다")
     if not val_masks:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+    if not (args.resume or args.test) and Path(args.output_dir, "sam2_last.pt").exists():
+        print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
 
 
 def check_images_and_step(training):

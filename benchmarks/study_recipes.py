@@ -80,14 +80,7 @@ FINAL = {"reference": {"flags": "--recipe reference"}, "reference, lr 1e-4": {"f
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
-    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--passes", type=int, default=3000, help="decoder passes of each run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = make_parser(__doc__)
     parser.add_argument("--only", help="names of recipes, separated by ';'")
     parser.add_argument("--cache-dir", type=Path, help="features, kept for the next run")
     parser.add_argument("--unet", type=float, metavar="SECONDS", help="train a U-Net instead, for this CPU time")
@@ -124,6 +117,19 @@ def main():
                   + " ".join(f"{value:.1f}" for value in values[:, 0]), flush=True)
     if temporary:
         temporary.cleanup()
+
+
+def make_parser(doc):
+    """A parser with the flags of every study of recipes; doc: the docstring of the script."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
+    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--passes", type=int, default=3000, help="decoder passes of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    return parser
 
 
 def run(job):

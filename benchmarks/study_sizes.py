@@ -8,8 +8,6 @@ iteration: the mask with the highest score, for one click, for the box and witho
 in parallel.
 """
 
-import argparse
-import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,16 +21,9 @@ SHOWN = [COLUMNS.index(name) for name in ("point IoU", "box IoU", "none IoU")]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml")
-    parser.add_argument("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt")
-    parser.add_argument("--device", default="cpu")
+    parser = study_recipes.make_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 30, 100, 300, 800])
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
-    parser.add_argument("--passes", type=int, default=3000, help="decoder passes of each run")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.final = True
     train, val = (project.find_pairs(args.data_dir / "images" / split, args.data_dir / "masks" / split)

@@ -59,8 +59,7 @@ def main():
     paths = find_images(args.images)
     remaining = without_mask(paths, args.output)
     require_display(args.web, "화면이 있는 컴퓨터에서 실행하거나")
-    # a second window would show images that are being labelled in the first one
-    with train.claim_folder(argparse.Namespace(output_dir=args.output, resume=True, test=False)):
+    with train.claim_folder(args.output):  # a second window would open images that the first one labels
         label(paths, remaining, args)
 
 

@@ -2,7 +2,7 @@
 
 | tests | subject |
 |---|---|
-| study_recipes.py, study_annotation.py | a row for each recipe or variant |
+| study_recipes.py, study_sizes.py, study_annotation.py | a row for each recipe, size or variant |
 | bench_training.py, bench_compare.py, bench_window.py | ratios and seconds |
 | bench_onnx.py | sizes, ratios, IoU |
 """
@@ -24,6 +24,17 @@ def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
         "original", "reference", "focal (x 20) + Dice", "mixed", "flips", "mixed, neck too"]
     measured = [re.findall(r"[\d.]+ ± +[\d.]+", row) for row in rows]
     assert any(values != measured[0] for values in measured[1:])  # the trained weights are measured
+
+
+def test_the_study_of_sizes_prints_a_row_for_each_size_and_recipe(data, weights):
+    done = run("benchmarks/study_sizes.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--passes", 8,
+               "--seeds", 1, "--workers", 1, "--sizes", 2, 4, "--recipes", "reference", "improved", cwd=data)
+    head, columns, *rows = done.stdout.strip().splitlines()
+    assert "up to 6 images to train on, 4 to measure on, 8 decoder passes, 1 seeds" in head and "no prompt" in columns
+    assert [row.split()[:2] for row in rows] == [
+        [size, recipe] for size in ("2", "4") for recipe in ("reference", "improved")]
+    assert all(len(re.findall(r"([\d.]+) \(\1 to \1\)", row)) == 3 for row in rows)  # one seed
+    assert len({tuple(row.split()[2:]) for row in rows}) > 1  # the trained weights are measured
 
 
 def test_the_training_benchmark_prints_ratios(tmp_path):
