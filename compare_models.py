@@ -53,8 +53,7 @@ try:
     from omegaconf import OmegaConf
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a folder of the same name
-    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
-             "설치: pip install --no-build-isolation -r requirements.txt. "
+    sys.exit(f"오류: sam2를 불러올 수 없습니다 ({error}). 설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 matplotlib.use("Agg")
@@ -104,8 +103,8 @@ def main():
     chosen = np.linspace(0, len(pairs) - 1, min(args.num_visualize, len(pairs))).round().astype(int).tolist()
     rows, pictures, unsampled = [], {}, 0
     right = {model: [] for model in MODELS}  # for images without any object: whether nothing was found
-    for number, (image_path, image, labels) in enumerate(tqdm(
-            read_ahead(read_pair, pairs, 1, 2), "비교", len(pairs), disable=None)):
+    for number, pair in enumerate(tqdm(read_ahead(read_pair, pairs, 1, 2), "비교", len(pairs), disable=None)):
+        image_path, image, labels = pair.result()
         kind = prompt_kind(args.prompt, number)
         objects, gt_masks, left_out = ([""], labels[None] > 0, 0) if kind == "none" else \
             split_objects(labels, args.max_objects)
@@ -724,15 +723,14 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureW
 
 
 def read_ahead(function, items, workers, window):
-    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    """Futures of function(item), in order; `workers` threads compute up to `window` results before they are needed."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         queue = collections.deque()
         for item in items:
             queue.append(pool.submit(function, item))
             if len(queue) > window:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+                yield queue.popleft()
+        yield from queue
 
 
 class ImageError(OSError):

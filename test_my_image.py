@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import sys
 import textwrap
@@ -45,6 +44,7 @@ import torch
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -56,8 +56,7 @@ try:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from sam2.utils.amg import remove_small_regions
 except (ImportError, RuntimeError) as error:  # not installed, or shadowed by a folder of the same name
-    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
-             "설치: pip install --no-build-isolation -r requirements.txt. "
+    sys.exit(f"오류: sam2를 불러올 수 없습니다 ({error}). 설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 if "cv2" in os.environ.get("QT_QPA_PLATFORM_PLUGIN_PATH", ""):  # matplotlib's Qt cannot start with OpenCV's plugins
     del os.environ["QT_QPA_PLATFORM_PLUGIN_PATH"]
@@ -72,7 +71,6 @@ WINDOW_HELP = ("left click: object    right click: background    drag: box    1 
                "u: undo    r: reset    n: next object    Enter: save")
 KOREAN_KEYBOARD = {"ㅕ": "u", "ㄱ": "r", "ㅜ": "n", "ㅂ": "q"}  # the letters on the same keys
 
-
 # ---- the run ----
 
 
@@ -82,36 +80,27 @@ def main():
     if args.interactive:
         require_display(args.web, '--point "x,y"로 좌표를 주거나, --auto로 찾거나')
         print("창에서 좌클릭은 전경, 우클릭은 배경, 끌면 상자, n은 다음 객체, Enter나 창 닫기는 저장입니다")
-    else:
-        plt.switch_backend("Agg")
     if args.mask and not (mask := read_mask(args.mask) > 0).any():
         raise ImageError(f"{args.mask}: 마스크가 비어 있습니다 (8비트 마스크는 127보다 밝은 곳이 전경)")
     args.mask = mask if args.mask else None
     if len(paths) == 1:  # errors of a single image are reported before the model is loaded
         check_prompts(paths[0], read_image(paths[0]), args.point, args.box, args.mask)
-    predictors, shared = load_models(args)
+    predictors, args.shared = load_models(args)
     if args.auto:
         check_trained_for_auto([*predictors.values()][-1].model)
     failed, args.rows = [], []
     bar = tqdm(paths, "분할", disable=True if len(paths) == 1 else None)
-    for path, name, image in zip(bar, result_names(paths), read_ahead(read_or_error, paths, 1, 2)):
+    for path, name, image in zip(bar, result_names(paths), read_ahead(read_image, paths, 1, 2)):
         try:
-            if isinstance(image, ImageError):
-                raise image
-            check_prompts(path, image, args.point, args.box, args.mask)
-            if args.everything:
-                lines = run_everything(path, name, image, predictors, args)
-            else:
-                set_image_in_all(predictors.values(), image, shared)
-                lines = run_prompts(path, name, image, predictors, args)
+            check_prompts(path, image.result(), args.point, args.box, args.mask)
+            lines = (run_everything if args.everything else run_prompts)(path, name, image.result(), predictors, args)
+            if len(paths) == 1 or args.interactive:
+                tqdm.write("\n".join(lines))
         except ImageError as error:
             if len(paths) == 1:
                 raise
             failed.append(path)
             tqdm.write(f"오류: {error}", file=sys.stderr)
-            continue
-        if len(paths) == 1 or args.interactive:
-            tqdm.write("\n".join(lines))
     if args.rows:
         print(f"{len(args.rows)}장 가운데 {sum(row[1] for row in args.rows)}장에서 찾음: {args.output / 'auto.csv'}")
     if len(paths) > 1:
@@ -133,16 +122,13 @@ def parse_args():
     add("--refine", type=int, default=0, metavar="N", help="마스크를 다시 넣어 N번 다듬기 (기본: %(default)s)")
     add("--web", type=int, nargs="?", const=8988, metavar="PORT", help="창을 브라우저에 띄움 (PORT를 빼면 8988)")
     add("--annotate", metavar="DIR", help=argparse.SUPPRESS)  # earlier versions
-    add("--auto", action="store_true",
-        help="프롬프트 없이, 모델이 학습한 것을 찾아 분할 (--recipe strongest나 --prompt any로 학습한 모델)")
+    add("--auto", action="store_true", help="프롬프트 없이 찾아 분할 (--recipe strongest나 --prompt any로 학습한 모델)")
     add("--everything", action="store_true", help="프롬프트 없이 이미지 속의 모든 것을 분할")
-    add("--points-per-side", type=int, default=32, help="--everything: 한 변에 찍을 점의 수 (기본: %(default)s)")
-    add("--pred-iou-thresh", type=float, default=0.88,
-        help="--everything: 예측 점수가 이보다 낮은 마스크를 버림 (기본: %(default)s)")
-    add("--stability-score-thresh", type=float, default=0.95,
-        help="--everything: 안정성이 이보다 낮은 마스크를 버림 (기본: %(default)s)")
-    add("--min-mask-region-area", type=int, default=100,
-        help="--everything: 이 픽셀 수보다 작은 조각과 구멍을 없앰 (기본: %(default)s)")
+    for flag, kind, default, text in (("points-per-side", int, 32, "한 변에 찍을 점의 수"),
+                                      ("pred-iou-thresh", float, 0.88, "예측 점수가 이보다 낮은 마스크를 버림"),
+                                      ("stability-score-thresh", float, 0.95, "안정성이 이보다 낮은 마스크를 버림"),
+                                      ("min-mask-region-area", int, 100, "이 픽셀 수보다 작은 조각과 구멍을 없앰")):
+        add(f"--{flag}", type=kind, default=default, help=f"--everything: {text} (기본: %(default)s)")
     add("--output", "-o", type=Path, default=Path("output/my_results"), help="결과 폴더 (기본: %(default)s)")
     add("--model-cfg", default="configs/sam2.1/sam2.1_hiera_s.yaml", help="설정 이름이나 YAML 경로 (기본: %(default)s)")
     add("--checkpoint", default="checkpoints/sam2.1_hiera_small.pt", help="원본 체크포인트 (기본: %(default)s)")
@@ -250,14 +236,6 @@ def find_images(names, *others):
     return paths
 
 
-def read_or_error(path):
-    """The image, see read_image, or the ImageError: a thread reads ahead."""
-    try:
-        return read_image(path)
-    except ImageError as error:
-        return error
-
-
 def result_names(paths):
     """A name for each image's results: its stem, made unique if several images share it, also but for upper case."""
     stems, names = collections.Counter(path.stem.lower() for path in paths), {}
@@ -316,7 +294,8 @@ def segment_everything(predictor, reduced, size, args):
 
 
 def run_prompts(path, name, image, predictors, args):
-    """Segment an image, which is set in all predictors, by prompts or in the window; write the last model's masks."""
+    """Segment an image by prompts or in the window; write the last model's masks."""
+    set_image_in_all(predictors.values(), image, args.shared)
     models = {title: partial(segment, predictor, rough=args.mask, refine=args.refine)
               for title, predictor in predictors.items()}
     shown_name = path.name.encode(errors="replace").decode()  # matplotlib cannot draw what is not valid UTF-8
@@ -329,7 +308,6 @@ def run_prompts(path, name, image, predictors, args):
     else:
         objects = [Segmented(points, box, {title: predict(points, box) for title, predict in models.items()})
                    for points, box in split_prompts(args.point, args.box)]
-
     labels = {title: number_objects(objects, title) for title in models}
     *_, title = models
     writers = {"result.png": partial(save_result, image=image, name=shown_name, objects=objects, rough=args.mask),
@@ -434,8 +412,8 @@ def require_display(web, alternative):
             plt.close()
             if framework:
                 return
-        advice = " (리눅스라면 python3-tk 패키지도 필요합니다)" if sys.platform == "linux" else ""
-        fail(f"창을 띄울 수 없습니다. {alternative}, --web으로 브라우저에 띄우세요{advice}")
+        fail(f"창을 띄울 수 없습니다. {alternative}, --web으로 브라우저에 띄우세요"
+             + " (리눅스라면 python3-tk 패키지도 필요합니다)" * (sys.platform == "linux"))
     if web is not None and not 0 < web < 65536:  # getaddrinfo() takes it modulo 65536
         fail(f"--web {web}: 포트는 1부터 65535까지입니다")
     try:
@@ -444,7 +422,7 @@ def require_display(web, alternative):
         from tornado.log import access_log
         access_log.setLevel("ERROR")  # prints no line for each /favicon.ico that a browser requests
         plt.rcParams.update({"webagg.port": web or 8988, "webagg.address": "127.0.0.1"})
-        Server.initialize(url_prefix=f"/{secrets.token_hex(16)}")  # takes a port nearby if this one is in use
+        Server.initialize(url_prefix=f"/{os.urandom(16).hex()}")  # takes a port nearby if this one is in use
     except (ImportError, RuntimeError, OSError) as error:  # OSError: a port that needs an administrator
         fail(f"브라우저에 창을 띄울 수 없습니다 ({error}). tornado가 없으면: pip install tornado")
     print(f"브라우저에서 여세요: http://127.0.0.1:{Server.port}{Server.url_prefix}/ (끝내려면 q나 Ctrl-C)\n"
@@ -473,10 +451,9 @@ class Window:
     numbers = itertools.count(1)  # with equal numbers, clicks in an old browser tab would reach the new figure
 
     def __init__(self, image, models, title):
-        self.image, self.models, self.size = image, models, image.shape[:2]
-        self.finished, self.current = [], Segmented([], None, {})
-        self.history, self.pressed = [], None
-        height, width = self.size
+        self.image, self.models = image, models
+        self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
+        height, width = image.shape[:2]
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
         self.figure = plt.figure(next(self.numbers), layout="constrained", figsize=(
             max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
@@ -497,16 +474,14 @@ class Window:
 
     def position(self, event):
         """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
-        height, width = self.size
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
-        return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
+        return tuple(np.clip(place, 0, np.subtract(self.image.shape[1::-1], 1)).round(1).tolist())
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
         is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
         if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
-            height, width = self.size  # after panning, there is space beside it
-            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
+            if event.inaxes.images[0].contains(event)[0]:  # after panning, there is space beside the image
                 self.pressed = event
 
     def dragged_box(self, event):
@@ -590,7 +565,7 @@ def save_result(path, image, name, objects, rough):
     rows = math.ceil(len(panels) / columns)
     width = max(4, 14 / columns)  # inches a panel
     height = min(max(width / flatness, 1), 9) + 0.4
-    figure = plt.figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")  # not pyplot's: no window
     for number, (title, masks, framed) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, number)
         show(axes, image, masks)
@@ -631,10 +606,9 @@ def show(axes, image, masks=()):
         small = cv2.resize(mask.astype(np.uint8), reduced.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         reduced = overlay(reduced, small > 0, color)
     if axes.images:
-        axes.images[0].set_data(reduced)
-    else:
-        axes.imshow(reduced, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        axes.set(xticks=[], yticks=[], anchor="N")  # anchored elsewhere, a title may be cut off
+        return axes.images[0].set_data(reduced)
+    axes.imshow(reduced, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axes.set(xticks=[], yticks=[], anchor="N")  # anchored elsewhere, a title may be cut off
 
 
 def mark_prompts(panels, prompts):
@@ -691,15 +665,14 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureW
 
 
 def read_ahead(function, items, workers, window):
-    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    """Futures of function(item), in order; `workers` threads compute up to `window` results before they are needed."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         queue = collections.deque()
         for item in items:
             queue.append(pool.submit(function, item))
             if len(queue) > window:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+                yield queue.popleft()
+        yield from queue
 
 
 class ImageError(OSError):

@@ -76,8 +76,7 @@ try:
     from sam2.modeling.sam2_utils import sample_one_point_from_error_center
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 except (ImportError, RuntimeError) as error:  # not installed, or hidden by a folder of that name
-    sys.exit(f"오류: sam2 패키지를 불러올 수 없습니다 ({error}). "
-             "설치: pip install --no-build-isolation -r requirements.txt. "
+    sys.exit(f"오류: sam2를 불러올 수 없습니다 ({error}). 설치: pip install --no-build-isolation -r requirements.txt. "
              "이미 설치했다면 프로젝트 폴더나 그 안의 폴더 이름이 sam2인지 보고, 그렇다면 다른 이름으로 바꾸세요")
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is OpenCV's
@@ -879,7 +878,7 @@ class FeatureCache:
         for image in images:
             levels = self.kept.get(image[0])
             while levels is None:
-                group = list(itertools.islice(self.ahead, self.at_once)) or [self.read(image)]
+                group = [each.result() for each in itertools.islice(self.ahead, self.at_once)] or [self.read(image)]
                 for path, encoded in self.encode(group).items():
                     if len(self.kept) < self.capacity:
                         place = device if len(self.kept) < self.on_device else "cpu"
@@ -1348,15 +1347,14 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureW
 
 
 def read_ahead(function, items, workers, window):
-    """map(function, items), in order; `workers` threads compute up to `window` results before they are needed."""
+    """Futures of function(item), in order; `workers` threads compute up to `window` results before they are needed."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         queue = collections.deque()
         for item in items:
             queue.append(pool.submit(function, item))
             if len(queue) > window:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+                yield queue.popleft()
+        yield from queue
 
 
 class ImageError(OSError):

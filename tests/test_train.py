@@ -1034,8 +1034,8 @@ def test_features_fill_the_device_then_the_memory_and_are_encoded_in_the_order_o
 def test_read_ahead_keeps_the_order_and_reads_no_more_than_the_window():
     started = []
     results = train_sam2_proper.read_ahead(lambda item: started.append(item) or 10 * item, iter(range(20)), 2, 3)
-    assert [next(results) for _ in range(5)] == [0, 10, 20, 30, 40] and set(started) <= set(range(8))
-    assert list(results) == [10 * item for item in range(5, 20)]
+    assert [next(results).result() for _ in range(5)] == [0, 10, 20, 30, 40] and set(started) <= set(range(8))
+    assert [each.result() for each in results] == [10 * item for item in range(5, 20)]
 
 
 def test_losses_are_fetched_together_and_give_the_same_means(data, weights, monkeypatch):
