@@ -7,7 +7,6 @@
 | use | test_my_image.py --auto: masks, auto.csv, models that were not trained for it |
 """
 
-import csv
 import json
 import sys
 
@@ -16,21 +15,14 @@ import numpy as np
 import pytest
 import test_window
 import torch
-from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
+from conftest import MODEL, SMALL_CFG, assert_fails_in_one_line, read_rows, run, write_image
 
 import test_my_image
 import train_sam2_proper
 
-MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
-
 
 def train(data, weights, *arguments, code=0):
     return run("train_sam2_proper.py", *MODEL, "--checkpoint", weights, "--workers", 0, *arguments, cwd=data, code=code)
-
-
-def read_rows(path):
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@
 """
 
 import base64
-import csv
 import html.parser
 import json
 import os
@@ -25,6 +24,7 @@ from conftest import (
     assert_fails_in_one_line,
     display_width,
     draw_pair,
+    read_rows,
     run,
     save_small_model,
     signal_at,
@@ -41,15 +41,10 @@ def compare(folder, weights, *arguments, **options):
                *arguments, cwd=folder, **options)
 
 
-def read_rows(folder):
-    with (folder / "per_image.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_printed_box_the_summary_and_the_table_show_the_same_means(trained, weights):
     folder, _ = trained
     done = compare(folder, weights)
-    rows = read_rows(folder / "output/comparison")
+    rows = read_rows(folder / "output/comparison/per_image.csv")
     measures = ["original_iou", "finetuned_iou", "original_dice", "finetuned_dice", "original_boundary_f",
                 "finetuned_boundary_f"]
     assert list(rows[0]) == ["image", "object", *measures, "area", "size"]
@@ -82,7 +77,7 @@ def test_iou_is_that_of_the_highest_scored_mask_for_the_middle_click(trained, we
     folder, _ = trained
     compare(folder, weights, "--output-dir", "again")
     predictor = compare_models.load_predictor(SMALL_CFG, folder / "output/sam2_best.pt", "cpu")
-    for row in read_rows(folder / "again"):
+    for row in read_rows(folder / "again/per_image.csv"):
         image = cv2.imread(str(folder / "data/images/val" / row["image"]))[..., ::-1].copy()
         gt_mask = cv2.imread(str(folder / "data/masks/val" / row["image"]), cv2.IMREAD_GRAYSCALE) > 127
         foreground = np.argwhere(gt_mask)
@@ -110,7 +105,7 @@ def test_a_bare_state_dict_opens_and_flags_limit_the_images_and_figures(trained,
     done = compare(folder, weights, "--finetuned", "bare.pt", "--num-images", 2, "--num-visualize", 1,
                    "--prompt", "box", "--output-dir", "bare")
     summary = json.loads((folder / "bare/summary.json").read_text(encoding="utf-8"))
-    assert summary["num_images"] == len(read_rows(folder / "bare")) == 2 and summary["prompt"] == "box"
+    assert summary["num_images"] == len(read_rows(folder / "bare/per_image.csv")) == 2 and summary["prompt"] == "box"
     assert len(list((folder / "bare").glob("compare_*.png"))) == 1
     assert "이미지 2장, 객체 2개, 프롬프트 box" in done.stdout
 
@@ -122,7 +117,7 @@ def test_models_with_different_encoders_are_encoded_separately(trained, weights,
     assert "모델마다 인코딩" in done.stdout
     reverse = tmp_path / "reverse"
     compare(folder, other, "--finetuned", weights, "--output-dir", reverse)
-    for one, two in zip(read_rows(tmp_path), read_rows(reverse)):
+    for one, two in zip(read_rows(tmp_path / "per_image.csv"), read_rows(reverse / "per_image.csv")):
         assert one["original_iou"] == two["finetuned_iou"] and one["finetuned_iou"] == two["original_iou"]
 
 
@@ -139,7 +134,7 @@ def test_an_unreadable_image_is_named(data, weights):
 def test_empty_masks_are_skipped_and_counted(data, weights):
     write_image(data / "data/masks/val/pair_100.png", np.zeros((60, 80), np.uint8))
     done = compare(data, weights, "--finetuned", weights)
-    assert "뺀 이미지: 1장" in done.stdout and len(read_rows(data / "output/comparison")) == 3
+    assert "뺀 이미지: 1장" in done.stdout and len(read_rows(data / "output/comparison/per_image.csv")) == 3
     assert "비교 그림 3장" in done.stdout and len(list((data / "output/comparison").glob("compare_*.png"))) == 3
     compare(data, weights, "--finetuned", weights, "--num-visualize", 2)  # the first would have been the empty one
     assert len(list((data / "output/comparison").glob("compare_*.png"))) == 2
@@ -241,7 +236,7 @@ def add_classes(folder, classes):
 def test_the_comparison_reports_each_class_separately(data, weights):
     add_classes(data, {"1": "용종", "2": "unused", "12": "=tool"})
     done = compare(data, weights, "--finetuned", weights)
-    rows = read_rows(data / "output/comparison")
+    rows = read_rows(data / "output/comparison/per_image.csv")
     assert list(rows[0])[-1] == "class" and [row["class"] for row in rows] == ["용종", "'=tool"] * 4
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert {name: means["num_objects"] for name, means in summary["by_class"].items()} == {
@@ -335,7 +330,7 @@ def test_the_report_shows_the_numbers_of_the_summary_and_of_the_table(reported):
     low, high = summary["difference_pp_95"]
     assert f"차이 {summary['difference_pp']:+.1f}%p (95%: {low:+.1f} … {high:+.1f})" in text
     assert f"평균 IoU {summary['original_iou']:.2%} → {summary['finetuned_iou']:.2%}" in text
-    for values in (summary, *read_rows(reported)):
+    for values in (summary, *read_rows(reported / "per_image.csv")):
         for measure in ("iou", "dice", "boundary_f"):
             before, after = (float(values[f"{model}_{measure}"]) for model in ("original", "finetuned"))
             assert f"{before:.2%} → {after:.2%}" in text
@@ -362,8 +357,9 @@ def test_the_report_sorts_and_filters_in_a_browser(reported, browser):
                   if item.is_displayed()] for tag in ("tr", "figure")]
         return found == [names, names]
 
-    after = {f"{row['image']} 1": float(row["finetuned_iou"]) for row in read_rows(reported)}
-    gain = {f"{row['image']} 1": after[f"{row['image']} 1"] - float(row["original_iou"]) for row in read_rows(reported)}
+    rows = read_rows(reported / "per_image.csv")
+    after = {f"{row['image']} 1": float(row["finetuned_iou"]) for row in rows}
+    gain = {f"{row['image']} 1": after[f"{row['image']} 1"] - float(row["original_iou"]) for row in rows}
     worst, loss, wait = sorted(after, key=after.get), sorted(gain, key=gain.get), WebDriverWait(browser, 60)
     browser.get((reported / "report.html").as_uri())
     assert shown(worst)

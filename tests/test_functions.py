@@ -5,9 +5,9 @@
 | losses, IoU | of one mask, all masks, several prompts |
 | prompts | middle, random and correcting clicks, boxes, parsing |
 | splits, names, tables | shuffling, result names, CSV cells, learning rates |
-| masks | reducing objects, numbered masks, colors, run lengths |
+| masks | reducing objects, numbered masks, colors, RLE |
 | images | kinds, depth, orientation, files that are refused |
-| devices, environment | devices that are missing, package versions, output that is no terminal |
+| devices, environment | devices that are missing, package versions, notebooks |
 """
 
 import argparse

@@ -23,6 +23,7 @@ import torch
 from conftest import (
     ENV,
     FORK_SERVER,
+    MODEL,
     ROOT,
     SMALL_CFG,
     assert_fails_in_one_line,
@@ -38,8 +39,6 @@ from PIL import Image
 import compare_models
 import test_my_image
 import train_sam2_proper
-
-MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
 
 
 def train(folder, weights, *arguments, **options):
