@@ -10,7 +10,7 @@ be read but may be wrong gets a line in Series.doubts.
 highdicom.get_volume_from_series() is not used, for three reasons: it refuses a tilted gantry, it gives no reason if
 slices are missing, and it inverts the Hounsfield units of MONOCHROME1 images.
 
-Messages never contain the patient's data. They also contain no messages of pydicom, because those quote the header.
+Messages contain no data of the patient and no messages of pydicom, because those quote the header.
 
 Chapters:
     settings   attributes of the header
