@@ -8,8 +8,8 @@
     python train_sam2_proper.py --resume             continue an interrupted training
 
 By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept.
-Training calls the model's parts through predictor._features, as sagieppel's "Fine-tune SAM2 in 60 lines" does:
-predictor.predict() runs under no_grad, so nothing would be learned through it.
+Training passes what predictor._features holds to the prompt encoder and mask decoder, as sagieppel's "Fine-tune SAM2 in
+60 lines" does: predictor.predict() runs under no_grad, so nothing would be learned through it.
 
 Chapters:
     settings             every flag with its default, the recipes, the constants
@@ -18,7 +18,7 @@ Chapters:
     data                 pairs, masks, batches that follow from (seed, iteration), augmentation
     features             the encoded images, kept in memory and in files
     prompts and loss     simulated clicks and boxes, the decoder, the loss
-    the image encoder    what --encoder trains: nothing, low-rank updates or all weights
+    the image encoder    what --encoder trains beside the decoder: nothing, low-rank updates or all weights
     validation           the numbers of compare_models.py
     files                checkpoints, --resume, log, curve, summary
     shared block         what compare_models.py and test_my_image.py contain too
@@ -117,8 +117,8 @@ SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or lis
     ("dice_weight", 0.0, (float, 0), "Dice 손실에 곱해 교차 엔트로피에 더할 값, 0이면 더하지 않음"),
     ("supervise", "first", ["first", "all"], "손실을 계산할 마스크: first 첫째만, all 셋 모두"),
     # image encoder
-    ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, lora 저랭크 행렬만 "
-     "학습, full 전부 학습. lora와 full은 캐시가 없어 느림"),
+    ("encoder", "frozen", ["frozen", "lora", "full"], "이미지 인코더: frozen 고정하고 특징을 캐시, "
+     "lora 저랭크 행렬을 더해 학습, full 전부 학습. lora와 full은 캐시가 없어 느림"),
     ("encoder_lr", None, (float, 0), "이미지 인코더의 학습률 (기본: full은 --lr과 같고 lora는 그 3배)"),
     ("lora_rank", 8, (int, 1), "--encoder lora의 랭크"),
     ("grad_checkpointing", False, bool, "인코더의 중간값을 저장하지 않고 다시 계산: 느린 대신 메모리를 덜 씀"),
@@ -148,7 +148,7 @@ FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
 ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with equal probability
-MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py always use three
+MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py use this many
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # weight of the score loss relative to the mask loss
 OBJECT_WEIGHT = 0.5    # weight of the object score's loss, for examples without a prompt if some images have no object
@@ -398,7 +398,10 @@ def log(training, trackers, validating):
 
 @contextlib.contextmanager
 def deferred_interrupts(processes):
-    """A list that gets an entry on Ctrl-C or SIGTERM, so that the current iteration can finish and be saved."""
+    """A list that gets an entry on Ctrl-C or SIGTERM: train() looks at it after a step, saves and ends.
+
+    With several processes it looks at it when it logs, so up to LOG_EVERY more iterations are run.
+    """
     interrupted = []
 
     def on_interrupt(*_):
@@ -446,7 +449,7 @@ class Training:
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
         if args.resume:
             restore(self, load_last(args.output_dir))
-            self.dataset.start = self.iteration * args.accumulate
+            self.dataset.start = self.iteration * args.accumulate  # in time: first_visits() runs when it is needed
 
     def count_encoded(self, _encoder, inputs, _outputs):
         self.encoded += len(inputs[0])
@@ -487,10 +490,11 @@ class Training:
     def fetch(self, interrupted=()):
         """Wait for the device and add the steps since the last call to the running means of loss and IoU.
 
-        Returns whether any process was interrupted (its `interrupted` is not empty). Fails if a loss is not finite;
-        each save is preceded by this call, so nothing that was learned from such a loss is saved.
+        Returns whether any process was interrupted (its `interrupted` is not empty). Fails if a loss is not finite:
+        train() calls it before it saves, so nothing that was learned from such a loss is saved.
         """
-        values = torch.stack([*self.pending, torch.full_like(self.pending[-1], bool(interrupted))])
+        flag = torch.full_like(self.pending[-1], bool(interrupted))  # the last row: one all_reduce for everything
+        values = torch.stack([*self.pending, flag])
         if self.processes > 1:
             torch.distributed.all_reduce(values)
         *steps, (stopping, _) = (values.cpu() / self.processes).tolist()
@@ -501,8 +505,8 @@ class Training:
                                   for index in self.dataset.draw((iteration - 1) * count + number)[0])
                 fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
                      "이번 반복은 저장하지 않았고, 전에 저장한 모델은 그대로입니다")
-            before = self.mean
-            self.mean = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(before, now)] if before else now
+            smoothed = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(self.mean or (), now)]
+            self.mean = smoothed or now
         self.pending = []
         return bool(stopping)
 
@@ -644,7 +648,8 @@ def reduced_size(shape, max_side):
 def reduce_labels(labels, max_side):
     """Shrink a numbered mask (uint16 H x W) so that the longer side is at most max_side pixels; never enlarge.
 
-    An object gets the pixels that it covers by at least a half; those that two objects share go to the smaller one.
+    An object gets the pixels that it covers by at least a half, a thin one by at least a quarter or an eighth; those
+    that two objects share go to the smaller one.
     Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
     """
     size = height, width = reduced_size(labels.shape, max_side)
@@ -714,7 +719,7 @@ class Batch(NamedTuple):
     indices: list                       # of the images in Masks
     kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
-    rngs: list                          # a Generator for each image, of its view and its prompt
+    rngs: list                          # a Generator for each image, of its object, augmentation and prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
     images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
 
@@ -740,8 +745,8 @@ class Batches(Dataset):
         if kind == "none":
             indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
-        places = range(len(indices))[self.rank::self.processes][part * args.batch_size:][:args.batch_size]
-        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]
+        places = range(self.rank, size, self.processes)[part * args.batch_size:(part + 1) * args.batch_size]
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # 0 would repeat rng
         return indices[places], kind, corrections, rngs
 
     def __getitem__(self, number):
@@ -800,7 +805,7 @@ def augment_example(rng, image, gt_masks):
 def make_caches(predictor, batches, val_images, args):
     """Caches of the features of training and of validation images: (FeatureCache or None, FeatureCache).
 
-    batches: the run's Batches from its next iteration on; val_images: [(path, (H, W) of its mask), ...].
+    batches: the run's Batches, not read yet; val_images: [(path, (H, W) of its mask), ...].
     None if training images are encoded at every visit: by a trained encoder, or augmented. Validation images get
     their memory first, as every validation needs all of them, and full precision, as in compare_models.py.
     """
@@ -856,7 +861,7 @@ class FeatureCache:
     def __init__(self, predictor, limits, visits=(), dtype=torch.float16, amp=True, settings=None):
         self.predictor, self.dtype, self.amp, self.kept, model = predictor, dtype, amp, {}, predictor.model
         self.folder, self.limits = settings and settings.cache_dir, limits
-        # a model has all, an eighth and a quarter of its channels at the strides 16, 4 and 8
+        # C, C / 8 and C / 4 channels at the strides 16, 4 and 8: C * S**2 / 64 numbers in all
         self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         self.on_device = limits[0] // self.bytes_per_image  # images
         self.capacity = self.on_device + limits[1] // self.bytes_per_image
@@ -876,16 +881,15 @@ class FeatureCache:
         """Features of [(path, (H, W) of its mask), ...]: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
         device, found = self.predictor.device, []
         for image in images:
-            levels = self.kept.get(image[0])
-            while levels is None:
+            encoded = {}
+            while image[0] not in self.kept.keys() | encoded.keys():
                 group = [each.result() for each in itertools.islice(self.ahead, self.at_once)] or [self.read(image)]
-                for path, encoded in self.encode(group).items():
+                encoded = self.encode(group)
+                for path, levels in encoded.items():
                     if len(self.kept) < self.capacity:
                         place = device if len(self.kept) < self.on_device else "cpu"
-                        self.kept[path] = [level.to(place) for level in encoded]
-                    if path == image[0]:
-                        levels = encoded
-            found.append(levels)
+                        self.kept[path] = [level.to(place) for level in levels]
+            found.append(encoded.get(image[0]) or self.kept[image[0]])
         embeddings, *others = (torch.cat([level.to(device, non_blocking=True) for level in levels]).float()
                                for levels in zip(*found))
         return {"image_embed": embeddings, "high_res_feats": others}
@@ -934,15 +938,16 @@ def autocast_dtype():
 
 
 class BatchLoss(torch.nn.Module):
-    """The mean loss of a batch, as the one module that DistributedDataParallel wraps."""
+    """A batch's mean training_loss, plus the loss of the object score; the one module that DDP wraps."""
 
     def __init__(self, predictor, masks, cache, args):
         super().__init__()
         self.predictor, self.masks, self.cache, self.args = predictor, masks, cache, args
-        self.model = predictor.model  # a part of this module, so that its weights are found
+        self.model = predictor.model  # a part of this module, so that DistributedDataParallel finds its weights
 
     def forward(self, batch):
-        """(loss, IoU), scalars: see training_loss. Raises the ImageError that Batches may give for a batch."""
+        """(loss, IoU), scalars. Without a prompt, if some images have no object, OBJECT_WEIGHT times the binary
+        cross-entropy of the object score is added. Raises the ImageError that Batches may give for a batch."""
         if isinstance(batch, ImageError):
             raise batch
         args, predictor = self.args, self.predictor
@@ -969,7 +974,7 @@ class BatchLoss(torch.nn.Module):
 
 
 def prompt_kind(kind, number):
-    """The kind of the number-th prompt: with "mixed", point, points and box in turn."""
+    """`kind`, or for "mixed" that of the number-th prompt: point, points and box in turn."""
     return ("point", "points", "box")[number % 3] if kind == "mixed" else kind
 
 
@@ -1020,7 +1025,7 @@ def correcting_click(predicted, gt_mask, rng=None):
     """One more click, on a wrong pixel: (float32 (x, y), label), 1 on the object, 0 beside it.
 
     predicted, gt_mask: bool H x W. With rng a random wrong pixel, as in SAM 2's training; else the one deepest in the
-    largest error, as in SAM 2's evaluation. If none is wrong: see pick_pixel.
+    largest error, as in SAM 2's evaluation. If none is wrong: a pixel of gt_mask.
     """
     wrong = gt_mask != predicted
     if rng is None and wrong.any():
@@ -1075,7 +1080,7 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0):
     logits: K x M x H x W, M masks for each prompt at the image's size; scores: K x M predicted IoUs; gt_masks: float
     K x H x W, 0 or 1. The loss is the binary cross-entropy with 1e-5 inside the logarithms (the guide's), plus
     dice_weight times 1 - Dice of the probabilities, plus SCORE_WEIGHT times |score - IoU|: the mean of the M masks.
-    The IoU is that of the mask with the highest score.
+    The IoU is that of the mask with the highest score among the M.
     """
     prob, gt = torch.sigmoid(logits), gt_masks[:, None]
     mask_loss = (-gt * torch.log(prob + 1e-5) - (1 - gt) * torch.log(1 - prob + 1e-5)).mean((-2, -1))
@@ -1093,7 +1098,7 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0):
 
 
 def choose_weights(model, args):
-    """Add the low-rank updates of --encoder lora, and freeze all weights that --encoder does not train."""
+    """Add what --encoder lora and --grad-checkpointing need, and freeze all weights that --encoder does not train."""
     trunk = model.image_encoder.trunk
     if args.encoder == "lora":
         torch.manual_seed(args.seed % 2**63)
@@ -1139,7 +1144,7 @@ def encode_images(predictor, images):
 
 def validate(training):
     """The loss, and what compare_models.py would measure now: "val_loss", "val_iou", "val_dice" and, without prompts,
-    "val_specificity": the share of images without any object in which nothing is found. Without such images: {}."""
+    "val_specificity": the share of images without any object in which nothing is found. Without validation: {}."""
     share = range(training.rank, len(training.val_masks), training.processes)
     bar = tqdm(share, "검증", leave=False, disable=True if training.rank else None)
     results = [result for index in bar for result in validate_image(training, index)]
@@ -1205,7 +1210,7 @@ def save(training, better, unfinished=False):
     if better:
         save_model(training, folder / "sam2_best.pt")
     save_model(training, folder / "sam2_last.pt", optimizer=training.optimizer.state_dict(),
-               low_rank={name: state[name].cpu() for name in state if ".parametrizations." in name},
+               unmerged={name: state[name].cpu() for name in state if ".parametrizations." in name},
                scaler=training.scaler.state_dict(), **{name: getattr(training, name) for name in PROGRESS},
                seconds=time.time() - training.started, settings={name: getattr(training.args, name) for name in CONFIG},
                processes=training.processes, data=training.data)
@@ -1246,7 +1251,7 @@ def load_last(output_dir):
     path = Path(output_dir, "sam2_last.pt")
     try:
         last = torch.load(path, map_location="cpu", weights_only=True)
-        complete = last.keys() >= {"optimizer", "low_rank", "scaler", "seconds", "processes", "data", *PROGRESS}
+        complete = last.keys() >= {"optimizer", "unmerged", "scaler", "seconds", "processes", "data", *PROGRESS}
         if complete and last["settings"].keys() == CONFIG.keys():
             return last
     except FileNotFoundError:
@@ -1271,7 +1276,7 @@ def restore(training, last):
     print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
     if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
-    training.model.load_state_dict(last["low_rank"], strict=False)  # load_predictor has loaded the other weights
+    training.model.load_state_dict(last["unmerged"], strict=False)  # over the merged weights of load_predictor()
     for group in last["optimizer"]["param_groups"]:
         group["fused"] = training.optimizer.defaults["fused"]  # depends on the device
     training.optimizer.load_state_dict(last["optimizer"])
