@@ -50,10 +50,14 @@ def add_web_flag(parser):
 
 
 class Worker:
-    """A thread that owns the model: it runs jobs by priority (CLICK, NEXT, BACKGROUND), oldest first."""
+    """A thread that owns the model: it runs jobs by priority (CLICK, NEXT, BACKGROUND), oldest first.
+
+    priority: that of the job that is running. Where a job calls give_way(), jobs of a higher priority run first.
+    """
 
     def __init__(self):
         self.jobs, self.done, self.order = queue.PriorityQueue(), queue.SimpleQueue(), itertools.count()
+        self.priority = BACKGROUND
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -63,11 +67,25 @@ class Worker:
 
     def run(self):
         while (entry := self.jobs.get())[2]:
-            _, _, job, then = entry
-            try:
-                self.done.put((then, job(), None))
-            except BaseException as error:
-                self.done.put((then, None, error))
+            self.do(*entry)
+
+    def do(self, priority, _, job, then):
+        interrupted, self.priority = self.priority, priority
+        try:
+            self.done.put((then, job(), None))
+        except BaseException as error:
+            self.done.put((then, None, error))
+        self.priority = interrupted
+
+    def give_way(self):
+        """Inside a job: run the waiting jobs of a higher priority, unless close() was called; returns whether it was."""
+        while not self.jobs.empty():
+            entry = self.jobs.get()
+            if not entry[2] or entry[0] >= self.priority:
+                self.jobs.put(entry)
+                return not entry[2]
+            self.do(*entry)
+        return False
 
     def deliver(self):
         """In the window's thread: pass on the results so far; raises the exception of a job that failed."""
