@@ -78,7 +78,7 @@ class Worker:
         self.priority = interrupted
 
     def give_way(self):
-        """Inside a job: run the waiting jobs of a higher priority, unless close() was called; returns whether it was."""
+        """Inside a job: run the waiting jobs of a higher priority; returns whether the thread is to end instead."""
         while not self.jobs.empty():
             entry = self.jobs.get()
             if not entry[2] or entry[0] >= self.priority:
