@@ -63,10 +63,10 @@ def label(paths, checkpoint, output, learns, args):
     window = annotate.AnnotationWindow(paths, len(paths), predictors, shared, learner, settings)
     canvas = window.figure.canvas
     for _ in paths:
-        wait(window, lambda: window.is_encoded)
+        wait(window, lambda: window.path in window.encoded)
         for _ in range(args.clicks):
             pause(window, rng.uniform(*args.look))
-            height, width = window.size
+            height, width = window.image.shape[:2]
             place = window.panels[0].transData.transform(rng.uniform([0, 0], [width - 1, height - 1]))
             for _ in range(round(MOVE / 0.02)):
                 canvas.callbacks.process("motion_notify_event", MouseEvent("motion_notify_event", canvas, *place))

@@ -35,6 +35,7 @@ from test_my_image import (
     colored_masks,
     find_images,
     load_models,
+    mark_prompts,
     number_objects,
     require_display,
     segment,
@@ -149,7 +150,7 @@ class AnnotationWindow(Window):
         self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
         self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
         self.learner, self.is_learning, self.touched, self.encoding = learner, False, 0, None
-        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a screen of 1280 x 720
+        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS)  # fits a screen of 1280 x 720
         self.status = self.figure.text(0.5, 0.955, "", ha="center")
         for name in ("button_press_event", "motion_notify_event", "key_press_event", "scroll_event"):
             self.figure.canvas.mpl_connect(name, self.touch)
@@ -172,8 +173,7 @@ class AnnotationWindow(Window):
                 tqdm.write(f"오류: {error}", file=sys.stderr)
         if not self.path:
             return self.close()
-        self.size = self.image.shape[:2]
-        self.is_encoded = self.is_suggested = self.shows_initial = False
+        self.is_suggested = self.shows_initial = False
         self.opened, self.clicks, self.first = time.monotonic(), 0, None
         self.set_title()
         self.ask(partial(self.encode, self.path, self.image), partial(self.on_encoded, self.path))
@@ -241,7 +241,6 @@ class AnnotationWindow(Window):
             del self.encoded[old]
 
     def on_encoded(self, path, _):
-        self.is_encoded = self.is_encoded or path == self.path
         if path == self.path and not (self.clicks or self.finished) and self.learner.is_worth_showing():
             self.set_prompts([], None, is_suggested=True)
         self.update()
@@ -266,14 +265,9 @@ class AnnotationWindow(Window):
         self.act(partial(self.prompt, point, box), False)
 
     def prompt(self, point, box):
-        self.remember()
+        self.history.append((self.finished, self.current, self.is_suggested))
         self.clicks += 1
         self.set_prompts([*self.current.points, *([point] if point else [])], box or self.current.box)
-
-    def remember(self):
-        """Save the state that "u" restores."""
-        before = self.current.points, self.current.box, self.current.choice, self.is_suggested
-        self.history.append((self.finished, before))
 
     def set_prompts(self, points, box, choice=None, is_suggested=False):
         """Set new prompts for the current object and queue their segmentation; until it ends, the old mask is shown.
@@ -293,12 +287,12 @@ class AnnotationWindow(Window):
 
     def press_key(self, key):
         if key in ("u", "backspace") and self.history:
-            self.finished, before = self.history.pop()
-            self.set_prompts(*before)
+            self.finished, before, is_suggested = self.history.pop()
+            self.set_prompts(before.points, before.box, before.choice, is_suggested)
         elif key in ("1", "2", "3") and self.current.candidates:
             self.choose(int(key) - 1)
         elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
-            self.remember()
+            self.history.append((self.finished, self.current, self.is_suggested))
             self.finished = self.objects() if key == "n" else self.finished
             self.set_prompts([], None)
         elif key == "enter" and self.objects():
@@ -349,9 +343,10 @@ class AnnotationWindow(Window):
                 number, _, score = self.current.best(title)
                 found = say(f"mask {number + 1} of 3, score {score:.3f}", f"마스크 {number + 1} / 3, 점수 {score:.3f}")
                 axes.set_title(f"{name}: {found}", size=10)
-        self.draw_prompts([(self.current.points, self.current.box, len(self.finished) + 1)])
+        self.marked = [self.current[:2]]
+        mark_prompts(self.panels, self.marked)
         status = message or (
-            say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
+            say("encoding ...", "인코딩하는 중 ...") if self.path not in self.encoded else
             say("segmenting ...", "분할하는 중 ...") if self.waiting else
             say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested and self.objects() else
             say("ready", "준비됨"))

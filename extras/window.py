@@ -4,7 +4,7 @@
 
 A window opens on this screen or, with --web, in a browser. It never waits for the model, which runs in a Worker; tick()
 collects its results. Actions that depend on a result wait in Window.delayed, so that no click is lost. The functions
-that open and draw are those of test_my_image.py. Three methods are copies of methods of its window.
+that open the window, draw, and distinguish clicks from drags are those of test_my_image.py.
 
 Chapters:
     settings    sizes, keys, the language of the hints
@@ -25,7 +25,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
-from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_window  # noqa: E402
+from test_my_image import DISPLAY_SIDE, mark_prompts, object_color, overlay, reduce_to, show_window  # noqa: E402
+from test_my_image import Window as ImageWindow  # noqa: E402
 
 # ---- settings ----
 
@@ -136,18 +137,19 @@ class Window:
     """A matplotlib window on images: clicks, dragged boxes, zoom, keys. self.worker runs the model.
 
     panels: number of panels, which all show the same image; figsize: in inches; bottom: lower end of the panels, as a
-    share of the height; hints: text below the panels; size: (H, W) of the image shown; aspect: height of a
-    pixel / its width.
+    share of the height; hints: text below the panels; aspect: height of a pixel / its width.
 
-    A subclass defines add_prompt(point, box), press_key(key) and update(), and WAITING_KEYS, the keys that depend on
-    the model's answer to the clicks before them. show() raises the exceptions of event handlers.
+    A subclass sets image (uint8 H x W x 3) and marked ([(points, box)]) to what is shown. It defines
+    add_prompt(point, box), press_key(key) and update(), and WAITING_KEYS, the keys that depend on the model's answer
+    to the clicks before them. show() raises the exceptions of event handlers.
     """
 
     WAITING_KEYS = ()
+    position, on_press, dragged_box = ImageWindow.position, ImageWindow.on_press, ImageWindow.dragged_box
 
-    def __init__(self, panels, figsize, bottom, hints, size, aspect=1):
-        self.size, self.worker, self.waiting, self.delayed = size, Worker(), 0, []
-        self.pressed, self.drawn, self.marked, self.error, self.hides_masks = None, [], [], None, False
+    def __init__(self, panels, figsize, bottom, hints, aspect=1):
+        self.worker, self.waiting, self.delayed = Worker(), 0, []
+        self.pressed, self.error, self.hides_masks = None, None, False
         self.figure = plt.figure(figsize=figsize)
         self.panels = list(self.figure.subplots(1, panels, squeeze=False, gridspec_kw={
             "left": 0.02, "right": 0.98, "bottom": bottom, "top": 0.9, "wspace": 0.03})[0])
@@ -212,32 +214,9 @@ class Window:
         while self.delayed and not self.waiting:
             self.delayed.pop(0)()
 
-    def position(self, event):
-        """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
-        height, width = self.size
-        place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
-        return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
-
-    def on_press(self, event):
-        toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
-        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
-            height, width = self.size  # after panning, there is space beside it
-            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
-                self.pressed = event
-
-    def dragged_box(self, event):
-        """The box from where the left button was pressed to `event`; None for a click that barely moved."""
-        start = self.pressed
-        moved = max(abs(event.x - start.x), abs(event.y - start.y)) / self.figure.canvas.device_pixel_ratio
-        if start.button != 1 or moved < 6:
-            return None
-        (x1, y1), (x2, y2) = self.position(start), self.position(event)
-        return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
-
     def on_motion(self, event):
         if self.pressed and (box := self.dragged_box(event)):
-            self.draw_prompts(self.marked, dragged=box)
+            mark_prompts(self.panels, [*self.marked, ([], box)])
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
@@ -252,14 +231,14 @@ class Window:
     def on_scroll(self, event):
         """Zoom in or out around the pointer."""
         if event.inaxes in self.panels:
-            (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.size[1]
+            (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.image.shape[1]
             share = min(max((right - left) * 0.8 ** event.step, LEAST_VIEW), width) / width
             x, y, change = event.xdata, event.ydata, share * width / (right - left)
             self.set_view(x - (x - left) * change, y - (y - top) * change, share)
 
     def set_view(self, left=-0.5, top=-0.5, share=1):
         """Show a part of the image in all panels: its left and top edge, kept inside; its share of the sides."""
-        height, width = self.size
+        height, width = self.image.shape[:2]
         left, top = (min(max(edge, -0.5), (1 - share) * side - 0.5) for edge, side in ((left, width), (top, height)))
         for axes in self.panels:
             axes.set(xlim=(left, left + share * width), ylim=(top + share * height, top))
@@ -276,18 +255,3 @@ class Window:
             self.update()
         else:
             self.act(partial(self.press_key, key), key in self.WAITING_KEYS)
-
-    def draw_prompts(self, prompts, dragged=None):
-        """Draw, in every panel, [(points, box, object)]: stars, green or red, as large as suits a panel; boxes."""
-        for artist in self.drawn:
-            artist.remove()
-        self.drawn, self.marked = [], prompts
-        for axes, (points, box, number) in itertools.product(self.panels, [*prompts, ([], dragged, 0)]):
-            size = 0.035 * min(axes.bbox.size) * 72 / self.figure.dpi  # points of 1/72 inch
-            self.drawn += [axes.scatter(x, y, s=max(size, 6) ** 2, marker="*", color="lime" if label else "red",
-                                        edgecolor="black", linewidth=0.7, zorder=3) for x, y, label in points]
-            if box:
-                x1, y1, x2, y2 = box
-                color = np.array(object_color(number)) / 255
-                frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=2)
-                self.drawn.append(axes.add_patch(frame))
