@@ -367,7 +367,8 @@ def same(weights, others):
 
 def test_a_step_that_is_interrupted_gives_the_same_weights_to_the_bit(labeled, monkeypatch):
     window, wanted = labeled
-    learner, interrupt, answers, calls, encoded = window.learner, window.give_way, [], itertools.count(), []
+    learner, interrupt, answers, encoded = window.learner, window.give_way, [], []
+    calls = {window_module.BACKGROUND: itertools.count(), window_module.NEXT: itertools.count()}
     window.current = prompts = annotate.Segmented([(40, 40, 1)], None, {})
 
     def predict(is_initial):
@@ -380,14 +381,15 @@ def test_a_step_that_is_interrupted_gives_the_same_weights_to_the_bit(labeled, m
         encoded.append(window.encoded[window.paths[0]][-1][0]["image_embed"])
 
     def interrupted():
-        number, priority = next(calls), window.worker.priority
-        if number % 5 == 0 and priority != window_module.CLICK:
+        priority = window.worker.priority
+        number = next(calls.get(priority, iter([1])))
+        if number % 3 == 0:
             window.worker.add(window_module.CLICK, partial(predict, number % 2), answers.append)
         if number % 20 == 0 and priority == window_module.BACKGROUND:
             window.worker.add(window_module.NEXT, encode_next)
         interrupt()
 
-    encode_next()
+    work(window, encode_next)
     monkeypatch.setattr(window, "give_way", interrupted)
     for _ in range(10):
         allowed = {work(window, partial(predict, is_initial), window_module.CLICK) for is_initial in (False, True)}
@@ -438,6 +440,7 @@ def test_a_click_interrupts_the_encoding_of_the_next_image_but_not_that_of_its_o
     hold.set()
     settle(window)
     was_encoded = events[-1]
+    work(window, lambda: None)  # after b.png
     hold.clear()
     started.clear()
     press(window.figure, "s")
