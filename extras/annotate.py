@@ -251,7 +251,7 @@ class AnnotationWindow(Window):
         with self.learner.using(self.learner.initial) if self.shows_initial else contextlib.nullcontext():
             for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
                 if asked is self.current:
-                    predictor._features, predictor._orig_hw = encoded
+                    predictor._features, predictor._orig_hw, predictor._is_image_set = *encoded, True
                     candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
         return candidates
 
