@@ -45,7 +45,7 @@ from test_my_image import (
 
 # ---- settings ----
 
-PAUSE = 0.3  # seconds without an event in the window before a learning step begins or continues
+PAUSE = 0.3  # seconds without an event or a change in the window before a learning step begins or continues
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
             "u: undo    r: reset    Enter: save    s: skip    h: hide masks    m: initial model    "
             "wheel: zoom, 0: whole image    q: quit",
@@ -186,7 +186,7 @@ class AnnotationWindow(Window):
         learned = say(f", learned from {count}", f", {count}장에서 배움") if self.args.learn and count else ""
         self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total}){learned}")
 
-    def touch(self, _event):
+    def touch(self, _event=None):
         self.touched = time.monotonic()
 
     def tick(self):
@@ -352,6 +352,7 @@ class AnnotationWindow(Window):
             say("ready", "준비됨"))
         self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
         self.figure.canvas.draw_idle()
+        self.touch()  # a learning step would slow the drawing down
 
 
 if __name__ == "__main__":
