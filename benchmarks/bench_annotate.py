@@ -66,7 +66,7 @@ def label(paths, checkpoint, output, learns, args):
         wait(window, lambda: window.path in window.encoded)
         for _ in range(args.clicks):
             pause(window, rng.uniform(*args.look))
-            height, width = window.image.shape[:2]
+            height, width = window.size
             place = window.panels[0].transData.transform(rng.uniform([0, 0], [width - 1, height - 1]))
             for _ in range(round(MOVE / 0.02)):
                 canvas.callbacks.process("motion_notify_event", MouseEvent("motion_notify_event", canvas, *place))

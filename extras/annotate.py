@@ -150,7 +150,7 @@ class AnnotationWindow(Window):
         self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
         self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
         self.learner, self.is_learning, self.touched, self.encoding = learner, False, 0, None
-        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS)  # fits a screen of 1280 x 720
+        super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a screen of 1280 x 720
         self.status = self.figure.text(0.5, 0.955, "", ha="center")
         for name in ("button_press_event", "motion_notify_event", "key_press_event", "scroll_event"):
             self.figure.canvas.mpl_connect(name, self.touch)
@@ -173,7 +173,7 @@ class AnnotationWindow(Window):
                 tqdm.write(f"오류: {error}", file=sys.stderr)
         if not self.path:
             return self.close()
-        self.is_suggested = self.shows_initial = False
+        self.size, self.is_suggested, self.shows_initial = self.image.shape[:2], False, False
         self.opened, self.clicks, self.first = time.monotonic(), 0, None
         self.set_title()
         self.ask(partial(self.encode, self.path, self.image), partial(self.on_encoded, self.path))

@@ -277,7 +277,7 @@ class FrameWindow(Window):
         self.frames, self.predictor, self.follow, self.max_object = frames, predictor, follow, max_object
         self.voxel_ml, self.unit = voxel_ml, say("frame", "프레임") if voxel_ml is None else say("slice", "슬라이스")
         self.state = start_state(predictor, frames)
-        self.prompts, self.history, self.frame, self.image, self.object = {}, [], first, frames[first], 1
+        self.prompts, self.history, self.frame, self.object = {}, [], first, 1
         self.previews, self.tracked, self.tracked_prompts = {}, {}, None  # frame: label map; frame: PNG of one
         self.followed = {}  # the prompts that produced self.tracked, even if incomplete
         self.following, self.encoded, self.asked, self.redrawn, self.tracked_ml = None, None, None, 0, ""
@@ -285,7 +285,7 @@ class FrameWindow(Window):
         # fits a screen of 1280 x 720
         height = min(max(10 * aspect * frames.size[0] / frames.size[1], 3.5), 4.2) + 1.9
         super().__init__(1, (10, height), 0.24, HINTS.format(
-            OBJECT_HINTS if max_object > 1 else "", "" if voxel_ml is None else VOLUME_HINTS), aspect)
+            OBJECT_HINTS if max_object > 1 else "", "" if voxel_ml is None else VOLUME_HINTS), frames.size, aspect)
         self.axes, = self.panels
         for x, where, side in zip((0.01, 0.99), ("left", "right"), sides):
             self.axes.text(x, 0.5, side, color="yellow", ha=where, transform=self.axes.transAxes,
@@ -465,14 +465,14 @@ class FrameWindow(Window):
 
     def update(self, message=None):
         """Show the frame, the masks, the prompts and a message, or the state; queue the encoding of the frame."""
-        self.image = self.frames[self.frame]
+        image = self.frames[self.frame]
         is_free = not (self.is_tracking or self.is_playing)
         if is_free and self.frame not in (self.encoded, self.asked):
             self.asked = self.frame
             self.ask(partial(self.encode, self.frame, self.state["images"][self.frame]), self.on_encoded)
         labels = self.labels()
         shown = [] if self.hides_masks else np.unique(labels[labels > 0]).tolist()
-        show_view(self.axes, self.image, [(labels == number, object_color(number)) for number in shown])
+        show_view(self.axes, image, [(labels == number, object_color(number)) for number in shown])
         waiting = [(key, ([point] if point else [], box)) for key, point, box in (
             action.args for action in self.delayed if action.func == self.prompt_object)]
         self.marked = [prompt for (frame, _), prompt in (*self.prompts.items(), *waiting) if frame == self.frame]

@@ -137,19 +137,20 @@ class Window:
     """A matplotlib window on images: clicks, dragged boxes, zoom, keys. self.worker runs the model.
 
     panels: number of panels, which all show the same image; figsize: in inches; bottom: lower end of the panels, as a
-    share of the height; hints: text below the panels; aspect: height of a pixel / its width.
+    share of the height; hints: text below the panels; size: (H, W) of the image shown; aspect: height of a
+    pixel / its width.
 
-    A subclass sets image (uint8 H x W x 3) and marked ([(points, box)]) to what is shown. It defines
-    add_prompt(point, box), press_key(key) and update(), and WAITING_KEYS, the keys that depend on the model's answer
-    to the clicks before them. show() raises the exceptions of event handlers.
+    A subclass defines add_prompt(point, box), press_key(key) and update(), which sets marked to the [(points, box)]
+    that it draws; and WAITING_KEYS, the keys that depend on the model's answer to the clicks before them. show() raises
+    the exceptions of event handlers.
     """
 
     WAITING_KEYS = ()
     position, on_press, dragged_box = ImageWindow.position, ImageWindow.on_press, ImageWindow.dragged_box
 
-    def __init__(self, panels, figsize, bottom, hints, aspect=1):
-        self.worker, self.waiting, self.delayed = Worker(), 0, []
-        self.pressed, self.error, self.hides_masks = None, None, False
+    def __init__(self, panels, figsize, bottom, hints, size, aspect=1):
+        self.size, self.worker, self.waiting, self.delayed = size, Worker(), 0, []
+        self.pressed, self.marked, self.error, self.hides_masks = None, [], None, False
         self.figure = plt.figure(figsize=figsize)
         self.panels = list(self.figure.subplots(1, panels, squeeze=False, gridspec_kw={
             "left": 0.02, "right": 0.98, "bottom": bottom, "top": 0.9, "wspace": 0.03})[0])
@@ -231,14 +232,14 @@ class Window:
     def on_scroll(self, event):
         """Zoom in or out around the pointer."""
         if event.inaxes in self.panels:
-            (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.image.shape[1]
+            (left, right), (_, top), width = event.inaxes.get_xlim(), event.inaxes.get_ylim(), self.size[1]
             share = min(max((right - left) * 0.8 ** event.step, LEAST_VIEW), width) / width
             x, y, change = event.xdata, event.ydata, share * width / (right - left)
             self.set_view(x - (x - left) * change, y - (y - top) * change, share)
 
     def set_view(self, left=-0.5, top=-0.5, share=1):
         """Show a part of the image in all panels: its left and top edge, kept inside; its share of the sides."""
-        height, width = self.image.shape[:2]
+        height, width = self.size
         left, top = (min(max(edge, -0.5), (1 - share) * side - 0.5) for edge, side in ((left, width), (top, height)))
         for axes in self.panels:
             axes.set(xlim=(left, left + share * width), ylim=(top + share * height, top))
