@@ -347,17 +347,17 @@ def work(window, job, priority=window_module.BACKGROUND):
 
 @pytest.fixture
 def labeled(window):
-    """The window on its second image, with ten steps to take on the first, and a learner that has taken the same."""
-    window.is_learning = True  # only the test takes steps
+    """(the window on its second image, with three steps to take on the first; the weights after these steps)."""
+    window.is_learning, window.learner.steps = True, 3  # only the test takes steps
     settle(window)
-    reference = annotate.Learner(annotate.load_models(window.args)[0]["fine-tuned model"], window.args.output)
+    reference = annotate.Learner(annotate.load_models(window.args)[0]["fine-tuned model"], window.args.output, 3)
     reference.add(window.path, window.encoded[window.path][-1][0])
     click(window.figure, 40, 40)
     press(window.figure, "enter")
     settle(window)
     reference.finish()
     work(window, window.learner.work)  # measures
-    assert window.path.name == "b.png" and window.learner.queued == 10 and reference.iteration == 10
+    assert window.path.name == "b.png" and window.learner.queued == 3 and reference.iteration == 3
     return window, reference.copy()
 
 
@@ -383,7 +383,7 @@ def test_a_step_that_is_interrupted_gives_the_same_weights_to_the_bit(labeled, m
     def interrupted():
         priority = window.worker.priority
         number = next(calls.get(priority, iter([1])))
-        if number % 3 == 0:
+        if number % 7 == 0:
             window.worker.add(window_module.CLICK, partial(predict, number % 2), answers.append)
         if number % 20 == 0 and priority == window_module.BACKGROUND:
             window.worker.add(window_module.NEXT, encode_next)
@@ -391,7 +391,7 @@ def test_a_step_that_is_interrupted_gives_the_same_weights_to_the_bit(labeled, m
 
     work(window, encode_next)
     monkeypatch.setattr(window, "give_way", interrupted)
-    for _ in range(10):
+    for _ in range(3):
         allowed = {work(window, partial(predict, is_initial), window_module.CLICK) for is_initial in (False, True)}
         answers.clear()
         work(window, learner.work)
