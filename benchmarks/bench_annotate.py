@@ -63,7 +63,7 @@ def label(paths, checkpoint, output, learns, args):
     window = annotate.AnnotationWindow(paths, len(paths), predictors, shared, learner, settings)
     canvas = window.figure.canvas
     for _ in paths:
-        wait(window, lambda: window.path in window.encoded)
+        wait(window, lambda: window.is_encoded)
         for _ in range(args.clicks):
             pause(window, rng.uniform(*args.look))
             height, width = window.size

@@ -173,7 +173,8 @@ class AnnotationWindow(Window):
                 tqdm.write(f"오류: {error}", file=sys.stderr)
         if not self.path:
             return self.close()
-        self.size, self.is_suggested, self.shows_initial = self.image.shape[:2], False, False
+        self.size = self.image.shape[:2]
+        self.is_encoded = self.is_suggested = self.shows_initial = False
         self.opened, self.clicks, self.first = time.monotonic(), 0, None
         self.set_title()
         self.ask(partial(self.encode, self.path, self.image), partial(self.on_encoded, self.path))
@@ -241,6 +242,7 @@ class AnnotationWindow(Window):
             del self.encoded[old]
 
     def on_encoded(self, path, _):
+        self.is_encoded = self.is_encoded or path == self.path
         if path == self.path and not (self.clicks or self.finished) and self.learner.is_worth_showing():
             self.set_prompts([], None, is_suggested=True)
         self.update()
@@ -346,7 +348,7 @@ class AnnotationWindow(Window):
         self.marked = [self.current[:2]]
         mark_prompts(self.panels, self.marked)
         status = message or (
-            say("encoding ...", "인코딩하는 중 ...") if self.path not in self.encoded else
+            say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
             say("segmenting ...", "분할하는 중 ...") if self.waiting else
             say("suggested, Enter keeps it", "제안, Enter로 저장") if self.is_suggested and self.objects() else
             say("ready", "준비됨"))

@@ -288,7 +288,7 @@ def test_an_image_that_is_skipped_before_it_is_encoded_is_forgotten(window):
     press(window.figure, "s")
     hold.set()
     settle(window)
-    assert window.path.name == "c.png" and window.path in window.encoded and not window.current.points
+    assert window.path.name == "c.png" and window.is_encoded and not window.current.points
     assert [path.name for path in window.encoded] == ["c.png"]
 
 
@@ -410,7 +410,7 @@ def test_a_step_stands_still_while_the_user_is_active_and_closing_ends_it(labele
         assert window.objects() and window.learner.iteration == 0 and window.is_learning
     press(window.figure, "s")
     settle(window)  # the next image is encoded
-    assert window.path.name == "c.png" and window.path in window.encoded
+    assert window.path.name == "c.png" and window.is_encoded
     assert window.learner.iteration == 0 and window.is_learning
     window.close()
     window.worker.close()
