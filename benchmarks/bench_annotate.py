@@ -4,7 +4,8 @@
 
 The model is sam2.1_hiera_s at 1024 px with random weights: right for speed, meaningless for quality. A simulated person
 looks at each image for one to three seconds before each click, moves the mouse for 0.7 seconds and clicks. The image
-after the current one is encoded meanwhile. Events go through matplotlib's own event chain to its Agg canvas.
+after the current one is encoded meanwhile. Events go through matplotlib's own event chain to its Agg canvas. A piece of
+the learner's work is measured after the window was closed, as nothing interrupts it then.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def main():
 
 
 def label(paths, checkpoint, output, learns, args):
-    """Label all images; returns the seconds of each click and of each piece of work that the learner did."""
+    """Label all images; returns the seconds of each click and of each piece of work that the learner did afterwards."""
     flags = ["--images", *map(str, paths), "--output", str(output), "--model-cfg", args.model_cfg, "--checkpoint",
              str(checkpoint), "--original", "--device", args.device, *(["--learn"] if learns else [])]
     with mock.patch.object(sys, "argv", ["annotate.py", *flags]):
@@ -58,14 +59,7 @@ def label(paths, checkpoint, output, learns, args):
     learner = annotate.Learner(predictors["original model"], output, annotate.STEPS if learns else 0)
     if learns:
         learner.resume([])  # as annotate.py does: hashes the weights
-    clicks, steps, rng, work = [], [], np.random.default_rng(0), learner.work
-
-    def timed_work():
-        started = time.perf_counter()
-        work()
-        steps.append(time.perf_counter() - started)
-
-    learner.work = timed_work
+    clicks, steps, rng = [], [], np.random.default_rng(0)
     window = annotate.AnnotationWindow(paths, len(paths), predictors, shared, learner, settings)
     canvas = window.figure.canvas
     for _ in paths:
@@ -88,6 +82,10 @@ def label(paths, checkpoint, output, learns, args):
         else:
             canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, "enter"))
     window.worker.close()
+    while learns and learner.has_work():
+        started = time.perf_counter()
+        learner.work()
+        steps.append(time.perf_counter() - started)
     return clicks, steps or [0]
 
 

@@ -4,8 +4,8 @@
     python prepare_data.py --images photos --masks photo_masks           and train
 
 Images open at once: a worker thread encodes the current image, answers its clicks and then encodes the next image. With
---learn, the model learns from each saved mask while the user looks at the next image (learning.py). Once it segments
-the objects without a click, each image opens with this mask as a suggestion.
+--learn, the model learns from each saved mask while the user looks at the next image (learning.py). A click interrupts
+both. Once the model segments the objects without a click, each image opens with this mask as a suggestion.
 
 Chapters:
     settings    the pause before a step, the hints
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -27,13 +28,14 @@ from common import add_model_flags
 from files import ImageError, as_cell, calculate_iou, fail, read_image, run
 from learning import STEPS, Learner, train
 from tqdm import tqdm
-from window import BACKGROUND, NEXT, Window, add_web_flag, say, show_view
+from window import BACKGROUND, NEXT, TICK_MS, Window, add_web_flag, say, show_view
 
 from test_my_image import (
     Segmented,
     colored_masks,
     find_images,
     load_models,
+    mark_prompts,
     number_objects,
     require_display,
     segment,
@@ -43,7 +45,7 @@ from test_my_image import (
 
 # ---- settings ----
 
-PAUSE = 0.3  # seconds without an event in the window before a learning step may begin
+PAUSE = 0.3  # seconds without an event or a change in the window before a learning step begins or continues
 HINTS = say("left click: object    right click: background    drag: box    1 2 3: candidate    n: next object\n"
             "u: undo    r: reset    Enter: save    s: skip    h: hide masks    m: initial model    "
             "wheel: zoom, 0: whole image    q: quit",
@@ -147,11 +149,15 @@ class AnnotationWindow(Window):
     def __init__(self, paths, total, predictors, shared, learner, args):
         self.paths, self.total, self.predictors, self.shared, self.args = list(paths), total, predictors, shared, args
         self.path, self.saved, self.failed, self.encoded = None, 0, [], {}
-        self.learner, self.is_learning, self.touched = learner, False, 0
+        self.learner, self.is_learning, self.touched, self.encoding = learner, False, 0, None
         super().__init__(len(predictors), (11.5, 5.7), 0.1, HINTS, (1, 1))  # fits a screen of 1280 x 720
         self.status = self.figure.text(0.5, 0.955, "", ha="center")
         for name in ("button_press_event", "motion_notify_event", "key_press_event", "scroll_event"):
             self.figure.canvas.mpl_connect(name, self.touch)
+        for model in (predictor.model for predictor in predictors.values()):
+            decoder = model.sam_mask_decoder
+            for module in (*model.image_encoder.trunk.blocks, *decoder.transformer.layers, *decoder.output_upscaling):
+                module.register_forward_hook(self.on_module)
         self.open_next()
 
     def open_next(self):
@@ -181,11 +187,11 @@ class AnnotationWindow(Window):
         learned = say(f", learned from {count}", f", {count}장에서 배움") if self.args.learn and count else ""
         self.figure.canvas.manager.set_window_title(f"{name} ({self.total - len(self.paths)}/{self.total}){learned}")
 
-    def touch(self, _event):
+    def touch(self, _event=None):
         self.touched = time.monotonic()
 
     def tick(self):
-        """Also queue one learning step at a time while the user does nothing: a click waits for one step at most."""
+        """Also queue one learning step at a time while the user does nothing."""
         super().tick()
         if not (self.is_learning or self.waiting) and self.learner.has_work() and \
                 time.monotonic() - self.touched > PAUSE:
@@ -197,19 +203,43 @@ class AnnotationWindow(Window):
         if self.path and self.figure.canvas.manager:  # else the window has been closed
             self.set_title()
 
+    def on_module(self, _module, _inputs, outputs):
+        """In a forward pass, and once more in its backward pass: a place where the worker's job may give way."""
+        self.give_way()
+        for tensor in outputs if isinstance(outputs, tuple) else (outputs,):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: self.give_way())
+
+    def give_way(self):
+        """In the worker: run jobs of a higher priority first; a learning step stands still while the user is active.
+
+        The model and the predictors are left as they were. No other job may run while the model has other weights, or
+        encode what has become the current image a second time.
+        """
+        if (threading.current_thread() is not self.worker.thread or self.learner.has_other_weights
+                or self.worker.priority == NEXT and self.encoding == self.path):
+            return
+        heads = [getattr(each.model.sam_mask_decoder, "pred_obj_score_head", each) for each in self.predictors.values()]
+        kept = [(vars(each), dict(vars(each))) for each in (*self.predictors.values(), *heads)]
+        while not self.worker.give_way() and self.worker.priority == BACKGROUND and \
+                time.monotonic() - self.touched < PAUSE:
+            time.sleep(TICK_MS / 1000)
+        for now, before in kept:
+            now.update(before)
+
     def encode(self, path, image=None):
         """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped.
 
-        image: uint8 H x W x 3; None: read it.
+        image: uint8 H x W x 3; None: read it, as it is the next one.
         """
-        wanted = {self.path, *self.paths[:1]}
-        for old in self.encoded.keys() - wanted:
-            del self.encoded[old]
-        if path in wanted - self.encoded.keys():
+        self.encoding = path if image is None else self.encoding
+        if path in {self.path, *self.paths[:1]} - self.encoded.keys():
             with contextlib.suppress(ImageError):  # open_next() reports it
                 image = read_image(path) if image is None else image
                 set_image_in_all(self.predictors.values(), image, self.shared)
                 self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
+        for old in self.encoded.keys() - {self.path, *self.paths[:1]}:
+            del self.encoded[old]
 
     def on_encoded(self, path, _):
         self.is_encoded = self.is_encoded or path == self.path
@@ -223,7 +253,7 @@ class AnnotationWindow(Window):
         with self.learner.using(self.learner.initial) if self.shows_initial else contextlib.nullcontext():
             for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
                 if asked is self.current:
-                    predictor._features, predictor._orig_hw = encoded
+                    predictor._features, predictor._orig_hw, predictor._is_image_set = *encoded, True
                     candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
         return candidates
 
@@ -237,14 +267,9 @@ class AnnotationWindow(Window):
         self.act(partial(self.prompt, point, box), False)
 
     def prompt(self, point, box):
-        self.remember()
+        self.history.append((self.finished, self.current, self.is_suggested))
         self.clicks += 1
         self.set_prompts([*self.current.points, *([point] if point else [])], box or self.current.box)
-
-    def remember(self):
-        """Save the state that "u" restores."""
-        before = self.current.points, self.current.box, self.current.choice, self.is_suggested
-        self.history.append((self.finished, before))
 
     def set_prompts(self, points, box, choice=None, is_suggested=False):
         """Set new prompts for the current object and queue their segmentation; until it ends, the old mask is shown.
@@ -264,12 +289,12 @@ class AnnotationWindow(Window):
 
     def press_key(self, key):
         if key in ("u", "backspace") and self.history:
-            self.finished, before = self.history.pop()
-            self.set_prompts(*before)
+            self.finished, before, is_suggested = self.history.pop()
+            self.set_prompts(before.points, before.box, before.choice, is_suggested)
         elif key in ("1", "2", "3") and self.current.candidates:
             self.choose(int(key) - 1)
         elif key == "r" or key == "n" and len(self.objects()) > len(self.finished):
-            self.remember()
+            self.history.append((self.finished, self.current, self.is_suggested))
             self.finished = self.objects() if key == "n" else self.finished
             self.set_prompts([], None)
         elif key == "enter" and self.objects():
@@ -320,7 +345,8 @@ class AnnotationWindow(Window):
                 number, _, score = self.current.best(title)
                 found = say(f"mask {number + 1} of 3, score {score:.3f}", f"마스크 {number + 1} / 3, 점수 {score:.3f}")
                 axes.set_title(f"{name}: {found}", size=10)
-        self.draw_prompts([(self.current.points, self.current.box, len(self.finished) + 1)])
+        self.marked = [self.current[:2]]
+        mark_prompts(self.panels, self.marked)
         status = message or (
             say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else
             say("segmenting ...", "분할하는 중 ...") if self.waiting else
@@ -328,6 +354,7 @@ class AnnotationWindow(Window):
             say("ready", "준비됨"))
         self.status.set_text(f"{say('object', '객체')} {len(self.finished) + 1}: {status}")
         self.figure.canvas.draw_idle()
+        self.touch()  # a learning step would slow the drawing down
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ class Learner:
         self.trained = {name: each for name, each in predictor.model.named_parameters() if each.requires_grad}
         self.initial = self.good = self.copy()
         self.optimizer = train.make_optimizer(predictor.model, self.args)
-        self.cache = train.FeatureCache(predictor, [free // 2 for free in train.free_memory(predictor.device)])
+        limits = [free // 2 for free in train.free_memory(predictor.device)]
+        self.cache = train.FeatureCache(predictor, limits, amp=self.args.amp)  # the features of set_image()
         self.batch_loss = train.BatchLoss(predictor, self, self.cache, self.args)
         self.paths, self.sizes, self.masks = [], [], []  # of the images that steps draw from, the newest last
-        self.waiting, self.unwritten, self.is_written = deque(), False, False
+        self.waiting, self.unwritten, self.is_written, self.has_other_weights = deque(), False, False, False
         self.learned, self.queued, self.iteration = {}, 0, 0  # learned: {STEM: hash of its mask}; queued: steps
         self.gains, self.agreements = [], []  # IoU of the last images: beyond the last good weights; without a prompt
 
@@ -237,13 +238,20 @@ class Learner:
 
     @contextlib.contextmanager
     def using(self, weights):
-        """Use other values of the trained weights inside a with block."""
-        now = self.copy()
-        self.load(weights)
+        """Use other values of the trained weights inside a with block, also between the parts of a step.
+
+        Nothing is copied: autograd refuses weights that were changed in place between forward and backward pass.
+        """
+        now = {name: each.data for name, each in self.trained.items()}
+        self.has_other_weights = True
         try:
+            for name, each in self.trained.items():
+                each.data = weights[name]
             yield
         finally:
-            self.load(now)
+            for name, each in self.trained.items():
+                each.data = now[name]
+            self.has_other_weights = False
 
     def write(self):
         """Write both files: learned.pt, which all scripts can load, and learned_last.pt."""

@@ -26,7 +26,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from common import nothing_found
 from files import ImageError, fail
 from matplotlib.widgets import Slider
 from PIL import Image
@@ -34,7 +33,7 @@ from sam2.sam2_image_predictor import SAM2ImagePredictor
 from tqdm import tqdm
 from window import Window, object_color, say, show_view
 
-from test_my_image import check_trained_for_auto
+from test_my_image import check_trained_for_auto, mark_prompts, segment
 
 # ---- settings ----
 
@@ -239,8 +238,8 @@ def find_without_prompt(predictor, frames, confident=math.inf):
     finder._bb_feat_sizes = [(predictor.image_size // stride,) * 2 for stride in (4, 8, 16)]
     for frame in tqdm(range(len(frames)), "찾기", unit="장", leave=False, disable=None):
         finder.set_image(frames[frame])
-        masks, scores, _ = finder.predict(np.zeros((1, 2)), np.array([-1]))  # no prompt, as in SAM2Base
-        if scores.max() > best[0] and masks[scores.argmax()].any() and not nothing_found(predictor):
+        masks, scores = segment(finder, [], None)
+        if scores.max() > best[0] and masks[scores.argmax()].any():
             best = float(scores.max()), frame, masks[scores.argmax()]
         if best[0] >= confident:
             break
@@ -476,8 +475,8 @@ class FrameWindow(Window):
         show_view(self.axes, image, [(labels == number, object_color(number)) for number in shown])
         waiting = [(key, ([point] if point else [], box)) for key, point, box in (
             action.args for action in self.delayed if action.func == self.prompt_object)]
-        self.draw_prompts([(*prompt, number) for (frame, number), prompt in (*self.prompts.items(), *waiting)
-                           if frame == self.frame])
+        self.marked = [prompt for (frame, _), prompt in (*self.prompts.items(), *waiting) if frame == self.frame]
+        mark_prompts(self.panels, self.marked)
         status = message or (
             say("tracking ...", "따라가는 중 ...") if self.is_tracking else
             say("saving ...", "저장하는 중 ...") if self.is_saving else

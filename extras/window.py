@@ -4,7 +4,7 @@
 
 A window opens on this screen or, with --web, in a browser. It never waits for the model, which runs in a Worker; tick()
 collects its results. Actions that depend on a result wait in Window.delayed, so that no click is lost. The functions
-that open and draw are those of test_my_image.py. Three methods are copies of methods of its window.
+that open the window, draw, and distinguish clicks from drags are those of test_my_image.py.
 
 Chapters:
     settings    sizes, keys, the language of the hints
@@ -25,7 +25,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]
-from test_my_image import DISPLAY_SIDE, object_color, overlay, reduce_to, show_window  # noqa: E402
+from test_my_image import DISPLAY_SIDE, mark_prompts, object_color, overlay, reduce_to, show_window  # noqa: E402
+from test_my_image import Window as ImageWindow  # noqa: E402
 
 # ---- settings ----
 
@@ -50,10 +51,14 @@ def add_web_flag(parser):
 
 
 class Worker:
-    """A thread that owns the model: it runs jobs by priority (CLICK, NEXT, BACKGROUND), oldest first."""
+    """A thread that owns the model: it runs jobs by priority (CLICK, NEXT, BACKGROUND), oldest first.
+
+    priority: that of the job that is running. Where a job calls give_way(), jobs of a higher priority run first.
+    """
 
     def __init__(self):
         self.jobs, self.done, self.order = queue.PriorityQueue(), queue.SimpleQueue(), itertools.count()
+        self.priority = BACKGROUND
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -63,11 +68,25 @@ class Worker:
 
     def run(self):
         while (entry := self.jobs.get())[2]:
-            _, _, job, then = entry
-            try:
-                self.done.put((then, job(), None))
-            except BaseException as error:
-                self.done.put((then, None, error))
+            self.do(*entry)
+
+    def do(self, priority, _, job, then):
+        interrupted, self.priority = self.priority, priority
+        try:
+            self.done.put((then, job(), None))
+        except BaseException as error:
+            self.done.put((then, None, error))
+        self.priority = interrupted
+
+    def give_way(self):
+        """Inside a job: run the waiting jobs of a higher priority; returns whether the thread is to end instead."""
+        while not self.jobs.empty():
+            entry = self.jobs.get()
+            if not entry[2] or entry[0] >= self.priority:
+                self.jobs.put(entry)
+                return not entry[2]
+            self.do(*entry)
+        return False
 
     def deliver(self):
         """In the window's thread: pass on the results so far; raises the exception of a job that failed."""
@@ -121,15 +140,17 @@ class Window:
     share of the height; hints: text below the panels; size: (H, W) of the image shown; aspect: height of a
     pixel / its width.
 
-    A subclass defines add_prompt(point, box), press_key(key) and update(), and WAITING_KEYS, the keys that depend on
-    the model's answer to the clicks before them. show() raises the exceptions of event handlers.
+    A subclass defines add_prompt(point, box), press_key(key) and update(), which sets marked to the [(points, box)]
+    that it draws; and WAITING_KEYS, the keys that depend on the model's answer to the clicks before them. show() raises
+    the exceptions of event handlers.
     """
 
     WAITING_KEYS = ()
+    position, on_press, dragged_box = ImageWindow.position, ImageWindow.on_press, ImageWindow.dragged_box
 
     def __init__(self, panels, figsize, bottom, hints, size, aspect=1):
         self.size, self.worker, self.waiting, self.delayed = size, Worker(), 0, []
-        self.pressed, self.drawn, self.marked, self.error, self.hides_masks = None, [], [], None, False
+        self.pressed, self.marked, self.error, self.hides_masks = None, [], None, False
         self.figure = plt.figure(figsize=figsize)
         self.panels = list(self.figure.subplots(1, panels, squeeze=False, gridspec_kw={
             "left": 0.02, "right": 0.98, "bottom": bottom, "top": 0.9, "wspace": 0.03})[0])
@@ -194,30 +215,9 @@ class Window:
         while self.delayed and not self.waiting:
             self.delayed.pop(0)()
 
-    def position(self, event):
-        """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
-        place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
-        return tuple(np.clip(place, 0, np.subtract(self.size[::-1], 1)).round(1).tolist())
-
-    def on_press(self, event):
-        toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
-        is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
-        if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
-            if event.inaxes.images[0].contains(event)[0]:  # after panning, there is space beside the image
-                self.pressed = event
-
-    def dragged_box(self, event):
-        """The box from where the left button was pressed to `event`; None for a click that barely moved."""
-        start = self.pressed
-        moved = max(abs(event.x - start.x), abs(event.y - start.y)) / self.figure.canvas.device_pixel_ratio
-        if start.button != 1 or moved < 6:
-            return None
-        (x1, y1), (x2, y2) = self.position(start), self.position(event)
-        return [min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)] if x1 != x2 and y1 != y2 else None
-
     def on_motion(self, event):
         if self.pressed and (box := self.dragged_box(event)):
-            self.draw_prompts(self.marked, dragged=box)
+            mark_prompts(self.panels, [*self.marked, ([], box)])
             self.figure.canvas.draw_idle()
 
     def on_release(self, event):
@@ -256,18 +256,3 @@ class Window:
             self.update()
         else:
             self.act(partial(self.press_key, key), key in self.WAITING_KEYS)
-
-    def draw_prompts(self, prompts, dragged=None):
-        """Draw, in every panel, [(points, box, object)]: stars, green or red, as large as suits a panel; boxes."""
-        for artist in self.drawn:
-            artist.remove()
-        self.drawn, self.marked = [], prompts
-        for axes, (points, box, number) in itertools.product(self.panels, [*prompts, ([], dragged, 0)]):
-            size = 0.035 * min(axes.bbox.size) * 72 / self.figure.dpi  # points of 1/72 inch
-            self.drawn += [axes.scatter(x, y, s=max(size, 6) ** 2, marker="*", color="lime" if label else "red",
-                                        edgecolor="black", linewidth=0.7, zorder=3) for x, y, label in points]
-            if box:
-                x1, y1, x2, y2 = box
-                color = np.array(object_color(number)) / 255
-                frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=2)
-                self.drawn.append(axes.add_patch(frame))

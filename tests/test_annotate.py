@@ -8,10 +8,13 @@
 | --learn | suggestions, resuming after a kill, when a step may start |
 """
 
+import itertools
+import math
 import shlex
 import sys
 import textwrap
 import threading
+from functools import partial
 
 import annotate
 import matplotlib
@@ -331,6 +334,125 @@ def test_undo_returns_to_a_finished_object_and_reset_clears_the_current_one(wind
     settle(window)
     press(window.figure, "r")
     assert window.current == ([], None, {}, None)
+
+
+def work(window, job, priority=window_module.BACKGROUND):
+    """Let the worker run job(); returns its result."""
+    results = []
+    window.worker.add(priority, job, results.append)
+    while not results:
+        window.tick()
+    return results[0]
+
+
+@pytest.fixture
+def labeled(window):
+    """(the window on its second image, with three steps to take on the first; the weights after these steps)."""
+    window.is_learning, window.learner.steps = True, 3  # only the test takes steps
+    settle(window)
+    reference = annotate.Learner(annotate.load_models(window.args)[0]["fine-tuned model"], window.args.output, 3)
+    reference.add(window.path, window.encoded[window.path][-1][0])
+    click(window.figure, 40, 40)
+    press(window.figure, "enter")
+    settle(window)
+    reference.finish()
+    work(window, window.learner.work)  # measures
+    assert window.path.name == "b.png" and window.learner.queued == 3 and reference.iteration == 3
+    return window, reference.copy()
+
+
+def same(weights, others):
+    return all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_step_that_is_interrupted_gives_the_same_weights_to_the_bit(labeled, monkeypatch):
+    window, wanted = labeled
+    learner, interrupt, answers, encoded = window.learner, window.give_way, [], []
+    calls = {window_module.BACKGROUND: itertools.count(), window_module.NEXT: itertools.count()}
+    window.current = prompts = annotate.Segmented([(40, 40, 1)], None, {})
+
+    def predict(is_initial):
+        window.shows_initial = is_initial
+        return tuple(window.predict(window.path, prompts)["fine-tuned model"][1].tolist())  # scores
+
+    def encode_next():
+        window.encoded.pop(window.paths[0], None)
+        window.encode(window.paths[0])
+        encoded.append(window.encoded[window.paths[0]][-1][0]["image_embed"])
+
+    def interrupted():
+        priority = window.worker.priority
+        number = next(calls.get(priority, iter([1])))
+        if number % 7 == 0:
+            window.worker.add(window_module.CLICK, partial(predict, number % 2), answers.append)
+        if number % 20 == 0 and priority == window_module.BACKGROUND:
+            window.worker.add(window_module.NEXT, encode_next)
+        interrupt()
+
+    work(window, encode_next)
+    monkeypatch.setattr(window, "give_way", interrupted)
+    for _ in range(3):
+        allowed = {work(window, partial(predict, is_initial), window_module.CLICK) for is_initial in (False, True)}
+        answers.clear()
+        work(window, learner.work)
+        assert answers and allowed >= {*answers}  # of the weights before the step, or of the initial ones
+    assert len(allowed) == 2 and len(encoded) > 2 and all(torch.equal(encoded[0], each) for each in encoded)
+    assert same(learner.copy(), wanted) and not same(wanted, learner.initial)
+
+
+def test_a_step_stands_still_while_the_user_is_active_and_closing_ends_it(labeled, monkeypatch):
+    window, wanted = labeled
+    monkeypatch.setattr(annotate, "PAUSE", math.inf)  # for ever
+    window.worker.add(window_module.BACKGROUND, window.learner.work, window.on_learned)
+    for place in ((40, 40), (110, 80)):
+        click(window.figure, *place)
+        settle(window)  # a click is answered in the middle of the step
+        assert window.objects() and window.learner.iteration == 0 and window.is_learning
+    press(window.figure, "s")
+    settle(window)  # the next image is encoded
+    assert window.path.name == "c.png" and window.is_encoded
+    assert window.learner.iteration == 0 and window.is_learning
+    window.close()
+    window.worker.close()
+    assert window.learner.iteration == 1 and not window.worker.thread.is_alive()
+    window.learner.finish()
+    assert same(window.learner.copy(), wanted)
+
+
+def test_a_click_interrupts_the_encoding_of_the_next_image_but_not_that_of_its_own(window, monkeypatch):
+    started, hold, interrupt, events = threading.Event(), threading.Event(), window.give_way, []
+
+    def interrupted():
+        if window.worker.priority == window_module.NEXT:
+            started.set()
+            hold.wait()
+        interrupt()
+
+    settle(window)
+    work(window, window.encoded.clear)
+    work(window, partial(window.encode, window.path, window.image))
+    set_image = annotate.set_image_in_all
+    monkeypatch.setattr(window, "give_way", interrupted)
+    monkeypatch.setattr(annotate, "set_image_in_all", lambda *args: events.append("encode") or set_image(*args))
+    monkeypatch.setattr(window, "on_candidates", lambda *_: events.append([path.name for path in window.encoded]))
+    window.worker.add(window_module.NEXT, partial(window.encode, window.paths[0]))
+    click(window.figure, 40, 40)
+    hold.set()
+    settle(window)
+    was_encoded = events[-1]
+    work(window, lambda: None)  # after b.png
+    hold.clear()
+    started.clear()
+    press(window.figure, "s")
+    settle(window)
+    click(window.figure, 40, 40)
+    was_started = started.wait(60)  # c.png
+    press(window.figure, "s")
+    click(window.figure, 40, 40)
+    hold.set()
+    settle(window)
+    assert was_started and was_encoded == ["a.png"]
+    assert window.path.name == "c.png" and events[-1] == ["c.png"] and events.count("encode") == 2
 
 
 def test_models_with_different_encoders_do_not_share_features(tmp_path, label):

@@ -3,7 +3,7 @@
 | tests | subject |
 |---|---|
 | shared block | identical in three scripts and in extras/ |
-| functions, methods | the same name means the same code |
+| functions | the same name means the same code |
 | imports | no script imports another |
 """
 
@@ -20,7 +20,6 @@ WITH_BLOCK = SCRIPTS[2:]
 EXTRAS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "extras").glob("*.py"))
 EXTRAS.append("extras/sam_med3d_ich/utils.py")
 OWN = {"main", "parse_args"}  # every script has its own
-COPIED_METHODS = {"position", "on_press", "dragged_box"}
 
 
 def source(script):
@@ -65,15 +64,6 @@ def test_functions_of_the_same_name_have_the_same_code_in_every_script():
                 found[node.name][script] = ast.get_source_segment(text, node)
     differing = {name: list(copies) for name, copies in found.items() if len(set(copies.values())) > 1}
     assert not differing
-
-
-def test_methods_copied_between_the_two_window_classes_are_identical():
-    found = []
-    for script in ("test_my_image.py", "extras/window.py"):
-        window, = (node for node in ast.parse(source(script)).body if getattr(node, "name", "") == "Window")
-        found.append({node.name: ast.get_source_segment(source(script), node) for node in window.body
-                      if isinstance(node, ast.FunctionDef) and node.name in COPIED_METHODS})
-    assert found[0] == found[1] and found[0].keys() == COPIED_METHODS
 
 
 def test_no_script_imports_another():

@@ -755,7 +755,7 @@ def test_a_frame_is_shown_before_it_is_encoded_and_clicks_on_it_are_kept(window)
     hand.window, hand.canvas, hand.is_settling = window, window.figure.canvas, True  # does not wait for the worker
     hand.click((20, 20))
     hand.press("2", "right")
-    assert not window.prompts and window.frame == 3 and len(window.drawn) == 1  # the star is there already
+    assert not window.prompts and window.frame == 3 and len(window.axes.collections) == 1  # the star is there already
     hold.set()
     hand.is_settling = False
     hand.settle()

@@ -133,7 +133,7 @@ def test_one_image_in_a_browser_gives_the_mask_of_the_command_line(tmp_path, bro
 def test_a_folder_is_labeled_in_one_browser_tab_and_q_ends_it(tmp_path, browser):
     for name in "abc":
         draw_discs(tmp_path / f"images/{name}.png")
-    with WebWindow(tmp_path, browser, "--images", "images", "--output", "masks",
+    with WebWindow(tmp_path, browser, "--images", "images", "--output", "masks", "--learn",
                    driver=test_annotate.DRIVER) as window:
         window.open("a.png")
         window.click(40, 40)
@@ -144,6 +144,7 @@ def test_a_folder_is_labeled_in_one_browser_tab_and_q_ends_it(tmp_path, browser)
         window.wait_for("a.png", finished=1, points=1)
         window.key(Keys.ENTER)
         window.wait_for("b.png")  # in the same tab
+        test_annotate.wait_for_step(window, 2)  # learns in the browser's window, too
         origin = ScrollOrigin.from_viewport(700, 300)
         before = window.corners
         ActionChains(browser).scroll_from_origin(origin, 0, -100).perform()
