@@ -136,15 +136,14 @@ def parse_args():
     add("--image-size", type=int, choices=[512, 768, 1024], help="모델 입력 한 변, 픽셀 (기본: 모델 설정대로)")
     add("--device", default="auto", help="장치: auto, mps, cuda, cpu (기본: %(default)s)")
     args = parser.parse_args()
-    prompted = bool(args.point or args.box or args.mask)
-    if sum((prompted, args.auto, args.everything, args.web is not None)) > 1:
+    if sum((bool(args.point or args.box or args.mask), args.auto, args.everything, args.web is not None)) > 1:
         parser.error("프롬프트(--point, --box, --mask), --auto, --everything, --web은 함께 쓸 수 없습니다")
     if args.everything and (args.compare or args.refine):
         parser.error("--everything은 --refine, --compare와 함께 쓸 수 없습니다")
     if args.annotate:
         fail("--annotate 대신: python extras/annotate.py --images "
              + shlex.join([*args.image, "--output", args.annotate]))
-    args.interactive = not (prompted or args.everything or args.auto)
+    args.interactive = not (args.point or args.box or args.mask or args.everything or args.auto)
     for name, least in (("refine", 0), ("points_per_side", 1), ("min_mask_region_area", 0), ("web", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: {least} 이상이어야 합니다")
@@ -617,7 +616,8 @@ def mark_prompts(panels, prompts):
         artist.remove()
     for axes, (points, box) in itertools.product(panels, prompts):
         for x, y, label in points:
-            axes.scatter(x, y, s=160, marker="*", color="lime" if label else "red", edgecolor="black", zorder=3)
+            size = max(6, 2.5 * min(axes.bbox.size) / axes.figure.dpi)  # in points of 1/72 inch; it follows the panel
+            axes.scatter(x, y, size**2, color="lime" if label else "red", marker="*", edgecolor="black", zorder=3)
         if box:
             x1, y1, x2, y2 = box
             axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))

@@ -235,6 +235,13 @@ def test_a_shuffled_split_differs_from_the_sorted_one_and_is_reproducible():
     assert sorted(first["train"] + first["val"]) == [*names]
 
 
+def test_stars_at_clicks_follow_the_size_of_the_panel():
+    panels = [Figure(figsize=(side, 2 * side)).subplots() for side in (1, 4, 8)]
+    test_my_image.mark_prompts(panels, [([(3, 4, 1)], None)])
+    small, middle, large = ([each.get_sizes()[0] for each in panel.collections] for panel in panels)
+    assert small == [36] and large[0] == pytest.approx(4 * middle[0])
+
+
 def test_points_are_parsed():
     parse = test_my_image.parse_points
     assert parse("500,375") == [(500, 375, 1)]
