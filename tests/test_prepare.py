@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import unicodedata
-from collections import defaultdict
 
 import cv2
 import numpy as np
@@ -312,14 +311,15 @@ def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp
 def test_hundreds_of_coco_objects_are_numbered():
     squares = [rectangle(y, y + 2, x, x + 3) for y in range(0, 60, 3) for x in range(0, 80, 4)]
     objects = [("cell", rle_plain(square)) for square in squares]
-    labels = prepare_data.draw_objects(objects, (60, 80), False, "a.png", {}, (60, 80))
+    labels = prepare_data.draw_objects(prepare_data.CocoImage("a.png", (60, 80), objects, []), (60, 80), {}, False)
     wanted = sum(number * (square > 0) for number, square in enumerate(squares, start=1))
     assert len(squares) == 400 and (labels == wanted).all()
 
 
 def test_runs_of_no_length_are_merged_rightly():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
-    mask = prepare_data.draw_objects([("a", run), ("b", run)], (20, 30), True, "a.png", {}, (20, 30))
+    entry = prepare_data.CocoImage("a.png", (20, 30), [("a", run), ("b", run)], [])
+    mask = prepare_data.draw_objects(entry, (20, 30), {}, True)
     assert mask.T.ravel().nonzero()[0].tolist() == list(range(10, 20))
 
 
@@ -565,14 +565,14 @@ def test_blurred_colors_are_objects_and_one_color_is_a_mask(tmp_path, quality):
             cv2.circle(drawn, (50 + 90 * number, 60), 40 - 25 * number, color, -1, cv2.LINE_AA)
         return drawn if quality is None else cv2.imdecode(
             cv2.imencode(".jpg", drawn, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
-    args = argparse.Namespace(data_dir=tmp_path, numbered=False, classes=False, threshold=None, void=[], merge=False)
+    args = argparse.Namespace(numbered=False, classes=False, threshold=None, void=[], merge=False)
     for second in ((10, 250, 20), (250, 250, 250), (0, 150, 250)):
         write_image(tmp_path / "a.png", circles((20, 10, 250), second))
         with pytest.raises(SystemExit, match="--threshold"):
-            prepare_data.read_source_mask(tmp_path / "a.png", 0, args, defaultdict(list))
+            prepare_data.read_source_mask(tmp_path / "a.png", args)
     for color in ((0, 0, 255), (250, 60, 120), (0, 240, 240), (250, 250, 250)):
         write_image(tmp_path / "a.png", circles(color, color))
-        mask = prepare_data.read_source_mask(tmp_path / "a.png", 0, args, defaultdict(list))
+        mask = prepare_data.read_source_mask(tmp_path / "a.png", args)
         assert (mask == (circles(color, color).max(axis=2) > 127)).all()
 
 
@@ -744,7 +744,7 @@ def test_coco_names_in_two_folders_are_never_confused(tmp_path):
                    for number, name in enumerate(("a/1.png", "b/1.png", "upload/7/0123abcd-2.png"))],
         "annotations": [{"image_id": number, "category_id": 1, "segmentation": polygon} for number in range(3)]}))
     done = prepare_coco(tmp_path)
-    assert "제외: 1.png - COCO 파일에 두 번 나옴 (a/1.png, b/1.png)" in done.stdout
+    assert "제외: 1.png - 이름이 같은 파일이 여럿: a/1.png, b/1.png" in done.stdout
     assert "Label Studio가 이름 앞에 붙인 글자를 이미지 1장" in done.stdout
     assert names(tmp_path / "data/masks/train") == ["2.png"]
 
@@ -888,8 +888,8 @@ def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
     assert "제외 0개" in prepare(tmp_path, "--recursive", *command, "--val-ratio", 0).stdout
     assert split_of(tmp_path)["train"] == ["aachen__aachen_1_left.png", "bochum__bochum_1_left.png"]
     write_pairs(tmp_path, ["a/b__c", "a__b/c"], masks="images/masks")  # the masks inside the images
-    done = prepare(tmp_path, "--recursive", masks="images/masks", code=1)
-    assert "제외: a/b__c.png - 이름이 같은 파일이 여럿: a/b__c.png, a__b/c.png" in done.stdout
+    done = prepare(tmp_path, "--recursive", masks="images/masks")
+    assert "제외: a__b/c.png - a/b__c.png와 이름이 같아짐: a__b__c" in done.stdout and "학습 1쌍" in done.stdout
 
 
 def test_groups_stay_on_one_side(tmp_path):
