@@ -292,7 +292,7 @@ def pages_of(path, folder):
     pages = []
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source, formats=["TIFF"]) as file:
         for number, page in enumerate(ImageSequence.Iterator(file) if file.n_frames > 1 else (), start=1):
-            if page.tag_v2[258][0] > 8 and len(page.getbands()) > 1:
+            if page.tag_v2.get(258, (1,))[0] > 8 and len(page.getbands()) > 1:
                 raise ValueError("Pillow would reduce deep colors to 8 bits")  # decode_file() refuses the whole file
             folder.mkdir(parents=True, exist_ok=True)
             pages.append((f"_p{number:03}", folder / f"{path.stem}_p{number:03}.tif"))
@@ -320,8 +320,8 @@ def pairs_from_masks(masks, images, split, args):
         stems, mask_stems = ({composed(name.partition("/")[2]).removesuffix(path.suffix) for name, path in files}
                              for files in (image_files, mask_files))
         first = min(stems)
-        for suffix in sorted(stem.removeprefix(first) for stem in mask_stems if stem.startswith(first) and stem != first):
-            if {stem + suffix for stem in stems} <= mask_stems:
+        for suffix in sorted(stem.removeprefix(first) for stem in mask_stems if stem.startswith(first)):
+            if suffix and {stem + suffix for stem in stems} <= mask_stems:
                 command = ["python", "prepare_data.py", *sys.argv[1:], f"--mask-suffix={suffix}"]
                 fail(f"마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: {shlex.join(command)}")
     return pair_up(by_image, by_mask)
