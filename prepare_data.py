@@ -21,7 +21,6 @@ Chapters:
 
 import argparse
 import atexit
-import colorsys
 import contextlib
 import hashlib
 import json
@@ -58,7 +57,6 @@ COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, with
 MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
 MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
 MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
-TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
 Pair = namedtuple("Pair", "name image label")  # "SPLIT/NAME", path, path of the mask or CocoImage
 CocoImage = namedtuple("CocoImage", "path size objects left_out")  # size: (H, W); objects: [(category, segmentation)]
 Row = namedtuple("Row", "size share objects content")  # (H, W), share of foreground, {number: area}, hash of pixels
@@ -185,8 +183,7 @@ def prepare(args):
         return
     own = earlier.get("checksums", files if earlier else {})  # after an unfinished run: all files
     if by_hand := sorted(files.items() - own.items()):
-        fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
-             "옮기거나 다른 --data-dir을 쓰세요")
+        fail(f"직접 넣거나 고친 파일은 덮어쓰지 않습니다: {target / by_hand[0][0]}. 다른 --data-dir을 쓰세요")
 
     names = write_pairs(split_pairs(pairs, args), classes, staging, args)
     print_report("제외")
@@ -394,8 +391,7 @@ def read_annotations(coco_path, args, categories):
         for image in coco["images"]:
             path = composed(str(image.get("file_name") or image["coco_url"]).replace("\\", "/"))
             if image["id"] in images:
-                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({images[image['id']].path}, {path}). "
-                     "파일을 합쳤다면 번호를 다시 매기세요")
+                fail(f"{coco_path}: {images[image['id']].path}, {path}의 번호가 같습니다. 번호를 다시 매기세요")
             images[image["id"]] = CocoImage(path, (image.get("height"), image.get("width")), [], [])
         known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
         categories.update({name: categories.get(name, False) for name in known.values()})
@@ -405,15 +401,15 @@ def read_annotations(coco_path, args, categories):
         for name, annotation in annotations:
             if args.category and name not in args.category:
                 continue
+            image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
+            kind = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
+                    else "objects" if not is_crowd
+                    else "kept_crowds" if args.keep_crowd or name not in with_singles else "crowds")
+            if kind != "objects":
+                notes[kind].append((image.path if image else str(annotation["image_id"]), 1))
             if known and annotation.get("category_id") not in known:
                 notes["unnamed"].append((f"category_id {name}", 1))
-            image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
-            is_kept = not is_crowd or args.keep_crowd or name not in with_singles
-            what = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
-                    else "crowds" if not is_kept else "kept_crowds" if is_crowd else None)
-            if what:
-                notes[what].append((image.path if image else str(annotation["image_id"]), 1))
-            if what in (None, "kept_crowds"):
+            if kind in ("objects", "kept_crowds"):
                 image.objects.append((name, annotation["segmentation"]))
                 categories[name] = True
             elif image:
@@ -432,10 +428,9 @@ def read_annotations(coco_path, args, categories):
 def read_source_mask(path, args):
     """Read a mask written by any tool: bool H x W for one object, uint16 H x W for numbered objects (0: background).
 
-    Grey masks with more than 8 bits (microscopy tools) and PNGs with the VOC palette hold object numbers. With
-    --numbered, each value or color except black is an object; with --classes, each connected region of one is. In other
-    masks, pixels above 127 in any channel are foreground; in a mask of 0 and 1, pixels of 1 are. Fails if a threshold
-    of 127 would lose objects and no flag selects another reading.
+    Grey masks of more than 8 bits (microscopy) and PNGs with the VOC palette hold object numbers. With --numbered, each
+    value or color except black is an object; with --classes, each connected region of one. In other masks, pixels above
+    127 in any channel are foreground, or those of 1 if the others are 0. Fails if this would lose objects.
     """
     values, is_voc = read_pixels(path, args)
     is_deep = values.ndim == 2 and values.itemsize > 1
@@ -478,10 +473,10 @@ def read_pixels(path, args):
     if is_jpeg and is_numbered:
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
     is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
-    if is_inverted and not is_numbered and args.threshold is None:
-        if not str(tags.get(305)).startswith("tifffile"):  # which stores boolean arrays so
-            fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
-                 "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
+    is_boolean = str(tags.get(305)).startswith("tifffile")  # which stores boolean arrays inverted
+    if is_inverted and not is_numbered and not is_boolean and args.threshold is None:
+        fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
+             "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
     if palette and (is_voc or is_numbered):
         if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
             values = indices
@@ -541,9 +536,9 @@ def to_labels(values, classes=False):
 def draw_objects(entry, shape, classes, merge):
     """Draw the objects of a CocoImage as uint16 labels H x W; smaller objects cover larger ones.
 
-    Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
-    `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
-    reported; ImageError if none is left. shape: (H, W) of the image, upright.
+    Labels are 1, 2, ...; with `classes`, {name: number}, 1000 * class + 1, ... With `merge`, or for one object without
+    classes, returns the union, bool H x W. shape: (H, W) of the image, upright. Invalid segmentations are skipped and
+    reported; ImageError if none is left.
     """
     if entry.left_out and not entry.objects:
         raise ImageError("마스크 없음 (쓸 객체가 annotations에 없음)")
@@ -723,10 +718,9 @@ def split_pairs(pairs, args):
 
 
 def split_names(groups, val_ratio, shuffle_seed):
-    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, the first part to train.
+    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, or shuffled, the first part to train.
 
-    With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
-    val_ratio.
+    The cut is the one between two groups that is nearest to val_ratio.
     """
     order = sorted(set(groups.values()))
     if shuffle_seed is not None:
@@ -828,22 +822,22 @@ def read_labels(path):
 
 def print_check(rows, classes):
     """Print sizes, shares of foreground and objects of both splits, then the notes and every problem by file."""
-    spread = partial(np.quantile, q=(0, 0.5, 1))
     for split in SPLITS:
         good = [row for name, row in rows.items() if name.startswith(f"{split}/")]
         filled, sizes = [row for row in good if row.objects], Counter(row.size for row in good).most_common()
         print(f"{split}: {len(good)}쌍")
         if not filled:
             continue
-        common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
         pixels = np.concatenate([[*row.objects.values()] for row in filled])
-        print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-        print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*spread([row.share for row in filled])))
-        print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
-            len(pixels), *spread([len(row.objects) for row in filled])))
+        common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
+        shares, numbers, areas = (np.quantile(values, (0, 0.5, 1)) for values in (
+            [row.share for row in filled], [len(row.objects) for row in filled], pixels))
         small = f"100픽셀 미만 {(pixels < 100).sum()}개, 1,000픽셀 미만 {(pixels < 1000).sum()}개"
-        print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀".format(*spread(pixels))
-              + f", {small} (긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
+        print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
+        print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*shares))
+        print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(len(pixels), *numbers))
+        print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀, ".format(*areas)
+              + f"{small} (긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
         found = Counter(str(number // 1000) for row in filled for number in row.objects)
         if classes:
             print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
@@ -856,46 +850,33 @@ def preview(data_dir, pairs, count):
     """Write data/preview.png: `count` pairs, those with a problem or a note first, then others spread over data/."""
     if not pairs:
         fail(f"{data_dir}에 이미지-마스크 쌍이 없습니다. 먼저 데이터를 준비하세요")
+    from matplotlib.figure import Figure  # takes as long to import as all the rest
+
     found = [("problem", joined) for joined in problems] + [(key, joined) for key in NOTES for joined, _ in notes[key]]
     reasons = {name: key for key, joined in reversed(found) for name in joined.split(" = ")}  # the worst of each pair
     order = ["problem", *NOTES, ""]
     ranked = sorted(pairs, key=lambda pair: order.index(reasons.get(pair.name, "")))
     first = min(count, sum(pair.name in reasons for pair in pairs))
     places = np.linspace(first, len(pairs) - 1, min(count, len(pairs)) - first).round().astype(int)
-    tiles = []
-    for number, pair in enumerate([*ranked[:first], *(ranked[place] for place in places)], start=1):
-        tile = np.full((TILE + CAPTION, TILE, 3), 255, np.uint8)
-        picture = draw_pair(pair)
-        tile[4:4 + picture.shape[0], 4:4 + picture.shape[1]] = picture
-        caption = f"{number} {reasons.get(pair.name, '')} {pair.name}"
-        caption = caption[:36].encode("ascii", "replace").decode()  # OpenCV draws no other letters
-        cv2.putText(tile, caption, (4, TILE + 8), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
-        tiles.append(tile)
-        print(f"  {number}: {pair.name}")
-    columns = min(len(tiles), 6)
-    shown, tiles = len(tiles), tiles + [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    sheet = np.vstack([np.hstack(tiles[start:start + columns]) for start in range(0, len(tiles), columns)])
-    cv2.imencode(".png", sheet)[1].tofile(data_dir / "preview.png")
-    print(f"저장: {data_dir / 'preview.png'} ({shown}쌍)")
-
-
-def draw_pair(pair):
-    """The image, reduced to fit a tile, with each object in its own color, the first in green; grey if unreadable."""
-    try:
-        image, labels = cv2.cvtColor(read_image(pair.image), cv2.COLOR_RGB2BGR), read_labels(pair.label)
-    except ImageError:
-        return np.full((TILE - 8, TILE - 8, 3), 128, np.uint8)
-    scale = (TILE - 8) / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
-    for place, number in enumerate(np.unique(labels[labels > 0])):
-        color = 255 * np.array(colorsys.hsv_to_rgb((1 / 3 + 0.618 * place) % 1, 1, 0.86))  # golden ratio: distant hues
-        inside = labels == number
-        image[inside] = (0.65 * image[inside] + 0.35 * color).astype(np.uint8)
-        edges, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(image, edges, -1, color, 1)
-    return image
+    chosen = [*ranked[:first], *(ranked[place] for place in places)]
+    columns = min(len(chosen), 6)
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.5 * columns, 2.7 * rows), layout="constrained")
+    for place, pair in enumerate(chosen, start=1):
+        axes = figure.add_subplot(rows, columns, place, xticks=[], yticks=[], facecolor="grey")
+        title = f"{place} {reasons.get(pair.name, '')}\n{pair.name[-36:]}".encode("ascii", "replace").decode()
+        axes.set_title(title, fontsize=7)  # without Hangul, which matplotlib's own font lacks
+        print(f"  {place}: {pair.name}")
+        with contextlib.suppress(ImageError):  # an unreadable file is grey
+            image, labels = read_image(pair.image), read_labels(pair.label)
+            step = -(-max(labels.shape) // 500)
+            image, labels = image[::step, ::step], labels[::step, ::step]
+            axes.imshow(image)
+            objects = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+            hues = np.ma.masked_array((1 / 3 + 0.618 * (objects - 1)) % 1, labels == 0)  # golden ratio: distant hues
+            axes.imshow(hues, "hsv", vmin=0, vmax=1, alpha=0.5, interpolation="nearest")
+    figure.savefig(data_dir / "preview.png", dpi=100)
+    print(f"저장: {data_dir / 'preview.png'} ({len(chosen)}쌍)")
 
 
 # ---- files ----

@@ -420,13 +420,12 @@ def test_preview_draws_each_object_in_its_color(tmp_path):
     labels[50:, :10] = 4  # its second piece
     write_image(tmp_path / "data/masks/train/a.png", labels.astype(np.uint16))
     run("prepare_data.py", "--preview", 1, cwd=tmp_path)
-    sheet = cv2.imread(str(tmp_path / "data/preview.png"))
-
-    def inside(y, x):  # 80 pixels are 248 on the sheet, which begins at 4
-        return sheet[round(4 + y * 3.1), round(4 + x * 3.1)].tolist()
-    green = [65, 141, 65]  # 0.65 * 100, and 0.35 * 0.86 * 255 more in green
-    assert inside(25, 25) == inside(56, 4) == green
-    assert inside(45, 60) not in (green, [100, 100, 100]) and inside(5, 60) == [100, 100, 100]
+    sheet = cv2.imread(str(tmp_path / "data/preview.png")).astype(int)
+    colored = (np.ptp(sheet, axis=2) > 60).astype(np.uint8)
+    count, regions = cv2.connectedComponents(cv2.erode(colored, np.ones((3, 3))))
+    means = sorted(sheet[regions == region].mean(axis=0).astype(int).tolist() for region in range(1, count))
+    assert count == 4 and means[0] == means[1] == [50, 177, 53]  # both pieces of 4: half of 100, half of green
+    assert means[2][2] > 150 > means[2][1]
 
 
 def test_korean_names_pair_whether_macos_took_their_letters_apart_or_not(tmp_path):
@@ -482,11 +481,11 @@ def test_check_takes_data_without_validation_images(data):
 def test_preview_is_a_sheet_of_n_tiles(data):
     run("prepare_data.py", "--preview", 8, cwd=data)
     sheet = cv2.imread(str(data / "data/preview.png"))
-    assert sheet.shape == (2 * 272, 6 * 256, 3)
+    assert sheet.shape == (2 * 270, 6 * 250, 3)
     green = (sheet[..., 1].astype(int) - sheet[..., 2] > 80).sum()
-    assert green > 1000  # outlines are drawn
-    assert (sheet[272:, 2 * 256:] == 255).all()  # the last four places stay empty
-    assert all((sheet[196:272, 256 * column:256 * column + 100] < 128).any() for column in range(6))  # names
+    assert green > 1000  # objects are drawn
+    assert (sheet[270:, 2 * 250:] == 255).all()  # the last four places stay empty
+    assert all((sheet[:30, 250 * column:250 * column + 250] < 128).any() for column in range(6))  # names
 
 
 def save_voc(path, indices):
@@ -1066,6 +1065,6 @@ def test_check_and_preview_show_what_harms_a_training(tmp_path):
                  "train/turned.png - 크기가 다름: 이미지 80x60, 마스크 60x80 (90도", "문제 2개"):
         assert line in done.stdout
     sheet = cv2.imread(str(tmp_path / "data/preview.png"))
-    assert sheet[20, 20, 1] > sheet[20, 20, 0] + 30  # a problem comes first: `full` is green everywhere
+    assert sheet[100, 100, 1] > sheet[100, 100, 0] + 30  # a problem comes first: `full` is green everywhere
     run("prepare_data.py", "--preview", 7, cwd=tmp_path)
-    assert cv2.imread(str(tmp_path / "data/preview.png")).shape == (2 * 272, 6 * 256, 3)
+    assert cv2.imread(str(tmp_path / "data/preview.png")).shape == (2 * 270, 6 * 250, 3)
