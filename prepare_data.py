@@ -872,8 +872,8 @@ def preview(data_dir, pairs, count):
             step = -(-max(labels.shape) // 500)
             image, labels = image[::step, ::step], labels[::step, ::step]
             axes.imshow(image)
-            objects = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
-            hues = np.ma.masked_array((1 / 3 + 0.618 * (objects - 1)) % 1, labels == 0)  # golden ratio: distant hues
+            order_in_image = np.searchsorted(np.unique(labels[labels > 0]), labels)
+            hues = np.ma.masked_array((1 / 3 + 0.618 * order_in_image) % 1, labels == 0)  # golden ratio: distant hues
             axes.imshow(hues, "hsv", vmin=0, vmax=1, alpha=0.5, interpolation="nearest")
     figure.savefig(data_dir / "preview.png", dpi=100)
     print(f"저장: {data_dir / 'preview.png'} ({len(chosen)}쌍)")
