@@ -200,7 +200,8 @@ def prepare(args):
         replace_json(target / "classes.json", {number: name for name, number in classes.items()})
     replace_json(target / "split.json", {**record, "split": names, "checksums": checksums(target)})
     print(f"완료: {target} - 학습 {len(names['train'])}쌍, 검증 {len(names['val'])}쌍, 제외 {len(problems)}개"
-          + (f", 클래스 {', '.join(classes)}" if classes else ""))
+          + (f", 클래스 {', '.join(classes)}" if classes else "")
+          + ("" if pairs[0].name.startswith("all/") else " (원본 폴더의 분할)"))
 
 
 def collect_pairs(args):
@@ -289,11 +290,13 @@ def pages_of(path, folder):
     pages = []
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source, formats=["TIFF"]) as file:
         for number, page in enumerate(ImageSequence.Iterator(file) if file.n_frames > 1 else (), start=1):
-            if page.tag_v2.get(258, (1,))[0] > 8 and len(page.getbands()) > 1:
-                raise ValueError("Pillow would reduce deep colors to 8 bits")  # decode_file() refuses the whole file
-            folder.mkdir(parents=True, exist_ok=True)
             pages.append((f"_p{number:03}", folder / f"{path.stem}_p{number:03}.tif"))
-            page.save(pages[-1][1], tiffinfo={tag: page.tag_v2[tag] for tag in (262, 305) if tag in page.tag_v2})
+            folder.mkdir(parents=True, exist_ok=True)
+            tags = {tag: page.tag_v2[tag] for tag in (262, 305) if tag in page.tag_v2}  # see read_pixels()
+            page.save(pages[-1][1], tiffinfo=tags, compression=None)
+            if len(page.getbands()) > 1 and page.tag_v2[258][0] > 8:  # Pillow reduces such colors to 8 bits
+                _, pixels = cv2.imdecodemulti(np.memmap(path), COLOR_AND_DEPTH, range=(number - 1, number))
+                cv2.imencode(".tif", pixels[0])[1].tofile(pages[-1][1])
         return pages or [("", path)]
     return [("", path)]
 
@@ -333,7 +336,7 @@ def by_stem(files, suffix="", has_splits=True, folder=None):
             notes["suffixes"].append((name, 1))
             continue
         for mark, page in pages_of(path, (folder / name).parent) if folder else [("", path)]:
-            own_name = f"{name.removesuffix(path.suffix)}{mark}{path.suffix}"
+            own_name = name.removesuffix(path.suffix) + mark + page.suffix
             found[stem.removesuffix(suffix) + mark].append((own_name, page))
     return found
 
