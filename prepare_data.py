@@ -156,7 +156,7 @@ def parse_args():
              "--category와 --keep-crowd는 --coco와 함께 씁니다"),
             (any(len(void) not in (1, 3) for void in args.void), "--void는 값 하나나 색 R G B여야 합니다"),
             (not 0 <= args.val_ratio < 1, "--val-ratio는 0 이상 1 미만이어야 합니다"),
-            (args.preview is not None and args.preview < 1, "--preview는 1 이상이어야 합니다")):
+            (args.preview is not None and not 1 <= args.preview <= 1000, "--preview는 1에서 1,000까지입니다")):
         if is_wrong:
             parser.error(message)
     try:
@@ -252,8 +252,8 @@ def images_in(folder, split, recursive=False, subfolders=(), skip=None):
     """
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.resolve() != skip
-              and not SYSTEM_FILES.search(f"/{path.name}/")]
+    inside = [path.name for path in sorted(folder.iterdir())
+              if path.is_dir() and path.resolve() != skip and not SYSTEM_FILES.search(f"/{path.name}/")]
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     own = own if set(own.values()) == set(SPLITS) else {}
     unread = [name for name in inside if name not in {*own, *subfolders} and (own or not recursive)]
@@ -864,7 +864,8 @@ def preview(data_dir, pairs, count):
     chosen = [*ranked[:first], *(ranked[place] for place in places)]
     columns = min(len(chosen), 6)
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.5 * columns, 2.7 * rows), layout="constrained")
+    figure = Figure(figsize=(2.5 * columns, 2.7 * rows))
+    figure.subplots_adjust(0.01, 0.01 / rows, 0.99, 1 - 0.12 / rows, wspace=0.03, hspace=0.16)
     for place, pair in enumerate(chosen, start=1):
         axes = figure.add_subplot(rows, columns, place, xticks=[], yticks=[], facecolor="grey")
         title = f"{place} {reasons.get(pair.name, '')}\n{pair.name[-36:]}".encode("ascii", "replace").decode()
@@ -877,7 +878,7 @@ def preview(data_dir, pairs, count):
             axes.imshow(image)
             order_in_image = np.searchsorted(np.unique(labels[labels > 0]), labels)
             hues = np.ma.masked_array((1 / 3 + 0.618 * order_in_image) % 1, labels == 0)  # golden ratio: distant hues
-            axes.imshow(hues, "hsv", vmin=0, vmax=1, alpha=0.5, interpolation="nearest")
+            axes.imshow(hues, "hsv", vmin=0, vmax=1, alpha=0.4, interpolation="nearest")
     figure.savefig(data_dir / "preview.png", dpi=100)
     print(f"저장: {data_dir / 'preview.png'} ({len(chosen)}쌍)")
 
