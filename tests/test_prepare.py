@@ -485,7 +485,7 @@ def test_preview_is_a_sheet_of_n_tiles(data):
     green = (sheet[..., 1].astype(int) - sheet[..., 2] > 60).sum()
     assert green > 1000  # objects are drawn
     assert (sheet[270:, 2 * 255:] == 255).all()  # the last four places stay empty
-    assert all((sheet[:30, 250 * column:250 * column + 250] < 128).any() for column in range(6))  # names
+    assert all((sheet[:58, 250 * column:250 * column + 250] < 128).any() for column in range(6))  # names
 
 
 def save_voc(path, indices):
