@@ -128,8 +128,7 @@ def parse_args():
     add("--recursive", action="store_true", help="하위 폴더도 읽음: a/b.jpg는 a__b.jpg가 됨")
     kind("--numbered", "--colors", "--colours", action="store_true",
          help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
-    kind("--classes", action="store_true",
-         help="--masks의 값이나 색이 클래스 (0과 검은색은 배경): 클래스마다 이어진 영역 하나가 객체 하나")
+    kind("--classes", action="store_true", help="--masks의 값이나 색이 클래스: 클래스의 이어진 영역 하나가 객체 하나")
     kind("--threshold", type=float, metavar="N", help="--masks에서 N보다 밝은 곳이 객체 하나 (기본: 127)")
     add("--void", type=int, nargs="+", action="append", default=[], metavar="N",
         help="--masks에서 배경으로 바꿀 값 N이나 색 R G B, 여러 번 가능 (VOC와 DAVIS 팔레트의 255는 저절로 바꿈)")
@@ -663,7 +662,11 @@ def fit_to_image(mask, pair, shape, allow_empty):
 
     If the image has an EXIF orientation and the mask fits only its stored pixels, the mask is turned as well.
     """
-    if (orientation := read_orientation(pair.image)) > 1:
+    orientation = 1
+    with contextlib.suppress(Exception), Image.open(pair.image) as file:  # damaged metadata raise various errors
+        if "exif" in file.info or file.format == "TIFF":  # else getexif() would decode a PNG
+            orientation = file.getexif().get(0x0112, 1)
+    if orientation > 1:
         picture = Image.fromarray(mask)
         picture.getexif()[0x0112] = orientation
         turned = np.array(ImageOps.exif_transpose(picture))
@@ -680,15 +683,6 @@ def fit_to_image(mask, pair, shape, allow_empty):
             raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
         notes["empty"].append((pair.name, 1))
     return mask
-
-
-def read_orientation(path):
-    """The EXIF orientation of an image file: 1 (upright, or not stated) to 8."""
-    with contextlib.suppress(Exception), Image.open(path) as file:  # damaged metadata raise various errors
-        exif = Image.Exif()
-        exif.load(file.info.get("exif"))  # not getexif(): it would decode a PNG without EXIF, and it reads XMP
-        return file.tag_v2.get(0x0112, 1) if file.format == "TIFF" else exif.get(0x0112, 1)
-    return 1
 
 
 def split_pairs(pairs, args):

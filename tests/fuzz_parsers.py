@@ -66,12 +66,12 @@ def labels(data):
     kind = data.PickValueInList([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
     shape = [data.ConsumeIntInRange(1, 6), data.ConsumeIntInRange(1, 6)]
     if data.ConsumeBool():
-        shape.append(data.ConsumeIntInRange(1, 4))
+        shape.append(3)
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     values = np.frombuffer(data.ConsumeBytes(size).ljust(size, b"\0"), kind).reshape(shape)
     for classes in (False, True):
         try:
-            result = prepare_data.to_labels(values[..., :3] if values.ndim == 3 else values, classes)
+            result = prepare_data.to_labels(values, classes)
             assert result.dtype == np.uint16 and result.shape == values.shape[:2]
         except prepare_data.ImageError:
             pass
