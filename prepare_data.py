@@ -383,7 +383,8 @@ def pairs_from_coco(coco_path, images, split, args, categories):
 def read_annotations(coco_path, args, categories):
     """Read a COCO file, or the given categories of it: [CocoImage]; adds to `categories`: {name: has it objects}.
 
-    A region marked iscrowd, which may contain several objects, is left out if its category also has single objects.
+    A region marked iscrowd, which may contain several objects, is left out if its category also has single objects;
+    an image of which all objects are left out is no image without objects and is left out, too.
     """
     images = {}
     try:
@@ -421,7 +422,7 @@ def read_annotations(coco_path, args, categories):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
              f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
-    return [*images.values()]
+    return [image for image in images.values() if image.objects or not image.left_out]
 
 
 # ---- reading masks ----
@@ -461,8 +462,7 @@ def read_pixels(path, args):
     if rgba is not None:
         alpha = rgba[..., 3] > rgba[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
-        colors = np.where(alpha[..., None], np.atleast_3d(values), 0)
-        values = alpha.astype(np.uint8) * 255 if is_plain else colors
+        values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], np.atleast_3d(values), 0)
     colors = np.atleast_3d(values)
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
     is_jpeg, indices, palette, tags = False, None, [], {}
@@ -542,8 +542,6 @@ def draw_objects(entry, shape, classes, merge):
     classes, returns the union, bool H x W. shape: (H, W) of the image, upright. Invalid segmentations are skipped and
     reported; ImageError if none is left.
     """
-    if entry.left_out and not entry.objects:
-        raise ImageError("마스크 없음 (쓸 객체가 annotations에 없음)")
     size, drawn, counts, problem = entry.size, [], Counter(), ""  # drawn: [(value, RLE)]
     if None not in size and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
         raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]}x{size[0]}")
@@ -612,7 +610,7 @@ def write_pairs(splits, classes, staging, args):
             stem = pair.name.removesuffix(pair.image.suffix).partition("/")[2].replace("/", "__")
             try:
                 if (first := taken.setdefault((split, stem), pair)) is not pair:
-                    raise ImageError(f"{first.name.removeprefix('all/')}와 이름이 같아짐: {stem}")
+                    raise ImageError(f"이름이 같아지는 파일이 있음 ({stem}): {first.name.removeprefix('all/')}")
                 image, is_flattened = read_over_white(pair.image)
                 mask = (draw_objects(pair.label, image.shape[:2], classes, args.merge) if args.coco
                         else read_source_mask(pair.label, args))
