@@ -451,9 +451,9 @@ class Window:
     numbers = itertools.count(1)  # with equal numbers, clicks in an old browser tab would reach the new figure
 
     def __init__(self, image, models, title):
-        self.image, self.models = image, models
+        self.image, self.models, self.size = image, models, image.shape[:2]
         self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
-        height, width = image.shape[:2]
+        height, width = self.size
         panel_width = min(12 / len(models), 4.8 * width / height)  # inches: the window fits a screen of 1280 x 720
         self.figure = plt.figure(next(self.numbers), layout="constrained", figsize=(
             max(max(panel_width, 4.8) * len(models), 8), panel_width * height / width + 1))
@@ -475,7 +475,7 @@ class Window:
     def position(self, event):
         """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
-        return tuple(np.clip(place, 0, np.subtract(self.image.shape[1::-1], 1)).round(1).tolist())
+        return tuple(np.clip(place, 0, np.subtract(self.size[::-1], 1)).round(1).tolist())
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning

@@ -196,16 +196,14 @@ class Window:
 
     def position(self, event):
         """Position of an event in the image that was pressed: (x, y) to one decimal, clipped to the image."""
-        height, width = self.size
         place = self.pressed.inaxes.transData.inverted().transform((event.x, event.y))
-        return tuple(np.clip(place, 0, [width - 1, height - 1]).round(1).tolist())
+        return tuple(np.clip(place, 0, np.subtract(self.size[::-1], 1)).round(1).tolist())
 
     def on_press(self, event):
         toolbar_mode = getattr(self.figure.canvas.toolbar, "mode", "")  # zooming or panning
         is_extra = event.dblclick and plt.get_backend().lower() == "webagg"  # beside the two clicks, without a release
         if event.inaxes in self.panels and event.button in (1, 3) and not toolbar_mode and not is_extra:
-            height, width = self.size  # after panning, there is space beside it
-            if -0.5 <= event.xdata <= width - 0.5 and -0.5 <= event.ydata <= height - 0.5:
+            if event.inaxes.images[0].contains(event)[0]:  # after panning, there is space beside the image
                 self.pressed = event
 
     def dragged_box(self, event):
