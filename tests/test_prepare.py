@@ -888,7 +888,8 @@ def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
     assert split_of(tmp_path)["train"] == ["aachen__aachen_1_left.png", "bochum__bochum_1_left.png"]
     write_pairs(tmp_path, ["a/b__c", "a__b/c"], masks="images/masks")  # the masks inside the images
     done = prepare(tmp_path, "--recursive", masks="images/masks")
-    assert "제외: a__b/c.png - 이름이 같아지는 파일이 있음 (a__b__c): a/b__c.png" in done.stdout and "학습 1쌍" in done.stdout
+    assert "제외: a__b/c.png - 이름이 같아지는 파일이 있음 (a__b__c): a/b__c.png" in done.stdout
+    assert "학습 1쌍" in done.stdout
 
 
 def test_groups_stay_on_one_side(tmp_path):
