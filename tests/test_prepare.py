@@ -163,6 +163,16 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_pa
     assert not (tmp_path / "data/.part").exists()
 
 
+def test_a_run_that_was_killed_while_it_replaced_data_is_repeated(tmp_path):
+    make_source(tmp_path, 4)
+    prepare_masks(tmp_path)
+    kill = "import os, pathlib, signal\npathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    prepare_masks(tmp_path, "--merge", before=kill, code=-signal.SIGKILL)
+    assert not (tmp_path / "data/images").exists() and (tmp_path / "data/masks").exists()
+    assert "학습 4쌍" in prepare_masks(tmp_path, "--merge").stdout
+    assert "이미 준비되어" in prepare_masks(tmp_path, "--merge").stdout
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
 def test_where_the_file_system_cannot_lock_one_line_warns_and_the_run_goes_on(tmp_path, number):
     make_source(tmp_path, 3)
