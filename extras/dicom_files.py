@@ -1,8 +1,16 @@
-"""Read a DICOM series as a NIfTI image, and write a mask of it as DICOM SEG; used by segment_volume.py.
+"""Read a DICOM series as a NIfTI image, and write a mask of it as DICOM SEG. segment_volume.py uses this file.
 
-pydicom reads and decodes the files, highdicom writes the SEG. highdicom.get_volume_from_series() is not used: it
-refuses a tilted gantry, gives no reason if slices are missing, and inverts Hounsfield units of MONOCHROME1 images.
-Messages contain neither values of the patient's header nor messages of pydicom, which quote them.
+    series = read_series(choose_series("dicom/", number=2))             # series.image is a nibabel image
+    write_file("mask_seg.dcm", seg_bytes(series, mask, "description"))  # mask: on the grid of series.image
+
+pydicom reads the headers and decodes the pixels, highdicom writes the SEG. This file decides which slices form a
+volume. A series that might be misread raises ImageError with a message that says what to do instead. A series that can
+be read but may be wrong gets a line in Series.doubts.
+
+highdicom.get_volume_from_series() is not used, for three reasons: it refuses a tilted gantry, it gives no reason if
+slices are missing, and it inverts the Hounsfield units of MONOCHROME1 images.
+
+Messages contain no data of the patient and no messages of pydicom, because those quote the header.
 
 Chapters:
     settings   attributes of the header
@@ -31,14 +39,14 @@ from volume_files import TOLERANCE
 # ---- settings ----
 
 pydicom.config.settings.reading_validation_mode = pydicom.config.settings.writing_validation_mode = \
-    pydicom.config.IGNORE  # scanners write invalid values; a SEG must repeat those of its patient
+    pydicom.config.IGNORE  # scanners write invalid values, and a SEG must repeat those of the patient
 for _name in ("pydicom", "highdicom"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=_name)
 
-MODALITIES = ("CT", "MR", "PT")  # not SEG and RTDOSE, which may be in the same folder
+MODALITIES = ("CT", "MR", "PT")  # others, such as SEG and RTDOSE, may be in the same folder and are skipped
 DIFFERENCES = ("ImageType", "EchoTime", "EchoNumbers", "InversionTime", "DiffusionBValue", "FlipAngle",
-               "TemporalPositionIdentifier", "AcquisitionNumber")  # of several images at one position
+               "TemporalPositionIdentifier", "AcquisitionNumber")  # may distinguish several images at one position
 HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
           "Modality", "SeriesNumber", "InstanceNumber", "Rows", "Columns", "NumberOfFrames",
           "PhotometricInterpretation", "PixelRepresentation", "ImagePositionPatient", "ImageOrientationPatient",
@@ -48,7 +56,7 @@ HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUI
 PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyDescription",
            "SeriesDescription")  # what --keep-patient shows
 REQUIRED = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
-            "StudyTime", "ReferringPhysicianName")  # in a SEG; may be empty
+            "StudyTime", "ReferringPhysicianName")  # a SEG must have them; their values may be empty
 DEIDENTIFIED = ("PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence")
 
 
@@ -59,9 +67,12 @@ DEIDENTIFIED = ("PatientIdentityRemoved", "DeidentificationMethod", "Deidentific
 class Plane:
     """One slice: a single-frame file, or frame `frame` of an enhanced file.
 
-    position: 3, the center of the first pixel, and orientation: 2 x 3, the directions of rows and columns, both in the
-    patient's LPS coordinates, in mm; spacing: 2, between rows and between columns, in mm; thickness in mm, 0 if it is
-    unknown; rescale: the dataset with slope and intercept; order: the key by which slices are listed.
+    position     3, mm: the center of the first pixel in the patient's LPS coordinates
+    orientation  2 x 3: the directions of rows and columns in LPS
+    spacing      2, mm: between rows and between columns
+    thickness    mm: the distance of slices in the header, or else their thickness; 0 if it has neither
+    rescale      the dataset with slope and intercept
+    order        the key by which slices are listed
     """
 
     path: Path
@@ -79,8 +90,10 @@ class Plane:
 class Series:
     """Slices that have the same series, orientation, size and spacing.
 
-    number: for --series; difference: what distinguishes these slices from others of the same series, such as an echo
-    time; doubts: warnings in Korean; image, is_tilted: see read_series().
+    number      for --series
+    difference  what distinguishes these slices from others of the same series, such as an echo time
+    image       see read_series(), also for is_tilted
+    doubts      warnings in Korean
     """
 
     number: int
@@ -102,14 +115,14 @@ class Series:
 
 
 def is_dicom(path):
-    """Whether a path is a folder, or a file that begins as DICOM does: with its preamble, or, in old files, without."""
+    """Whether a path is a folder or a DICOM file: with "DICM" after 128 bytes or, if old, beginning with a tag."""
     path = Path(path)
     if not path.is_file():
         return path.is_dir()
     with path.open("rb") as file:
         start = file.read(132)
     is_old = start[:4] in (b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0", b"\2\0\0\0")
-    return start[128:] == b"DICM" or is_old and path.suffix != ".img"  # of a NIfTI pair
+    return start[128:] == b"DICM" or is_old and path.suffix != ".img"  # the voxels of a NIfTI pair may begin like a tag
 
 
 def choose_series(path, number=None):
@@ -138,7 +151,7 @@ def choose_series(path, number=None):
         found = [series for series in found if path in [plane.path for plane in series.planes]]
     chosen = [series for series in found if number in (None, series.number)]
     if len(chosen) == 1:
-        print(f"시리즈 {chosen[0]}")  # its number in the list is not its SeriesNumber
+        print(f"시리즈 {chosen[0]}")  # with both numbers: the one for --series is not the SeriesNumber
         count = left_out[chosen[0].planes[0].header.SeriesInstanceUID]
         return replace(chosen[0], doubts=[
             f"이 시리즈의 영상 {count}개는 방향이나 간격이 다르거나 손상되어 뺐습니다"] * bool(count))
@@ -149,8 +162,12 @@ def choose_series(path, number=None):
 
 
 def scan(paths):
-    """The slices in files, sorted by the numbers of series and instance; two Counters of skipped files: by
-    reason, and, if their slices could not be read, by series."""
+    """Read the headers of files: (slices, skipped, left_out).
+
+    slices    [Plane], sorted by the numbers of series and instance
+    skipped   Counter of skipped files by reason
+    left_out  Counter, by SeriesInstanceUID, of those files whose header is damaged or has no position
+    """
     planes, seen, skipped, left_out = [], {}, collections.Counter(), collections.Counter()
     for path in paths:
         if not path.is_file() or path.name.upper() == "DICOMDIR":
@@ -211,7 +228,7 @@ def planes_of(path, header):
 
 def group(planes):
     """Lists of slices that have series, patient, size, spacing, orientation and polarity in common."""
-    groups = collections.defaultdict(list)  # of lists whose orientation or spacing differs
+    groups = collections.defaultdict(list)  # by key: lists that differ in orientation or spacing
     for plane in planes:
         header = plane.header
         key = (plane.frame is not None and header.SOPInstanceUID, *(str(header.get(name)) for name in (
@@ -228,10 +245,11 @@ def group(planes):
 
 
 def split(planes):
-    """Split slices of which several have one position: [(", name value" of the attribute that differs, slices)].
+    """Separate images of a series that were taken at the same positions, such as two echoes: [(difference, slices)].
 
-    Uses the first of DIFFERENCES that gives parts of equal size, of at least two slices each, without duplicates. If
-    none does, all slices stay together.
+    difference is ", NAME VALUE" of an attribute: the first of DIFFERENCES that gives parts of equal size, of at least
+    two slices each, without two slices at one position. If no attribute does, or if no two slices have one position,
+    all slices stay together and difference is "".
     """
     for name in DIFFERENCES if has_duplicates(planes) else ():
         parts = collections.defaultdict(list)
@@ -259,9 +277,9 @@ def has_duplicates(planes):
 def grid_of(planes):
     """Sort slices along their normal: (sorted slices, affine).
 
-    affine: 4 x 4, from indices of column, row and slice to the patient's RAS coordinates in mm. A gantry tilt shifts
-    each slice against the one before; the affine keeps it as a shear. Raises ImageError if slices are
-    missing, unevenly spaced, or at one position.
+    affine: 4 x 4, from indices of column, row and slice to the patient's RAS coordinates in mm. If the gantry is
+    tilted, each slice is shifted against the one before; the affine contains this shear. Raises ImageError if slices
+    are missing, unevenly spaced, or at one position.
     """
     order = np.argsort(heights(planes), kind="stable")
     planes = [planes[number] for number in order]
@@ -289,11 +307,12 @@ def grid_of(planes):
 
 
 def read_series(series):
-    """Read the pixels of a series: the Series with its slices sorted, image and doubts. Raises ImageError.
+    """Read the pixels of a series: a Series with sorted slices, image, is_tilted and all doubts. Raises ImageError.
 
-    The image's axes are those of the files: column, row, slice, the last sorted by position. Its values are rescaled,
-    float32; its affine maps to nibabel's RAS. MONOCHROME1 inverts the brightness, except in CT, where Hounsfield units
-    do not depend on it. is_tilted: the last slice is shifted by half a pixel or more from the normal through the first.
+    image      float32, rescaled; axes: column, row, slice (sorted by position); its affine maps to nibabel's RAS in mm
+    is_tilted  the last slice is half a pixel or more away from the normal through the first
+
+    MONOCHROME1 inverts the brightness. CT is the exception, because Hounsfield units do not depend on it.
     """
     planes, affine = grid_of(series.planes)
     slices = []
@@ -305,7 +324,7 @@ def read_series(series):
 
     image = nib.Nifti1Image(values.transpose(2, 1, 0), affine)
     image.header.set_xyzt_units("mm")
-    image.set_sform(affine, 1)  # scanner's coordinates
+    image.set_sform(affine, 1)  # code 1: the scanner's coordinates
     normal, step = np.cross(*planes[0].orientation), affine[:3, 2] * (-1, -1, 1)
     doubts, aside = [*series.doubts], step - (normal @ step) * normal
     is_tilted = bool(np.linalg.norm(aside) * (len(planes) - 1) >= planes[0].spacing.min() / 2)
@@ -314,8 +333,8 @@ def read_series(series):
         doubts.append(f"갠트리가 {tilt:.1f}도 기울었습니다. 부피와 NIfTI의 위치는 맞지만, coronal과 sagittal의 그림이 "
                       "비스듬하고, DICOM SEG는 쓰지 않습니다 (3D Slicer 같은 뷰어가 다른 자리에 놓음)")
     else:
-        image.set_qform(affine, 1)  # cannot express a tilt
-    if 0 < 1.9 * planes[0].thickness <= normal @ step:
+        image.set_qform(affine, 1)  # a qform cannot express a tilt
+    if 0 < 1.9 * planes[0].thickness <= normal @ step:  # every second slice may be missing
         doubts.append(f"슬라이스의 간격이 {normal @ step:.4g} mm인데 헤더에는 {planes[0].thickness:.4g} mm입니다. "
                       "슬라이스가 빠졌을 수 있습니다")
     if series.modality == "CT" and {plane.rescale.get("RescaleType", "HU") for plane in planes} != {"HU"}:
@@ -330,7 +349,7 @@ def decode(path, planes):
         dataset = pydicom.dcmread(path, force=True)
         if "TransferSyntaxUID" not in dataset.file_meta:  # old files are not compressed
             dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-        if dataset.HighBit != dataset.BitsStored - 1:  # pydicom would not shift the bits
+        if dataset.HighBit != dataset.BitsStored - 1:  # the bits would have to be shifted, which pydicom does not do
             raise ValueError("HighBit")
         frames = pixel_array(dataset).reshape(int(header.get("NumberOfFrames") or 1), header.Rows, header.Columns)
         slices = [rescale(frames[plane.frame or 0], plane.rescale) for plane in planes]
@@ -345,7 +364,7 @@ def decode(path, planes):
 
 
 def rescale(values, dataset):
-    """Stored values to real ones, float32: by the slope and intercept in a dataset, or its lookup table."""
+    """Convert stored values to real ones, float32, by the lookup table in a dataset or else its slope and intercept."""
     if "ModalityLUTSequence" in dataset:
         return apply_modality_lut(values, dataset).astype(np.float32)
     slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept") or 0
@@ -370,12 +389,12 @@ def as_text(value):
 
 
 def seg_bytes(series, mask, mark):
-    """A DICOM SEG, as bytes, of a mask on the grid of the image of read_series(): columns x rows x slices, 0 and 1.
+    """A DICOM SEG of a mask, as bytes. It refers to the files of the series.
 
-    It refers to the files of the series. It repeats those attributes of patient and study that a SEG must have, and no
-    others. mark: its content description, at most 64 characters.
+    mask: columns x rows x slices, 0 and 1, on the grid of the image of read_series(). mark: the content description of
+    the SEG, at most 64 characters. The SEG repeats only those attributes of patient and study that it must have.
     """
-    import highdicom as hd  # takes a second, which only DICOM needs
+    import highdicom as hd  # here, because it takes a second and NIfTI files do not need it
     from pydicom.charset import python_encoding
     from pydicom.sr.codedict import codes
 
@@ -386,7 +405,7 @@ def seg_bytes(series, mask, mark):
         first.setdefault(name, "")
     encodings = first.get("SpecificCharacterSet")
     if not encodings:
-        first.pop("SpecificCharacterSet", None)  # bytes are copied
+        first.pop("SpecificCharacterSet", None)  # names are copied as bytes
     elif set(np.atleast_1d(encodings)) <= set(python_encoding):
         first.decode()  # highdicom refuses Korea's usual "\ISO 2022 IR 149"
         first.SpecificCharacterSet = "ISO_IR 192"  # UTF-8
@@ -405,7 +424,7 @@ def seg_bytes(series, mask, mark):
         sources, pixels, "BINARY", [segment], series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(),
         series_number=1000 + int(first.get("SeriesNumber") or 0), instance_number=1, manufacturer="segment_volume.py",
         manufacturer_model_name="SAM 2.1", software_versions="2.1", device_serial_number="0",
-        omit_empty_frames=len(planes) < len(pixels),  # SimpleITK would stack the slices beside a gap without the gap
+        omit_empty_frames=len(planes) < len(pixels),  # not otherwise: SimpleITK closes the gaps that they leave
         content_label="SEGMENTATION", content_description=mark, content_creator_name="segment_volume^",
         series_description="SAM 2.1 segmentation")
     buffer = io.BytesIO()
@@ -414,7 +433,7 @@ def seg_bytes(series, mask, mark):
 
 
 def is_own_seg(path, mark):
-    """Whether a file is a DICOM SEG of seg_bytes() with this mark; programs replace the mark when they save an edit."""
+    """Whether seg_bytes() wrote a file with this mark. A program that saves an edited SEG replaces the mark."""
     try:
         return pydicom.dcmread(path, stop_before_pixels=True).ContentDescription == mark
     except Exception:  # pydicom raises many error types for a damaged file

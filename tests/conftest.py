@@ -1,6 +1,7 @@
 """Helpers of the tests: run a script as a user does, on a small SAM 2 and on small drawn images."""
 
 import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_CFG = ROOT / "demo" / "sam2_demo.yaml"  # the demo's model; here with random weights
+MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
 
 
 torch.set_num_threads(1)  # as in the scripts below: sums in another order differ in their bits
@@ -119,6 +121,12 @@ def kill_if_it_hangs(process, seconds=300):
 def display_width(text):
     """Columns that `text` takes on a terminal: a Korean letter takes two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def read_rows(path):
+    """The rows of a CSV file, a list of dicts."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_image(path, image):

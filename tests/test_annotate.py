@@ -93,7 +93,7 @@ def label(tmp_path, monkeypatch):
     return label
 
 
-def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_path, label, capsys):
+def test_labeling_writes_training_masks_and_a_second_run_shows_only_images_without_one(tmp_path, label, capsys):
     for number, name in enumerate("abcd"):
         image = draw_discs(tmp_path / f"images/{name}.jpg")
         image[0, :40] = 60 * number  # no two are the same image
@@ -115,7 +115,7 @@ def test_labelling_writes_masks_as_data_has_them_and_goes_on_where_it_ended(tmp_
     assert not stop.value.code and "4장 가운데 4장" in capsys.readouterr().out
 
 
-def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, label, capsys):
+def test_labeling_reports_an_unreadable_image_and_continues_with_the_next(tmp_path, label, capsys):
     for name in "ac":
         draw_discs(tmp_path / f"images/{name}.png")
     (tmp_path / "images/b.png").write_bytes(b"broken")
@@ -124,14 +124,14 @@ def test_labelling_reports_a_broken_image_and_goes_on(tmp_path, label, capsys):
     assert list(masks_in(tmp_path / "masks")) == ["a", "c"] and "images/b.png" in capsys.readouterr().err
 
 
-def test_the_log_takes_any_file_name(tmp_path):
+def test_the_annotation_log_accepts_any_file_name(tmp_path):
     for name in ("내 사진.png", "\udcff.png", "=a.png"):
         annotate.write_log_row(tmp_path / "log.csv", name, 1, 2.5, 0.5)
     _, *rows = (tmp_path / "log.csv").read_bytes().splitlines()
     assert rows == ["내 사진.png,1,2.5,0.5".encode(), b"\xff.png,1,2.5,0.5", b"'=a.png,1,2.5,0.5"]
 
 
-def test_labelling_refuses_what_would_mix_masks_up(tmp_path, label):
+def test_labeling_refuses_a_locked_or_shared_output_folder_and_images_with_equal_names(tmp_path, label):
     draw_discs(tmp_path / "images/a.png")
     with FileLock(tmp_path / "masks/.lock"), pytest.raises(SystemExit, match="이미 실행 중입니다"):
         label()
@@ -145,7 +145,7 @@ def test_labelling_refuses_what_would_mix_masks_up(tmp_path, label):
     assert stop.value.code == 2
 
 
-def test_annotate_of_earlier_versions_answers_with_the_new_command(tmp_path):
+def test_the_removed_flag_annotate_of_test_my_image_prints_the_new_command(tmp_path):
     draw_discs(tmp_path / "내 사진/a.png")
     done = run("test_my_image.py", "--image", "내 사진", "--annotate", "masks", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "python extras/annotate.py --images '내 사진' --output masks")
@@ -177,7 +177,7 @@ def title(window):
     return window.figure.canvas.manager.get_window_title()
 
 
-def test_an_image_opens_before_it_is_encoded_and_keeps_the_clicks(window, monkeypatch):
+def test_an_image_is_shown_before_it_is_encoded_and_clicks_on_it_are_kept(window, monkeypatch):
     assert "encoding" in window.status.get_text()
     shown = window.panels[0].images[0].get_array()
     assert shown[120, 120].tolist() != shown[15, 15].tolist()  # the disc is visible, in an image enlarged to 480 x 360
@@ -196,7 +196,7 @@ def test_an_image_opens_before_it_is_encoded_and_keeps_the_clicks(window, monkey
     assert (mask > 0).tolist() == masks[scores.argmax()].tolist()
 
 
-def test_the_worker_takes_clicks_first_then_the_next_image_then_the_rest():
+def test_the_worker_runs_clicks_first_then_the_next_image_then_background_jobs():
     worker, order, hold = window_module.Worker(), [], threading.Event()
     worker.add(window_module.BACKGROUND, hold.wait)
     for name, priority in (("rest", window_module.BACKGROUND), ("next", window_module.NEXT),
@@ -236,7 +236,7 @@ def test_clicks_stay_in_image_pixels_while_zoomed(window):
     assert window.panels[0].get_xlim() == (-0.5, 159.5)  # never beyond the image
 
 
-def test_a_color_belongs_to_an_object_number_in_every_panel_and_h_hides_masks(window):
+def test_an_object_has_the_same_color_in_both_panels_and_the_h_key_hides_masks(window):
     def color(place, panel):
         shown = window.panels[panel].images[0].get_array()
         scale = shown.shape[0] // 120
@@ -257,7 +257,7 @@ def test_a_color_belongs_to_an_object_number_in_every_panel_and_h_hides_masks(wi
     assert color((40, 40), 0) == first
 
 
-def test_the_window_tells_progress_what_is_missing_and_which_side_changes(window):
+def test_the_window_shows_progress_a_missing_mask_and_the_panel_that_a_number_key_changes(window):
     assert title(window) == "a.png (1/3)"
     settle(window)
     press(window.figure, "enter")
@@ -276,7 +276,7 @@ def test_the_window_tells_progress_what_is_missing_and_which_side_changes(window
     assert not plt.fignum_exists(window.figure.number) and window.path is None and not window.args.output.exists()
 
 
-def test_an_image_that_is_skipped_before_it_is_encoded_is_forgotten(window):
+def test_an_image_skipped_before_it_was_encoded_leaves_no_features_or_clicks(window):
     settle(window)
     hold = threading.Event()
     window.worker.add(window_module.CLICK, hold.wait)
@@ -289,7 +289,7 @@ def test_an_image_that_is_skipped_before_it_is_encoded_is_forgotten(window):
     assert [path.name for path in window.encoded] == ["c.png"]
 
 
-def test_an_image_is_read_once_so_that_its_file_may_vanish_while_it_is_open(window, tmp_path):
+def test_an_image_whose_file_is_deleted_while_it_is_open_can_still_be_labeled(window, tmp_path):
     settle(window)
     hold = threading.Event()
     window.worker.add(window_module.CLICK, hold.wait)
@@ -302,7 +302,7 @@ def test_an_image_is_read_once_so_that_its_file_may_vanish_while_it_is_open(wind
     assert window.path.name == "c.png" and window.objects()
 
 
-def test_what_was_pressed_after_the_last_enter_is_forgotten(window):
+def test_keys_and_clicks_after_enter_on_the_last_image_are_ignored(window):
     settle(window)
     for _ in range(2):
         press(window.figure, "s")
@@ -316,7 +316,7 @@ def test_what_was_pressed_after_the_last_enter_is_forgotten(window):
     assert window.error is None and list(masks_in(window.args.output)) == ["c"]
 
 
-def test_undo_reset_and_the_next_object(window):
+def test_undo_returns_to_a_finished_object_and_reset_clears_the_current_one(window):
     settle(window)
     click(window.figure, 40, 40)
     settle(window)
@@ -333,7 +333,7 @@ def test_undo_reset_and_the_next_object(window):
     assert window.current == ([], None, {}, None)
 
 
-def test_models_with_other_encoders_are_each_encoded(tmp_path, label):
+def test_models_with_different_encoders_do_not_share_features(tmp_path, label):
     draw_discs(tmp_path / "images/a.png")
     saved = torch.load(ROOT / "demo/sam2_demo.pt", weights_only=True)
     name = next(name for name in saved["model"] if name.startswith("image_encoder"))
@@ -371,7 +371,7 @@ annotate.run(annotate.main, "")
 """
 
 
-def test_real_window_labels_a_folder_skips_closes_and_goes_on(tmp_path, screen):
+def test_real_window_labels_and_skips_images_and_continues_after_closing(tmp_path, screen):
     for name in "abcd":
         draw_discs(tmp_path / f"images/{name}.png")
     folder = ("--images", "images", "--output", "masks", "--learn")
@@ -505,7 +505,7 @@ def test_real_window_suggestions_are_accepted_corrected_or_skipped(tmp_path, scr
         ("a.png", "0", 1), ("b.png", "1", pytest.approx(iou, abs=1e-4))]
 
 
-def test_a_suggestion_is_emptied_undone_and_shown_by_the_initial_model(window, monkeypatch):
+def test_a_suggestion_can_be_corrected_undone_removed_and_compared_with_the_initial_model(window, monkeypatch):
     monkeypatch.setattr(window.learner, "is_worth_showing", lambda: True)
     settle(window)
     suggestion = window.objects()[0].best("fine-tuned model")[1]
@@ -534,7 +534,7 @@ def test_a_suggestion_is_emptied_undone_and_shown_by_the_initial_model(window, m
     assert "ready" in window.status.get_text() and window.is_suggested  # nothing was found
 
 
-def test_a_step_starts_only_when_nothing_has_happened_for_a_while(window, monkeypatch):
+def test_a_learning_step_starts_only_while_the_user_is_idle_and_no_click_waits(window, monkeypatch):
     settle(window)
     asked, now = [], [100.0]
     window.learner.queued = 1

@@ -7,7 +7,6 @@
 | use | test_my_image.py --auto: masks, auto.csv, models that were not trained for it |
 """
 
-import csv
 import json
 import sys
 
@@ -16,21 +15,14 @@ import numpy as np
 import pytest
 import test_window
 import torch
-from conftest import SMALL_CFG, assert_fails_in_one_line, run, write_image
+from conftest import MODEL, SMALL_CFG, assert_fails_in_one_line, read_rows, run, write_image
 
 import test_my_image
 import train_sam2_proper
 
-MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
-
 
 def train(data, weights, *arguments, code=0):
     return run("train_sam2_proper.py", *MODEL, "--checkpoint", weights, "--workers", 0, *arguments, cwd=data, code=code)
-
-
-def read_rows(path):
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def with_empty(data):
     return data
 
 
-def test_images_without_an_object_are_drawn_for_no_prompt_only(with_empty):
+def test_images_without_an_object_are_sampled_only_for_examples_without_a_prompt(with_empty):
     folder = with_empty / "data"
     pairs = train_sam2_proper.find_pairs(folder / "images/train", folder / "masks/train")
     masks = train_sam2_proper.Masks(pairs, 1024, 100, keep_empty=True)
@@ -63,7 +55,7 @@ def test_images_without_an_object_are_drawn_for_no_prompt_only(with_empty):
     assert kinds == {"point", "points", "box", "none"} and drawn == {True: set(range(8)), False: set(range(6))}
 
 
-def test_no_prompt_is_the_point_that_sam2_gives(data, weights):
+def test_prediction_without_a_prompt_equals_that_of_sam2(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     predictor.set_image(train_sam2_proper.read_image(data / "data/images/val/pair_100.png"))
     features = predictor._features
@@ -75,7 +67,7 @@ def test_no_prompt_is_the_point_that_sam2_gives(data, weights):
     assert torch.equal(ours, expected[0]) and torch.equal(scores, expected[2])
 
 
-def test_an_empty_image_trains_the_object_score_only(with_empty, weights, monkeypatch):
+def test_an_image_without_an_object_trains_only_the_object_score(with_empty, weights, monkeypatch):
     monkeypatch.chdir(with_empty)
     monkeypatch.setattr(sys, "argv", ["train", *map(str, MODEL), "--checkpoint", str(weights), "--prompt", "none",
                                       "--batch-size", "2"])
@@ -90,7 +82,7 @@ def test_an_empty_image_trains_the_object_score_only(with_empty, weights, monkey
     assert all(weight.grad is None or not weight.grad.any() for weight in mask_weights.values())
 
 
-def test_validation_without_prompts_equals_the_comparison(with_empty, weights):
+def test_validation_without_prompts_equals_compare_models(with_empty, weights):
     done = train(with_empty, weights, "--prompt", "any", "--val-prompt", "none", "--iterations", 6, "--save-every", 3,
                  "--lr", "1e-3", "--batch-size", 2)
     assert "학습 이미지 중 객체가 없는 것 2장" in done.stdout and "검증 이미지 중 객체가 없는 것 2장" in done.stdout
@@ -105,7 +97,7 @@ def test_validation_without_prompts_equals_the_comparison(with_empty, weights):
     assert [row["object"] for row in rows] == [""] * 4
 
 
-def test_several_objects_are_one_target_without_a_prompt(data, weights):
+def test_without_a_prompt_all_objects_of_an_image_are_one_target(data, weights):
     for path in (data / "data/masks/val").iterdir():
         labels = cv2.imread(str(path), -1).astype(np.uint16)
         labels[:10, :10] = 7
@@ -118,7 +110,7 @@ def test_several_objects_are_one_target_without_a_prompt(data, weights):
     assert len(read_rows(data / "output/comparison/per_image.csv")) == 8
 
 
-def test_auto_segments_a_folder(with_empty, weights):
+def test_auto_writes_a_mask_a_figure_and_a_table_row_for_each_image(with_empty, weights):
     train(with_empty, weights, "--prompt", "any", "--iterations", 2)
     done = run("test_my_image.py", *MODEL, "--auto", "--image", "data/images/val", cwd=with_empty)
     assert "주의" not in done.stdout
@@ -151,7 +143,7 @@ def test_an_interrupted_run_keeps_the_rows_of_auto_csv(data, monkeypatch):
 
 
 @pytest.mark.parametrize("is_absent", [False, True])
-def test_an_image_in_which_nothing_is_found_has_no_mask_and_no_score(data, visible, monkeypatch, is_absent):
+def test_an_image_in_which_nothing_is_found_gets_empty_masks_with_score_0(data, visible, monkeypatch, is_absent):
     predictor = test_my_image.load_predictor(SMALL_CFG, visible, "cpu")
     predictor.set_image(test_my_image.read_image(data / "data/images/val/pair_100.png"))
     monkeypatch.setattr(test_my_image, "nothing_found", lambda model: is_absent)
@@ -161,7 +153,7 @@ def test_an_image_in_which_nothing_is_found_has_no_mask_and_no_score(data, visib
     assert test_my_image.segment(predictor, [(40, 30, 1)], None)[1].any()  # a click is always answered
 
 
-def test_auto_says_if_the_model_was_not_trained_for_it(data, weights):
+def test_auto_warns_if_the_model_was_not_trained_without_prompts(data, weights):
     train(data, weights, "--iterations", 1)
     done = run("test_my_image.py", *MODEL, "--auto", "--image", "data/images/val/pair_100.png", cwd=data)
     warning, = (line for line in done.stdout.splitlines() if line.startswith("주의"))
@@ -171,7 +163,7 @@ def test_auto_says_if_the_model_was_not_trained_for_it(data, weights):
     assert "--auto" in refused.stderr
 
 
-def test_a_folder_with_empty_masks_only_cannot_be_trained(data, weights):
+def test_training_refuses_a_folder_with_only_empty_masks(data, weights):
     for path in (data / "data/masks/train").iterdir():
         write_image(path, np.zeros((60, 80), np.uint8))
     assert_fails_in_one_line(train(data, weights, "--prompt", "any", code=1), "학습할 쌍이 없습니다")

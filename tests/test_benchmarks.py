@@ -12,7 +12,7 @@ import re
 from conftest import ROOT, SMALL_CFG, run
 
 
-def test_the_study_of_recipes_prints_a_row_for_each(data, weights):
+def test_the_study_of_recipes_prints_a_row_for_each_recipe(data, weights):
     done = run("benchmarks/study_recipes.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--passes", 16,
                "--seeds", 2, "--workers", 1, "--only",
                "original;reference;focal (x 20) + Dice;mixed;flips;mixed, neck too",

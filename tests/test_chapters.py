@@ -24,7 +24,7 @@ def test_scripts_above_300_lines_are_found():
 
 
 @pytest.mark.parametrize("script", WITH_CHAPTERS)
-def test_the_docstring_lists_the_banners_in_their_order(script):
+def test_the_docstring_lists_the_chapter_banners_in_order(script):
     source = SCRIPTS[script]
     _, listed = ast.get_docstring(ast.parse(source)).split("Chapters:\n")
     titles = [re.match(r"    (\S.*?)  +\S", line)[1] for line in listed.splitlines()]
@@ -34,6 +34,6 @@ def test_the_docstring_lists_the_banners_in_their_order(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_banners_have_one_form(script):
+def test_chapter_banners_have_one_form(script):
     lines = re.findall(r"^# *[-=#]{3,}.*", SCRIPTS[script], re.MULTILINE)
     assert not [line for line in lines if not re.fullmatch(r"# ---- \S.* ----", line)]

@@ -9,7 +9,6 @@
 """
 
 import base64
-import csv
 import html.parser
 import json
 import os
@@ -25,6 +24,7 @@ from conftest import (
     assert_fails_in_one_line,
     display_width,
     draw_pair,
+    read_rows,
     run,
     save_small_model,
     signal_at,
@@ -41,15 +41,10 @@ def compare(folder, weights, *arguments, **options):
                *arguments, cwd=folder, **options)
 
 
-def read_rows(folder):
-    with (folder / "per_image.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_box_pictures_and_tables_agree(trained, weights):
+def test_the_printed_box_the_summary_and_the_table_show_the_same_means(trained, weights):
     folder, _ = trained
     done = compare(folder, weights)
-    rows = read_rows(folder / "output/comparison")
+    rows = read_rows(folder / "output/comparison/per_image.csv")
     measures = ["original_iou", "finetuned_iou", "original_dice", "finetuned_dice", "original_boundary_f",
                 "finetuned_boundary_f"]
     assert list(rows[0]) == ["image", "object", *measures, "area", "size"]
@@ -77,12 +72,12 @@ def test_box_pictures_and_tables_agree(trained, weights):
     assert "한 번만 인코딩" in done.stdout
 
 
-def test_iou_is_that_of_the_best_scored_mask_for_the_middle_click(trained, weights):
+def test_iou_is_that_of_the_highest_scored_mask_for_the_middle_click(trained, weights):
     """Computed again here, with sam2's own predictor."""
     folder, _ = trained
     compare(folder, weights, "--output-dir", "again")
     predictor = compare_models.load_predictor(SMALL_CFG, folder / "output/sam2_best.pt", "cpu")
-    for row in read_rows(folder / "again"):
+    for row in read_rows(folder / "again/per_image.csv"):
         image = cv2.imread(str(folder / "data/images/val" / row["image"]))[..., ::-1].copy()
         gt_mask = cv2.imread(str(folder / "data/masks/val" / row["image"]), cv2.IMREAD_GRAYSCALE) > 127
         foreground = np.argwhere(gt_mask)
@@ -94,7 +89,7 @@ def test_iou_is_that_of_the_best_scored_mask_for_the_middle_click(trained, weigh
             (best & gt_mask).sum() / (best | gt_mask).sum(), abs=1e-5)
 
 
-def test_training_reports_exactly_the_iou_that_is_measured_here(trained, weights):
+def test_the_best_iou_that_training_reports_equals_that_of_the_comparison(trained, weights):
     folder, done = trained
     compared = compare(folder, weights, "--output-dir", "same")
     summary = json.loads((folder / "same/summary.json").read_text(encoding="utf-8"))
@@ -104,42 +99,42 @@ def test_training_reports_exactly_the_iou_that_is_measured_here(trained, weights
     assert f"검증 최고 IoU {shown}" in done.stdout
 
 
-def test_a_bare_state_dict_opens_and_numbers_are_flags(trained, weights):
+def test_a_bare_state_dict_opens_and_flags_limit_the_images_and_figures(trained, weights):
     folder, _ = trained
     torch.save(torch.load(folder / "output/sam2_best.pt", weights_only=True)["model"], folder / "bare.pt")
     done = compare(folder, weights, "--finetuned", "bare.pt", "--num-images", 2, "--num-visualize", 1,
                    "--prompt", "box", "--output-dir", "bare")
     summary = json.loads((folder / "bare/summary.json").read_text(encoding="utf-8"))
-    assert summary["num_images"] == len(read_rows(folder / "bare")) == 2 and summary["prompt"] == "box"
+    assert summary["num_images"] == len(read_rows(folder / "bare/per_image.csv")) == 2 and summary["prompt"] == "box"
     assert len(list((folder / "bare").glob("compare_*.png"))) == 1
     assert "이미지 2장, 객체 2개, 프롬프트 box" in done.stdout
 
 
-def test_models_with_different_encoders_are_encoded_apart(trained, weights, tmp_path):
+def test_models_with_different_encoders_are_encoded_separately(trained, weights, tmp_path):
     folder, _ = trained
     other = save_small_model(tmp_path / "other.pt", seed=1)
     done = compare(folder, weights, "--finetuned", other, "--output-dir", tmp_path)
     assert "모델마다 인코딩" in done.stdout
     reverse = tmp_path / "reverse"
     compare(folder, other, "--finetuned", weights, "--output-dir", reverse)
-    for one, two in zip(read_rows(tmp_path), read_rows(reverse)):
+    for one, two in zip(read_rows(tmp_path / "per_image.csv"), read_rows(reverse / "per_image.csv")):
         assert one["original_iou"] == two["finetuned_iou"] and one["finetuned_iou"] == two["original_iou"]
 
 
-def test_without_a_finetuned_model_it_says_what_to_run(data, weights):
+def test_a_missing_finetuned_model_names_the_training_script(data, weights):
     assert_fails_in_one_line(compare(data, weights, code=1), "output/sam2_best.pt", "train_sam2_proper.py")
 
 
-def test_a_broken_image_is_named(data, weights):
+def test_an_unreadable_image_is_named(data, weights):
     (data / "data/images/val/pair_101.png").write_bytes(b"broken")
     done = compare(data, weights, "--finetuned", weights, code=1)
     assert_fails_in_one_line(done, "pair_101.png")
 
 
-def test_empty_masks_are_left_out_and_counted(data, weights):
+def test_empty_masks_are_skipped_and_counted(data, weights):
     write_image(data / "data/masks/val/pair_100.png", np.zeros((60, 80), np.uint8))
     done = compare(data, weights, "--finetuned", weights)
-    assert "뺀 이미지: 1장" in done.stdout and len(read_rows(data / "output/comparison")) == 3
+    assert "뺀 이미지: 1장" in done.stdout and len(read_rows(data / "output/comparison/per_image.csv")) == 3
     assert "비교 그림 3장" in done.stdout and len(list((data / "output/comparison").glob("compare_*.png"))) == 3
     compare(data, weights, "--finetuned", weights, "--num-visualize", 2)  # the first would have been the empty one
     assert len(list((data / "output/comparison").glob("compare_*.png"))) == 2
@@ -154,7 +149,7 @@ def test_ctrl_c_ends_in_one_line(data, weights):
 
 # ----------------------------------------------------------------------------- measures
 
-def test_the_interval_is_that_of_scipys_bootstrap_over_images():
+def test_the_confidence_interval_equals_scipys_bootstrap_over_images():
     rng = np.random.default_rng(1)
     rows = [{"image": f"{image}.png", "original_iou": before, "finetuned_iou": before + rng.normal(0.1, 0.2)}
             for image in range(30) for before in rng.random(rng.integers(1, 6))]
@@ -171,7 +166,7 @@ def test_the_interval_is_that_of_scipys_bootstrap_over_images():
     assert own == compare_models.difference(rows)
 
 
-def test_one_image_has_no_interval():
+def test_one_image_has_no_confidence_interval():
     rows = [{"image": "a.png", "original_iou": 0.5, "finetuned_iou": 0.7}] * 3
     assert compare_models.difference(rows)["difference_pp_95"] is None
     assert "+20.0%p  " in compare_models.result_box(0.5, 0.7)
@@ -184,7 +179,7 @@ def square(top, left, side, shape=(10, 10)):
     return mask
 
 
-def test_boundary_f_is_the_value_computed_by_hand():
+def test_boundary_f_equals_the_value_computed_by_hand():
     """A 3 x 3 square has a ring of 12 boundary pixels; moved by 2, 8 of them lie within 1 pixel of the other ring."""
     assert compare_models.find_boundary(square(2, 2, 3)).sum() == 12
     assert compare_models.calculate_boundary_f(square(2, 4, 3), square(2, 2, 3)) == pytest.approx(8 / 12)
@@ -193,7 +188,7 @@ def test_boundary_f_is_the_value_computed_by_hand():
     assert compare_models.calculate_boundary_f(square(60, 60, 30, (600, 800)), large) == 0
 
 
-def test_boundary_f_without_a_boundary():
+def test_boundary_f_is_1_if_no_mask_has_a_boundary_and_0_if_only_one_has():
     nothing, everything = np.zeros((10, 10), bool), np.ones((10, 10), bool)
     assert compare_models.calculate_boundary_f(nothing, nothing) == 1
     assert compare_models.calculate_boundary_f(everything, everything) == 1
@@ -201,7 +196,7 @@ def test_boundary_f_without_a_boundary():
     assert compare_models.calculate_boundary_f(square(2, 2, 3), nothing) == 0
 
 
-def test_boundary_f_is_that_of_davis_by_dilation():
+def test_boundary_f_equals_that_of_davis():
     """DAVIS dilates each boundary by a disk; at the image's last row and column only the neighbor inside counts."""
     rng = np.random.default_rng(0)
     for height, width in ((1, 40), (60, 3), (90, 130), (300, 200)):
@@ -238,10 +233,10 @@ def add_classes(folder, classes):
     (folder / "data/classes.json").write_text(json.dumps(classes), encoding="utf-8")
 
 
-def test_classes_are_compared_one_by_one(data, weights):
+def test_the_comparison_reports_each_class_separately(data, weights):
     add_classes(data, {"1": "용종", "2": "unused", "12": "=tool"})
     done = compare(data, weights, "--finetuned", weights)
-    rows = read_rows(data / "output/comparison")
+    rows = read_rows(data / "output/comparison/per_image.csv")
     assert list(rows[0])[-1] == "class" and [row["class"] for row in rows] == ["용종", "'=tool"] * 4
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert {name: means["num_objects"] for name, means in summary["by_class"].items()} == {
@@ -256,14 +251,14 @@ def test_classes_are_compared_one_by_one(data, weights):
     assert "pair_100.png 12002 =tool" in page
 
 
-def test_a_value_without_a_class_is_refused_in_one_line(data, weights):
+def test_a_mask_value_whose_class_is_not_in_classes_json_is_refused(data, weights):
     add_classes(data, {"1": "polyp", "2": "tool"})
     done = compare(data, weights, "--finetuned", weights, code=1)
     assert_fails_in_one_line(done, "pair_100.png", "12002", "classes.json", "1, 2")
 
 
 @pytest.mark.parametrize("value, classes", [(1, {1: "polyp"}), (1000, {1: "polyp"}), (2001, {1: "polyp", 2: ""})])
-def test_values_that_do_not_fit_the_classes(tmp_path, value, classes):
+def test_mask_values_that_do_not_encode_a_named_class_and_a_number_are_refused(tmp_path, value, classes):
     write_image(tmp_path / "mask.png", np.array([[0, 1001, value]], np.uint16))
     with pytest.raises(SystemExit, match=f"mask.png: 값 {value}의"):
         compare_models.has_objects(tmp_path / "mask.png", classes)
@@ -271,7 +266,7 @@ def test_values_that_do_not_fit_the_classes(tmp_path, value, classes):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"polyp": 1}', "\xff"])
-def test_a_classes_file_of_another_form_is_named(tmp_path, content):
+def test_an_invalid_classes_json_is_named(tmp_path, content):
     (tmp_path / "classes.json").write_text(content, encoding="latin-1")
     with pytest.raises(SystemExit, match="classes.json.*polyp"):
         compare_models.read_classes(tmp_path / "masks/val")
@@ -315,7 +310,7 @@ def reported(tmp_path_factory, weights):
     return folder / "output/comparison"
 
 
-def test_the_report_needs_no_other_file_and_escapes_names(reported):
+def test_the_report_is_one_self_contained_file_and_escapes_names(reported):
     text = (reported / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert [tag for tag, _ in page.elements].count("script") == 1 and f"{HOSTILE} 1" in page.text
@@ -335,7 +330,7 @@ def test_the_report_shows_the_numbers_of_the_summary_and_of_the_table(reported):
     low, high = summary["difference_pp_95"]
     assert f"차이 {summary['difference_pp']:+.1f}%p (95%: {low:+.1f} … {high:+.1f})" in text
     assert f"평균 IoU {summary['original_iou']:.2%} → {summary['finetuned_iou']:.2%}" in text
-    for values in (summary, *read_rows(reported)):
+    for values in (summary, *read_rows(reported / "per_image.csv")):
         for measure in ("iou", "dice", "boundary_f"):
             before, after = (float(values[f"{model}_{measure}"]) for model in ("original", "finetuned"))
             assert f"{before:.2%} → {after:.2%}" in text
@@ -362,8 +357,9 @@ def test_the_report_sorts_and_filters_in_a_browser(reported, browser):
                   if item.is_displayed()] for tag in ("tr", "figure")]
         return found == [names, names]
 
-    after = {f"{row['image']} 1": float(row["finetuned_iou"]) for row in read_rows(reported)}
-    gain = {f"{row['image']} 1": after[f"{row['image']} 1"] - float(row["original_iou"]) for row in read_rows(reported)}
+    rows = read_rows(reported / "per_image.csv")
+    after = {f"{row['image']} 1": float(row["finetuned_iou"]) for row in rows}
+    gain = {f"{row['image']} 1": after[f"{row['image']} 1"] - float(row["original_iou"]) for row in rows}
     worst, loss, wait = sorted(after, key=after.get), sorted(gain, key=gain.get), WebDriverWait(browser, 60)
     browser.get((reported / "report.html").as_uri())
     assert shown(worst)
@@ -390,7 +386,7 @@ def test_the_report_shows_thin_objects_of_large_images():
     assert (np.abs(pixels - 128).max(2)[100:200, 350:500] < 10).all() and (blue - red)[100:200, 870:1020].min() > 40
 
 
-def test_of_many_objects_the_report_shows_the_worst_and_the_largest_changes(monkeypatch):
+def test_the_report_of_many_objects_shows_the_worst_and_the_largest_changes(monkeypatch):
     monkeypatch.setattr(compare_models, "draw_picture", lambda image, masks, results, number: f"{image} {number}")
     rng, rows, pictures = np.random.default_rng(0), [], {}
     for image in range(40):

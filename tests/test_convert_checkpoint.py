@@ -65,7 +65,7 @@ def demo(tmp_path_factory):
     return folder
 
 
-def test_there_and_back_gives_the_same_bits(tiny, demo):
+def test_converting_to_hugging_face_and_back_keeps_every_bit(tiny, demo):
     folder, printed = tiny
     assert_same_bits(load(folder / "tiny.pt"), load(folder / "back.pt"))
     assert printed.count("최대 차이") == 2 and "Sam2VideoModel도 같은 방식" in printed
@@ -78,7 +78,7 @@ def test_there_and_back_gives_the_same_bits(tiny, demo):
 
 
 @pytest.mark.parametrize("size", ["s", "b+", "l"])
-def test_the_weights_of_the_other_sizes_go_there_and_back(size):
+def test_weights_of_the_other_model_sizes_are_the_same_after_the_round_trip(size):
     model = instantiate(compose(config_name=f"configs/sam2.1/sam2.1_hiera_{size}.yaml").model, _recursive_=True)
     there = convert_checkpoint.huggingface_weights(model.state_dict())
     config = convert_checkpoint.huggingface_config(model)
@@ -86,7 +86,7 @@ def test_the_weights_of_the_other_sizes_go_there_and_back(size):
     assert_same_bits(model.state_dict(), convert_checkpoint.weights_from_huggingface(there))
 
 
-def test_the_image_size_is_the_one_of_the_training_and_replaced_files_are_named(tmp_path, monkeypatch, capsys):
+def test_the_image_size_of_training_is_kept_and_replaced_files_are_named(tmp_path, monkeypatch, capsys):
     torch.save({"model": load(DEMO), "image_size": 512}, tmp_path / "trained.pt")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("an older one")
@@ -98,7 +98,7 @@ def test_the_image_size_is_the_one_of_the_training_and_replaced_files_are_named(
     assert "파일을 바꿉니다: config.json\n" in printed
 
 
-def test_other_memory_channels_than_transformers_has_are_said_and_the_image_model_opens(tmp_path, monkeypatch, capsys):
+def test_other_memory_channels_than_64_are_reported_and_the_image_model_still_opens(tmp_path, monkeypatch, capsys):
     config = OmegaConf.load(SMALL_CFG)
     config.model.memory_encoder.out_dim = config.model.memory_encoder.position_encoding.num_pos_feats = 32
     config.model.memory_attention.layer.cross_attention.kv_in_dim = 32
@@ -111,7 +111,7 @@ def test_other_memory_channels_than_transformers_has_are_said_and_the_image_mode
     assert Sam2Model.from_pretrained(tmp_path / "hf").config.prompt_encoder_config.image_size == 256
 
 
-def test_the_config_holds_the_sizes_of_the_model(demo, tiny):
+def test_the_hugging_face_config_describes_the_architecture_of_the_model(demo, tiny):
     config = json.loads((demo / "hf" / "config.json").read_text())
     trunk = OmegaConf.load(SMALL_CFG).model.image_encoder.trunk
     backbone = config["vision_config"]["backbone_config"]
@@ -127,7 +127,7 @@ def test_the_config_holds_the_sizes_of_the_model(demo, tiny):
 
 
 @pytest.mark.parametrize("prompt", ["click", "box"])
-def test_sam2_model_gives_the_logits_of_sam2(demo, tiny, prompt):
+def test_the_image_model_of_transformers_gives_the_logits_of_sam2(demo, tiny, prompt):
     image = cv2.resize(draw_pair(0)[0], (SIDE, SIDE))  # the models' own size: sam2 and transformers resize differently
     point, box = [110.0, 140.0], [60.0, 70.0, 190.0, 200.0]
     for config, weights, folder in ((SMALL_CFG, DEMO, demo / "hf"),
@@ -149,7 +149,7 @@ def test_sam2_model_gives_the_logits_of_sam2(demo, tiny, prompt):
         assert np.abs(outputs.iou_scores[0, 0].numpy() - expected[1]).max() < 1e-4
 
 
-def test_sam2_video_model_gives_the_logits_of_sam2(tiny, tmp_path):
+def test_the_video_model_of_transformers_gives_the_logits_of_sam2(tiny, tmp_path):
     """A click on the first of four frames, tracked through the rest: memory encoder, memory attention, pointers."""
     folder = tiny[0]
     image = cv2.resize(draw_pair(0)[0], (SIDE, SIDE))
@@ -175,13 +175,13 @@ def test_sam2_video_model_gives_the_logits_of_sam2(tiny, tmp_path):
         assert np.abs(mask - logits).max() < 1e-3
 
 
-def test_the_pipeline_mask_generation_opens_the_folder(demo):
+def test_the_mask_generation_pipeline_of_transformers_opens_the_folder(demo):
     generate = pipeline("mask-generation", model=str(demo / "hf"), device="cpu")
     image = Image.fromarray(cv2.cvtColor(draw_pair(0)[0], cv2.COLOR_BGR2RGB))
     assert generate(image, points_per_crop=4, pred_iou_thresh=0, stability_score_thresh=0)["masks"]
 
 
-def test_an_image_model_without_memory_takes_it_from_the_original_checkpoint(demo, tmp_path, monkeypatch):
+def test_converting_an_image_model_back_needs_the_original_checkpoint_for_the_memory(demo, tmp_path, monkeypatch):
     model = Sam2Model.from_pretrained(demo / "hf")
     with torch.no_grad():
         model.mask_decoder.iou_token.weight += 1  # fine-tuned with transformers
@@ -236,7 +236,7 @@ def test_a_target_that_cannot_be_written_ends_in_one_line(tmp_path, demo, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_models_that_do_not_agree_are_not_written(tmp_path, monkeypatch):
+def test_a_converted_model_that_differs_from_the_original_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_checkpoint, "largest_difference", lambda predictor, folder: float("nan"))
     with pytest.raises(SystemExit, match="저장하지 않았습니다"):
         convert(monkeypatch, DEMO, tmp_path / "hf", "--model-cfg", SMALL_CFG)

@@ -26,7 +26,7 @@ def draw(folder, *arguments):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def test_demo_data_is_the_same_for_a_seed_and_another_for_another(tmp_path):
+def test_demo_data_depends_only_on_the_seed(tmp_path):
     one = draw(tmp_path / "one", "--train", 6, "--val", 2)
     assert len(one) == 16
     assert one == draw(tmp_path / "two", "--train", 6, "--val", 2)
@@ -43,7 +43,7 @@ def test_polyps_are_about_as_large_as_in_kvasir_seg(tmp_path):
     assert 0.08 < np.median(shares) < 0.17 and min(shares) > 0.003 and max(shares) < 0.81
 
 
-def test_demo_model_is_small_and_in_the_official_form():
+def test_demo_model_is_small_and_in_the_official_format():
     path = ROOT / "demo/sam2_demo.pt"
     assert path.stat().st_size < 20e6
     checkpoint = torch.load(path, weights_only=True)
@@ -84,7 +84,7 @@ def test_the_click_decides_which_object_the_demo_model_segments(tmp_path):
         assert (mask & disc).sum() / (mask | disc).sum() > 0.7
 
 
-def test_a_scene_is_the_same_for_a_seed_and_its_parts_lie_in_their_wholes():
+def test_a_scene_depends_only_on_the_seed_and_parts_of_objects_have_no_parts():
     with_parts = 0
     for seed in range(8):
         frames, labels, groups = draw_clip(np.random.default_rng(seed), 96, 1)
@@ -98,7 +98,7 @@ def test_a_scene_is_the_same_for_a_seed_and_its_parts_lie_in_their_wholes():
     assert with_parts
 
 
-def test_in_clips_things_move_and_some_leave():
+def test_objects_in_clips_move_and_some_leave_the_frame():
     left = moved = 0
     for seed in range(12):
         _, labels, groups = draw_clip(np.random.default_rng(seed), 64, np.arange(0, 32, 4))
@@ -109,7 +109,7 @@ def test_in_clips_things_move_and_some_leave():
     assert left and moved > 12
 
 
-def test_the_best_of_three_masks_counts_in_full_and_all_a_little():
+def test_the_mask_loss_weights_the_best_of_three_masks_fully_and_all_three_slightly():
     """Half of 8 x 8 pixels; one mask right, two inverted, logits 10 after division: BCE 10 and Dice 64/65 of these."""
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[:, :4] = True
@@ -119,7 +119,7 @@ def test_the_best_of_three_masks_counts_in_full_and_all_a_little():
     assert loss.item() == pytest.approx(0.2 * 2 / 3 * (4 * 10 + 64 / 65) + 0.1, abs=0.01)
 
 
-def test_grouping_loss_of_features_that_are_all_alike():
+def test_the_grouping_loss_of_identical_features_equals_the_value_computed_by_hand():
     """At distance 0 two cells lie on one thing with probability sigmoid(4): -log of it is 0.018, of the rest 4.018."""
     grouping = make_demo_model.Grouping(make_demo_model.build(256))
     for parameter in grouping.parameters():
@@ -130,7 +130,7 @@ def test_grouping_loss_of_features_that_are_all_alike():
     assert grouping(levels, a_thing_each).item() == pytest.approx(0.01815 / 256 + 4.01815 * 255 / 256, abs=1e-4)
 
 
-def test_box_prompts_stay_within_a_tenth_of_the_side_of_the_mask():
+def test_random_box_prompts_differ_from_the_mask_box_by_at_most_a_tenth_of_its_side():
     masks = torch.zeros(50, 64, 64, dtype=torch.bool)
     masks[:, 20:41, 10:51] = True
     boxes, labels = make_demo_model.box_prompt(masks)
@@ -139,7 +139,7 @@ def test_box_prompts_stay_within_a_tenth_of_the_side_of_the_mask():
     assert labels.tolist() == [[2, 3]] * 50 and boxes.std(0).min() > 0
 
 
-def test_training_goes_on_from_the_tracked_weights(tmp_path):
+def test_pretraining_continues_from_the_demo_weights_in_the_repository(tmp_path):
     """One step on each size; the parts that stills do not reach change as well."""
     resume = ("demo/make_demo_model.py", "--resume", "--scale", "0.0001", "--larger", 2, "--workers", 2)
     run(*resume, "--output", "new.pt", cwd=tmp_path)
@@ -151,7 +151,7 @@ def test_training_goes_on_from_the_tracked_weights(tmp_path):
     assert any(not torch.equal(new[name], old[name]) for name in new)
 
 
-def test_quick_evaluation_prints_every_figure(tmp_path):
+def test_quick_evaluation_prints_every_measure(tmp_path):
     done = run("demo/make_demo_model.py", "--evaluate", "--quick", cwd=tmp_path)
     figures = dict(re.findall(r"^([\w ]+): (\d\.\d{3})", done.stdout, re.MULTILINE))
     assert list(figures) == ["click IoU", "score error", "box IoU", "everything recall", "J", "absent recognised",

@@ -115,7 +115,7 @@ def predictor():
 
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal", "oblique"])
-def test_the_mask_is_that_of_the_same_volume_as_nifti_and_the_seg_lies_at_the_same_place(tmp_path, predictor, plane):
+def test_mask_and_seg_of_a_series_lie_where_the_mask_of_the_same_nifti_volume_lies(tmp_path, predictor, plane):
     """The affine of the NIfTI file is worked out by hand; the files of the series are in reversed order."""
     affine = grid(plane)
     paths = write_series(tmp_path / "ct", affine=affine, order=reversed(range(8)))
@@ -158,7 +158,7 @@ def places(mask, affine):
 
 
 @pytest.mark.parametrize("plane", PLANES)
-def test_a_series_lies_where_its_header_says(tmp_path, plane):
+def test_a_series_is_placed_by_its_header_whatever_its_plane_and_file_order(tmp_path, plane):
     write_series(tmp_path / "ct", affine=grid(plane), order=[3, 1, 7, 0, 2, 6, 5, 4])
     assert not assert_is_drawn(tmp_path / "ct", affine=grid(plane))
 
@@ -176,7 +176,7 @@ def test_a_tilted_gantry_is_kept_in_the_affine_and_reported(tmp_path):
 
 # ----------------------------------------------------------------------------- files
 
-def test_files_in_subfolders_without_suffix_beside_others_are_found(tmp_path, capsys):
+def test_slices_are_found_in_subfolders_without_a_suffix_and_among_other_files(tmp_path, capsys):
     first, *others = write_series(tmp_path / "cd/PA0/SE0", order=[3, 1, 7, 0, 2, 6, 5, 4], name="{}")
     shutil.copy(first, tmp_path / "cd/copy")
     (tmp_path / "cd/README.TXT").write_text("viewer")
@@ -201,7 +201,7 @@ def join(dataset, **values):
         setattr(dataset, name, value)
 
 
-def test_several_series_are_listed_and_echoes_of_one_are_told_apart(tmp_path, visible, monkeypatch):
+def test_several_series_are_listed_for_the_flag_series_and_echoes_are_separate_entries(tmp_path, visible, monkeypatch):
     for number, echo in enumerate((20, 80)):
         write_series(tmp_path / "mr", draw() + number, modality="MR", name=f"{echo}_{{}}",
                      change=lambda dataset, place, echo=echo: join(dataset, EchoTime=echo, InstanceNumber=echo + place))
@@ -290,7 +290,7 @@ def with_syntax(name):
     lambda dataset, _: dataset.pop("RescaleSlope"), overlay_in_high_bits,
     with_syntax("RLELossless"), with_syntax("JPEGLSLossless"), with_syntax("DeflatedExplicitVRLittleEndian"),
     with_syntax("ImplicitVRLittleEndian"), with_syntax("ExplicitVRBigEndian")])
-def test_values_are_those_that_were_stored(tmp_path, change):
+def test_voxels_have_the_real_values_for_every_way_of_storing_them(tmp_path, change):
     write_series(tmp_path / "ct", change=change)
     assert not assert_is_drawn(tmp_path / "ct")
 
@@ -312,7 +312,7 @@ def test_lookup_tables_missing_preambles_and_inverted_mr_are_read(tmp_path):
 @pytest.mark.parametrize("name", ["JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1",
                                   "JPEG2000", "JPEG2000Lossless", "JPEGLSLossless", "JPEGLSNearLossless",
                                   "RLELossless"])
-def test_the_compressions_that_scanners_and_archives_use_have_a_decoder(name):
+def test_every_common_dicom_compression_has_a_decoder(name):
     assert get_decoder(getattr(pydicom.uid, name)).is_available
 
 
@@ -339,7 +339,7 @@ def enhance(folder, shuffle=False):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_an_enhanced_file_is_read_and_its_seg_refers_to_its_frames(tmp_path, shuffle):
+def test_an_enhanced_multi_frame_file_is_read_and_its_seg_refers_to_its_frames(tmp_path, shuffle):
     enhanced = enhance(tmp_path, shuffle)
     assert not assert_is_drawn(tmp_path / "enhanced")
     image, _, series = read(tmp_path / "enhanced")
@@ -352,7 +352,7 @@ def test_an_enhanced_file_is_read_and_its_seg_refers_to_its_frames(tmp_path, shu
     assert referenced.ReferencedSOPInstanceUID == enhanced.SOPInstanceUID
 
 
-def test_the_rescaling_of_an_enhanced_file_may_be_outside_its_frames(tmp_path):
+def test_an_enhanced_file_may_store_slope_and_intercept_outside_its_frames(tmp_path):
     enhanced = enhance(tmp_path)
     del enhanced.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
     enhanced.RescaleSlope, enhanced.RescaleIntercept = 1, -1024
@@ -428,7 +428,7 @@ def test_an_enhanced_file_with_two_slices_at_one_position_is_refused(tmp_path):
         read(tmp_path / "enhanced")
 
 
-def test_what_may_be_wrong_is_reported(tmp_path):
+def test_wide_gaps_and_values_that_are_not_hounsfield_units_are_reported_but_no_rounding_errors(tmp_path):
     for path in write_series(tmp_path / "gaps")[1::2]:
         path.unlink()
     doubt, = read(tmp_path / "gaps")[1]
@@ -444,7 +444,7 @@ def test_what_may_be_wrong_is_reported(tmp_path):
     assert dicom_files.seg_bytes(jittered, np.ones(SHAPE, np.uint8), "mark")[128:132] == b"DICM"
 
 
-def test_a_series_without_frame_of_reference_gives_no_seg_but_the_mask(tmp_path, visible):
+def test_a_series_without_a_frame_of_reference_gives_the_mask_but_no_seg(tmp_path, visible):
     write_series(tmp_path / "ct", change=lambda dataset, _: dataset.pop("FrameOfReferenceUID"))
     done = segment(tmp_path, visible, "--point", "4,7,6", "--each-slice", "-o", "out", volume="ct")
     assert "주의: ct_seg.dcm: 쓰지 않았습니다" in done.stdout and "ct_seg.dcm" not in done.stdout.splitlines()[-1]
@@ -468,7 +468,7 @@ def test_the_test_files_of_pydicom_open_or_are_refused_in_one_line(tmp_path, cap
 
 # ----------------------------------------------------------------------------- privacy
 
-def test_nothing_from_the_patients_header_leaves_it_unless_asked(tmp_path, visible):
+def test_patient_data_appears_only_in_the_seg_unless_keep_patient_is_given(tmp_path, visible):
     write_series(tmp_path / "ct")
     arguments = "--point", "4,7,6", "--each-slice"
     done = segment(tmp_path, visible, *arguments, "-o", "out", volume="ct")
@@ -492,7 +492,7 @@ def test_nothing_from_the_patients_header_leaves_it_unless_asked(tmp_path, visib
     assert "--series와 --keep-patient는 DICOM에만 씁니다" in usage.stderr
 
 
-def test_the_seg_has_the_patients_name_in_any_character_set_and_nothing_that_it_does_not_need(tmp_path):
+def test_the_seg_has_the_patients_name_in_any_character_set_and_no_optional_patient_data(tmp_path):
     for encoding, name in ((["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"), (None, "Hong^Gildong"),
                            ("ISO_IR 192", "홍^길동")):  # Korea's usual one, none, UTF-8
         folder = tmp_path / f"{encoding}"

@@ -143,7 +143,7 @@ def named_flags(words):
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, WORKFLOW])
-def test_every_command_line_parses(document, monkeypatch):
+def test_every_command_line_in_a_document_parses(document, monkeypatch):
     lines = list(command_lines(document))
     assert len(lines) >= (4 if document == WORKFLOW else 10)
     monkeypatch.setattr(train_sam2_proper, "load_last", lambda _: {"settings": train_sam2_proper.CONFIG})  # of --resume
@@ -157,7 +157,7 @@ def test_every_command_line_parses(document, monkeypatch):
 
 
 @pytest.mark.parametrize("document", [GUIDE, EXTRAS_GUIDE])
-def test_flags_behind_a_script_are_its_own(document):
+def test_flags_after_the_name_of_a_script_belong_to_that_script(document):
     scripts = {Path(script).name: script for script in SCRIPTS}
     found = [match for line in code(document) if (match := re.match(r"(\w+\.py) (-.*)", line))]
     assert len(found) >= 3
@@ -166,7 +166,7 @@ def test_flags_behind_a_script_are_its_own(document):
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING, WORKFLOW])
-def test_every_make_pip_and_hf_command_has_what_it_names(document):
+def test_make_pip_and_hf_commands_name_existing_targets_files_and_repositories(document):
     targets = re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE)
     lines = code(document)
     made = [target for line in lines for target in re.findall(r"^make ([\w-]+)", line)]
@@ -178,7 +178,7 @@ def test_every_make_pip_and_hf_command_has_what_it_names(document):
             assert label_with_text.REPOSITORIES[found[2]] == found[1]
 
 
-def test_the_workflow_runs_the_scripts_tests_that_the_makefile_names():
+def test_the_ci_workflow_runs_the_test_files_that_the_makefile_names():
     names = re.search(r"^SCRIPT_TESTS := \$\(foreach name,([\w ]+),", text("Makefile"), re.MULTILINE)[1].split()
     command, = (line for line in code(WORKFLOW) if "-m pytest" in line)
     assert command.split()[3:] == [f"tests/test_{name}.py" for name in names]
@@ -186,7 +186,7 @@ def test_the_workflow_runs_the_scripts_tests_that_the_makefile_names():
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING])
-def test_every_flag_that_is_named_exists(document):
+def test_every_flag_that_a_document_names_exists(document):
     known = {flag for script in SCRIPTS for flag in help_of(script)} | {
         "--nproc-per-node", "--no-build-isolation", "--help", "--local-dir"}
     known = known.union(*(flags_in_source(path) for path, _ in command_lines(document) if path not in SCRIPTS))
@@ -195,13 +195,13 @@ def test_every_flag_that_is_named_exists(document):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_explained_where_its_script_is(script):
+def test_every_flag_is_explained_in_the_chapter_of_its_script(script):
     missing = help_of(script).keys() - named_flags(section(*SECTIONS[script]))
     assert not missing
 
 
 @pytest.mark.parametrize("document", [GUIDE, EXTRAS_GUIDE])
-def test_tables_of_options_hold_the_flags_of_their_scripts(document):
+def test_tables_of_options_list_only_flags_of_their_scripts(document):
     headings = {script: headings for script, (own, *headings) in SECTIONS.items() if own == document}
     rows = [(heading, row) for heading in set(sum(headings.values(), []))
             for row in options_in(section(document, heading))]
@@ -212,7 +212,7 @@ def test_tables_of_options_hold_the_flags_of_their_scripts(document):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_default_in_a_table_of_options_is_that_of_the_parser(script):
+def test_every_default_in_a_table_of_options_equals_that_of_the_parser(script):
     defaults = {flag: re.findall(r"기본: ([^()]+)\)", block)[-1:] for flag, block in help_of(script).items()}
     for row in options_in(section(*SECTIONS[script])):
         flags = [flag for flag in re.findall(r"`(--[\w-]+)", row["옵션"]) if flag in defaults]
@@ -235,7 +235,7 @@ def as_value(words):
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING])
-def test_every_file_that_is_named_exists_or_is_written_by_a_script(document):
+def test_every_file_that_a_document_names_exists_or_is_written_by_a_script(document):
     suffixes = "py|md|txt|pt|pth|png|jpg|yaml|json|csv|mp4|nii\\.gz|safetensors"
     named = set(re.findall(rf"[`(]((?:[\w.*-]+/)*(?:[\w.*-]+/|[\w.*+-]+\.(?:{suffixes})))[`)]", text(document)))
     named |= {name for line in re.findall(r"^[├└]── (.*?)(?:  |$)", text(document), re.MULTILINE)
@@ -262,7 +262,7 @@ def is_written(name):
     return WRITTEN.fullmatch(name) or not name.endswith("/") and any(words in SOURCES for words in quoted)
 
 
-def test_prompts_as_the_guide_shows_them_are_read(tmp_path):
+def test_the_prompts_json_shown_in_the_guide_is_read(tmp_path):
     shown = re.search(r"```json\n(.*?)```", text(EXTRAS_GUIDE), re.DOTALL)[1]
     (tmp_path / "prompts.json").write_text(shown)
     assert track_video.read_prompts(tmp_path / "prompts.json").keys() == {
@@ -270,7 +270,7 @@ def test_prompts_as_the_guide_shows_them_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("document", [GUIDE, EXTRAS_GUIDE])
-def test_what_the_python_examples_import_is_there(document):
+def test_every_import_of_the_python_examples_exists(document):
     imported = 0
     for block in re.findall(r"```python\n(.*?)```", text(document), re.DOTALL):
         if block.startswith('"'):  # settings, see below
@@ -290,20 +290,20 @@ def test_every_message_that_the_extras_guide_quotes_is_in_a_script():
         assert message in joined, message
 
 
-def test_what_scripts_write_is_named_in_their_source():
+def test_every_output_file_that_the_guide_names_is_named_in_a_script():
     sources = "".join((ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS if "/" not in script)
     for name in re.findall(r"`output/([\w.]+)`", text("SAM2_FINETUNING_GUIDE.md")):
         assert name in sources
 
 
-def test_every_setting_that_is_quoted_is_that_of_config():
+def test_every_setting_quoted_in_the_guide_equals_that_of_config():
     quoted = re.findall(r'^"(\w+)": (.+),$', text("SAM2_FINETUNING_GUIDE.md"), re.MULTILINE)
     assert len(quoted) >= 8
     for name, value in quoted:
         assert train_sam2_proper.CONFIG[name] == ast.literal_eval(value), name
 
 
-def test_the_flags_of_a_recipe_are_those_that_the_guide_shows(monkeypatch):
+def test_the_guide_shows_the_flags_of_each_recipe(monkeypatch):
     shown, = (line for line in code(GUIDE) if line.startswith("--dice-weight") and "--save-every" in line)
 
     def settings(*flags):
@@ -338,7 +338,7 @@ def test_torch_is_new_enough_for_what_the_documents_promise_about_checkpoints():
     assert f"torch {named}\n  or newer" in text("SECURITY.md") and f"torch는 {named} 이상" in text(GUIDE)
 
 
-def test_no_message_has_a_particle_right_after_a_value():
+def test_no_message_has_a_korean_particle_right_after_a_value():
     """Whether 은 or 는 is right depends on how the value ends, which the code does not know."""
     block = text("train_sam2_proper.py").split("# ---- shared block")[1]
     kept = set(particles_after_values(block.partition("\n")[2]))
@@ -362,14 +362,14 @@ def pitfall(number):
     return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
 
 
-def test_a_config_is_found_by_its_whole_name_only_as_the_guide_shows():
+def test_a_config_opens_only_by_its_full_name_as_the_guide_shows():
     short_name, whole_name = pitfall("7.3").strip().splitlines()
     with pytest.raises(MissingConfigException):
         exec(short_name, {"build_sam2": build_sam2})
     exec(whole_name, {"build_sam2": build_sam2})
 
 
-def test_nothing_is_learnt_through_predict_and_something_through_features_as_the_guide_shows(weights):
+def test_gradients_flow_through_predict_masks_but_not_through_predict_as_the_guide_shows(weights):
     through_predict, through_features = pitfall("7.5").split("\n\n")
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     predictor.set_image(draw_pair(0)[0])
@@ -383,7 +383,7 @@ def test_nothing_is_learnt_through_predict_and_something_through_features_as_the
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, BENCHMARKS, CONTRIBUTING, "CHANGELOG.md"])
-def test_links_inside_the_repository_lead_somewhere(document):
+def test_links_inside_the_repository_have_a_target(document):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(document)):
         assert ((ROOT / document).parent / target).exists(), target
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text(document)):

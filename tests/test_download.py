@@ -134,7 +134,7 @@ def assert_whole(folder):
     assert not list(folder.glob("*.part"))
 
 
-def test_local_archive_becomes_data(tmp_path, archive):
+def test_a_local_zip_becomes_the_data_folder_and_a_second_run_changes_nothing(tmp_path, archive):
     run("download_dataset.py", "--zip", archive, cwd=tmp_path)
     assert_whole(tmp_path)
     assert archive.is_file()
@@ -144,7 +144,7 @@ def test_local_archive_becomes_data(tmp_path, archive):
     assert (tmp_path / "data/masks/train/kvasir_00.png").stat().st_mtime_ns == before
 
 
-def test_download_once_and_never_again(tmp_path, archive, server):
+def test_another_split_needs_no_second_download(tmp_path, archive, server):
     server.content = archive.read_bytes()
     run("download_dataset.py", "--url", server.url, cwd=tmp_path)
     assert_whole(tmp_path)
@@ -154,7 +154,7 @@ def test_download_once_and_never_again(tmp_path, archive, server):
     assert count(tmp_path / "data/images/val") == count(tmp_path / "data/masks/val") == 5
 
 
-def test_keep_zip_and_data_dir(tmp_path, archive, server):
+def test_keep_zip_keeps_the_archive_and_data_dir_chooses_the_folder(tmp_path, archive, server):
     server.content = archive.read_bytes()
     run("download_dataset.py", "--url", server.url, "--keep-zip", "--data-dir", "polyps", "--shuffle-seed", "1",
         cwd=tmp_path)
@@ -162,14 +162,14 @@ def test_keep_zip_and_data_dir(tmp_path, archive, server):
     assert count(tmp_path / "polyps/images/train") == 8 and not (tmp_path / "data").exists()
 
 
-def test_an_archive_that_lies_here_is_used_and_kept(tmp_path, archive, server):
+def test_an_archive_already_in_the_folder_is_used_without_a_download_and_kept(tmp_path, archive, server):
     (tmp_path / "kvasir-seg.zip").write_bytes(archive.read_bytes())
     run("download_dataset.py", "--url", server.url, cwd=tmp_path)
     assert_whole(tmp_path)
     assert server.requests == [] and (tmp_path / "kvasir-seg.zip").is_file()
 
 
-def test_cut_off_download_goes_on_where_it_stopped(tmp_path, archive, server):
+def test_an_interrupted_download_continues_at_the_byte_where_it_stopped(tmp_path, archive, server):
     server.content = archive.read_bytes()
     server.cuts = [20000, 9000]
     done = run("download_dataset.py", "--url", server.url, cwd=tmp_path)
@@ -178,7 +178,7 @@ def test_cut_off_download_goes_on_where_it_stopped(tmp_path, archive, server):
     assert_whole(tmp_path)
 
 
-def test_after_three_tries_it_gives_up_and_a_second_run_finishes(tmp_path, archive, server):
+def test_a_download_fails_after_three_tries_and_a_second_run_finishes_it(tmp_path, archive, server):
     server.content = archive.read_bytes()
     server.cuts = [9000, 9000, 9000]
     done = run("download_dataset.py", "--url", server.url, cwd=tmp_path, code=1)
@@ -189,7 +189,7 @@ def test_after_three_tries_it_gives_up_and_a_second_run_finishes(tmp_path, archi
     assert_whole(tmp_path)
 
 
-def test_member_with_a_wrong_crc_is_not_accepted(tmp_path, archive):
+def test_an_archive_member_with_a_wrong_crc_is_refused(tmp_path, archive):
     content = bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as file:
         member = file.infolist()[4]
@@ -200,7 +200,7 @@ def test_member_with_a_wrong_crc_is_not_accepted(tmp_path, archive):
     assert not (tmp_path / "Kvasir-SEG").exists()
 
 
-def test_hostile_members_stay_inside_and_are_no_links(tmp_path, archive):
+def test_archive_members_with_hostile_paths_stay_in_the_folder_and_create_no_links(tmp_path, archive):
     """unpack() relies on ZipFile.extract for this: nothing is written outside, and no link is created."""
     link = zipfile.ZipInfo("Kvasir-SEG/images/link.jpg")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -226,7 +226,7 @@ def test_hostile_members_stay_inside_and_are_no_links(tmp_path, archive):
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
-def test_archive_of_something_else_is_refused(tmp_path):
+def test_a_local_archive_without_images_and_masks_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("readme.txt", "hello")
     done = run("download_dataset.py", "--zip", "other.zip", cwd=tmp_path, code=1)
@@ -235,7 +235,7 @@ def test_archive_of_something_else_is_refused(tmp_path):
     assert_fails_in_one_line(run("download_dataset.py", "--zip", "page.zip", cwd=tmp_path, code=1), "page.zip")
 
 
-def test_a_folder_of_the_users_own_is_not_replaced(tmp_path, archive):
+def test_a_kvasir_seg_folder_with_the_users_own_files_is_not_replaced(tmp_path, archive):
     write_image(tmp_path / "Kvasir-SEG/images/mine.jpg", np.zeros((4, 4), np.uint8))
     done = run("download_dataset.py", "--zip", archive, cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "Kvasir-SEG")
@@ -254,7 +254,7 @@ def download_again(tmp_path, archive, server):
     assert left <= {"source", "data", "Kvasir-SEG", ".Kvasir-SEG.lock"}  # no .part, no .zip
 
 
-def test_a_server_without_range_sends_all_again(tmp_path, archive, server):
+def test_a_server_without_range_requests_sends_the_whole_file_again(tmp_path, archive, server):
     server.content, server.ranges, server.cuts = archive.read_bytes(), False, [700]
     run("download_dataset.py", "--url", server.url, cwd=tmp_path)
     assert server.requests == [None, "bytes=700-"]
@@ -262,7 +262,7 @@ def test_a_server_without_range_sends_all_again(tmp_path, archive, server):
 
 
 @pytest.mark.parametrize("wrong", [-100, 100], ids=["too short", "too long"])
-def test_a_wrong_content_length_is_noticed(tmp_path, archive, server, wrong):
+def test_a_download_with_a_wrong_content_length_is_refused(tmp_path, archive, server, wrong):
     server.content = archive.read_bytes()
     server.length = len(server.content) + wrong
     done = run("download_dataset.py", "--url", server.url, cwd=tmp_path, code=1)
@@ -271,14 +271,14 @@ def test_a_wrong_content_length_is_noticed(tmp_path, archive, server, wrong):
     download_again(tmp_path, archive, server)
 
 
-def test_what_is_not_there_is_asked_for_once(tmp_path, archive, server):
+def test_a_404_answer_is_not_retried(tmp_path, archive, server):
     server.codes = [404] * 5
     assert_fails_in_one_line(run("download_dataset.py", "--url", server.url, cwd=tmp_path, code=1), "404")
     assert len(server.requests) == 1
     download_again(tmp_path, archive, server)
 
 
-def test_a_server_that_recovers_is_asked_again(tmp_path, archive, server):
+def test_a_server_error_is_retried(tmp_path, archive, server):
     server.content, server.codes = archive.read_bytes(), [500, 503]
     done = run("download_dataset.py", "--url", server.url, cwd=tmp_path)
     assert "500" in done.stdout and "503" in done.stdout and len(server.requests) == 3
@@ -292,7 +292,7 @@ def test_a_redirect_is_followed(tmp_path, archive, server):
     assert_whole(tmp_path)
 
 
-def test_a_redirect_to_no_address_ends_in_one_line(tmp_path, server, monkeypatch):
+def test_a_redirect_to_an_invalid_address_ends_in_one_line(tmp_path, server, monkeypatch):
     server.codes, server.location = [302] * 3, "http://["
     monkeypatch.setattr(download_dataset, "WAIT", 0)
     with pytest.raises(SystemExit, match="받지 못했습니다"):
@@ -318,7 +318,7 @@ def test_a_redirect_from_https_to_https_is_followed(tmp_path, archive, secure_se
     assert_whole(tmp_path)
 
 
-def test_an_endless_slow_drip_is_given_up(tmp_path, monkeypatch):
+def test_a_download_that_is_too_slow_is_given_up(tmp_path, monkeypatch):
     """On a simulated clock, every byte takes a second."""
     class Drip:
         read = read1 = staticmethod(lambda size: b"x")
@@ -331,7 +331,7 @@ def test_an_endless_slow_drip_is_given_up(tmp_path, monkeypatch):
     assert 0 < len(file.getvalue()) < 100
 
 
-def test_silence_is_given_up(tmp_path, server, monkeypatch, capsys):
+def test_a_server_that_sends_nothing_is_given_up_after_three_timeouts(tmp_path, server, monkeypatch, capsys):
     server.content, server.silent = bytes(10), True
     monkeypatch.setattr(download_dataset, "TIMEOUT", (60, 0.1))
     monkeypatch.setattr(download_dataset, "WAIT", 0)
@@ -386,7 +386,7 @@ def test_a_web_page_instead_of_an_archive_is_refused(tmp_path, archive, server):
 
 
 @pytest.mark.parametrize("kind", broken_archives())
-def test_an_archive_that_is_not_what_it_should_be_is_refused(tmp_path, archive, server, kind):
+def test_a_damaged_or_unsuitable_archive_is_refused_with_the_reason(tmp_path, archive, server, kind):
     change, word = broken_archives()[kind]
     (tmp_path / "source/bad.zip").write_bytes(change(archive.read_bytes()))
     done = run("download_dataset.py", "--zip", "source/bad.zip", cwd=tmp_path, code=1)
@@ -395,7 +395,7 @@ def test_an_archive_that_is_not_what_it_should_be_is_refused(tmp_path, archive, 
     download_again(tmp_path, archive, server)
 
 
-def test_an_archive_of_something_else_from_a_server_is_not_kept(tmp_path, archive, server):
+def test_a_downloaded_archive_without_images_and_masks_is_deleted(tmp_path, archive, server):
     server.content = EMPTY_ZIP
     done = run("download_dataset.py", "--url", server.url, "--keep-zip", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "images와 masks", "kvasir-seg.zip")
@@ -410,14 +410,14 @@ def test_an_untrusted_certificate_is_refused(tmp_path, archive, secure_server):
     assert not list(tmp_path.glob("*.zip*"))
 
 
-def test_a_secure_connection_that_fails_otherwise_is_tried_again(tmp_path, server):
+def test_a_tls_error_other_than_an_untrusted_certificate_is_retried(tmp_path, server):
     url = server.url.replace("http:", "https:")  # the server uses plain HTTP
     done = run("download_dataset.py", "--url", url, cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "네트워크")
     assert done.stdout.count("보안 연결") == 3
 
 
-def test_no_network_at_all(tmp_path):
+def test_without_a_network_the_download_fails_in_one_line(tmp_path):
     done = run("download_dataset.py", "--url", "http://127.0.0.1:9/x.zip", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "네트워크")
     assert "연결할 수 없거나" in done.stdout
@@ -429,7 +429,7 @@ def test_no_network_at_all(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="no RLIMIT_FSIZE")
 @pytest.mark.parametrize("owner, step", [("requests", "get"), ("zipfile.ZipFile", "extract"), ("subprocess", "run")],
                          ids=["downloading", "unpacking", "preparing"])
-def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(tmp_path, archive, server, owner, step):
+def test_a_full_disk_at_any_step_ends_in_one_line_and_loses_nothing(tmp_path, archive, server, owner, step):
     """From that step on no file can grow beyond 2,000 bytes, as on a full disk, which only root could mount."""
     server.content = archive.read_bytes()
     limit = f"""
@@ -459,7 +459,7 @@ def test_ctrl_c_at_any_step_ends_in_one_line_and_loses_nothing(tmp_path, archive
 
 
 @pytest.mark.parametrize("keep", [[], ["--keep-zip"]], ids=["deleted", "kept"])
-def test_stopped_after_any_of_its_steps_it_leaves_and_loses_nothing(tmp_path, archive, server, monkeypatch, keep):
+def test_after_a_stop_at_any_step_a_second_run_downloads_nothing_again(tmp_path, archive, server, monkeypatch, keep):
     """Runs in this process, so that Ctrl-C comes exactly after the first step, after the second, and so on."""
     server.content = archive.read_bytes()
     monkeypatch.setattr(sys, "argv", ["download_dataset.py", "--url", server.url, *keep])
@@ -505,7 +505,7 @@ def test_stopped_after_any_of_its_steps_it_leaves_and_loses_nothing(tmp_path, ar
         assert {path.name for path in folder.iterdir()} == {"Kvasir-SEG", *(["kvasir-seg.zip"] if keep else [])}
 
 
-def test_of_two_downloads_at_once_the_second_is_refused(tmp_path, archive, server):
+def test_the_second_of_two_simultaneous_downloads_is_refused(tmp_path, archive, server):
     server.content = archive.read_bytes()
     with FileLock(tmp_path / ".Kvasir-SEG.lock"):
         done = run("download_dataset.py", "--url", server.url, cwd=tmp_path, code=1)

@@ -78,7 +78,7 @@ def test_the_files_agree_with_torch_and_have_the_layout_of_samexporter(exported)
     assert [name for name, _ in results] == ["masks", "iou_predictions"]
 
 
-def test_the_guides_lines_segment_without_torch_as_test_my_image_does(exported):
+def test_the_code_in_the_guide_segments_without_torch_as_test_my_image_does(exported):
     folder, _ = exported
     image, _ = make_demo_data.draw_image(np.random.default_rng(0))
     image = cv2.resize(image, (640, 480))[..., ::-1]
@@ -96,7 +96,7 @@ def test_the_guides_lines_segment_without_torch_as_test_my_image_does(exported):
     assert (ours != theirs).mean() < 1e-4
 
 
-def test_prompts_of_every_number_give_the_masks_of_torch(exported):
+def test_any_number_of_points_boxes_and_masks_gives_the_logits_of_torch(exported):
     encoder, decoder = open_files(exported[0] / "onnx")
     predictor = load_predictor(SMALL_CFG, DEMO, "cpu")
     rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def test_prompts_of_every_number_give_the_masks_of_torch(exported):
         assert difference < 1e-3
 
 
-def test_own_configs_and_trained_image_sizes_are_exported(tmp_path, monkeypatch, capsys):
+def test_a_custom_config_and_the_image_size_of_training_are_exported(tmp_path, monkeypatch, capsys):
     config = OmegaConf.load(SMALL_CFG)
     config.model.directly_add_no_mem_embed = False
     OmegaConf.save(config, tmp_path / "own.yaml")
@@ -154,7 +154,7 @@ def test_configs_without_high_resolution_features_are_refused(tmp_path, monkeypa
         export(monkeypatch, tmp_path / "own.pt", tmp_path / "onnx", "--model-cfg", tmp_path / "own.yaml")
 
 
-def test_int8_is_smaller_and_replaced_files_are_named(exported, no_export, tmp_path, monkeypatch, capsys):
+def test_int8_shrinks_the_encoder_and_replaced_files_are_named(exported, no_export, tmp_path, monkeypatch, capsys):
     target = tmp_path / "sam2_demo.encoder.onnx"
     target.write_bytes(b"an older one")
     export(monkeypatch, DEMO, tmp_path, "--model-cfg", SMALL_CFG, "--int8")
@@ -195,7 +195,7 @@ def test_empty_weights_are_stored_as_fp16(tmp_path):
     assert onnx.load(tmp_path / "empty.onnx").graph.initializer[0].data_type == onnx.TensorProto.FLOAT16
 
 
-def test_errors_end_in_one_line(tmp_path, monkeypatch, capsys):
+def test_errors_end_in_one_line_and_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     assert_fails_in_one_line(run(SCRIPT, DEMO, "file/onnx", "--model-cfg", SMALL_CFG, cwd=tmp_path, code=1), "file")

@@ -5,9 +5,9 @@
 | losses, IoU | of one mask, all masks, several prompts |
 | prompts | middle, random and correcting clicks, boxes, parsing |
 | splits, names, tables | shuffling, result names, CSV cells, learning rates |
-| masks | reducing objects, numbered masks, colors, run lengths |
+| masks | reducing objects, numbered masks, colors, RLE |
 | images | kinds, depth, orientation, files that are refused |
-| devices, environment | devices that are missing, package versions, output that is no terminal |
+| devices, environment | devices that are missing, package versions, notebooks |
 """
 
 import argparse
@@ -59,7 +59,7 @@ def loss_of(count, **options):
     return loss.item(), iou.item()
 
 
-def test_loss_of_the_reference_by_hand():
+def test_loss_of_the_reference_recipe_by_hand():
     loss, iou = loss_of(1)
     assert iou == pytest.approx(1 / 2, abs=1e-6)
     assert loss == pytest.approx(ENTROPY[0] + 0.05 * abs(0.8 - 0.5), abs=1e-6)
@@ -95,7 +95,7 @@ def test_loss_of_several_prompts_is_their_mean():
     assert iou.item() == pytest.approx(3 / 4, abs=1e-6)
 
 
-def test_loss_of_a_sure_and_wrong_pixel_is_finite():
+def test_loss_of_a_confidently_wrong_pixel_is_finite():
     loss, _ = train_sam2_proper.training_loss(torch.tensor([[[[200.0]]]]), torch.tensor([[0.0]]), torch.zeros(1, 1, 1))
     assert loss.item() == pytest.approx(-math.log(1e-5), rel=1e-3)
 
@@ -128,7 +128,7 @@ def test_the_next_click_lies_deepest_inside_the_largest_error():
     assert point.tolist() == [[5, 5]] and label == 1
 
 
-def test_an_error_at_the_border_of_the_image_is_no_deeper_than_its_pixels():
+def test_an_error_at_the_image_border_is_clicked_in_the_middle_of_its_pixels():
     gt_mask = np.zeros((10, 10), bool)
     gt_mask[:3] = True
     point, label = compare_models.error_click(np.zeros_like(gt_mask), gt_mask)
@@ -155,7 +155,7 @@ def test_random_boxes_lie_around_the_mask_and_inside_the_image():
     assert y1.min() == 0
 
 
-def test_further_clicks_fall_on_errors_with_the_label_that_corrects_them():
+def test_correcting_clicks_fall_on_errors_with_the_label_that_corrects_them():
     gt_mask, predicted = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     gt_mask[2:9, 2:9] = True
     rng = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def test_further_clicks_fall_on_errors_with_the_label_that_corrects_them():
     assert gt_mask[int(y), int(x)] and label == 1
 
 
-def test_without_a_generator_prompts_are_those_of_the_comparison():
+def test_prompts_without_a_random_generator_equal_those_of_compare_models():
     rng = np.random.default_rng(0)
     for _ in range(50):
         gt_mask, predicted = (cv2.blur(rng.random((30, 40)), (9, 9)) > 0.5 for _ in range(2))
@@ -184,7 +184,7 @@ def test_without_a_generator_prompts_are_those_of_the_comparison():
             assert point.dtype == train_sam2_proper.correcting_click(mask, gt_mask, rng)[0].dtype == np.float32
 
 
-def test_mixed_prompts_take_turns():
+def test_mixed_prompts_alternate_between_point_points_and_box():
     assert [compare_models.prompt_kind("mixed", number) for number in range(4)] == ["point", "points", "box", "point"]
     assert [compare_models.prompt_kind("box", number) for number in range(2)] == ["box", "box"]
 
@@ -204,7 +204,7 @@ def test_learning_rate_follows_the_scheduler():
     assert learning_rates("cosine", warmup=4) == pytest.approx([a * b for a, b in zip(warm, half_wave)])
 
 
-def test_box_lines_up_for_every_value():
+def test_the_printed_result_box_is_aligned_for_every_value():
     for original, finetuned in ((0.6592, 0.8333), (1.0, 0.0), (0.0, 1.0), (0.051, 0.049)):
         lines = compare_models.result_box(original, finetuned).splitlines()
         assert {display_width(line) for line in lines} == {43}
@@ -212,7 +212,7 @@ def test_box_lines_up_for_every_value():
     assert "-100.0%p" in compare_models.result_box(1.0, 0.0)  # a drop is shown as a drop
 
 
-def test_a_file_name_in_a_table_is_no_formula_of_a_spreadsheet():
+def test_file_names_in_csv_tables_are_not_read_as_formulas():
     for name in ("=cmd|' /C calc'!A0.png", "+1.png", "-1.png", "@SUM(A1).png", "\t=1.png", "\r=1.png"):
         assert compare_models.text_cell(name) == f"'{name}"
     for name in ("a=1.png", "'=1.png", "용종.png"):
@@ -221,13 +221,13 @@ def test_a_file_name_in_a_table_is_no_formula_of_a_spreadsheet():
 
 @pytest.mark.parametrize("count, ratio, train, val", [(1000, 0.2, 800, 200), (10, 0.2, 8, 2), (3, 0.2, 2, 1),
                                                       (2, 0.2, 2, 0), (7, 0.5, 3, 4), (5, 0.0, 5, 0)])
-def test_split_takes_the_first_names_to_train(count, ratio, train, val):
+def test_the_split_takes_the_first_names_for_training(count, ratio, train, val):
     names = [f"{number:04}" for number in range(count)]
     splits = prepare_data.split_names({name: name for name in reversed(names)}, ratio, None)
     assert splits == {"train": names[:train], "val": names[train:]} and len(splits["val"]) == val
 
 
-def test_shuffled_split_is_another_one_and_the_same_every_time():
+def test_a_shuffled_split_differs_from_the_sorted_one_and_is_reproducible():
     names = {f"{number:04}": f"{number:04}" for number in range(50)}
     first = prepare_data.split_names(names, 0.2, 7)
     assert first == prepare_data.split_names(dict(reversed(names.items())), 0.2, 7)
@@ -244,7 +244,7 @@ def test_points_are_parsed():
             parse(wrong)
 
 
-def test_boxes_are_parsed_and_put_in_order():
+def test_boxes_are_parsed_and_their_corners_sorted():
     assert test_my_image.parse_boxes("30,5,10,25") == [[10, 5, 30, 25]]
     assert test_my_image.parse_boxes("1,2,3,4; 5,6,7,8;") == [[1, 2, 3, 4], [5, 6, 7, 8]]
     for wrong in ("", "1,2,3", "1,2,3,4,5", "1,2,1,4", "inf,1,2,3", "1,2,3,4;;5,6,7,8"):
@@ -265,7 +265,7 @@ def lab(rgb, simulated=None):
 @pytest.mark.parametrize("script, colors", [(test_my_image, [test_my_image.object_color(1)]),
                                             (compare_models, [*compare_models.COLORS.values()])])
 @pytest.mark.parametrize("simulated", [None, np.array(DEUTERANOPIA)], ids=["all colours", "no red and green"])
-def test_masks_of_either_model_are_seen_on_tissue_and_told_apart(script, colors, simulated):
+def test_mask_colors_stand_out_from_tissue_and_each_other_even_without_red_and_green(script, colors, simulated):
     def distance(first, second):
         return np.linalg.norm(lab(first, simulated) - lab(second, simulated))
 
@@ -284,7 +284,7 @@ def test_no_object_is_drawn_in_red(object_color):
     assert all(max(green, blue) == 255 for _, green, blue in colors) and len(set(colors)) > 50
 
 
-def test_results_of_images_with_the_same_stem_get_names_of_their_own():
+def test_results_of_images_with_the_same_stem_get_different_names():
     paths = [Path(name) for name in ("a.jpg", "b.png", "a.png", "other/a.png")]
     assert test_my_image.result_names(paths) == ["a_jpg", "b", "a_png", "a_png_"]
     paths = [Path("b_original.png"), *paths]  # --compare writes b_original_mask.png for b
@@ -293,7 +293,7 @@ def test_results_of_images_with_the_same_stem_get_names_of_their_own():
     assert test_my_image.result_names(paths) == ["A_png", "a_png_", "c"]
 
 
-def test_prompts_are_written_as_the_flags_that_give_them_again():
+def test_prompts_are_printed_as_flags_that_parse_to_the_same_prompts():
     points, box = [(1.5, 2, 1), (3, 4.2, 0)], [1, 2, 30.5, 40]
     flags = test_my_image.prompts_as_flags(points, box)
     assert flags == '--point "1.5,2,1;3,4.2,0" --box "1,2,30.5,40"'
@@ -316,7 +316,7 @@ def test_find_objects_gives_numbers_areas_and_boxes():
 
 
 @pytest.mark.parametrize("side", [2999, 3000, 4096])
-def test_a_reduced_object_stays_centred_on_its_pixels(side):
+def test_a_reduced_object_stays_centered_on_its_pixels(side):
     labels = np.zeros((side * 3 // 4, side), np.uint16)
     cv2.circle(labels, (1513, 815), 151, 65535, -1)
     reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
@@ -337,7 +337,7 @@ def test_a_thin_line_stays_in_one_piece_when_reduced(side, width):
 
 
 @pytest.mark.parametrize("shape", [(3000, 4000), (2999, 3999), (1500, 1280)])
-def test_small_objects_are_reduced_as_if_the_whole_image_were(shape):
+def test_an_object_of_a_reduced_label_map_has_the_pixels_that_it_covers_by_half(shape):
     labels, rng = np.zeros(shape, np.uint16), np.random.default_rng(0)
     for number in range(1, 40):
         center = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
@@ -349,7 +349,7 @@ def test_small_objects_are_reduced_as_if_the_whole_image_were(shape):
         assert ((reduced == number) & (coverage < 0.49)).sum() == 0
 
 
-def test_objects_that_others_cover_when_reduced_are_counted_and_specks_at_an_edge_do_no_harm():
+def test_objects_that_others_cover_when_reduced_are_counted_and_a_stray_pixel_changes_nothing():
     lines = np.zeros((4096, 4096), np.uint16)
     for number in range(1, 9):  # eight lines of one pixel, four in a reduced pixel
         lines[99 + number, 200:3000] = number
@@ -400,7 +400,7 @@ def test_an_exif_rotated_photo_comes_out_upright(tmp_path):
 
 @pytest.mark.parametrize("suffix, kind", [(".png", "uint16"), (".tif", "uint16"), (".tif", "int32"),
                                           (".tif", "float32")])
-def test_deep_images_become_8_bits_by_their_own_percentiles(tmp_path, suffix, kind):
+def test_deep_images_are_scaled_to_8_bits_by_their_own_percentiles(tmp_path, suffix, kind):
     from PIL import Image
     deep = np.linspace(100, 4000, 10_000).reshape(100, 100).astype(kind)  # a 12-bit camera
     Image.fromarray(deep).save(tmp_path / f"deep{suffix}")
@@ -410,7 +410,7 @@ def test_deep_images_become_8_bits_by_their_own_percentiles(tmp_path, suffix, ki
         assert read[0, 0, 0] == 0 and read[-1, -1, 0] == 255 and abs(int(read[50, 0, 0]) - 128) <= 1
 
 
-def test_nan_and_constant_pixels_are_read_without_a_failure(tmp_path):
+def test_images_with_nan_infinite_or_constant_pixels_are_read(tmp_path):
     from PIL import Image
     deep = np.full((10, 10), np.nan, np.float32)
     Image.fromarray(deep).save(tmp_path / "nan.tif")
@@ -423,7 +423,7 @@ def test_nan_and_constant_pixels_are_read_without_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["stack.tif", "film.gif", "moving.png", "photo.heic"])
-def test_files_of_several_pictures_and_heic_are_refused(tmp_path, name):
+def test_multi_page_and_heic_images_are_refused(tmp_path, name):
     from PIL import Image
     if name == "photo.heic":
         (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
@@ -435,7 +435,7 @@ def test_files_of_several_pictures_and_heic_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("values", [[0, 1], [0, 100, 200], [0, 1, 255], [1, 2, 3]])
-def test_training_refuses_an_8_bit_mask_of_other_values(tmp_path, values):
+def test_training_and_comparison_refuse_8_bit_masks_with_values_other_than_0_and_255(tmp_path, values):
     mask = np.repeat(np.repeat(np.array([values], np.uint8), 20, 0), 20, 1)
     write_image(tmp_path / "mask.png", mask)
     for script in (train_sam2_proper, compare_models):
@@ -443,7 +443,7 @@ def test_training_refuses_an_8_bit_mask_of_other_values(tmp_path, values):
             script.read_mask(tmp_path / "mask.png")
 
 
-def test_masks_are_cut_at_127(tmp_path):
+def test_gray_edges_of_8_bit_masks_are_thresholded_at_127(tmp_path):
     grey = np.zeros((20, 20), np.uint8)
     grey[:, 8:12], grey[:, 12:] = [60, 127, 128, 200], 255
     write_image(tmp_path / "mask.png", grey)
@@ -459,7 +459,7 @@ def test_sixteen_bit_masks_hold_the_numbers_of_their_objects(tmp_path):
     assert left_out == 0
 
 
-def test_a_sample_of_objects_is_spread_over_the_numbers_and_always_the_same():
+def test_a_sample_of_objects_is_spread_over_all_numbers_and_reproducible():
     numbers = np.arange(1, 601)
     sample = train_sam2_proper.sample_objects(numbers, 20)
     assert len(set(sample)) == 20 and sorted(sample) == sample.tolist() and sample.max() > 400
@@ -486,7 +486,7 @@ def test_a_device_that_is_not_available_is_an_error():
     assert stop.value.code.startswith("오류: ") and "tpu" in stop.value.code
 
 
-def test_a_gpu_of_a_number_that_is_not_there_is_an_error(monkeypatch):
+def test_a_gpu_number_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [train_sam2_proper.detect_device(name) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
@@ -498,7 +498,7 @@ def test_a_gpu_of_a_number_that_is_not_there_is_an_error(monkeypatch):
         train_sam2_proper.join_processes("cuda")
 
 
-def test_versions_need_no_package_of_opencvs_own_name(monkeypatch):
+def test_the_version_of_opencv_is_found_under_any_package_name(monkeypatch):
     def version(name, installed=importlib.metadata.version):
         if name.startswith("opencv"):  # as with opencv-python-headless
             raise importlib.metadata.PackageNotFoundError(name)
@@ -508,7 +508,7 @@ def test_versions_need_no_package_of_opencvs_own_name(monkeypatch):
     assert train_sam2_proper.versions()["opencv-python"] == cv2.__version__
 
 
-def test_versions_need_no_package_named_sam2(monkeypatch):
+def test_the_version_of_sam2_is_unknown_if_its_package_has_another_name(monkeypatch):
     """Meta's repository installs under another name."""
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -518,14 +518,14 @@ def test_versions_need_no_package_named_sam2(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["train_sam2_proper", "prepare_data", "download_dataset", "files", "utils"])
-def test_scripts_open_where_the_output_is_no_terminal_and_no_file(script, monkeypatch):
+def test_scripts_can_be_imported_where_stdout_cannot_be_reconfigured(script, monkeypatch):
     path = next(path for folder in ("", "extras", "extras/sam_med3d_ich")
                 if (path := ROOT / folder / f"{script}.py").is_file())
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # as in a notebook: it has no reconfigure()
     assert "fail" in runpy.run_path(str(path))
 
 
-def test_windows_are_not_drawn_with_the_qt_that_opencv_brings():
+def test_windows_do_not_use_the_qt_plugins_of_opencv():
     code = "import cv2, os\nos.environ['{0}'] = {1}\nimport {2}\nassert os.environ.get('{0}') == {3}"
     for name, folder in (("test_my_image", ROOT), ("files", ROOT / "extras")):
         for before, after in (("cv2.__path__[0] + '/qt/plugins'", "None"), ("'/opt/qt'", "'/opt/qt'")):
@@ -533,7 +533,7 @@ def test_windows_are_not_drawn_with_the_qt_that_opencv_brings():
                            cwd=folder, check=True)
 
 
-def test_compressed_runs_are_read_as_pycocotools_writes_them():
+def test_compressed_rle_of_pycocotools_is_decoded():
     rng = np.random.default_rng(0)
     for share in (0, 0.001, 0.1, 0.5, 0.99, 1):
         mask = rng.random((61, 83)) < share
@@ -546,7 +546,7 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them():
     assert coco_mask.decode(prepare_data.to_rle(plain, 2, 3)).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
-def test_runs_and_polygons_that_are_none_are_refused():
+def test_invalid_rle_polygons_and_sizes_are_refused():
     for wrong in ({"size": [2, 3], "counts": [1, 2]}, {"size": [2, 3], "counts": [-1, 7]}, {"counts": [6]},
                   {"size": [2, 3], "counts": "zzzz"}, {"size": [3, 2], "counts": [6]}, [[0, 0, 1, 1]],
                   [[0, 0, 1, 1, float("nan"), 1]], [[0, 0, 1e9, 1, 1, 1]], [["a"] * 6], "abc", 5):

@@ -168,7 +168,7 @@ def make_yolo(folder, label=YOLO_CIRCLE + YOLO_TWO_PARTS):
                                "names: ['polyp', 'a tool']\n\nroboflow:\n  license: CC BY 4.0\n")
 
 
-def test_a_yolo_folder_as_roboflow_zips_it(tmp_path):
+def test_a_yolo_export_of_roboflow_keeps_its_split_and_class_order(tmp_path):
     make_yolo(tmp_path / "set")
     done = convert(tmp_path, "--", "--allow-empty")
     assert "yolo 형식, 이미지 4장 (test 1, train 2, val 1), 객체 6개 (polyp 3, a tool 3)" in done.stdout
@@ -180,7 +180,7 @@ def test_a_yolo_folder_as_roboflow_zips_it(tmp_path):
     assert "이미 준비되어 있습니다" in convert(tmp_path, "--", "--allow-empty").stdout
 
 
-def test_an_exported_copy_is_read_by_other_tools(tmp_path):
+def test_the_flag_output_writes_coco_files_whose_image_paths_exist(tmp_path):
     make_yolo(tmp_path / "set")
     done = convert(tmp_path, "--output", "labels.json", "--", "--merge")
     assert (mask_in(tmp_path, "val/p.png") == np.where(circle() | two_parts(), 255, 0)).all()
@@ -201,7 +201,7 @@ def test_an_exported_copy_is_read_by_other_tools(tmp_path):
     ("train: images\nval: images\nnames: [a, b]\n", "train train"),
     ("names: [a, b]\n", "train val"),
 ])
-def test_the_paths_in_data_yaml_are_those_of_any_computer(tmp_path, settings, expected):
+def test_images_are_found_although_data_yaml_has_paths_of_another_computer(tmp_path, settings, expected):
     put(tmp_path, "images/train/p.png", "images/val/q.png", seed=1)
     for name in ("labels/train/p.txt", "labels/val/q.txt"):
         write(tmp_path, name, YOLO_CIRCLE.replace("\n", "\r\n\r\n"))
@@ -216,7 +216,7 @@ def test_the_paths_in_data_yaml_are_those_of_any_computer(tmp_path, settings, ex
     assert len(problems) == ("list" in settings or expected == "train train")
 
 
-def test_bad_lines_of_yolo_are_named_and_the_others_kept(tmp_path):
+def test_invalid_yolo_lines_are_named_and_the_others_kept(tmp_path):
     lines = {"0 0.1 0.2": "좌표 2개", "0 0.1 0.1 0.5 0.1 0.5": "좌표 5개", "7 0 0 1 0 1 1": "클래스 번호 7",
              "0 10 10 50 10 50 40": "비율이 아님", "0 a b c d e f": "could not convert",
              "0 nan 0 1 0 1 1": "비율이 아님", "0 1.1 1.1 1.4 1.1 1.4 1.4": "픽셀이 없음"}
@@ -241,7 +241,7 @@ def test_bad_lines_of_yolo_are_named_and_the_others_kept(tmp_path):
     assert len(problems) == len(lines) + 4
 
 
-def test_names_are_kept_as_they_are_written(tmp_path):
+def test_class_names_in_yaml_stay_text_and_folders_match_in_both_unicode_forms(tmp_path):
     folder = unicodedata.normalize("NFD", "훈련")
     put(tmp_path, f"{folder}/images/p.png")
     write(tmp_path, "훈련/labels/p.txt", YOLO_CIRCLE + YOLO_TWO_PARTS)
@@ -251,7 +251,7 @@ def test_names_are_kept_as_they_are_written(tmp_path):
     assert not problems
 
 
-def test_an_image_whose_objects_cannot_be_read_is_not_an_image_without_objects(tmp_path):
+def test_an_image_whose_objects_cannot_be_read_is_not_treated_as_empty(tmp_path):
     put(tmp_path / "set", "images/p1/good.png", "images/p1/empty.png", "images/p2/bad.png", "images/p2/box.png")
     for name, text in (("p1/good", YOLO_CIRCLE), ("p1/empty", ""), ("p2/bad", "0 5 5 9 9 5 9\n"),
                        ("p2/box", "0 .5 .5 .2 .2\n")):
@@ -272,7 +272,7 @@ def test_an_image_whose_objects_cannot_be_read_is_not_an_image_without_objects(t
     ("via.json", {"_via_settings": {}, "_via_img_metadata": {}}, ["Export Annotations (COCO format)"]),
     ("notes.json", {"a": 1}, ["라벨을 찾지 못했습니다", "--masks"]),
 ])
-def test_other_exports_are_refused_in_one_line(tmp_path, name, content, words):
+def test_unsupported_exports_are_refused_with_what_to_export_instead(tmp_path, name, content, words):
     put(tmp_path, "images/p.png")
     write(tmp_path, name, content)
     with pytest.raises(SystemExit) as failure:
@@ -281,7 +281,7 @@ def test_other_exports_are_refused_in_one_line(tmp_path, name, content, words):
     assert all(word in line for word in words)
 
 
-def test_boxes_are_kept_for_label_with_text(tmp_path):
+def test_labels_that_are_only_boxes_are_refused_with_the_command_of_label_with_text(tmp_path):
     put(tmp_path / "set", "images/p.png")
     write(tmp_path / "set", "labels/p.txt", "0 0.5 0.5 0.25 0.5\n")
     assert_fails_in_one_line(convert(tmp_path, code=1), "상자만", "--output boxes.json", "label_with_text.py --images")
@@ -291,7 +291,7 @@ def test_boxes_are_kept_for_label_with_text(tmp_path):
     assert annotation["bbox"] == [24, 12, 16, 24] and "segmentation" not in annotation
 
 
-def test_a_folder_with_two_formats_needs_a_choice(tmp_path):
+def test_a_folder_with_two_formats_needs_the_flag_layout(tmp_path):
     put(tmp_path / "set", "images/p.png")
     write(tmp_path / "set", "labels/p.txt", YOLO_CIRCLE)
     write(tmp_path / "set", "images/p.json", LABELME)
@@ -299,7 +299,7 @@ def test_a_folder_with_two_formats_needs_a_choice(tmp_path):
     assert import_labels.recognise(tmp_path / "set", "labelme")[0] == "labelme"
 
 
-def test_labelme_is_drawn_as_labelme_draws_it(tmp_path):
+def test_labelme_shapes_become_the_masks_that_labelme_draws(tmp_path):
     name = unicodedata.normalize("NFD", "폴립") + ".png"
     put(tmp_path / "set", name)
     write(tmp_path / "set", "폴립.json", {**LABELME, "imagePath": "..\\사진\\폴립.png", "imageData": "AAAA"})
@@ -316,7 +316,7 @@ def test_labelme_is_drawn_as_labelme_draws_it(tmp_path):
         assert value == 2001 or not differs.any()  # only the polygon has corners between pixels
 
 
-def test_labelme_names_every_file_that_it_cannot_place(tmp_path):
+def test_labelme_files_without_a_clear_image_and_unusable_shapes_are_named(tmp_path):
     put(tmp_path, "a.png", "b.png", "sub/c.png", "same/c.png", "images/only.jpg", "points.png")
     write(tmp_path, "a.json", {**LABELME, "imagePath": "/home/kim/photos/a.png", "imageHeight": None})
     write(tmp_path, "b.json", {**LABELME, "imagePath": "a.png"})
@@ -341,13 +341,13 @@ def test_labelme_names_every_file_that_it_cannot_place(tmp_path):
     assert len(problems) == 10 + 2  # and the points of a.json and points.json
 
 
-def test_the_copy_in_the_data_set_is_used_not_the_original(tmp_path):
+def test_labelme_uses_the_image_in_the_folder_not_the_original_elsewhere(tmp_path):
     put(tmp_path, "original/a.png", "set/a.png")
     write(tmp_path, "set/a.json", {**LABELME, "imagePath": str(tmp_path / "original/a.png")})
     assert list(read("labelme", tmp_path / "set")[0]) == [tmp_path / "set/a.png"]
 
 
-def test_voc_palettes_of_labelme2voc(tmp_path):
+def test_voc_files_of_labelme2voc_keep_their_split_and_classes(tmp_path):
     for folder, text in (("SegmentationClass", VOC_CLASS_FILE), ("SegmentationObject", VOC_OBJECT_FILE)):
         content = zlib.decompress(base64.b64decode(text))
         for name in ("p.png", "q.png", "r.png", "lost.png"):
@@ -368,7 +368,7 @@ def test_voc_palettes_of_labelme2voc(tmp_path):
     assert (mask_in(tmp_path, "train/p.png") == np.select([circle(), two_parts()], [1001, 2001])).all()
 
 
-def test_without_object_masks_the_regions_of_a_class_are_objects(tmp_path):
+def test_voc_class_masks_without_object_masks_give_one_object_per_region(tmp_path):
     put(tmp_path, "JPEGImages/p.jpg", "JPEGImages/q.jpg", "JPEGImages/r.jpg")
     masks = tmp_path / "SegmentationClass"
     masks.mkdir()
@@ -385,7 +385,7 @@ def test_without_object_masks_the_regions_of_a_class_are_objects(tmp_path):
     assert_fails_in_one_line(run(SCRIPT, "--dataset", tmp_path, cwd=tmp_path, code=1), "CVAT", "COCO 1.0")
 
 
-def test_one_folder_per_image_with_one_mask_per_object(tmp_path):
+def test_folders_of_dsb2018_with_one_mask_per_object_are_read(tmp_path):
     for name, split in (("0a1", "stage1_train"), ("0b2", "stage1_train"), ("0c3", "stage1_test")):
         folder = tmp_path / "set" / split / name
         put(folder, f"images/{name}.png", seed=int(name[1], 16))
@@ -404,7 +404,7 @@ def test_one_folder_per_image_with_one_mask_per_object(tmp_path):
     assert not (tmp_path / "data/classes.json").exists()
 
 
-def test_coco_folders_of_roboflow_and_cvat(tmp_path):
+def test_coco_exports_of_roboflow_and_cvat_are_read(tmp_path):
     for split in ("train", "valid", "test"):
         put(tmp_path / "set", f"{split}/p.jpg", f"{split}/new.jpg", seed=len(split))
         write(tmp_path / "set", f"{split}/_annotations.coco.json", DATUMARO)
@@ -424,7 +424,7 @@ def test_coco_folders_of_roboflow_and_cvat(tmp_path):
     assert "gone.jpg: 이미지가 없음" in gone and "같은 이름의 이미지가 여럿" in unclear
 
 
-def test_coco_classes_keep_their_order_and_unknown_ids_their_number(tmp_path):
+def test_coco_classes_keep_their_order_and_an_unknown_category_id_becomes_a_class_name(tmp_path):
     put(tmp_path, "p.jpg")
     objects = [{"image_id": 2, "category_id": number, "bbox": [1, 2, 3, 4]} for number in (5, 1, 2, 7)]
     write(tmp_path, "a.json", {"images": DATUMARO["images"], "annotations": objects,
@@ -435,7 +435,7 @@ def test_coco_classes_keep_their_order_and_unknown_ids_their_number(tmp_path):
 
 
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
-def test_labels_fit_an_image_that_its_orientation_turns(tmp_path, compression):
+def test_labels_fit_an_image_that_exif_rotates(tmp_path, compression):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (WIDTH, HEIGHT, 3)).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -452,7 +452,7 @@ def test_labels_fit_an_image_that_its_orientation_turns(tmp_path, compression):
         assert (decoded(objects)[0][1] == circle()).all()
 
 
-def test_rotated_boxes_are_named_and_images_without_labels_are_counted(tmp_path, capsys):
+def test_rotated_yolo_boxes_are_reported_and_images_without_labels_are_counted(tmp_path, capsys):
     put(tmp_path, "images/p.png", "more/q.png", "masks/r.png")
     write(tmp_path, "labels/p.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5\n" * 2)
     read("yolo", tmp_path)

@@ -143,7 +143,7 @@ def assert_valid_coco(labels):
         assert 0 <= x <= x + width <= mask.shape[1] and 0 <= y <= y + height <= mask.shape[0]
 
 
-def test_boxes_become_labels_and_bad_images_and_boxes_are_named(tmp_path):
+def test_boxes_become_coco_labels_and_unusable_images_and_boxes_are_named(tmp_path):
     boxes = draw_images(tmp_path, 6)
     write_image(tmp_path / "photos" / "image_3.jpg", draw_pair(3)[0])  # the stem of image_3.png
     (tmp_path / "photos" / "image_4.png").write_bytes(b"no image")
@@ -171,7 +171,7 @@ def test_boxes_become_labels_and_bad_images_and_boxes_are_named(tmp_path):
     assert plot.shape == (60, 80, 3) and (plot != draw_pair(0)[0]).any()
 
 
-def test_the_masks_are_those_of_sam2_and_good_on_a_drawn_ellipse(tmp_path, predictor):
+def test_masks_of_boxes_equal_those_of_sam2_and_match_a_drawn_ellipse(tmp_path, predictor):
     image, truth = draw_pair(0)
     x, y, width, height = cv2.boundingRect(truth)
     boxes = np.array([[x, y, x + width, y + height], [0, 0, 80, 60], [3, 4, 30, 20]], np.float32)
@@ -218,7 +218,7 @@ def test_boxes_with_scores_go_through_nms_within_their_category(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
-def test_boxes_that_nms_drops_are_noted_and_a_missing_score_turns_it_off(tmp_path, predictor, capsys, missing):
+def test_boxes_dropped_by_nms_are_counted_and_a_missing_score_turns_nms_off(tmp_path, predictor, capsys, missing):
     write_image(tmp_path / "a.png", draw_pair(0)[0])
     notes = []
     for score in (0.5, missing):
@@ -230,7 +230,7 @@ def test_boxes_that_nms_drops_are_noted_and_a_missing_score_turns_it_off(tmp_pat
     assert capsys.readouterr().out.count("상자 1개에 점수(score)가 없어, 점수가 있는 1개도") == 1
 
 
-def test_florence2_asks_and_its_answer_becomes_a_label(tmp_path, florence):
+def test_florence2_weights_in_models_are_found_and_its_answer_becomes_a_label(tmp_path, florence):
     draw_images(tmp_path)
     (tmp_path / "photos").rename(tmp_path / "my photos")
     shutil.copytree(florence, tmp_path / "models" / "florence2")  # found there without a flag
@@ -246,7 +246,7 @@ def test_florence2_asks_and_its_answer_becomes_a_label(tmp_path, florence):
     assert "이전 결과를 덮어씁니다: out/annotations.json\n" in again.stdout
 
 
-def test_answers_of_florence2_become_boxes_worked_out_by_hand(florence):
+def test_answers_of_florence2_become_the_boxes_computed_by_hand(florence):
     two = "</s><s>polyp<loc_100><loc_200><loc_500><loc_600><loc_0><loc_0><loc_999><loc_999></s>"
     boxes = [[100, 200, 500, 600], [0, 0, 999, 999]]  # of 1000 x 1000: bin n, its middle n + 0.5, cut to n
     shape = (1000, 1000, 3)
@@ -261,7 +261,7 @@ def test_answers_of_florence2_become_boxes_worked_out_by_hand(florence):
         assert detection.read_answer(nothing, shape) == grounding.read_answer(nothing, shape) == []
 
 
-def test_grounding_dino_labels_with_more_than_one_category(tmp_path, grounding_dino):
+def test_grounding_dino_labels_several_categories(tmp_path, grounding_dino):
     draw_images(tmp_path, 2)
     done = run(SCRIPT, "--images", "photos", "--detector", "grounding-dino", "--category", "polyp. red car.",
                "--detector-dir", grounding_dino, "--box-threshold", 0.1, "--text-threshold", 0.1, "--output", "out",
@@ -272,7 +272,7 @@ def test_grounding_dino_labels_with_more_than_one_category(tmp_path, grounding_d
     assert 1 <= len(labels["annotations"]) <= 8 and "다음: python prepare_data.py" in done.stdout
 
 
-def test_logits_of_grounding_dino_become_boxes_worked_out_by_hand(grounding_dino):
+def test_logits_of_grounding_dino_become_the_boxes_computed_by_hand(grounding_dino):
     detector = label_with_text.GroundingDino(grounding_dino, ["Polyp", "red car"], "cpu")
     assert detector.text == "polyp. red car."  # [CLS] poly ##p . red car . [SEP]
     assert detector.tokens_of_categories() == [[1, 2], [4, 5]]
@@ -306,7 +306,7 @@ def test_detectors_that_cannot_be_used_end_in_one_line(tmp_path, florence, groun
     assert_fails_in_one_line(done, "grounding-dino 모델의 폴더", "florence2", "hf download florence-community/")
 
 
-def test_weights_that_are_missing_or_not_fetched_to_the_end_name_the_command(tmp_path, florence, grounding_dino,
+def test_missing_or_incomplete_detector_weights_name_the_download_command(tmp_path, florence, grounding_dino,
                                                                              monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -330,7 +330,7 @@ def test_weights_that_are_missing_or_not_fetched_to_the_end_name_the_command(tmp
             detector_class(label_with_text.find_weights(name), ["polyp"], "cpu")
 
 
-def test_a_repository_with_code_of_its_own_is_told_from_the_right_one(tmp_path, florence):
+def test_florence2_weights_that_need_remote_code_are_refused_with_the_right_repository(tmp_path, florence):
     """As in microsoft/Florence-2-base: florence2 at the top, below it model types that transformers lacks."""
     config = json.loads((florence / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "configuration_florence2.Florence2Config"}
@@ -350,7 +350,7 @@ def test_a_repository_with_code_of_its_own_is_told_from_the_right_one(tmp_path, 
     ("--detector grounding-dino --category polyp --box-threshold 30", "0에서 1 사이"),
     ("--detector grounding-dino --category polyp --box-threshold nan", "0에서 1 사이"),
     ("--detector florence2", "함께 씁니다")])
-def test_flags_that_would_do_nothing_are_refused(monkeypatch, capsys, flags, words):
+def test_flags_without_effect_and_thresholds_outside_0_to_1_are_refused(monkeypatch, capsys, flags, words):
     monkeypatch.setattr("sys.argv", ["label_with_text.py", "--images", "photos", *flags.split()])
     with pytest.raises(SystemExit) as failure:
         label_with_text.parse_args()
@@ -376,14 +376,14 @@ def test_a_detector_folder_that_lacks_weights_or_holds_a_pickle_only_is_refused(
                                   '"category_id": 1, "image_id": 1}]}',
                                   '{"images": [{"id": [], "file_name": "a"}], "categories": [], "annotations": []}',
                                   '{"images": [], "categories": [{"id": 1e999, "name": "a"}], "annotations": []}'])
-def test_a_file_that_is_no_coco_file_with_boxes_is_refused(tmp_path, text):
+def test_a_file_that_is_not_coco_with_boxes_is_refused(tmp_path, text):
     path = tmp_path / "boxes.json"
     path.write_text(text)
     with pytest.raises(SystemExit, match="COCO 형식이 아닙니다"):
         label_with_text.CocoBoxes(path)
 
 
-def test_no_label_at_all_is_an_error(tmp_path):
+def test_a_run_without_any_label_fails_in_one_line(tmp_path):
     draw_images(tmp_path)
     coco = write_boxes(tmp_path / "boxes.json", [], ["image_0.png"])
     done = run(SCRIPT, "--images", "photos", "--boxes", coco, "--output", "out", *MODEL, cwd=tmp_path, code=1)
@@ -391,7 +391,7 @@ def test_no_label_at_all_is_an_error(tmp_path):
     assert not (tmp_path / "out" / "annotations.json").exists()
 
 
-def test_an_output_that_cannot_be_made_is_found_before_the_first_image(tmp_path):
+def test_an_output_folder_that_cannot_be_created_is_found_before_the_first_image(tmp_path):
     draw_images(tmp_path)
     (tmp_path / "out").write_text("a file")
     with pytest.raises(FileExistsError):  # and not the error about the missing detector
@@ -408,7 +408,7 @@ def test_images_are_found_as_prepare_data_finds_them(tmp_path):
     assert {unicodedata.normalize("NFC", name) for name in problems} == {"폴립.png", "폴립.jpg"}
 
 
-def test_names_are_drawn_with_the_last_font_and_whole_at_the_top(monkeypatch):
+def test_label_names_use_the_last_font_and_are_not_cut_off_at_the_top(monkeypatch):
     def drawn(top, *fonts):
         monkeypatch.setitem(label_with_text.plt.rcParams, "font.family", list(fonts))
         detections = sv.Detections(xyxy=np.array([[20, top, 150, 120]], float), mask=np.zeros((1, 160, 200), bool),
@@ -431,7 +431,7 @@ def test_the_file_of_boxes_is_not_overwritten(tmp_path):
     assert (tmp_path / "photos/annotations.json").read_bytes() == before
 
 
-def test_two_processes_write_the_json_that_one_writes(tmp_path):
+def test_two_processes_write_the_same_json_as_one(tmp_path):
     boxes = draw_images(tmp_path, 5)
     (tmp_path / "photos" / "image_4.png").write_bytes(b"no image")
     coco = write_boxes(tmp_path / "boxes.json", [(number, 0, box, {}) for number, box in enumerate(boxes)],

@@ -139,7 +139,7 @@ def test_a_drop_by_ten_points_restores_the_last_good_weights(tmp_path, start, ca
     assert "첫 제안의 IoU가 10%p 떨어져" in capsys.readouterr().out
 
 
-def test_weights_that_did_well_on_ten_images_become_the_good_ones(start, monkeypatch):
+def test_weights_without_a_drop_on_ten_images_become_the_last_good_ones(start, monkeypatch):
     learner = start()
     better = {name: each + 1 for name, each in learner.copy().items()}
     learner.load(better)
@@ -150,7 +150,7 @@ def test_weights_that_did_well_on_ten_images_become_the_good_ones(start, monkeyp
     assert same(learner.good, better)
 
 
-def test_what_cannot_be_resumed_is_refused(tmp_path, start):
+def test_a_resume_file_of_another_model_or_a_damaged_one_is_refused(tmp_path, start):
     learner = start([0], steps=1)
     while learner.work():
         pass
@@ -168,7 +168,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, start):
             start([0])
 
 
-def test_an_image_that_cannot_be_read_again_is_left_out(tmp_path, start, capsys):
+def test_a_labeled_image_that_became_unreadable_is_skipped_when_resuming(tmp_path, start, capsys):
     learner = start(range(2), steps=1)
     while learner.work():
         pass
@@ -192,7 +192,7 @@ def test_steps_are_taken_if_memory_holds_fewer_images_than_a_batch(tmp_path, sta
     assert learner.iteration == 2 and len(learner.cache.kept) <= capacity
 
 
-def test_an_error_while_other_weights_are_used_does_not_leave_them_in_the_model(start):
+def test_weights_used_temporarily_are_removed_from_the_model_after_an_error(start):
     learner = start()
     now = learner.copy()
     with pytest.raises(ZeroDivisionError), learner.using({name: each + 1 for name, each in now.items()}):
@@ -201,7 +201,7 @@ def test_an_error_while_other_weights_are_used_does_not_leave_them_in_the_model(
     assert same(learner.copy(), now)
 
 
-def test_without_steps_images_are_measured_and_not_kept(tmp_path, start):
+def test_with_0_steps_images_are_measured_but_not_kept_in_memory(tmp_path, start):
     learner = start(steps=0)
     for number in range(3):
         add(learner, image(tmp_path, number))

@@ -42,7 +42,7 @@ def test_segmenting_an_image_works_on_mps(data, weights):
     assert "aten::convolution" in operators
 
 
-def test_what_mps_lacks_is_found():
+def test_float64_and_operators_that_mps_lacks_are_detected():
     numbers = np.ones((2, 2))
     with AsOnMPS(LACKING) as mode:
         assert torch.as_tensor(numbers, dtype=torch.float32, device="cpu").dtype == torch.float32

@@ -46,7 +46,7 @@ def read_grey(path):
     return cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def test_pairs_are_split_and_masks_become_true_pngs(tmp_path):
+def test_pairs_are_split_and_jpeg_masks_become_binary_pngs(tmp_path):
     make_source(tmp_path)
     run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path)
     assert names(tmp_path / "data/images/train") == [f"polyp_{number:02}.jpg" for number in range(8)]
@@ -62,7 +62,7 @@ def test_pairs_are_split_and_masks_become_true_pngs(tmp_path):
             assert ((mask > 0) == wanted).all()
 
 
-def test_bad_pairs_are_left_out_and_named(tmp_path):
+def test_unusable_pairs_are_skipped_and_named(tmp_path):
     make_source(tmp_path, 4)
     write_image(tmp_path / "images/lonely.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/no_image.png", draw_pair(0)[1])
@@ -80,7 +80,7 @@ def test_bad_pairs_are_left_out_and_named(tmp_path):
         == ["polyp_01.jpg", "polyp_02.jpg", "polyp_03.jpg"]
 
 
-def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path):
+def test_truncated_and_damaged_files_are_refused_and_intact_ones_are_not(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x010E] = "FF D9 in here: \xff\xd9"
@@ -102,7 +102,7 @@ def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path):
             assert prepare_data.decode_file(tmp_path / name, cv2.IMREAD_COLOR).shape == (60, 80, 3)
 
 
-def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
+def test_a_run_without_a_usable_pair_fails_and_writes_nothing(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/b.png", draw_pair(0)[1])
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
@@ -110,7 +110,7 @@ def test_nothing_left_is_an_error_and_writes_nothing(tmp_path):
     assert names(tmp_path / "data") == [".lock"]
 
 
-def test_second_run_does_nothing_and_another_split_replaces_the_first(tmp_path):
+def test_a_repeated_run_changes_nothing_and_another_split_replaces_the_first(tmp_path):
     make_source(tmp_path)
     arguments = ("prepare_data.py", "--images", "images", "--masks", "masks")
     run(*arguments, cwd=tmp_path)
@@ -123,14 +123,14 @@ def test_second_run_does_nothing_and_another_split_replaces_the_first(tmp_path):
     assert [name.replace("png", "jpg") for name in names(tmp_path / "data/masks/val")] == val
 
 
-def test_files_put_there_by_hand_are_never_overwritten(tmp_path):
+def test_files_in_data_from_elsewhere_are_never_overwritten(tmp_path):
     make_source(make_data(tmp_path))
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "덮어쓰지 않습니다")
     assert len(names(tmp_path / "data/images/train")) == 6
 
 
-def test_a_file_put_beside_the_split_by_hand_stops_the_next_one_and_a_hidden_file_does_not(tmp_path):
+def test_files_added_or_edited_in_data_by_hand_stop_a_new_split_but_hidden_files_do_not(tmp_path):
     make_source(tmp_path)
     arguments = ("prepare_data.py", "--images", "images", "--masks", "masks")
     run(*arguments, cwd=tmp_path)
@@ -174,7 +174,7 @@ def test_a_run_that_was_killed_while_it_replaced_data_is_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_where_the_file_system_cannot_lock_one_line_warns_and_the_run_goes_on(tmp_path, number):
+def test_a_file_system_without_locks_gives_a_warning_and_the_run_continues(tmp_path, number):
     make_source(tmp_path, 3)
     refuse = f"def flock(*_):\n    raise OSError({number}, {os.strerror(number)!r})\nimport fcntl\nfcntl.flock = flock"
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path, before=refuse)
@@ -183,7 +183,7 @@ def test_where_the_file_system_cannot_lock_one_line_warns_and_the_run_goes_on(tm
     assert "완료" in done.stdout
 
 
-def test_masks_of_zero_and_one_and_colored_masks_count(tmp_path):
+def test_masks_of_0_and_1_and_masks_in_one_color_become_0_and_255(tmp_path):
     image, mask = draw_pair(1)
     red = np.zeros_like(image)
     red[mask > 0] = (0, 0, 255)
@@ -195,7 +195,7 @@ def test_masks_of_zero_and_one_and_colored_masks_count(tmp_path):
         assert (read_grey(tmp_path / f"data/masks/train/{name}.png") == mask).all()
 
 
-def test_formats_that_the_scripts_do_not_read_become_png(tmp_path):
+def test_bmp_images_are_converted_to_png(tmp_path):
     image, mask = draw_pair(1)
     write_image(tmp_path / "images/slide.bmp", image)
     write_image(tmp_path / "masks/slide.png", mask)
@@ -211,7 +211,7 @@ def rle_plain(mask):
     return {"size": list(mask.shape), "counts": ([0] if flat[0] else []) + runs}
 
 
-def test_coco_polygons_and_both_kinds_of_rle(tmp_path):
+def test_coco_polygons_and_plain_and_compressed_rle_become_masks(tmp_path):
     image, mask = draw_pair(5)
     compressed = coco_mask.encode(np.asfortranarray(mask // 255))
     compressed["counts"] = compressed["counts"].decode()
@@ -269,7 +269,7 @@ def prepare_masks(folder, *arguments, **options):
                **options)
 
 
-def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
+def test_overlapping_coco_objects_are_numbered_with_the_smaller_on_top(tmp_path):
     write_coco(tmp_path, SCENE)
     done = prepare_coco(tmp_path)
     labels = read_grey(tmp_path / "data/masks/train/scene.png")
@@ -284,7 +284,7 @@ def test_coco_objects_are_numbered_with_the_larger_below_the_smaller(tmp_path):
     assert "제외: crowd.png - 마스크 없음" in done.stdout
 
 
-def test_merged_coco_objects_are_one_mask_with_the_crowds(tmp_path):
+def test_merge_unites_all_coco_objects_and_crowds_in_one_mask(tmp_path):
     write_coco(tmp_path, SCENE)
     prepare_coco(tmp_path)
     done = prepare_coco(tmp_path, "--merge")  # not "already there": other masks
@@ -295,7 +295,7 @@ def test_merged_coco_objects_are_one_mask_with_the_crowds(tmp_path):
     assert "iscrowd" not in done.stdout
 
 
-def test_categories_are_chosen_by_name(tmp_path):
+def test_coco_categories_are_chosen_by_name(tmp_path):
     write_coco(tmp_path, SCENE)
     done = prepare_coco(tmp_path, "--category", "도구")
     assert names(tmp_path / "data/masks/train") == ["scene.png"] and "제외: single.png" in done.stdout
@@ -308,7 +308,7 @@ def test_categories_are_chosen_by_name(tmp_path):
     assert_fails_in_one_line(done, "cat", "polyp", "도구")
 
 
-def test_a_coco_object_in_two_pieces_is_one_and_one_that_is_covered_is_named(tmp_path):
+def test_a_coco_object_in_two_pieces_keeps_one_number_and_a_covered_object_is_reported(tmp_path):
     write_coco(tmp_path, {"a": [(rectangle(0, 9, 0, 9) | rectangle(50, 59, 70, 79), 7, 0), (SMALL, 7, 0)],
                           "b": [(SMALL, 7, 0), (SMALL, 7, 0), (LARGE, 7, 0)]})
     done = prepare_coco(tmp_path)
@@ -326,7 +326,7 @@ def test_hundreds_of_coco_objects_are_numbered():
     assert len(squares) == 400 and (labels == wanted).all()
 
 
-def test_runs_of_no_length_are_merged_rightly():
+def test_rle_with_runs_of_length_0_is_decoded():
     run = {"size": [20, 30], "counts": [10, 5, 0, 5, 580]}  # pixels 10 to 19 of the columns one after the other
     entry = prepare_data.CocoImage("a.png", (20, 30), [("a", run), ("b", run)], [])
     mask = prepare_data.draw_objects(entry, (20, 30), {}, True)
@@ -338,7 +338,7 @@ LABELS = np.where(SMALL, 7, np.where(LARGE, 1, np.where(OTHER, 300, 0)))
 
 @pytest.mark.parametrize("suffix, kind", [(".png", "uint16"), (".tif", "uint16"), (".tif", "int32"),
                                           (".tif", "float32")])
-def test_label_maps_keep_their_numbers(tmp_path, suffix, kind):
+def test_label_maps_in_16_bit_png_and_in_tiff_keep_their_numbers(tmp_path, suffix, kind):
     write_image(tmp_path / "images/cells.png", draw_pair(0)[0])
     (tmp_path / "masks").mkdir()
     Image.fromarray(LABELS.astype(kind)).save(tmp_path / f"masks/cells{suffix}")
@@ -350,7 +350,7 @@ def test_label_maps_keep_their_numbers(tmp_path, suffix, kind):
     assert written.dtype == np.uint8 and (written == 255 * (LABELS > 0)).all()
 
 
-def test_8_bit_numbers_are_taken_if_asked_for_and_else_the_flag_is_named(tmp_path):
+def test_an_8_bit_label_map_is_refused_with_the_flags_that_read_it_and_read_with_numbered(tmp_path):
     write_image(tmp_path / "images/cells.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/cells.png", (LABELS % 290).astype(np.uint8))
     assert_fails_in_one_line(prepare_masks(tmp_path, code=1), "cells.png", "--numbered", "--classes", "--threshold")
@@ -359,7 +359,7 @@ def test_8_bit_numbers_are_taken_if_asked_for_and_else_the_flag_is_named(tmp_pat
     assert written.dtype == np.uint16 and (written == LABELS % 290).all()
 
 
-def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
+def test_label_values_of_any_type_become_16_bit_numbers_or_are_refused():
     big = np.array([[0, 70_000], [70_000, 3]])
     assert prepare_data.to_labels(big).tolist() == [[0, 2], [2, 1]]
     assert prepare_data.to_labels(np.array([[5.0, 0], [65535, 5]])).tolist() == [[5, 0], [65535, 5]]
@@ -375,7 +375,7 @@ def test_numbers_of_any_size_and_kind_become_16_bit_numbers_or_are_refused():
         prepare_data.to_labels(np.arange(100)[None])  # a gradient
 
 
-def test_a_mask_of_several_pages_for_an_image_of_one_is_named(tmp_path):
+def test_a_multi_page_mask_for_a_single_image_is_reported(tmp_path):
     write_image(tmp_path / "images/stack.png", draw_pair(0)[0])
     (tmp_path / "masks").mkdir()
     slices = [Image.fromarray(LABELS.astype(np.uint16))] * 3
@@ -385,7 +385,7 @@ def test_a_mask_of_several_pages_for_an_image_of_one_is_named(tmp_path):
         assert f"제외: {line}" in done.stdout
 
 
-def test_each_color_is_an_object_in_any_number_of_pieces(tmp_path):
+def test_with_numbered_each_color_is_one_object_in_any_number_of_pieces(tmp_path):
     red, blue = (0, 0, 200), (200, 0, 0)
     drawn = np.zeros((60, 80, 3), np.uint8)
     drawn[SMALL > 0], drawn[OTHER > 0], drawn[:5, :5] = blue, red, red
@@ -438,7 +438,7 @@ def test_preview_draws_each_object_in_its_color(tmp_path):
     assert means[2][2] > 150 > 100 > means[2][1]
 
 
-def test_korean_names_pair_whether_macos_took_their_letters_apart_or_not(tmp_path):
+def test_korean_file_names_pair_in_both_unicode_forms(tmp_path):
     image, mask = draw_pair(5)
     taken_apart, whole = (unicodedata.normalize(form, "용종") for form in ("NFD", "NFC"))
     assert taken_apart != whole
@@ -481,14 +481,14 @@ def test_check_counts_and_names_every_problem(data):
     assert "문제 5개" in done.stdout and "train: 3쌍" in done.stdout
 
 
-def test_check_takes_data_without_validation_images(data):
+def test_check_accepts_data_without_validation_but_not_masks_without_images(data):
     shutil.rmtree(data / "data/images/val")
     assert_fails_in_one_line(run("prepare_data.py", "--check", cwd=data, code=1), "data/images/val")
     shutil.rmtree(data / "data/masks/val")
     assert "val: 폴더가 없습니다" in run("prepare_data.py", "--check", cwd=data).stdout
 
 
-def test_preview_is_a_sheet_of_n_tiles(data):
+def test_preview_is_a_sheet_of_the_given_number_of_tiles(data):
     run("prepare_data.py", "--preview", 8, cwd=data)
     sheet = cv2.imread(str(data / "data/preview.png"))
     assert sheet.shape == (2 * 270, 6 * 250, 3)
@@ -531,7 +531,7 @@ def class_maps():
 
 
 @pytest.mark.parametrize("name", class_maps())
-def test_a_map_of_classes_or_objects_is_refused_with_the_flags_and_never_cut_at_127(tmp_path, name):
+def test_a_mask_of_class_ids_or_object_numbers_is_refused_with_the_flags_that_read_it(tmp_path, name):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     values = class_maps()[name].astype(np.uint8)
     write_image(tmp_path / "masks/a.png", values)
@@ -547,7 +547,7 @@ def test_a_map_of_classes_or_objects_is_refused_with_the_flags_and_never_cut_at_
 
 
 @pytest.mark.parametrize("kind", ["antialiased", "jpeg 20", "jpeg 50", "jpeg 90", "enlarged", "tiny", "thin"])
-def test_a_mask_with_grey_edges_is_no_map_of_classes(tmp_path, kind):
+def test_a_mask_with_gray_edges_is_thresholded_and_not_refused_as_class_ids(tmp_path, kind):
     size = 24 if kind == "tiny" else 200
     mask = np.zeros((size, size), np.uint8)
     thickness = 2 if kind == "thin" else -1
@@ -567,7 +567,7 @@ def test_a_mask_with_grey_edges_is_no_map_of_classes(tmp_path, kind):
 
 
 @pytest.mark.parametrize("quality", [20, 60, 95, None])
-def test_blurred_colors_are_objects_and_one_color_is_a_mask(tmp_path, quality):
+def test_a_mask_of_two_blurred_colors_is_refused_and_one_of_a_single_color_is_thresholded(tmp_path, quality):
     def circles(*colors):
         drawn = np.zeros((120, 200, 3), np.uint8)
         for number, color in enumerate(colors):
@@ -585,7 +585,7 @@ def test_blurred_colors_are_objects_and_one_color_is_a_mask(tmp_path, quality):
         assert (mask == (circles(color, color).max(axis=2) > 127)).all()
 
 
-def test_each_connected_region_of_a_class_is_an_object(tmp_path):
+def test_with_classes_each_connected_region_of_a_class_is_one_object(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     classes = np.where(SMALL | rectangle(40, 50, 60, 70), 3, LARGE // 255)
     write_image(tmp_path / "masks/a.png", classes.astype(np.uint8))
@@ -596,7 +596,7 @@ def test_each_connected_region_of_a_class_is_an_object(tmp_path):
     assert labels[22, 22] != labels[45, 65]
 
 
-def test_the_palette_of_voc_numbers_the_objects_and_its_border_is_void(tmp_path):
+def test_indices_of_a_voc_palette_are_object_numbers_and_255_is_void(tmp_path):
     ring = cv2.dilate(SMALL, np.ones((5, 5))) - SMALL
     indices = np.where(ring, 255, np.where(SMALL, 1, np.where(OTHER, 2, 0)))
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
@@ -612,7 +612,7 @@ def test_the_palette_of_voc_numbers_the_objects_and_its_border_is_void(tmp_path)
     assert f"void 픽셀 {np.count_nonzero(ring)}개" in done.stdout
 
 
-def test_void_is_background_and_zero_and_one_are_then_a_mask(tmp_path):
+def test_with_void_255_a_mask_of_0_1_and_255_becomes_a_binary_mask(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/a.png", class_maps()["void"].astype(np.uint8))
     done = prepare_masks(tmp_path, "--void", 255)
@@ -620,7 +620,7 @@ def test_void_is_background_and_zero_and_one_are_then_a_mask(tmp_path):
     assert "void 픽셀" in done.stdout
 
 
-def test_the_line_about_void_shows_a_value_that_does_not_occur_and_255_of_voc_is_always_void(tmp_path):
+def test_a_void_value_that_does_not_occur_is_reported_and_255_of_a_voc_palette_is_always_void(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     write_image(tmp_path / "masks/a.png", SMALL)
     assert "void 픽셀 0개" in prepare_masks(tmp_path, "--void", 9).stdout
@@ -632,7 +632,7 @@ def test_the_line_about_void_shows_a_value_that_does_not_occur_and_255_of_voc_is
         assert (read_grey(tmp_path / "data/masks/train/a.png") == (SMALL > 0)).all()
 
 
-def test_indices_of_a_palette_without_black_first_are_no_numbers(tmp_path):
+def test_a_palette_that_does_not_begin_with_black_is_read_as_colors_not_numbers(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     (tmp_path / "masks").mkdir()
     drawn = np.zeros((60, 80, 3), np.uint8)
@@ -644,7 +644,7 @@ def test_indices_of_a_palette_without_black_first_are_no_numbers(tmp_path):
     assert ((labels > 0) == drawn.any(2)).all() and len(np.unique(labels)) == 3
 
 
-def test_a_feathered_edge_is_cut_in_the_middle_and_16_bit_brightness_is_no_number(tmp_path):
+def test_a_soft_edge_in_alpha_is_thresholded_in_the_middle_and_a_16_bit_gradient_is_refused(tmp_path):
     soft = cv2.GaussianBlur(SMALL, (0, 0), 3)
     for name, mask in (("soft", np.dstack([np.full((60, 80, 3), 255, np.uint8), soft])),
                        ("deep", soft.astype(np.uint16) * 257)):
@@ -656,7 +656,7 @@ def test_a_feathered_edge_is_cut_in_the_middle_and_16_bit_brightness_is_no_numbe
     assert "--threshold" in line
 
 
-def test_transparency_is_the_mask_of_a_white_picture_and_a_mask_of_everything_is_named(tmp_path):
+def test_alpha_of_a_white_picture_is_its_mask_and_a_mask_of_the_whole_image_is_reported(tmp_path):
     for name, alpha in (("cut", SMALL), ("full", np.full((60, 80), 255, np.uint8))):
         write_image(tmp_path / f"images/{name}.png", draw_pair(len(name))[0])
         write_image(tmp_path / f"masks/{name}.png", np.dstack([np.full((60, 80, 3), 255, np.uint8), alpha]))
@@ -667,7 +667,7 @@ def test_transparency_is_the_mask_of_a_white_picture_and_a_mask_of_everything_is
     assert "cut.png - 마스크가 이미지 전체를 덮음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
 
 
-def test_a_boolean_tiff_that_shows_zero_as_white_is_read_by_its_values_or_refused(tmp_path):
+def test_a_1_bit_tiff_with_0_as_white_is_read_by_value_if_tifffile_wrote_it_and_else_refused(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     (tmp_path / "masks").mkdir()
     for software, code in (("tifffile.py", 0), ("scanner", 1)):
@@ -681,7 +681,7 @@ def test_a_boolean_tiff_that_shows_zero_as_white_is_read_by_its_values_or_refuse
     assert (read_grey(tmp_path / "data/masks/train/a.png") == 255 - SMALL).all()
 
 
-def test_the_two_folders_must_differ_and_unread_formats_are_named(tmp_path):
+def test_images_and_masks_in_one_folder_are_refused_and_unsupported_formats_are_named(tmp_path):
     make_source(tmp_path, 3)
     done = run("prepare_data.py", "--images", "images", "--masks", "images", cwd=tmp_path, code=1)
     assert_fails_in_one_line(done, "같은 폴더")
@@ -694,7 +694,7 @@ def test_the_two_folders_must_differ_and_unread_formats_are_named(tmp_path):
     assert "학습 3쌍" in done.stdout
 
 
-def test_replaced_pairs_are_counted_and_existing_folders_are_not_claimed(tmp_path):
+def test_replaced_pairs_are_counted_and_only_new_folders_are_reported_as_created(tmp_path):
     make_source(tmp_path, 4)
     assert "바꿉니다" not in prepare_masks(tmp_path).stdout
     assert "data에 있던 4쌍을 새 쌍으로 바꿉니다" in prepare_masks(tmp_path, "--shuffle-seed", 1).stdout
@@ -702,7 +702,7 @@ def test_replaced_pairs_are_counted_and_existing_folders_are_not_claimed(tmp_pat
     assert "폴더를 만들었습니다" in run("prepare_data.py", "--data-dir", "new", cwd=tmp_path).stdout
 
 
-def test_an_image_in_both_splits_is_reported_by_its_content(tmp_path):
+def test_the_same_image_under_two_names_in_both_splits_is_reported(tmp_path):
     make_source(tmp_path, 5)
     shutil.copy(tmp_path / "images/polyp_00.jpg", tmp_path / "images/polyp_04.jpg")
     done = run("prepare_data.py", "--images", "images", "--masks", "masks", cwd=tmp_path)
@@ -711,7 +711,7 @@ def test_an_image_in_both_splits_is_reported_by_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_a_mask_drawn_on_the_stored_pixels_is_turned_with_the_image(tmp_path, suffix):
+def test_a_mask_that_fits_the_image_only_before_exif_rotation_is_rotated_with_it(tmp_path, suffix):
     stored = draw_pair(0)[0]
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -736,7 +736,7 @@ def test_a_mask_drawn_on_the_stored_pixels_is_turned_with_the_image(tmp_path, su
 
 
 @pytest.mark.parametrize("crowds, flags, kept", [("all", (), 2), ("mixed", (), 1), ("mixed", ("--keep-crowd",), 2)])
-def test_crowds_are_objects_if_their_category_has_nothing_else(tmp_path, crowds, flags, kept):
+def test_coco_crowds_are_skipped_if_their_category_has_other_objects_unless_keep_crowd(tmp_path, crowds, flags, kept):
     write_coco(tmp_path, {"a": [(SMALL, 7, 1), (LARGE, 7, int(crowds == "all"))]})
     done = prepare_coco(tmp_path, *flags)
     mask = read_grey(tmp_path / "data/masks/train/a.png")
@@ -744,7 +744,7 @@ def test_crowds_are_objects_if_their_category_has_nothing_else(tmp_path, crowds,
     assert ("객체로 썼습니다 (빼려면" if kept == 2 else "뺐습니다 (객체로 쓰려면 --keep-crowd)") in done.stdout
 
 
-def test_coco_names_in_two_folders_are_never_confused(tmp_path):
+def test_coco_images_of_one_name_in_two_folders_are_skipped_and_named(tmp_path):
     write_image(tmp_path / "images/1.png", draw_pair(0)[0])
     write_image(tmp_path / "images/2.png", draw_pair(1)[0])
     polygon = [[10, 10, 40, 10, 40, 40, 10, 40]]
@@ -758,7 +758,7 @@ def test_coco_names_in_two_folders_are_never_confused(tmp_path):
     assert names(tmp_path / "data/masks/train") == ["2.png"]
 
 
-def test_a_date_is_no_prefix_and_repeated_or_unknown_ids_are_named(tmp_path):
+def test_a_date_in_a_coco_name_is_no_prefix_and_repeated_or_unknown_ids_are_named(tmp_path):
     polygon = [[10, 10, 40, 10, 40, 40, 10, 40]]
     write_image(tmp_path / "images/patient_2.png", draw_pair(0)[0])
     write_image(tmp_path / "images/b.png", draw_pair(1)[0])
@@ -773,7 +773,7 @@ def test_a_date_is_no_prefix_and_repeated_or_unknown_ids_are_named(tmp_path):
     assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "번호가 같습니다", "b.png")
 
 
-def test_coco_without_sizes_takes_the_image_s_and_a_bad_polygon_costs_only_its_object(tmp_path):
+def test_coco_without_sizes_uses_those_of_the_image_and_skips_only_invalid_polygons(tmp_path):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     polygons = ([[10, 10, 40, 10, 40, 40, 10, 40]], [[5, 5, 6, 6]], [[50, 40, 60, 40, 60, 50, 50, 50]])
     coco = {"images": [{"id": 1, "file_name": "a.png"}],
@@ -790,13 +790,13 @@ def test_coco_without_sizes_takes_the_image_s_and_a_bad_polygon_costs_only_its_o
      ["label_with_text.py", "--boxes"]),
     ({"images": [], "annotations": {}}, ["VIA", "COCO format"]),
     ({"a.png123": {"filename": "a.png", "regions": []}}, ["VIA", "COCO format"])])
-def test_what_is_no_coco_names_what_to_export(tmp_path, coco, words):
+def test_json_that_is_not_coco_is_refused_with_what_to_export_instead(tmp_path, coco, words):
     write_image(tmp_path / "images/a.png", draw_pair(0)[0])
     (tmp_path / "a.json").write_text(json.dumps(coco))
     assert_fails_in_one_line(prepare_coco(tmp_path, code=1), "a.json", *words)
 
 
-def test_check_reports_what_by_hand_masks_are_and_takes_number_65535(data):
+def test_check_reports_the_values_of_masks_added_by_hand_and_accepts_object_number_65535(data):
     write_image(data / "data/masks/train/pair_000.png", (draw_pair(0)[1] > 0).astype(np.uint8))
     write_image(data / "data/masks/train/pair_001.png", class_maps()["void"].astype(np.uint8))
     write_image(data / "data/masks/train/pair_002.png", np.where(SMALL, 65535, 0).astype(np.uint16))
@@ -821,7 +821,7 @@ def test_a_wrong_command_line_is_a_usage_error(tmp_path, script, arguments, word
     assert not list(tmp_path.iterdir())
 
 
-def test_without_arguments_it_makes_folders_and_explains(tmp_path):
+def test_a_run_without_arguments_creates_the_folders_and_explains_how_to_fill_them(tmp_path):
     done = run("prepare_data.py", cwd=tmp_path)
     for part in ("images/train", "images/val", "masks/train", "masks/val"):
         assert (tmp_path / "data" / part).is_dir()
@@ -844,7 +844,7 @@ def prepare(folder, *arguments, masks="masks", **options):
     return run("prepare_data.py", "--images", "images", "--masks", masks, *arguments, cwd=folder, **options)
 
 
-def test_train_and_valid_folders_are_the_split_and_test_is_left_alone(tmp_path):
+def test_folders_named_train_and_valid_are_the_split_and_test_is_not_used(tmp_path):
     write_pairs(tmp_path, ["train/a", "train/b", "valid/c", "test/d"])
     write_pairs(tmp_path, ["loose"])
     done = prepare(tmp_path)
@@ -857,7 +857,7 @@ def test_train_and_valid_folders_are_the_split_and_test_is_left_alone(tmp_path):
     assert "학습 2쌍, 검증 1쌍" in prepare(tmp_path).stdout
 
 
-def test_a_split_in_two_folders_is_kept_and_the_record_names_it(tmp_path):
+def test_a_split_given_with_val_images_is_kept_and_recorded_in_split_json(tmp_path):
     write_pairs(tmp_path, ["a", "b", "c"])
     write_pairs(tmp_path, ["a"], "val_images", "val_masks")
     own = ("--val-images", "val_images", "--val-masks", "val_masks")
@@ -882,7 +882,7 @@ def test_the_suffix_that_pairs_everything_is_printed_as_a_command(tmp_path):
     assert "제외 1개" in done.stdout and "제외: ISIC_1_segmentation_2.png" in done.stdout
 
 
-def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
+def test_subfolders_are_named_or_read_with_recursive_and_equal_names_are_skipped(tmp_path):
     stems = ["aachen/aachen_1", "bochum/bochum_1"]  # as Cityscapes
     write_pairs(tmp_path, [f"{stem}_left" for stem in stems])
     write_pairs(tmp_path, stems, images="unused", suffix="_ids")
@@ -902,7 +902,7 @@ def test_folders_inside_are_named_or_read_and_equal_names_are_refused(tmp_path):
     assert "학습 1쌍" in done.stdout
 
 
-def test_groups_stay_on_one_side(tmp_path):
+def test_images_of_one_group_stay_on_one_side_of_the_split(tmp_path):
     stems = [f"{video}/{video}_f{frame:02}" for video in "abcd" for frame in range(10)]
     write_pairs(tmp_path, stems)
     done = prepare(tmp_path, "--recursive", "--val-ratio", 0.3)
@@ -915,7 +915,7 @@ def test_groups_stay_on_one_side(tmp_path):
     assert "묶음이 하나라" in prepare(tmp_path, "--recursive", "--group", "_f").stdout
 
 
-def test_the_cut_is_between_groups_and_nearest_to_the_ratio():
+def test_the_split_divides_no_group_and_is_nearest_to_the_ratio():
     groups = {f"{number}": f"{'aabbbbbbcc'[number]}" for number in range(10)}
     assert prepare_data.split_names(groups, 0.2, None)["val"] == ["8", "9"]
     assert prepare_data.split_names(groups, 0.6, None)["train"] == ["0", "1"]
@@ -923,7 +923,7 @@ def test_the_cut_is_between_groups_and_nearest_to_the_ratio():
     assert prepare_data.split_names({"1": "a", "2": "b", "3": "b"}, 0.2, None)["train"] == ["1"]
 
 
-def test_augmented_copies_follow_their_source(tmp_path):
+def test_roboflow_copies_of_one_source_image_stay_on_one_side_of_the_split(tmp_path):
     write_pairs(tmp_path, [f"s{source}_jpg.rf.{copy * 32}" for source in range(4) for copy in "abc"])
     prepare(tmp_path)
     assert {name[:2] for name in split_of(tmp_path)["val"]} == {"s3"} and len(split_of(tmp_path)["val"]) == 3
@@ -944,7 +944,7 @@ def coco_of(folder, name, images, categories):
     (folder / f"{name}.json").write_text(json.dumps(coco), encoding="utf-8")
 
 
-def test_classes_are_numbered_by_name_over_both_files_and_sub_folders(tmp_path):
+def test_classes_are_numbered_by_name_the_same_in_training_and_validation_coco_files(tmp_path):
     coco_of(tmp_path, "one", {"t/a.png": [(1, 5), (2, 40), (1, 60)], "t/none.png": []},
             [(0, "root"), (1, "용종"), (2, "x")])
     coco_of(tmp_path, "two", {"v/a.png": [(1, 5), (2, 40)]}, [(1, "x"), (2, "용종")])
@@ -979,7 +979,7 @@ def test_too_many_classes_or_objects_are_refused_in_one_line(tmp_path, objects, 
     assert "학습 1쌍" in prepare_coco(tmp_path, "--merge").stdout
 
 
-def test_each_page_is_an_image_with_its_page_of_the_mask(tmp_path):
+def test_each_page_of_a_tiff_stack_is_paired_with_its_page_of_the_mask(tmp_path):
     pairs = [draw_pair(number) for number in range(3)]
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
@@ -1048,7 +1048,7 @@ def test_images_without_an_object_are_accepted_only_if_asked_for(tmp_path):
     assert "train/black.png - 마스크가 비어 있음" in run("prepare_data.py", "--check", cwd=tmp_path, code=1).stdout
 
 
-def test_a_coco_image_whose_objects_cannot_be_used_is_not_an_empty_one(tmp_path):
+def test_a_coco_image_with_only_unusable_objects_is_not_accepted_as_empty(tmp_path):
     coco_of(tmp_path, "a", {"used.png": [(1, 5)], "empty.png": [], "other.png": [(2, 5)]}, [(1, "x"), (2, "y")])
     content = json.loads((tmp_path / "a.json").read_text())
     for number, annotation in enumerate(({"bbox": [1, 2, 3, 4]}, {"segmentation": [[1, 2]]},
@@ -1062,7 +1062,7 @@ def test_a_coco_image_whose_objects_cannot_be_used_is_not_an_empty_one(tmp_path)
     assert all(f"제외: {number}.png" in done.stdout for number in (10, 11, 12))
 
 
-def test_check_and_preview_show_what_harms_a_training(tmp_path):
+def test_check_lists_duplicate_cut_small_full_and_rotated_masks_and_preview_shows_problems_first(tmp_path):
     drawn = {"a": draw_pair(0), "b": draw_pair(0), "full": (draw_pair(1)[0], np.full((60, 80), 255, np.uint8)),
              "cut": (draw_pair(2)[0], rectangle(0, 20, 0, 20)), "tiny": (draw_pair(3)[0], rectangle(30, 33, 30, 33)),
              "turned": (draw_pair(4)[0], np.rot90(draw_pair(4)[1]).copy()), "fine": draw_pair(5)}

@@ -23,6 +23,7 @@ import torch
 from conftest import (
     ENV,
     FORK_SERVER,
+    MODEL,
     ROOT,
     SMALL_CFG,
     assert_fails_in_one_line,
@@ -38,8 +39,6 @@ from PIL import Image
 import compare_models
 import test_my_image
 import train_sam2_proper
-
-MODEL = ("--model-cfg", SMALL_CFG, "--device", "cpu")
 
 
 def train(folder, weights, *arguments, **options):
@@ -72,7 +71,7 @@ def save_kinds(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_every_kind_of_image_is_read_alike(tmp_path):
+def test_images_of_every_format_and_depth_give_the_same_pixels(tmp_path):
     names = save_kinds(tmp_path)
     assert len(names) == 10
     for name in names:
@@ -81,7 +80,7 @@ def test_every_kind_of_image_is_read_alike(tmp_path):
         assert image[:, 3:17].min() > 240 and image[:, 23:37].max() < 15, name
 
 
-def test_cut_and_damaged_files_are_refused_and_whole_ones_are_not(tmp_path):
+def test_truncated_and_damaged_files_are_refused_and_intact_ones_are_not(tmp_path):
     """By OpenCV, from version 4.13 on."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8))
@@ -111,7 +110,7 @@ def is_read(path, content):
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "cut.jpg", "cut.png"],
                          ids=["empty", "text", "jpeg", "png"])
-def test_a_file_that_is_no_whole_image_is_named(tmp_path, weights, content):
+def test_an_empty_or_truncated_image_is_named(tmp_path, weights, content):
     if isinstance(content, str):
         write_image(tmp_path / content, draw_pair(0)[0])
         content = (tmp_path / content).read_bytes()[:-1000]
@@ -128,7 +127,7 @@ def test_tiny_and_huge_images_are_segmented(tmp_path, weights, width, height):
     assert cv2.imread(str(tmp_path / "output/my_results/a_mask.png")).shape == (height, width, 3)
 
 
-def test_an_animation_is_its_first_picture_or_named(tmp_path, weights):
+def test_an_animated_gif_is_read_as_its_first_frame_or_refused(tmp_path, weights):
     frames = [Image.new("RGB", (40, 30), color) for color in ("white", "black")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     try:
@@ -137,7 +136,7 @@ def test_an_animation_is_its_first_picture_or_named(tmp_path, weights):
         assert "moving.gif" in str(error)
 
 
-def test_masks_of_every_kind(tmp_path, weights):
+def test_full_and_inverted_masks_train_empty_ones_are_counted_and_other_sizes_are_refused(tmp_path, weights):
     """Full and inverted ones train, another size is named, an empty one is counted."""
     make_data(tmp_path, train=3, val=1)
     masks = tmp_path / "data/masks/train"
@@ -152,7 +151,7 @@ def test_masks_of_every_kind(tmp_path, weights):
     assert_fails_in_one_line(done, "pair_002", "크기")
 
 
-def test_two_images_of_one_name_are_named(data, weights):
+def test_two_images_with_the_same_stem_are_refused(data, weights):
     shutil.copy(data / "data/images/train/pair_000.png", data / "data/images/train/pair_000.jpg")
     assert_fails_in_one_line(train(data, weights, code=1), "pair_000.jpg", "pair_000.png")
 
@@ -193,7 +192,7 @@ def test_symbolic_links_and_any_names_work_in_every_script(tmp_path, weights):
     ("compare_models.py", ("--finetuned", "small.pt", "--output-dir")),
     ("test_my_image.py", ("--finetuned", "small.pt", "-i", "data/images/val/pair_100.png", "-p", "5,5", "-o"))])
 @pytest.mark.parametrize("place", ["file/output", "/proc/nothing"])
-def test_a_place_that_cannot_be_written_is_named(data, weights, script, arguments, place):
+def test_an_output_folder_that_cannot_be_written_is_named(data, weights, script, arguments, place):
     (data / "file").write_text("in the way")
     shutil.copy(weights, data / "small.pt")
     done = run(script, *MODEL, "--checkpoint", "small.pt", *arguments, place, cwd=data, code=1)
@@ -221,7 +220,7 @@ pathlib.Path.open = open_counted
 """  # five iterations, then two steps for each of the files that are written
 
 
-def test_killed_twenty_times_and_resumed_it_loses_nothing(tmp_path, weights):
+def test_a_training_killed_twenty_times_and_resumed_loses_nothing(tmp_path, weights):
     make_data(tmp_path, train=4, val=2)
     argv = [str(ROOT / "train_sam2_proper.py"), *map(str, MODEL), "--checkpoint", str(weights),
             "--iterations", "100000"]
@@ -258,7 +257,7 @@ def test_a_second_training_in_the_same_folder_is_refused_while_the_first_lives(d
     train(data, weights, "--iterations", 2)
 
 
-def test_a_checkpoint_cut_anywhere_is_named(tmp_path, weights):
+def test_a_checkpoint_truncated_at_any_byte_is_refused(tmp_path, weights):
     content = weights.read_bytes()
     for cut in [0, 1, 4, 100, *np.random.default_rng(0).integers(0, len(content), 12), len(content) - 1]:
         (tmp_path / "cut.pt").write_bytes(content[:cut])
@@ -289,7 +288,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(data, weights, tmp_path):
     "RuntimeError('MPS backend out of memory (MPS allocated: 17.9 GB, max allowed: 18.1 GB)')",
     "RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: you tried to allocate 9 bytes')"],
     ids=["cuda", "mps", "cpu"])
-def test_out_of_memory_says_which_flags_help(data, weights, error):
+def test_out_of_memory_names_the_flags_that_help(data, weights, error):
     step = f"import torch\ndef step(*_):\n    raise {error}\ntorch.optim.AdamW.step = step"
     done = train(data, weights, "--iterations", 2, code=1, before=step)
     assert_fails_in_one_line(done, "메모리", "--batch-size", "--image-size 512")
@@ -302,7 +301,7 @@ NUMBERS = st.one_of(st.text("0123456789.,;-+eEinfax ", max_size=30), st.text(max
 
 @settings(deadline=None, max_examples=400)
 @given(NUMBERS)
-def test_any_text_is_points_or_an_error(text):
+def test_any_text_for_the_flag_point_gives_points_or_a_usage_error(text):
     try:
         points = test_my_image.parse_points(text)
     except argparse.ArgumentTypeError as error:
@@ -313,7 +312,7 @@ def test_any_text_is_points_or_an_error(text):
 
 @settings(deadline=None, max_examples=400)
 @given(NUMBERS)
-def test_any_text_is_boxes_or_an_error(text):
+def test_any_text_for_the_flag_box_gives_boxes_or_a_usage_error(text):
     try:
         boxes = test_my_image.parse_boxes(text)
     except argparse.ArgumentTypeError as error:
@@ -325,7 +324,7 @@ def test_any_text_is_boxes_or_an_error(text):
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(-10, 100)), max_size=3),
        st.integers(1, 60), st.integers(1, 60))
-def test_points_are_inside_or_refused_with_the_size_of_the_image(points, width, height):
+def test_points_outside_the_image_are_refused_with_its_size(points, width, height):
     image = np.zeros((height, width, 3), np.uint8)
     inside = all(0 <= x < width and 0 <= y < height for x, y in points)
     try:
@@ -339,7 +338,7 @@ def test_points_are_inside_or_refused_with_the_size_of_the_image(points, width, 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(["--lr", "--iterations", "--seed", "--warmup", "--cache-gb", "--max-grad-norm", "--patience"]),
        st.text(max_size=12).filter(lambda text: text != "--"))  # which argparse before Python 3.13 drops
-def test_any_number_is_taken_or_refused_in_one_line(flag, text):
+def test_any_text_for_a_numeric_flag_gives_a_number_or_a_usage_error(flag, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_sam2_proper.py", f"{flag}={text}"])
         try:
@@ -352,7 +351,7 @@ def test_any_number_is_taken_or_refused_in_one_line(flag, text):
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(max_size=40))
-def test_any_path_is_read_or_named(tmp_path_factory, text):
+def test_any_path_without_an_image_is_named(tmp_path_factory, text):
     path = os.path.join(tmp_path_factory.getbasetemp(), "nothing", text)  # noqa: PTH118  (any text at all)
     try:
         train_sam2_proper.read_image(path)
@@ -363,14 +362,14 @@ def test_any_path_is_read_or_named(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize("script", ["train_sam2_proper.py", "compare_models.py", "test_my_image.py"])
-def test_wrong_arguments_end_as_argparse_ends_them(tmp_path, script):
+def test_a_flag_without_its_value_is_a_usage_error(tmp_path, script):
     assert "--device" in run(script, "--device", cwd=tmp_path, code=2).stderr.splitlines()[-1]  # without its value
 
 
 @pytest.mark.parametrize("terminal", [
     {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp949"}], ids=["C", "cp949"])
-def test_any_terminal_degrades_and_never_raises(data, weights, terminal):
+def test_messages_on_a_terminal_without_utf8_are_degraded_but_never_fail(data, weights, terminal):
     environment = {name: value for name, value in ENV.items() if not name.startswith("LC_")} | terminal
     encoding = terminal.get("PYTHONIOENCODING", "ascii")
     for arguments in (["train_sam2_proper.py", "--iterations", "3"], ["prepare_data.py", "--check"]):
@@ -384,7 +383,7 @@ def test_any_terminal_degrades_and_never_raises(data, weights, terminal):
         assert "학습" in text if encoding == "cp949" and arguments[0] == "train_sam2_proper.py" else True
 
 
-def test_a_folder_named_sam2_is_found_out(tmp_path):
+def test_a_folder_named_sam2_beside_the_script_ends_in_one_line(tmp_path):
     """For example a copy of the official repository in the project, with or without the installed package."""
     shutil.copy(ROOT / "compare_models.py", tmp_path)
     (tmp_path / "sam2").mkdir()
@@ -404,7 +403,7 @@ def test_a_project_folder_named_sam2_is_warned_about(tmp_path):
     assert "sam2" in first and "바꾸" in first and second.startswith("오류: 파인튜닝한 모델이 없습니다")
 
 
-def test_the_box_of_the_comparison_needs_no_utf8(data, weights):
+def test_the_printed_result_box_can_be_encoded_in_cp949(data, weights):
     assert compare_models.result_box(0.5, 0.6).encode("cp949")
 
 

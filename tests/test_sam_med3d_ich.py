@@ -132,7 +132,7 @@ def volumes(data):
 
 # ---- training ----
 
-def test_training_writes_its_files(trained):
+def test_training_writes_its_result_files(trained):
     folder, done = trained
     output = folder / "outputs"
     assert {"best_model.pth", "latest_model.pth", "sam_encoder.pth", "config.json", "patients.csv", "patients.png",
@@ -197,7 +197,7 @@ def same_weights(one, other):
 
 
 @pytest.mark.parametrize("scheduler", ["reduce_on_plateau", "cosine", "step"])
-def test_an_interrupted_run_goes_on_to_the_same_result(scheduler, tmp_path):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(scheduler, tmp_path):
     flags = ("--scheduler_type", scheduler, "--epochs", 3)
     whole, broken = make_data(tmp_path / "whole"), make_data(tmp_path / "broken")
     train(whole, *flags)
@@ -243,7 +243,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(data):
     assert not [path for path in (data / "outputs").iterdir() if path.suffix in (".pth", ".tmp")]
 
 
-def test_two_runs_do_not_share_a_folder(data):
+def test_a_second_run_in_the_same_output_folder_is_refused(data):
     (data / "outputs").mkdir()
     with FileLock(data / "outputs/.lock"):
         assert_fails_in_one_line(train(data, "--epochs", 1, code=1), "outputs/.lock")
@@ -251,7 +251,7 @@ def test_two_runs_do_not_share_a_folder(data):
 
 
 @pytest.mark.parametrize("epochs, told", [(0, False), (1, True)])
-def test_only_a_run_that_has_saved_an_epoch_is_told_to_resume(epochs, told, data):
+def test_an_interrupted_run_suggests_resume_only_after_a_saved_epoch(epochs, told, data):
     before = f"""
 import trainer
 
@@ -270,14 +270,14 @@ trainer.Trainer.train_epoch = train_epoch"""
     "CUDA out of memory. Tried to allocate 2 GiB", "DataLoader worker (pid 7) is killed by signal: Killed. ",
     "unable to allocate shared memory(shm) for file </torch_7>: out of shared memory",
     "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"])
-def test_too_little_memory_is_one_line(message):
+def test_out_of_memory_errors_end_in_one_line(message):
     def main():
         raise RuntimeError(message)
     with pytest.raises(SystemExit, match="오류: 메모리가 부족합니다"):
         utils.run_training(main)
 
 
-def test_an_error_of_the_program_itself_is_not_hidden():
+def test_other_runtime_errors_keep_their_traceback():
     def main():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
@@ -290,7 +290,7 @@ def test_resume_refuses_other_settings(trained):
     assert_fails_in_one_line(done, "--weight_decay 0.0001", "--freeze_encoder 없이", "--window=40,80")
 
 
-def test_resume_compares_what_must_not_change():
+def test_resume_lists_the_settings_that_differ_and_must_not():
     before = config.settings_of(settings("--train_csv", "a/../train.csv", "--window", "none", "--freeze_encoder"))
     same = settings("--train_csv", Path("train.csv").resolve(), "--window", "none", "--freeze_encoder", "--epochs", 7)
     assert config.differing_settings(same, before) == []
@@ -306,7 +306,7 @@ def test_resume_refuses_a_file_of_another_program(content, data):
     assert_fails_in_one_line(train(data, "--resume", code=1), "outputs/latest_model.pth")
 
 
-def test_resume_with_more_epochs_has_the_rate_of_its_formula(volumes, tmp_path):
+def test_resume_with_more_epochs_follows_the_cosine_schedule_of_the_new_number(volumes, tmp_path):
     flags = ("--scheduler_type", "cosine", "--output_dir", tmp_path)
     trained = [trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
                for args in (settings(*flags, "--epochs", 3), settings(*flags, "--epochs", 6))]
@@ -325,11 +325,11 @@ def test_resume_with_more_epochs_has_the_rate_of_its_formula(volumes, tmp_path):
     assert rates == pytest.approx([5e-4, 2.5e-4, 6.7e-5, 0], abs=1e-6)
 
 
-def test_resume_without_a_run(data):
+def test_resume_without_a_saved_run_is_refused(data):
     assert_fails_in_one_line(train(data, "--resume", code=1), "latest_model.pth")
 
 
-def test_early_stopping(data):
+def test_training_stops_after_patience_epochs_without_improvement(data):
     done = train(data, "--epochs", 9, "--lr", 0, "--patience", 2)  # nothing is trained, so nothing improves
     assert "일찍 끝냅니다: 에포크 1 뒤로" in done.stdout
     summary = json.loads(next((data / "outputs").glob("training_summary_*.json")).read_text("utf-8"))
@@ -361,7 +361,7 @@ def gradients_of_an_epoch(volumes, batch_size, steps):
     return gradients
 
 
-def test_accumulating_4_batches_of_1_is_1_batch_of_4(volumes):
+def test_accumulating_4_batches_of_1_gives_the_gradient_of_1_batch_of_4(volumes):
     accumulated, whole = gradients_of_an_epoch(volumes, 1, 4), gradients_of_an_epoch(volumes, 4, 1)
     assert len(accumulated) == len(whole) == 2  # five volumes: a step of four, and one of the one that is left
     for one, other in zip(accumulated, whole):
@@ -402,7 +402,7 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass(size, side, lea
 @pytest.mark.parametrize("scheduler, expected", [
     ("cosine", [1, 0.933, 0.75, 0.5, 0.25, 0.067]), ("step", [1, 1, 0.1, 0.1, 0.01, 0.01]),
     ("reduce_on_plateau", [1, 1, 1, 1, 1, 1, 1, 0.5])])
-def test_learning_rate_by_epoch(scheduler, expected):
+def test_each_scheduler_gives_its_learning_rate_by_epoch(scheduler, expected):
     args = settings("--scheduler_type", scheduler, "--epochs", 6)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
     rates, schedule = [], trainer.make_scheduler(optimizer, args)
@@ -431,7 +431,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing(batch_size, max_grad_norm, 
 
 @pytest.mark.parametrize("what, max_grad_norm, named", [
     ("gradient", 0, "기울기"), ("gradient", 1, "기울기"), ("weight", 1, "가중치"), ("prediction", 1, "예측")])
-def test_what_is_not_finite_is_not_saved(what, max_grad_norm, named, volumes, tmp_path):
+def test_non_finite_numbers_stop_the_run_and_are_not_saved(what, max_grad_norm, named, volumes, tmp_path):
     args = settings("--batch_size", 5, "--max_grad_norm", max_grad_norm, "--epochs", 1, "--output_dir", tmp_path)
     training = trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
     weight = training.model.head.project.weight
@@ -449,7 +449,7 @@ def test_what_is_not_finite_is_not_saved(what, max_grad_norm, named, volumes, tm
         assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
 
 
-def test_workers_change_no_sample(volumes):
+def test_samples_from_worker_processes_equal_those_read_in_the_main_process(volumes):
     args = settings("--num_workers", 1)
     training = trainer.Trainer(model.build_model(args), volumes, volumes, args, "cpu")
     training.train_loader.sampler.epoch = 7
@@ -467,7 +467,7 @@ def test_a_file_that_a_worker_cannot_read_is_named_in_one_line(volumes):
     assert utils.reason(caught.value).startswith(f"{volumes.rows[0].place}: {volumes.rows[0].path}: ")
 
 
-def test_wandb_gets_the_log(data):
+def test_wandb_receives_the_log_and_the_figures(data):
     train(data, "--epochs", 1, "--use_wandb", "--log_images", "--log_freq", 1, env={"WANDB_MODE": "offline"})
     assert list((data / "outputs/wandb").glob("offline-run-*/*.wandb"))
     assert list((data / "outputs/wandb").glob("offline-run-*/files/media/images/patients_*.png"))
@@ -483,7 +483,7 @@ def test_figures_for_wandb_are_closed(tmp_path, monkeypatch):
     assert set(logged[0]) == {"epoch", "dice", "patients"} and plt.get_fignums() == before
 
 
-def test_wandb_that_is_not_installed(data):
+def test_a_missing_wandb_package_names_the_pip_command(data):
     done = train(data, "--use_wandb", code=1, before="sys.modules['wandb'] = None")
     assert_fails_in_one_line(done, "pip install wandb")
 
@@ -518,7 +518,7 @@ def test_medim_encodes_positions_with_the_first_two_axes_exchanged():
     assert (point - dense[:, 5, 20, 33]).abs().max() > 0.1
 
 
-def test_mask_losses_are_dice_with_squares_and_cross_entropy_for_each_volume():
+def test_mask_losses_are_dice_with_squared_terms_plus_cross_entropy_per_volume():
     truth = torch.zeros(2, 1, 2, 2, 2)
     truth[:, 0, 0, 0] = 1                                           # 2 of 8 voxels
     logits = torch.zeros(2, 1, 2, 2, 2)                             # p = 1/2 everywhere in the first volume
@@ -528,7 +528,7 @@ def test_mask_losses_are_dice_with_squares_and_cross_entropy_for_each_volume():
     assert trainer.mask_losses(logits, truth).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_label_losses_ask_the_volume_and_its_tokens_and_leave_out_what_has_no_label():
+def test_label_losses_cover_the_volume_and_its_tokens_and_are_0_without_a_label():
     logits, mask = torch.zeros(3, 8), torch.zeros(3, 1, 4, 4, 4)
     mask[1:, 0, 3, 0, 2] = 1              # in the patch 1, 0, 1 of 2 x 2 x 2: token 5
     logits[0] = logits[1] = -2
@@ -539,7 +539,7 @@ def test_label_losses_ask_the_volume_and_its_tokens_and_leave_out_what_has_no_la
     assert losses.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_metrics_by_patient():
+def test_metrics_of_a_patient_combine_all_its_volumes():
     def row(patient_id, ich):
         return Row("", Path(), ich, patient_id, None)
 
@@ -557,7 +557,7 @@ def test_metrics_by_patient():
     assert trainer.summarize(table[:1])["specificity"] is None
 
 
-def test_pictures_have_the_patients_dice_and_the_slice_of_the_click(data):
+def test_figures_show_the_patients_dice_and_the_slice_of_the_click(data):
     volume, mask = draw_scan(7, 1)
     for number in (1, 2):
         save_nifti(data / f"scans/again_{number}.nii.gz", volume, "LPS")
@@ -579,7 +579,7 @@ def test_pictures_have_the_patients_dice_and_the_slice_of_the_click(data):
     assert titles[0].startswith("c:") and titles[2].endswith("0.25") and titles[3].startswith("a:")
 
 
-def test_a_perfect_prediction_has_dice_1_with_the_voxels_of_the_file(data):
+def test_a_perfect_prediction_has_a_dice_near_1_in_the_voxels_of_the_file(data):
     rows, _ = dataloader.read_rows(data / "val.csv", data / "masks")
     args = settings("--spacing", 2)
     args.image_size = 64
@@ -594,7 +594,7 @@ def test_a_perfect_prediction_has_dice_1_with_the_voxels_of_the_file(data):
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "RPI"])
 @pytest.mark.parametrize("kind", [".nii.gz", ".npy", ".pkl"])
-def test_a_point_lands_on_the_voxel_it_means(axes, kind, tmp_path):
+def test_a_point_lands_on_its_voxel_for_any_axis_order(axes, kind, tmp_path):
     """The click falls on the one bright voxel, and at the same place in mm, for any axes of the file."""
     volume, mask = np.full(SHAPE, 20, np.int16), np.zeros(SHAPE, np.uint8)
     volume[17, 9, 4], mask[17, 9, 4] = 75, 1
@@ -627,7 +627,7 @@ def test_the_window_comes_before_the_resampling(tmp_path):
     assert profile.diff().abs().max().item() == pytest.approx(80 / 3, abs=0.1)  # 12 mm in 3 steps
 
 
-def test_apply_window():
+def test_apply_window_clips_values_and_moves_the_lower_bound_to_0():
     values = np.array([-1000, 0, 10, 80, 90, 3000], np.float32)
     assert dataloader.apply_window(values, (40, 80)).tolist() == [0, 0, 10, 80, 80, 80]
     assert dataloader.apply_window(values, (50, 100)).tolist() == [0, 0, 10, 80, 90, 100]
@@ -660,7 +660,7 @@ def test_a_mask_of_an_odd_length_lies_where_torchio_puts_it(length, first):
     assert torch.argwhere(crop[0])[0, 0] == first
 
 
-def test_no_label_is_learnt_from_a_crop_without_the_haemorrhage(data):
+def test_a_crop_that_misses_the_hemorrhage_trains_no_label(data):
     """The head's center is far from a hemorrhage at the rim, so a small crop around the center shows none."""
     volume, mask = draw_scan(0, 0)
     mask[20, 15, 7] = 1
@@ -675,7 +675,7 @@ def test_no_label_is_learnt_from_a_crop_without_the_haemorrhage(data):
     assert {bool(item["mask"].any()) for item in seen} == {True, False}
 
 
-def test_the_label_is_learnt_from_crops_that_do_not_depend_on_the_truth(data):
+def test_crops_that_train_the_label_do_not_depend_on_the_mask(data):
     """With and without the mask of a scan, the network sees the same voxels wherever the label is trained."""
     (data / "empty").mkdir()
     without = save_nifti(data / "empty/scan_0.nii", np.zeros(SHAPE, np.uint8), "LPS")
@@ -719,7 +719,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_pickle_that_is_more_than_an_array_is_refused_by_name(name, tmp_path, monkeypatch):
+def test_a_pickle_with_anything_but_arrays_and_plain_values_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     value, named = HOSTILE[name]
     for protocol in (0, 2, pickle.HIGHEST_PROTOCOL):
@@ -729,13 +729,13 @@ def test_a_pickle_that_is_more_than_an_array_is_refused_by_name(name, tmp_path, 
     assert not Path("hostile").exists()
 
 
-def test_a_torch_file_is_no_volume(tmp_path):
+def test_a_torch_file_is_refused_as_a_volume(tmp_path):
     torch.save(torch.zeros(2, 2, 2), tmp_path / "scan.pkl")
     with pytest.raises(DataError, match=r"scan\.pkl"):
         dataloader.read_volume(tmp_path / "scan.pkl")
 
 
-def test_a_pickle_cannot_change_the_stand_ins(tmp_path):
+def test_a_pickle_cannot_set_attributes_of_the_classes_that_read_it(tmp_path):
     """BUILD on a class sets its attributes, unless the class has a __setstate__."""
     hostile = b"cnumpy.core.multiarray\n_reconstruct\n}S'array'\nI1\nsb."
     (tmp_path / "scan.pkl").write_bytes(hostile)
@@ -745,7 +745,7 @@ def test_a_pickle_cannot_change_the_stand_ins(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"PK\x03\x04", pickle.dumps(np.zeros(9))[:-20]])
-def test_a_damaged_pickle_is_not_called_hostile(content, tmp_path):
+def test_a_damaged_pickle_is_reported_as_unreadable_not_as_unsafe(content, tmp_path):
     (tmp_path / "scan.pkl").write_bytes(content)
     with pytest.raises(DataError, match=r"scan\.pkl: 읽을 수 없습니다"):
         dataloader.read_volume(tmp_path / "scan.pkl")
@@ -753,7 +753,7 @@ def test_a_damaged_pickle_is_not_called_hostile(content, tmp_path):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("dtype", ["int16", ">i2", "uint8", "float32", "float64", "bool"])
-def test_pickled_arrays_are_read_as_they_are(protocol, dtype, tmp_path):
+def test_pickled_arrays_keep_their_values_for_every_protocol_and_dtype(protocol, dtype, tmp_path):
     array = (np.arange(24).reshape(2, 3, 4) % 5).astype(dtype)
     for stored in (array, np.asfortranarray(array)):
         content = {"image": stored, "affine": np.diag([0.5, 0.5, 5, 1]), "note": ["x", None, np.float32(1)]}
@@ -843,7 +843,7 @@ def spoil(folder, what):
     "truncated", "wrong checksum", "a tenth of a voxel off", "two-dimensional", "array of objects", "no file",
     "no mask", "two masks", "a volume as its mask", "another volume as the mask",
     "another volume, scaled to 0..1, as the mask"])
-def test_a_bad_volume_is_named_with_its_row(what, data):
+def test_an_unusable_volume_is_named_with_its_row(what, data):
     words = spoil(data, what)
     name = next((word for word in words if word.endswith(".npy")), "scan_1.nii.gz")
     problem, = problems_of(data, [("scans/scan_0.nii.gz", 1, "a"), (f"scans/{name}", 1, "b")])
@@ -855,14 +855,14 @@ def test_a_bad_volume_is_named_with_its_row(what, data):
     (("scans/scan_1.nii.gz", 0, "b"), ["ich가 0인데"]), (("scans/scan_1.nii.gz", 2, "b"), ["ich", "2"]),
     (("scans/scan_1.nii.gz", 1, ""), ["patient_id"]), (("", 1, "b"), ["path"]),
     (("scans/scan_1.mha", 1, "b"), [".mha", ".nii.gz"])])
-def test_a_bad_row_is_named(row, words, data):
+def test_an_invalid_row_is_named(row, words, data):
     problem, = problems_of(data, [("scans/scan_0.nii.gz", 1, "a"), row])
     for word in ("test.csv 3행", *words):
         assert word in problem
 
 
 @pytest.mark.parametrize("value", [1, 255])
-def test_a_mask_may_have_a_handful_of_labels(value, data):
+def test_a_mask_with_a_few_labels_is_accepted(value, data):
     _, mask = draw_scan(1, 1)
     mask[mask > 0] = value
     mask[0, 0, :3] = [2, 3, 4]
@@ -871,13 +871,13 @@ def test_a_mask_may_have_a_handful_of_labels(value, data):
 
 
 @pytest.mark.parametrize("ich", ["1.0", "1.", "01", "1.5", "nan"])
-def test_ich_may_be_written_as_pandas_does(ich, data):
+def test_the_column_ich_may_hold_1_0_as_pandas_writes_it(ich, data):
     rows, problems = dataloader.read_rows(write_csv(data / "test.csv", [("scans/scan_1.nii.gz", ich, "a")]),
                                           data / "masks")
     assert [row.ich for row in rows] == ([1] if ich in ("1.0", "1.") else []) and bool(problems) == (not rows)
 
 
-def test_what_may_be_misread_is_one_line_for_all_files(data, capsys):
+def test_doubtful_volumes_and_masks_give_one_warning_for_each_kind(data, capsys):
     for number in (0, 1, 3):
         volume, mask = draw_scan(number, 1)
         save_nifti(data / f"scans/scan_{number}.nii.gz", volume + 1024, "LPS")
@@ -899,14 +899,14 @@ def test_what_may_be_misread_is_one_line_for_all_files(data, capsys):
     assert "Hounsfield" not in capsys.readouterr().out
 
 
-def test_units_of_the_header_are_converted_to_millimetres(tmp_path):
+def test_units_of_the_header_are_converted_to_millimeters(tmp_path):
     image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.diag([1e-3, 1e-3, 5e-3, 1]))
     image.header.set_xyzt_units("meter")
     nib.save(image, tmp_path / "metres.nii")
     assert np.diag(dataloader.read_volume(tmp_path / "metres.nii")[1]) == pytest.approx([1, 1, 5, 1])
 
 
-def test_a_patient_id_is_no_formula_in_a_spreadsheet(tmp_path):
+def test_patient_ids_in_csv_tables_are_not_read_as_formulas(tmp_path):
     ids = ["=1+1", "+a", "-b", "@c", "\td", "-5", "환자 -1", ""]
     trainer.write_patients(tmp_path / "patients.csv", [{"patient_id": name, "volume_error_ml": -1.5} for name in ids])
     rows = list(csv.DictReader((tmp_path / "patients.csv").read_text("utf-8-sig").splitlines()))
@@ -916,7 +916,7 @@ def test_a_patient_id_is_no_formula_in_a_spreadsheet(tmp_path):
     assert (tmp_path / "table.csv").read_bytes() == b"'=name,1\r\n-0.5,-2\r\n"
 
 
-def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):
+def test_a_volume_without_a_mask_and_without_a_voxel_size_is_refused(data):
     volume, _ = draw_scan(7, 0)
     np.save(data / "scans/scan_7.npy", volume)
     (data / "scans/scan_8.pkl").write_bytes(pickle.dumps({"image": volume, "affine": np.diag([8, 8, 12, 1])}))
@@ -930,7 +930,7 @@ def test_a_volume_without_a_mask_must_say_how_large_its_voxels_are(data):
     (b"path,ich,patient_id\n", ["행이 없습니다"]),
     ("path,ich,patient_id\na.nii,1,a\nb.nii,1,환자\n".encode("cp949"), ["3행", "UTF-8"]),
     (b'path,ich,patient_id\n"a.nii,1,a\n', ["CSV로 읽을 수 없습니다"])])
-def test_a_bad_csv_is_named(content, words, tmp_path):
+def test_an_invalid_csv_is_named(content, words, tmp_path):
     (tmp_path / "test.csv").write_bytes(content)
     with pytest.raises(DataError) as caught:
         dataloader.read_rows(tmp_path / "test.csv", tmp_path)
@@ -945,7 +945,7 @@ def test_a_csv_with_a_bom_further_columns_and_windows_line_ends_is_read(data):
     assert not problems and row.patient_id == "환자 1" and row.ich == 1 and row.mask == data / "masks/scan_0.nii"
 
 
-def test_a_patient_on_both_sides_and_a_volume_twice_are_refused(data):
+def test_a_patient_in_both_splits_and_a_repeated_volume_are_refused(data):
     rows = [("scans/scan_100.nii.gz", 1, "patient_1"), ("scans/scan_2.nii.gz", 0, "patient_9"),
             ("scans/scan_100.nii.gz", 1, "patient_8")]
     write_csv(data / "val.csv", rows)
@@ -975,7 +975,7 @@ def test_a_hostile_pickle_ends_the_run_with_its_row(data):
 
 
 @pytest.mark.parametrize("side", ["train", "val"])
-def test_data_without_a_haemorrhage_is_refused(side, data):
+def test_data_without_a_hemorrhage_is_refused(side, data):
     healthy = {"train": "scans/scan_2.nii.gz", "val": "scans/scan_101.nii.gz"}
     write_csv(data / f"{side}.csv", [(healthy[side], 0, "z")])
     assert "ich가 1인 행이 없어" in train(data, code=1).stderr
@@ -996,7 +996,7 @@ def official(tmp_path, weights, **more):
     return path
 
 
-def test_an_official_checkpoint_starts_the_training(data, tmp_path):
+def test_training_starts_from_an_official_checkpoint(data, tmp_path):
     weights = create_model("SAM-Med3D", **config.MODELS["small"]).state_dict()
     path = official(tmp_path, weights)
     train(data, "--sam_checkpoint", path, "--epochs", 1, "--lr", 0)
@@ -1005,7 +1005,7 @@ def test_an_official_checkpoint_starts_the_training(data, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["truncated", "other sizes", "hostile", "no weights", "not finite", "absent"])
-def test_a_bad_checkpoint_is_refused_in_one_line(what, tmp_path, monkeypatch):
+def test_an_invalid_checkpoint_is_refused_in_one_line(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = create_model("SAM-Med3D", **config.MODELS["small"]).state_dict()
     name = "mask_decoder.iou_token.weight"
@@ -1034,7 +1034,7 @@ def test_a_bad_checkpoint_is_refused_in_one_line(what, tmp_path, monkeypatch):
     assert not Path("hostile").exists()
 
 
-def test_the_full_model_is_the_published_one():
+def test_the_full_model_has_the_size_of_the_published_sam_med3d():
     with torch.device("meta"):
         net = model.SamMed3dIch("full", 256)
     counts = {name: sum(parameter.numel() for parameter in part.parameters()) / 1e6
@@ -1055,7 +1055,7 @@ def test_system_check_without_data_names_what_is_missing(tmp_path):
     assert not done.stderr
 
 
-def test_system_check_does_not_try_what_memory_does_not_allow(tmp_path):
+def test_system_check_skips_the_training_step_if_memory_is_too_small(tmp_path):
     done = run(TRAIN, "--test", "--model_size", "small", cwd=tmp_path, code=1,
                before="import utils; utils.free_gigabytes = lambda device: 0.4")
     assert any(line.startswith("✗ 학습 1회: 메모리가 0.4 GB") for line in done.stdout.splitlines())
@@ -1070,7 +1070,7 @@ def test_mps_without_transposed_convolutions_is_not_chosen(monkeypatch, capsys):
             assert ("ConvTranspose3d" in capsys.readouterr().out) == (chosen == "cpu")
 
 
-def test_free_memory_knows_the_containers_limit(monkeypatch):
+def test_free_memory_respects_the_limit_of_a_container(monkeypatch):
     files = {"memory.max": "3000000000", "memory.current": "1500000000",
              "memory.stat": "anon 1\ninactive_file 500000000\n"}
     monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
@@ -1089,19 +1089,19 @@ def test_system_check_with_data_passes_on_any_terminal(encoding, data):
     assert not (data / "outputs/latest_model.pth").exists()
 
 
-def test_missing_flags_are_named(tmp_path):
+def test_missing_required_flags_are_named(tmp_path):
     done = run(TRAIN, "--train_csv", "a.csv", cwd=tmp_path, code=2)
     assert "--val_csv, --mask_dir" in done.stderr
 
 
 @pytest.mark.parametrize("window", ["foo", "40", "1,2,3", "40,0", "nan,80", "40,x"])
-def test_a_bad_window_is_explained(window, capsys):
+def test_an_invalid_window_is_a_usage_error_that_shows_the_valid_forms(window, capsys):
     with pytest.raises(SystemExit):
         config.parse_args(["--test", "--window", window])
     assert f"argument --window: {window}: brain, none, 또는 '레벨,폭'" in capsys.readouterr().err
 
 
-def test_a_good_window():
+def test_window_accepts_a_name_none_or_level_and_width():
     windows = [config.parse_args(["--test", f"--window={text}"]).window for text in ("brain", "none", "-600,1500")]
     assert windows == [(40, 80), None, (-600, 1500)]
 
@@ -1116,7 +1116,7 @@ def test_the_flags_have_the_documented_defaults():
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_the_demos_data_set(tmp_path):
+def test_the_synthetic_ct_data_set_is_valid_and_reproducible(tmp_path):
     for folder in ("one", "other"):
         run("extras/demo/draw_ich_dataset.py", "--train", 6, "--val", 6, "--output", tmp_path / folder, cwd=tmp_path)
     one = tmp_path / "one"
@@ -1133,7 +1133,7 @@ def test_the_demos_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("foreign", ["volumes/mine.nii.gz", "masks/other/patient_001_0.nii.gz", "notes.txt"])
-def test_the_demos_data_set_replaces_no_other_files(foreign, tmp_path):
+def test_the_synthetic_ct_data_set_replaces_no_other_files(foreign, tmp_path):
     path = tmp_path / "mine" / foreign
     path.parent.mkdir(parents=True)
     path.write_bytes(b"precious")

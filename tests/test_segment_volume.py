@@ -102,7 +102,7 @@ def test_for_all_48_axis_orders_the_pictures_are_the_same_and_the_mask_lies_on_t
                 nib.affines.apply_affine(oblique_affine(), [16, 6.5, 4]), abs=1e-3)
 
 
-def test_the_picture_is_the_one_that_radiologists_look_at(tmp_path):
+def test_slices_are_shown_in_radiological_orientation(tmp_path):
     data = np.zeros((5, 6, 7), np.float32)
     data[4, 5, 6] = 80  # right, front, top
     volume = segment_volume.Volume(save(tmp_path / "v.nii", data, np.eye(4)))
@@ -123,7 +123,7 @@ def test_prompts_in_voxels_are_mirrored_into_the_picture_and_back():
     assert segment_volume.as_flags(prompts) == '--point "3,1,2,1;3,0,0,0" --box "3,1,2,4,5"'
 
 
-def test_the_written_mask_has_shape_affine_and_codes_of_the_input(tmp_path, visible):
+def test_the_written_mask_has_the_shape_affine_and_header_codes_of_the_input(tmp_path, visible):
     data, _ = draw_volume()
     image = nib.Nifti1Image(np.round(data).astype(np.int16)[..., None], oblique_affine() @ np.diag([-1, 1, 1, 1]))
     image.set_sform(image.affine, 4)
@@ -190,14 +190,14 @@ def test_volume_area_dice_and_iou_are_right_on_a_mask_worked_out_by_hand(tmp_pat
         assert (row["dice"] != "") == filled[int(row["slice"])]
 
 
-def test_units_of_the_header_are_taken_to_millimetres(tmp_path):
+def test_units_of_the_header_are_converted_to_millimeters(tmp_path):
     image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.diag([200, 200, 500, 1]))
     image.header.set_xyzt_units("micron")
     nib.save(image, tmp_path / "micro.nii")
     assert np.diag(segment_volume.Volume(tmp_path / "micro.nii").affine) == pytest.approx([0.2, 0.2, 0.5, 1])
 
 
-def test_voxels_and_values_may_be_small_in_their_units(tmp_path):
+def test_voxels_of_micrometers_and_very_small_values_are_shown(tmp_path):
     """Units of meters with voxels of 10 µm; apparent diffusion coefficients in m²/s."""
     values = np.linspace(0, 3e-9, 120).reshape(4, 5, 6).astype(np.float32)
     image = nib.Nifti1Image(values, np.diag([1e-5, 1e-5, 1e-5, 1]))
@@ -229,7 +229,7 @@ def test_truth_with_other_axes_is_compared_at_the_same_place_and_another_grid_is
     assert (slices.of_file(rounded, volume) == slices.to_pictures(truth)).all()
 
 
-def test_grids_are_compared_in_voxels():
+def test_the_distance_of_two_grids_is_measured_in_voxels():
     affine = np.diag([0.5, 0.5, 5, 1])
     for axis, shift, apart in ((0, 0.002, 0.004), (0, 0.05, 0.1), (2, 0.05, 0.01), (2, 0.5, 0.1)):
         moved = affine.copy()
@@ -238,7 +238,7 @@ def test_grids_are_compared_in_voxels():
     assert volume_files.voxels_apart(affine, np.diag([0.5, 0.5, 5.1, 1]), (512, 512, 31)) == pytest.approx(0.6)
 
 
-def test_of_a_truth_with_several_labels_one_is_chosen(tmp_path):
+def test_a_truth_with_several_labels_needs_the_flag_truth_label(tmp_path):
     data, truth = draw_volume()
     volume = segment_volume.Volume(save(tmp_path / "ct.nii", data, oblique_affine()))
     slices, labels = segment_volume.Slices(volume, "axial", (0, 80)), truth.astype(np.float32)
@@ -259,13 +259,13 @@ def test_of_a_truth_with_several_labels_one_is_chosen(tmp_path):
 
 @pytest.mark.parametrize("text, wanted", [("brain", (0, 80)), ("bone", (-800, 2000)), ("-600,1500", (-1350, 150)),
                                           ("none", None)])
-def test_windows_have_level_and_width(text, wanted):
+def test_window_names_and_level_and_width_give_the_range_of_values(text, wanted):
     assert segment_volume.parse_window(text) == wanted
 
 
 # ----------------------------------------------------------------------------- files
 
-def test_values_are_shown_the_same_whatever_their_type(tmp_path):
+def test_slices_look_the_same_for_every_data_type(tmp_path):
     values = np.arange(-40, 120, dtype=np.float64).reshape(4, 5, 8) * 0.5
     path = tmp_path / "v.nii"
     wanted = np.round(np.clip(values / 80, 0, 1) * 255)[::-1, ::-1].transpose(2, 1, 0)
@@ -330,7 +330,7 @@ def test_a_compressed_file_with_a_wrong_checksum_is_refused(tmp_path, suffix, co
         segment_volume.Slices(volume, "axial", None).of_file(damaged, volume)
 
 
-def test_values_that_are_not_hounsfield_units_are_noticed():
+def test_values_that_are_not_hounsfield_units_are_detected():
     head = np.full((20, 20, 20), -1000.0)
     head[2:18, 2:18, 2:18], head[2:18, 2:18, 2:6] = 35, 1000  # brain; a quarter of the head is bone
     padded = head + 1024
@@ -343,7 +343,7 @@ def test_values_that_are_not_hounsfield_units_are_noticed():
         assert not volume_files.doubts_about_values(values, None)
 
 
-def test_what_may_be_misread_is_reported_with_its_file_and_flag(tmp_path):
+def test_doubtful_headers_and_values_are_reported_with_file_and_flag(tmp_path):
     data, _ = draw_volume()
     plain = nib.Nifti1Image(data.astype(np.float32), np.eye(4))
     nib.save(plain, tmp_path / "plain.nii.gz")
@@ -388,7 +388,7 @@ def test_the_test_files_of_nibabel_open_or_are_refused_in_one_line(tmp_path):
     assert {"anatomical.nii", "reoriented_anat_moved.nii", "standard.nii.gz"} <= set(opened)
 
 
-def test_a_pair_of_files_gives_a_mask_with_its_codes(tmp_path):
+def test_an_img_and_hdr_pair_gives_a_nifti_mask_with_its_header_codes(tmp_path):
     pair = nib.Nifti1Pair(np.ones((4, 5, 6), np.float32), np.diag([2, 3, 4, 1]))
     pair.set_sform(pair.affine, 3)
     nib.save(pair, tmp_path / "pair.img")
@@ -401,7 +401,7 @@ def test_a_pair_of_files_gives_a_mask_with_its_codes(tmp_path):
 
 # ----------------------------------------------------------------------------- the script
 
-def test_each_slice_segments_the_prompted_slices_alone(tmp_path, visible):
+def test_each_slice_segments_only_the_slices_with_a_prompt(tmp_path, visible):
     data, truth = draw_volume()
     store(tmp_path / "ct.nii.gz", data, ORIENTATIONS[5])
     store(tmp_path / "truth.nii.gz", truth.astype(np.uint8), ORIENTATIONS[5])
@@ -422,7 +422,7 @@ def test_each_slice_segments_the_prompted_slices_alone(tmp_path, visible):
     assert both.sum() > alone.sum()
 
 
-def test_the_gap_ends_both_directions_and_what_it_left_out_is_said(tmp_path, visible):
+def test_max_gap_ends_tracking_in_both_directions_and_the_tracked_slices_are_reported(tmp_path, visible):
     """The model finds nothing: with --max-gap 1 it tracks one slice beyond the prompt on each side."""
     hidden = torch.load(visible, weights_only=True)
     hidden["model"]["sam_mask_decoder.pred_obj_score_head.layers.2.bias"] -= 40
@@ -447,7 +447,7 @@ def test_the_gap_ends_both_directions_and_what_it_left_out_is_said(tmp_path, vis
     assert "함께" in segment(tmp_path, "hidden.pt", *flags, "--max-gap", 1, "--each-slice", code=2).stderr
 
 
-def test_settings_become_flags_unless_they_are_the_defaults(monkeypatch):
+def test_settings_are_printed_as_flags_unless_they_are_defaults(monkeypatch):
     def flags(*arguments):
         monkeypatch.setattr(segment_volume.sys, "argv", ["segment_volume.py", "--volume", "ct.nii", *arguments])
         return segment_volume.settings_as_flags(segment_volume.parse_args())
@@ -460,7 +460,7 @@ def test_settings_become_flags_unless_they_are_the_defaults(monkeypatch):
         flags("--truth-label", "1")  # without --truth
 
 
-def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):
+def test_invalid_input_fails_in_one_line_before_the_model_is_loaded(tmp_path):
     save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
     for arguments, words in (
             (("--point", "8,1,1"), ("슬라이스 8", "0부터 7까지")),
@@ -476,7 +476,7 @@ def test_failures_are_one_line_before_the_model_is_loaded(tmp_path):
         assert "usage" in segment(tmp_path, "missing.pt", *wrong, code=2).stderr
 
 
-def test_a_window_may_begin_with_a_minus(tmp_path, visible):
+def test_a_window_with_a_negative_level_is_parsed(tmp_path, visible):
     save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
     segment(tmp_path, visible, "--point", "4,16,6", "--each-slice", "--window", "-600,1500", "-o", "out")
     assert json.loads((tmp_path / "out/summary.json").read_text())["window"] == [-1350, 150]
@@ -486,7 +486,7 @@ def test_a_window_may_begin_with_a_minus(tmp_path, visible):
     ("ct_mask.nii.gz", "ct_mask.nii.gz", "결과를 쓸 자리에 있습니다"),
     ("truth.nii.gz", "ct_mask.nii.gz", "이전 결과가 아니어서"),
     ("truth.nii.gz", "summary.json", "이전 결과가 아니어서")])
-def test_masks_of_somebody_else_are_not_overwritten(tmp_path, truth, name, words):
+def test_files_that_the_script_did_not_write_are_not_overwritten(tmp_path, truth, name, words):
     data, mask = draw_volume()
     save(tmp_path / "ct.nii.gz", data, oblique_affine())
     for path in {truth, name}:
@@ -497,7 +497,7 @@ def test_masks_of_somebody_else_are_not_overwritten(tmp_path, truth, name, words
     assert (tmp_path / name).read_bytes() == before
 
 
-def test_its_own_results_are_overwritten_with_a_word_until_they_were_corrected_by_hand(tmp_path, visible):
+def test_own_results_are_overwritten_with_a_notice_unless_they_were_edited(tmp_path, visible):
     save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
     arguments = "--point", "4,16,6", "--each-slice", "-o", "out"
     assert "이전 결과" not in segment(tmp_path, visible, *arguments).stdout
@@ -577,7 +577,7 @@ def test_real_window_goes_to_a_slice_with_the_slider_clicks_segments_and_saves(t
 
 # ----------------------------------------------------------------------------- demo
 
-def test_the_drawn_volume_has_a_bleeding_that_stands_out_and_one_click_finds_it(tmp_path):
+def test_the_demo_volume_shows_its_hemorrhage_and_one_click_segments_it(tmp_path):
     done = run("extras/demo/make_demo_volume.py", "--output", "data", cwd=tmp_path)
     volume = segment_volume.Volume(tmp_path / "data/ct.nii.gz")
     truth = segment_volume.Volume(tmp_path / "data/ct_truth.nii.gz").data > 0
@@ -601,7 +601,7 @@ def test_the_drawn_volume_has_a_bleeding_that_stands_out_and_one_click_finds_it(
     assert summary["voxels"] == found.sum() and 2 * (found & truth).sum() / (found.sum() + truth.sum()) >= 0.7
 
 
-def test_padding_below_air_does_not_hide_that_values_are_no_hounsfield_units():
+def test_values_that_are_not_hounsfield_units_are_detected_despite_padding():
     y, x = np.mgrid[-30:30, -30:30]
     body, scanned = (x / 21) ** 2 + (y / 14) ** 2 < 1, x ** 2 + y ** 2 < 900
     slice_ = np.where(body, 40, -1000)  # a small body in a large field of view
@@ -613,7 +613,7 @@ def test_padding_below_air_does_not_hide_that_values_are_no_hounsfield_units():
 
 # ----------------------------------------------------------------------------- --auto
 
-def test_auto_starts_from_the_clearest_slice(tmp_path, visible):
+def test_auto_starts_from_the_slice_with_the_highest_score(tmp_path, visible):
     save(tmp_path / "ct.nii.gz", draw_volume()[0], oblique_affine())
     done = segment(tmp_path, visible, "--auto", "--window", "40,80")
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")

@@ -34,29 +34,29 @@ def block(script):
 
 
 @pytest.mark.parametrize("script", WITH_BLOCK[1:])
-def test_shared_block_is_the_same_letter_for_letter(script):
+def test_the_shared_block_is_identical_in_the_three_scripts(script):
     first, second = block(WITH_BLOCK[0]).splitlines(), block(script).splitlines()
     assert not "\n".join(difflib.unified_diff(first, second, WITH_BLOCK[0], script, lineterm=""))
 
 
-def test_shared_block_holds_what_the_contract_names():
+def test_the_shared_block_contains_the_required_functions():
     names = {node.name for node in ast.parse(block(WITH_BLOCK[0])).body if isinstance(node, ast.FunctionDef)}
     assert names >= {"detect_device", "calculate_iou", "read_image", "read_mask", "load_predictor", "fail"}
 
 
-def test_extras_hold_the_block_letter_for_letter():
+def test_extras_contain_an_identical_copy_of_the_shared_block():
     text = block(WITH_BLOCK[0])
     files, models = text[text.index("class ImageError"):].rstrip().split("\n\n\ndef read_config")
     assert files in source("extras/files.py") and "def read_config" + models in source("extras/common.py")
 
 
-def test_sam_med3d_ich_and_what_it_imports_do_without_sam2():
+def test_sam_med3d_ich_and_its_imports_do_not_import_sam2():
     extras = ROOT / "extras"
     for path in (extras / "files.py", extras / "volume_files.py", *(extras / "sam_med3d_ich").glob("*.py")):
         assert not re.search(r"^ *(import|from) (sam2|common)\b", path.read_text(encoding="utf-8"), re.MULTILINE), path
 
 
-def test_functions_of_one_name_are_the_same_in_every_script():
+def test_functions_of_the_same_name_have_the_same_code_in_every_script():
     found = defaultdict(dict)
     for script in [*SCRIPTS, *EXTRAS]:
         text = source(script)
@@ -67,7 +67,7 @@ def test_functions_of_one_name_are_the_same_in_every_script():
     assert not differing
 
 
-def test_methods_that_both_windows_have_are_the_same():
+def test_methods_copied_between_the_two_window_classes_are_identical():
     found = []
     for script in ("test_my_image.py", "extras/window.py"):
         window, = (node for node in ast.parse(source(script)).body if getattr(node, "name", "") == "Window")

@@ -175,7 +175,7 @@ def test_objects_that_first_appear_on_different_frames_have_the_logits_of_sam2(t
     assert len({logits.sum().item() for _, _, logits, _ in found}) > 10
 
 
-def test_no_more_is_kept_than_the_next_frames_need(tmp_path, visible):
+def test_tracking_keeps_only_the_memories_that_the_next_frames_use(tmp_path, visible):
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     predictor.num_maskmem, predictor.max_obj_ptrs_in_encoder = 3, 4
     video = track_video.ImageFolder(save_folder(tmp_path / "frames", draw_clip(24)[0]))
@@ -189,7 +189,7 @@ def test_no_more_is_kept_than_the_next_frames_need(tmp_path, visible):
 
 # ----------------------------------------------------------------------------- output
 
-def test_everything_is_written_and_its_own_prompts_give_it_again(clip, visible):
+def test_all_result_files_are_written_and_the_saved_prompts_reproduce_the_masks(clip, visible):
     done = track(clip, visible, "--prompts", "prompts.json")
     folder = clip / "output/my_tracks/frames"
     masks = read_masks(folder)
@@ -217,7 +217,7 @@ def test_everything_is_written_and_its_own_prompts_give_it_again(clip, visible):
 
 
 @pytest.mark.parametrize("name", ["masks/00000.png", "overlay.mp4", "tracks.csv", "prompts.json"])
-def test_files_of_somebody_else_are_neither_taken_away_nor_overwritten(clip, name):
+def test_files_that_the_script_did_not_write_are_neither_deleted_nor_overwritten(clip, name):
     write_image(clip / "mine/masks/00000.png", np.zeros((60, 80), np.uint8))
     (clip / "mine/masks/00000.png").rename(clip / "mine/own")
     (clip / "mine" / name).parent.mkdir(exist_ok=True)
@@ -228,7 +228,7 @@ def test_files_of_somebody_else_are_neither_taken_away_nor_overwritten(clip, nam
     assert (clip / "mine" / name).read_bytes() == before
 
 
-def test_results_of_another_video_of_that_name_and_masks_that_were_corrected_are_not_overwritten(clip, visible):
+def test_results_of_another_video_of_the_same_name_and_edited_masks_are_not_overwritten(clip, visible):
     save_folder(clip / "a/frames", draw_clip()[0])
     save_folder(clip / "b/frames", [np.rot90(frame, 2) for frame in draw_clip()[0]])
     track(clip, visible, "--point", "20,20", video="a/frames")
@@ -246,7 +246,7 @@ def test_results_of_another_video_of_that_name_and_masks_that_were_corrected_are
     assert_fails_in_one_line(failed, "masks/00000.png: 이 영상의 이전 결과 그대로가 아니어서")
 
 
-def test_a_mask_corrected_by_hand_stops_and_other_files_beside_the_results_stay(clip, visible):
+def test_an_edited_mask_stops_a_new_run_and_other_files_in_the_folder_are_kept(clip, visible):
     track(clip, visible, "--point", "20,20", "--to-data", 4, "-o", "out")
     kept = [clip / "out" / name for name in ("masks/truth_00001.png", "notes.tmp", "to_data/masks/frames_00000.png")]
     for path in kept:
@@ -266,20 +266,20 @@ def test_a_mask_corrected_by_hand_stops_and_other_files_beside_the_results_stay(
     assert_fails_in_one_line(failed, "out/overlay.mp4: 결과를 쓸 자리에 있습니다")
 
 
-def test_a_prompt_file_may_begin_with_a_byte_order_mark_and_lie_where_the_results_go(clip, visible):
+def test_a_prompt_file_may_have_a_byte_order_mark_and_lie_in_the_output_folder(clip, visible):
     (clip / "prompts.json").write_text(json.dumps(PROMPTS), "utf-8-sig")
     track(clip, visible, "--prompts", "prompts.json", "-o", ".")
     assert len(json.loads((clip / "prompts.json").read_text("utf-8"))) == 3
 
 
-def test_point_and_box_are_for_object_1_on_the_frame_that_is_given(clip, visible):
+def test_the_flags_point_and_box_prompt_object_1_on_the_given_frame(clip, visible):
     track(clip, visible, "--point", "22,20;5,50,0", "--box", "35,30,10,10", "--frame", 3, "-o", "flags")
     assert json.loads((clip / "flags/prompts.json").read_text()) == [
         {"frame": 3, "object": 1, "points": [[22, 20, 1], [5, 50, 0]], "box": [10, 10, 35, 30]}]
     assert len(read_masks(clip / "flags")) == 8
 
 
-def test_pairs_for_training_are_what_prepare_data_takes(clip, visible):
+def test_to_data_writes_pairs_that_prepare_data_reads(clip, visible):
     track(clip, visible, "--prompts", "prompts.json", "--to-data", 3)
     folder = clip / "output/my_tracks/frames"
     images, pairs = sorted((folder / "to_data/images").iterdir()), sorted((folder / "to_data/masks").iterdir())
@@ -301,7 +301,7 @@ def test_pairs_for_training_are_what_prepare_data_takes(clip, visible):
     assert len(list((clip / "data/images").glob("*/*"))) == count > 0
 
 
-def test_the_prompts_of_a_tracking_that_dies_are_on_disk(clip, visible):
+def test_prompts_are_saved_before_tracking_so_that_a_failed_run_keeps_them(clip, visible):
     done = track(clip, visible, "--point", "20,20", "-o", "out", code=1, before="""
 import tracking
 def die(*_):
@@ -316,7 +316,7 @@ tracking.track = die""")
     assert len(read_masks(clip / "out")) == 8
 
 
-def test_a_killed_run_leaves_whole_files_and_the_next_one_clears_up(clip, visible):
+def test_a_killed_run_leaves_no_partial_files_and_the_next_one_removes_temporary_files(clip, visible):
     done = track(clip, visible, "--point", "20,20", code=-signal.SIGKILL, before="""
 import files
 def write_and_die(path, content, write=files.write_file):
@@ -383,7 +383,7 @@ def test_the_overlay_keeps_the_times_of_a_variable_frame_rate(tmp_path, visible)
     assert shown == times
 
 
-def test_the_overlay_keeps_the_shape_of_the_pixels_and_how_long_the_last_frame_lasts(tmp_path):
+def test_the_overlay_keeps_the_pixel_aspect_and_the_duration_of_the_last_frame(tmp_path):
     frames, args = draw_clip(3)[0], argparse.Namespace(output=tmp_path, name="clip", to_data=None)
     write_image(tmp_path / "masks/00000.png", np.zeros((60, 80), np.uint8))
     for number in (1, 2):
@@ -402,13 +402,13 @@ def test_the_overlay_keeps_the_shape_of_the_pixels_and_how_long_the_last_frame_l
     assert (plain.end - plain.times[-1]) * plain.time_base == Fraction(1, 25) and plain.pixel_aspect == 1
 
 
-def test_sides_of_the_overlay_are_even(tmp_path):
+def test_the_overlay_has_even_sides_and_is_reduced_to_1280_pixels(tmp_path):
     assert track_video.overlay_frame(np.zeros((5, 7, 3), np.uint8), np.ones((5, 7), np.uint8)).shape == (6, 8, 3)
     large = track_video.overlay_frame(np.zeros((1001, 2001, 3), np.uint8), np.ones((1001, 2001), np.uint8))
     assert large.shape == (640, 1280, 3)
 
 
-def test_a_video_that_ends_in_the_middle_is_used_up_to_there(tmp_path, visible):
+def test_a_truncated_video_is_used_up_to_its_last_readable_frame(tmp_path, visible):
     noise = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3)).astype(np.uint8)
     path = save_video(tmp_path / "cut.mp4", noise, options={"g": "5", "bf": "0"})
     with av.open(str(path)) as source, av.open(str(tmp_path / "cut.mkv"), "w") as container:
@@ -430,7 +430,7 @@ def test_a_video_that_ends_in_the_middle_is_used_up_to_there(tmp_path, visible):
     assert re.search(r"주의: cut.avi: 중간에서 끝나거나 손상되었습니다. 읽을 수 있는 \d+프레임만 씁니다", done.stdout)
 
 
-def test_frames_of_a_damaged_video_are_those_that_reading_through_gives(tmp_path):
+def test_random_access_in_a_damaged_video_gives_the_frames_of_sequential_reading(tmp_path):
     path = save_video(tmp_path / "cut.avi", numbered_frames(), "mpeg4", options={"g": "5"})
     content = bytearray(path.read_bytes())
     places = [found.start() for found in re.finditer(b"00dc", content)]
@@ -446,7 +446,7 @@ def test_frames_of_a_damaged_video_are_those_that_reading_through_gives(tmp_path
 
 
 @pytest.mark.parametrize("first, shown", [(0, 25), (10, 30), (10, 20)])
-def test_a_clip_trimmed_by_an_edit_list_is_whole(tmp_path, capsys, first, shown):
+def test_a_clip_trimmed_by_an_edit_list_has_exactly_the_shown_frames(tmp_path, capsys, first, shown):
     """An MP4's edit list (elst) holds the length in milliseconds and the time at which it begins, 512 a frame."""
     path = save_video(tmp_path / "trimmed.mp4", numbered_frames(), options={"g": "12", "bf": "3"})
     content = bytearray(path.read_bytes())
@@ -497,7 +497,7 @@ def test_files_that_are_no_video_are_named(tmp_path, monkeypatch):
         track_video.open_video(tmp_path / "changes.h264")
 
 
-def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tmp_path):
+def test_frames_of_a_folder_are_in_natural_order_and_unusable_ones_are_named(tmp_path):
     frames = numbered_frames(12)
     save_folder(tmp_path, frames, "frame {}.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -516,12 +516,12 @@ def test_a_folder_is_read_in_natural_order_and_what_is_wrong_with_it_is_named(tm
         track_video.open_video(tmp_path / "empty")
 
 
-def test_names_with_digits_of_other_scripts_are_sorted():
+def test_file_names_with_full_width_digits_are_sorted():
     names = ["b10.png", "b2.png", "１2.png", "２_1.png"]  # full-width 1 and 2: letters here, but decimal to Python
     assert sorted(map(Path, names), key=track_video.natural_order) == [Path(names[place]) for place in (1, 0, 2, 3)]
 
 
-def test_an_image_that_lies_on_its_side_is_upright(tmp_path):
+def test_frames_with_exif_rotation_are_upright(tmp_path):
     image, exif = Image.fromarray(numbered_frames(1)[0]), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "1.tif", exif=exif)
@@ -557,7 +557,7 @@ def test_prompts_that_cannot_be_used_are_named(clip, content, words):
     assert "bad.json" in str(failure.value) and words in str(failure.value)
 
 
-def test_failures_are_one_line_before_the_model_is_loaded(clip):
+def test_invalid_input_fails_in_one_line_before_the_model_is_loaded(clip):
     assert_fails_in_one_line(track(clip, "missing.pt", "--point", "80,10", code=1), "(80, 10)", "가로 80", "세로 60")
     assert_fails_in_one_line(track(clip, "missing.pt", "--point", "8,10", "--frame", 8, code=1), "0부터 7까지")
     assert_fails_in_one_line(track(clip, "missing.pt", "--prompts", "none.json", code=1), "none.json")
@@ -572,7 +572,7 @@ def test_failures_are_one_line_before_the_model_is_loaded(clip):
 
 @pytest.mark.parametrize("max_gap, frames", [(0, [*range(5, 12), *range(5, -1, -1)]),
                                              (2, [5, 6, 7, 8, 9, 10, 5, 4, 3, 2])])
-def test_tracking_ends_after_a_gap_beyond_the_prompts(monkeypatch, max_gap, frames):
+def test_max_gap_ends_tracking_only_outside_the_prompted_frames(monkeypatch, max_gap, frames):
     """The object is visible on frames 4, 5, 6 and 8 of 12; frames 5 and 7 have prompts."""
     class Predictor:
         num_maskmem, memory_temporal_stride_for_eval, max_obj_ptrs_in_encoder = 7, 1, 16
@@ -670,7 +670,7 @@ def test_the_window_prompts_tracks_corrects_and_tracks_again(window, clip, visib
     assert (read_masks(clip / "repeated") == again).all()
 
 
-def test_prompts_are_on_disk_when_the_window_begins_to_track(window, clip, monkeypatch):
+def test_the_window_saves_the_prompts_before_it_tracks(window, clip, monkeypatch):
     hand = Hand(window)
     hand.click((20, 20))
     monkeypatch.setattr(track_video, "track", lambda *_: 1 / 0)
@@ -720,7 +720,7 @@ def test_a_click_on_a_later_frame_picks_up_a_lost_object(monkeypatch):
     matplotlib.pyplot.close(window.figure)
 
 
-def test_objects_above_9_are_chosen_with_brackets(window):
+def test_the_bracket_keys_choose_objects_above_9(window):
     hand = Hand(window)
     hand.press("[")
     assert window.object == 1
@@ -744,7 +744,7 @@ def test_space_plays_the_video_and_stops_it(window):
     assert not window.is_playing and window.encoded == window.frame >= 2
 
 
-def test_a_frame_opens_before_it_is_encoded_and_keeps_the_clicks(window):
+def test_a_frame_is_shown_before_it_is_encoded_and_clicks_on_it_are_kept(window):
     hold = threading.Event()
     forward_image = window.predictor.forward_image
     window.predictor.forward_image = lambda image: hold.wait() and forward_image(image)
@@ -783,7 +783,7 @@ def test_the_window_can_be_used_while_the_results_are_saved(window):
     assert list(window.tracked_prompts) == [(0, 1)] and list(window.prompts) == [(0, 1), (1, 1)]
 
 
-def test_a_frame_that_is_cleared_after_tracking_starts_afresh(window):
+def test_clearing_a_tracked_frame_removes_its_masks_and_prompts(window):
     hand = Hand(window)
     hand.click((20, 20))
     hand.press("2")
@@ -820,7 +820,7 @@ def test_another_button_another_frame_or_another_object_does_not_end_a_drag(wind
     assert window.prompts[1, 2][0][0][2] == 0
 
 
-def test_a_click_beside_the_panned_frame_is_no_prompt(window):
+def test_a_click_outside_the_panned_frame_is_no_prompt(window):
     window.axes.set(xlim=(-40, 60), ylim=(90, -40))
     hand = Hand(window)
     hand.click((-20, -20))
@@ -828,7 +828,7 @@ def test_a_click_beside_the_panned_frame_is_no_prompt(window):
     assert not window.prompts
 
 
-def test_the_window_undoes_clears_and_stops(window):
+def test_the_u_key_undoes_r_clears_and_escape_stops_tracking(window):
     hand = Hand(window)
     hand.press("enter", "u")  # nothing to track, nothing to undo
     hand.click((20, 20))
@@ -865,7 +865,7 @@ def test_a_ctrl_click_on_macos_is_a_background_point(window):
 
 
 @pytest.mark.parametrize("ratio, is_box", [(1, True), (2, False)])
-def test_a_click_may_move_six_pixels_of_the_screen_not_of_the_device(window, monkeypatch, ratio, is_box):
+def test_a_press_that_moves_by_up_to_six_screen_pixels_is_a_click(window, monkeypatch, ratio, is_box):
     monkeypatch.setattr(type(window.figure.canvas), "device_pixel_ratio", ratio)
     hand = Hand(window)
     (x, y), (right, down) = window.axes.transData.transform([(20, 20), (21, 21)])
@@ -874,7 +874,7 @@ def test_a_click_may_move_six_pixels_of_the_screen_not_of_the_device(window, mon
     assert bool(box) == is_box and bool(points) != is_box
 
 
-def test_keys_of_a_korean_keyboard_and_none_of_matplotlibs(window):
+def test_keys_of_a_korean_keyboard_work_and_those_of_matplotlib_do_not(window):
     hand = Hand(window)
     hand.click((20, 20))
     hand.press("ㄱ")
@@ -910,7 +910,7 @@ def test_ctrl_c_while_the_window_tracks_closes_it_and_ends_the_script(window, mo
         window.show()
 
 
-def test_a_click_that_ends_while_the_window_tracks_does_not_count(window):
+def test_a_click_released_while_the_window_tracks_is_ignored(window):
     hand = Hand(window)
     hand.click((20, 20))
     prompts = window.prompts
@@ -1021,7 +1021,7 @@ def numbers_in(text, flag):
     return [float(number) for number in re.search(rf'{flag} "([\d.,]+)"', text)[1].split(",")]
 
 
-def test_the_drawn_clip_has_a_polyp_on_every_frame_and_the_makefiles_box_follows_it(tmp_path):
+def test_the_demo_clip_has_a_polyp_on_every_frame_and_the_box_of_the_makefile_tracks_it(tmp_path):
     done = run("extras/demo/make_demo_clip.py", "--output", "data", cwd=tmp_path)
     masks = np.array([cv2.imread(str(path), 0) for path in sorted((tmp_path / "data/clip_masks").iterdir())])
     assert masks.shape == (60, 288, 320) and set(np.unique(masks)) == {0, 255}
@@ -1072,7 +1072,7 @@ def test_a_mirrored_video_is_refused(tmp_path):
 
 # ----------------------------------------------------------------------------- --auto
 
-def test_auto_starts_from_the_first_certain_frame_and_its_prompt_can_be_used_again(clip, visible, monkeypatch, capsys):
+def test_auto_starts_from_the_first_certain_frame_and_saves_a_reusable_prompt(clip, visible, monkeypatch, capsys):
     predictor = common.load_video_predictor(SMALL_CFG, visible, "cpu")
     frames = draw_clip()[0]
     finder = tracking.SAM2ImagePredictor(predictor)

@@ -70,14 +70,14 @@ def test_only_decoder_and_prompt_encoder_change(trained, weights):
     assert len(must) > 50 and must <= changed
 
 
-def test_what_is_trained_is_counted(trained, weights):
+def test_the_number_of_trained_weights_is_printed(trained, weights):
     before = load(weights)
     parameters = {name: tensor for name, tensor in before.items() if "pe_layer" not in name}
     count = sum(tensor.numel() for name, tensor in parameters.items() if TRAINED.match(name))
     assert f"{count:,} / {sum(tensor.numel() for tensor in parameters.values()):,}" in trained[1].stdout
 
 
-def test_log_starts_at_the_first_value_and_best_is_the_best_validation(trained):
+def test_the_log_starts_before_training_and_the_best_model_has_the_highest_validation_iou(trained):
     folder, done = trained
     rows = read_log(folder)
     assert [row["iteration"] for row in rows] == ["0", "1", "10", "20", "25"]
@@ -95,7 +95,7 @@ def test_log_starts_at_the_first_value_and_best_is_the_best_validation(trained):
     assert not list((folder / "output").glob("*.tmp"))
 
 
-def test_plain_sam2_opens_what_was_saved(trained):
+def test_saved_checkpoints_open_in_sam2_itself(trained):
     assert_plain_sam2_opens(trained[0] / "output/sam2_best.pt")
 
 
@@ -113,7 +113,7 @@ def train(folder, weights, *arguments, **options):
                *arguments, cwd=folder, **options)
 
 
-def test_small_masks_are_left_out_and_counted(data, weights):
+def test_masks_below_100_pixels_are_skipped_and_counted(data, weights):
     speck = np.zeros((60, 80), np.uint8)
     speck[:3, :33] = 255  # 99 pixels
     write_image(data / "data/masks/train/pair_000.png", speck)
@@ -123,7 +123,7 @@ def test_small_masks_are_left_out_and_counted(data, weights):
     assert_fails_in_one_line(train(data, weights, "--iterations", 1, code=1), "prepare_data.py --check")
 
 
-def test_without_validation_images_it_says_so(tmp_path, weights):
+def test_missing_validation_images_are_announced(tmp_path, weights):
     make_data(tmp_path, val=0)
     assert "검증 데이터가 없어" in train(tmp_path, weights, "--iterations", 2).stdout
     assert (tmp_path / "output/sam2_best.pt").is_file()
@@ -137,7 +137,7 @@ def test_large_and_wide_images_train(tmp_path, weights):
     assert len(read_log(tmp_path)) == 2
 
 
-def test_a_large_validation_image_is_measured_at_its_size_and_its_loss_is_not(data, weights, monkeypatch):
+def test_the_iou_of_a_large_validation_image_is_measured_at_full_size_and_its_loss_reduced(data, weights, monkeypatch):
     image, mask = (cv2.resize(picture, (1100, 2200), interpolation=cv2.INTER_NEAREST) for picture in draw_pair(0))
     write_image(data / "data/images/val/tall.png", image)
     write_image(data / "data/masks/val/tall.png", mask)
@@ -227,7 +227,7 @@ def test_max_grad_norm_shortens_the_gradients(data, weights):
 
 
 @pytest.mark.parametrize("prompt", ["points", "box"])
-def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, prompt):
+def test_each_prompt_trains_its_embeddings_and_is_validated_as_in_compare_models(data, weights, prompt):
     train(data, weights, "--prompt", prompt, "--val-prompt", prompt, "--iterations", 14, "--save-every", 7,
           "--batch-size", 4, "--lr", "1e-3")
     run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--prompt", prompt,
@@ -241,7 +241,7 @@ def test_each_prompt_trains_and_is_validated_as_it_is_compared(data, weights, pr
     assert changed[0] == (prompt == "points")  # a click outside the object, on false foreground
 
 
-def test_the_setup_is_checked_with_one_real_step(data, weights, tmp_path_factory):
+def test_the_flag_test_checks_the_setup_with_one_real_step(data, weights, tmp_path_factory):
     done = train(data, weights, "--test")
     assert "학습 6장" in done.stdout and re.search(r"이미지 10장을 모두 읽고 한 번 학습했습니다: loss \d", done.stdout)
     assert not done.stderr and not list((data / "output").glob("[!.]*"))
@@ -259,7 +259,7 @@ def damage(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def test_the_check_decodes_every_image_and_names_the_damaged_ones(data, weights):
+def test_the_flag_test_decodes_every_image_and_names_the_damaged_ones(data, weights):
     damage(data / "data/images/train/pair_003.png")
     damage(data / "data/images/val/pair_102.png")
     done = without_libpng(train(data, weights, "--test", code=1))
@@ -278,7 +278,7 @@ def test_a_file_that_is_no_image_is_named_before_anything_is_trained(data, weigh
     assert not done.stdout and not list((data / "output").glob("[!.]*"))
 
 
-def test_a_damaged_image_loses_nothing_of_what_was_learned(data, weights):
+def test_a_damaged_image_stops_training_after_saving_and_it_resumes_bit_for_bit(data, weights):
     """The training saves, and continues bit for bit when the file has been restored."""
     arguments = ("--iterations", 40, "--lr", "1e-3", "--save-every", 1000)
     train(data, weights, *arguments, "--output-dir", "whole")
@@ -347,7 +347,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder)
                                                                          abs=1e-3)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
+def test_ctrl_c_saves_and_prints_how_to_resume(data, weights):
     arguments = ("--lr", "1e-3", "--save-every", 20)
     done = train(data, weights, *arguments, "--iterations", 100_000, code=130, before=signal_at("[20/", signal.SIGINT))
     stopped = 21
@@ -358,7 +358,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, weights):
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
-def test_resume_takes_its_settings_from_the_training_before(data, weights):
+def test_resume_uses_the_settings_of_the_saved_training(data, weights):
     assert_fails_in_one_line(train(data, weights, "--resume", code=1), "이어서 할 학습이 없습니다")
     train(data, weights, "--recipe", "improved", "--batch-size", 2, "--iterations", 4, "--save-every", 3)
     done = train(data, weights, "--resume", "--lr", "3e-4", "--recipe", "improved", code=1)
@@ -400,7 +400,7 @@ def test_resume_finds_the_same_data_under_another_path(data, weights):
     assert distance(load(data / "whole/sam2_final.pt"), load(data / "kept/sam2_final.pt")) == 0
 
 
-def test_a_training_that_makes_the_model_worse_says_so(data):
+def test_training_without_an_improvement_ends_with_a_warning(data):
     done = train(data, ROOT / "demo/sam2_demo.pt", "--iterations", 10, "--save-every", 5, "--lr", "0.1")
     start = read_summary(data / "output")["start_iou"]
     assert read_summary(data / "output")["best_iou"] < start > 0.4
@@ -461,7 +461,7 @@ pathlib.Path.replace = replace"""
     assert (data / "output/sam2_best.pt").is_file()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(data, weights):
+def test_a_non_finite_loss_stops_the_run_and_saved_models_stay_finite(data, weights):
     train(data, weights, "--iterations", 2)
     before = {path.name: path.read_bytes() for path in (data / "output").iterdir()}
     done = train(data, weights, "--iterations", 30, "--lr", "1e30", code=1)
@@ -479,7 +479,7 @@ def distance(one, two):
     return sum((one[name] - two[name]).square().sum() for name in one).sqrt().item()
 
 
-def test_cached_features_train_as_fresh_ones_do(data, weights):
+def test_training_with_cached_features_gives_the_same_weights(data, weights):
     arguments = ("--iterations", 15, "--save-every", 15, "--lr", "1e-4")
     fresh = train(data, weights, *arguments, "--output-dir", "fresh", "--cache-gb", 0)
     kept = train(data, weights, *arguments, "--output-dir", "kept")
@@ -490,7 +490,7 @@ def test_cached_features_train_as_fresh_ones_do(data, weights):
     assert read_summary(data / "kept")["encodings_per_process"] <= 6 + 4  # each image once
 
 
-def test_features_are_kept_in_half_precision_for_training_and_in_full_for_validation(data, weights, monkeypatch):
+def test_features_are_cached_in_half_precision_for_training_and_in_full_for_validation(data, weights, monkeypatch):
     training = make_training(data, weights, monkeypatch)
     path, size = training.masks.paths[0], training.masks.sizes[0]
     half, full = training.cache([(path, size)]), training.val_cache([(path, size)])
@@ -502,7 +502,7 @@ def test_features_are_kept_in_half_precision_for_training_and_in_full_for_valida
         assert one.dtype == torch.float32 and torch.equal(one, two.half().float())
 
 
-def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
+def test_images_that_do_not_fit_the_cache_are_encoded_at_each_visit(data, weights):
     size = 2 * CHANNELS * (16**2 + 64**2 // 8 + 32**2 // 4)  # bytes an image at 256 px
     limit = (4 * 2 + 2.5) * size / 1e9  # validation's features have full precision: twice the size
     done = train(data, weights, "--iterations", 12, "--cache-gb", limit, "--output-dir", "some")
@@ -512,7 +512,7 @@ def test_what_does_not_fit_the_cache_is_encoded_on_the_fly(data, weights):
     assert distance(load(data / "some/sam2_final.pt"), load(data / "all/sam2_final.pt")) == 0
 
 
-def test_features_on_disk_serve_the_next_run_and_damage_is_mended(data, weights):
+def test_features_on_disk_are_reused_and_damaged_ones_are_encoded_again(data, weights):
     arguments = ("--iterations", 12, "--lr", "1e-4", "--cache-dir", "features")
     train(data, weights, *arguments, "--output-dir", "first")
     entries = sorted((data / "features").iterdir())
@@ -554,7 +554,7 @@ def test_batches_of_images_of_several_sizes_train(data, weights):
     assert changed and all(TRAINED.match(name) for name in changed)
 
 
-def test_a_batch_decodes_as_its_images_and_clicks_do_one_by_one(data, weights):
+def test_a_batch_gives_the_masks_that_its_images_give_one_by_one(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     cache = train_sam2_proper.FeatureCache(predictor, (0, 10**9))
     images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(3)]
@@ -585,12 +585,12 @@ def test_image_size_is_the_side_that_the_model_sees(data, weights):
     assert "주의" not in run("test_my_image.py", *command, "--image-size", 512, cwd=data).stdout
 
 
-def test_missing_checkpoint_says_how_to_fetch_it(data):
+def test_a_missing_checkpoint_names_the_download_command(data):
     done = run("train_sam2_proper.py", "--device", "cpu", cwd=data, code=1)
     assert_fails_in_one_line(done, "python download_dataset.py --checkpoint small", "make demo")
 
 
-def test_checkpoint_of_another_config_names_the_keys(data, weights):
+def test_a_checkpoint_that_does_not_fit_the_config_names_the_keys(data, weights):
     wrong = load(weights)
     wrong["extra.weight"] = torch.zeros(3)
     del wrong["no_mem_embed"]
@@ -599,7 +599,7 @@ def test_checkpoint_of_another_config_names_the_keys(data, weights):
     assert_fails_in_one_line(done, "wrong.pt", "sam2_demo.yaml", "extra.weight", "no_mem_embed")
 
 
-def test_damaged_checkpoint_is_named(data, weights):
+def test_a_damaged_checkpoint_is_named(data, weights):
     (data / "cut.pt").write_bytes(weights.read_bytes()[:5000])
     assert_fails_in_one_line(train(data, data / "cut.pt", code=1), "cut.pt")
 
@@ -622,19 +622,19 @@ def test_a_checkpoint_that_is_not_finite_is_refused(data, weights):
     assert_fails_in_one_line(train(data, data / "nan.pt", code=1), "nan.pt", "no_mem_embed", "유한하지")
 
 
-def test_a_device_that_is_not_there_is_named_once(data, weights):
+def test_a_missing_device_is_named_once(data, weights):
     done = run("train_sam2_proper.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--test", "--device",
                "cuda:7", cwd=data, code=1)
     assert_fails_in_one_line(done, "cuda:7")
     assert not done.stdout
 
 
-def test_config_that_sam2_does_not_have_is_named(data, weights):
+def test_a_config_that_sam2_does_not_have_is_named(data, weights):
     done = run("train_sam2_proper.py", "--model-cfg", "sam2.1_hiera_s", "--checkpoint", weights, cwd=data, code=1)
     assert_fails_in_one_line(done, "sam2.1_hiera_s", "configs/sam2.1/sam2.1_hiera_s.yaml")
 
 
-def test_no_data_says_what_to_run(tmp_path, weights):
+def test_missing_data_names_the_scripts_that_create_it(tmp_path, weights):
     assert_fails_in_one_line(train(tmp_path, weights, code=1), "download_dataset.py", "prepare_data.py")
 
 
@@ -643,7 +643,7 @@ def settings_of(monkeypatch, *arguments):
     return vars(train_sam2_proper.parse_args())
 
 
-def test_improved_is_a_set_of_flags_and_each_can_be_given_otherwise(monkeypatch):
+def test_recipe_improved_is_a_set_of_flags_that_other_flags_override(monkeypatch):
     reference, improved = settings_of(monkeypatch), settings_of(monkeypatch, "--recipe", "improved")
     assert {name: reference[name] for name in train_sam2_proper.CONFIG} == {
         **train_sam2_proper.CONFIG, "output_dir": reference["output_dir"]}
@@ -655,7 +655,7 @@ def test_improved_is_a_set_of_flags_and_each_can_be_given_otherwise(monkeypatch)
     assert mine["lr"] == 2e-4 and mine["iterations"] == 10 and mine["supervise"] == "all"
 
 
-def test_strongest_is_improved_with_the_encoder(monkeypatch):
+def test_recipe_strongest_is_improved_with_encoder_full_and_prompt_any(monkeypatch):
     improved, strongest = (settings_of(monkeypatch, "--recipe", name) for name in ("improved", "strongest"))
     assert {name: value for name, value in strongest.items() if value != improved[name]} == {
         "recipe": "strongest", "encoder": "full", "prompt": "any", "encoder_lr": 3e-4}
@@ -663,7 +663,7 @@ def test_strongest_is_improved_with_the_encoder(monkeypatch):
     assert low_rank["encoder"] == "lora" and low_rank["encoder_lr"] == pytest.approx(3e-5)
 
 
-def test_improved_trains_and_is_validated_with_the_middle_click(data, weights):
+def test_recipe_improved_trains_all_mask_heads_and_validates_with_the_middle_click(data, weights):
     train(data, weights, "--recipe", "improved", "--iterations", 12, "--save-every", 6, "--warmup", 2)
     summary = read_summary(data / "output")
     assert summary["settings"]["val_prompt"] == "point" and summary["settings"]["supervise"] == "all"
@@ -705,7 +705,7 @@ def test_objects_of_numbered_masks_are_trained_and_compared_one_by_one(tmp_path,
 
 
 @pytest.mark.parametrize("prompt", ["point", "points", "box", "mixed"])
-def test_a_sample_of_many_objects_is_validated_as_it_is_compared(tmp_path, weights, prompt):
+def test_max_objects_validates_the_same_objects_as_compare_models(tmp_path, weights, prompt):
     make_numbered_data(tmp_path)
     done = train(tmp_path, weights, "--iterations", 2, "--max-objects", 2, "--val-prompt", prompt, "--lr", "1e-3",
                  "--dice-weight", 1, "--supervise", "all")
@@ -720,7 +720,7 @@ def test_a_sample_of_many_objects_is_validated_as_it_is_compared(tmp_path, weigh
     assert compared["finetuned_dice"] == float(read_log(tmp_path)[-1]["val_dice"])
 
 
-def test_each_example_is_one_object_and_all_come_up(tmp_path, monkeypatch):
+def test_each_training_example_is_one_object_and_every_object_is_drawn(tmp_path, monkeypatch):
     make_numbered_data(tmp_path)
     masks = train_sam2_proper.Masks(train_sam2_proper.find_pairs(tmp_path / "data/images/train",
                                                                  tmp_path / "data/masks/train"), 1024, 100)
@@ -740,7 +740,7 @@ def test_each_example_is_one_object_and_all_come_up(tmp_path, monkeypatch):
     assert seen == {(index, value) for index in range(6) for value in (7, 300)}
 
 
-def test_batches_follow_from_their_number_and_are_shared_by_processes(data, weights, monkeypatch):
+def test_a_batch_depends_only_on_its_number_and_is_divided_among_processes(data, weights, monkeypatch):
     training = make_training(data, weights, monkeypatch, "--batch-size", "2", "--accumulate", "2", "--prompt", "mixed")
 
     def drawn(batches, number):
@@ -760,7 +760,7 @@ def test_batches_follow_from_their_number_and_are_shared_by_processes(data, weig
         assert sorted(sum((share[2] for share in shares), [])) == sorted(whole[2])
 
 
-def test_masks_in_memory_are_those_of_the_files(tmp_path):
+def test_masks_kept_in_memory_equal_those_of_the_files(tmp_path):
     make_numbered_data(tmp_path)
     pairs = train_sam2_proper.find_pairs(tmp_path / "data/images/val", tmp_path / "data/masks/val")
     masks = train_sam2_proper.Masks(pairs, 1024, 1)
@@ -775,7 +775,7 @@ def test_masks_in_memory_are_those_of_the_files(tmp_path):
     assert all(set(objects.tolist()) < {7, 9, 300} for objects in sampled.objects)
 
 
-def test_an_object_in_pieces_is_one_object_and_numbered_masks_resume(tmp_path, weights):
+def test_an_object_in_two_pieces_is_one_object_and_numbered_masks_resume_bit_for_bit(tmp_path, weights):
     make_numbered_data(tmp_path)
     for path in (tmp_path / "data/masks/train").iterdir():
         labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
@@ -790,7 +790,7 @@ def test_an_object_in_pieces_is_one_object_and_numbered_masks_resume(tmp_path, w
     assert distance(load(tmp_path / "whole/sam2_final.pt"), load(tmp_path / "parts/sam2_final.pt")) == 0
 
 
-def test_low_rank_updates_are_saved_as_an_official_checkpoint_and_resumed_bit_for_bit(data, weights):
+def test_lora_weights_are_saved_as_an_official_checkpoint_and_resumed_bit_for_bit(data, weights):
     arguments = ("--encoder", "lora", "--lora-rank", 2, "--encoder-lr", "1e-2", "--save-every", 2, "--iterations", 5,
                  "--augment", "--prompt", "mixed", "--workers", 1)
     train(data, weights, *arguments, "--output-dir", "whole")
@@ -814,7 +814,7 @@ def test_low_rank_updates_are_saved_as_an_official_checkpoint_and_resumed_bit_fo
     assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "whole")["best_iou"], abs=1e-6)
 
 
-def test_checkpointing_changes_no_bit_and_batches_read_ahead_are_the_same(data, weights):
+def test_gradient_checkpointing_and_worker_processes_change_no_weight(data, weights):
     arguments = ("--encoder", "full", "--iterations", 4, "--batch-size", 2, "--lr", "1e-3")
     train(data, weights, *arguments, "--augment", "--workers", 0, "--output-dir", "plain")
     train(data, weights, *arguments, "--augment", "--workers", 2, "--grad-checkpointing", "--output-dir", "again")
@@ -831,7 +831,7 @@ def make_training(data, weights, monkeypatch, *flags):
     return train_sam2_proper.Training(train_sam2_proper.parse_args(), "cpu")
 
 
-def test_the_encoder_has_a_learning_rate_of_its_own(data, weights, monkeypatch):
+def test_the_image_encoder_has_its_own_learning_rate(data, weights, monkeypatch):
     def rates(*flags):
         training = make_training(data, weights, monkeypatch, *flags)
         return [group["lr"] for group in training.optimizer.param_groups]
@@ -843,7 +843,7 @@ def test_the_encoder_has_a_learning_rate_of_its_own(data, weights, monkeypatch):
     assert "--encoder lora" in done.stderr
 
 
-def test_checkpointing_keeps_less_for_the_backward_pass(data, weights, monkeypatch):
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(data, weights, monkeypatch):
     def kept(*flags):
         training, total = make_training(data, weights, monkeypatch, "--encoder", "full", "--workers", "0", *flags), [0]
 
@@ -869,7 +869,7 @@ def children():
     return set(psutil.Process().children())
 
 
-def test_a_closed_training_leaves_neither_processes_nor_memory(data, weights, monkeypatch):
+def test_a_closed_training_leaves_no_worker_process_and_no_model_in_memory(data, weights, monkeypatch):
     training, before = make_training(data, weights, monkeypatch, "--encoder", "full", "--workers", "2"), children()
     training.step(1)
     workers = children() - before
@@ -891,7 +891,7 @@ def test_ctrl_c_reaches_the_workers_as_well_and_still_saves(data, weights):
     assert not done.stderr.strip()
 
 
-def test_objects_are_decoded_in_parts_that_fit_and_hidden_files_are_no_images(tmp_path):
+def test_many_objects_are_decoded_in_parts_and_hidden_files_are_not_images(tmp_path):
     parts = train_sam2_proper.in_parts(np.arange(5), (8192, 4096))  # 2**25 pixels: one object has 384 MB of logits
     assert [len(part) for part in parts] == [1] * 5
     assert [len(part) for part in train_sam2_proper.in_parts(np.arange(50), (1024, 1024))] == [42, 8]
@@ -944,7 +944,7 @@ def test_images_without_an_object_are_augmented_too():
     assert not any(each.any() for each in masks)
 
 
-def test_encoded_batches_are_what_set_image_gives(data, weights):
+def test_encode_images_gives_the_features_of_set_image(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     images = [train_sam2_proper.read_image(data / f"data/images/train/pair_00{number}.png") for number in (0, 1)]
     side = predictor.model.image_size
@@ -970,7 +970,7 @@ def test_torchrun_refuses_a_device_that_processes_cannot_share(data, weights):
     assert_fails_in_one_line(train(data, weights, env={"RANK": "0", "WORLD_SIZE": "2"}, code=1, before=mps), "mps")
 
 
-def test_memory_of_a_container_is_its_limit(monkeypatch):
+def test_free_memory_respects_the_limit_of_a_container(monkeypatch):
     real = train_sam2_proper.Path.read_text
     values = {"/sys/fs/cgroup/memory.max": "3000", "/sys/fs/cgroup/memory.current": "1500",
               "/sys/fs/cgroup/memory.stat": "anon 1000\ninactive_file 500"}
@@ -981,7 +981,7 @@ def test_memory_of_a_container_is_its_limit(monkeypatch):
     assert train_sam2_proper.free_memory()[1] > 10**6
 
 
-def test_the_whole_encoder_is_trained_when_asked_and_never_cached(data, weights):
+def test_encoder_full_trains_the_whole_image_encoder_and_caches_nothing(data, weights):
     done = train(data, weights, "--encoder", "full", "--encoder-lr", "1e-3", "--iterations", 4, "--lr", "1e-3",
                  "--workers", 0)
     assert "특징은 캐시하지 않고" in done.stdout
@@ -998,7 +998,7 @@ def test_the_whole_encoder_is_trained_when_asked_and_never_cached(data, weights)
     assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "output")["best_iou"], abs=1e-6)
 
 
-def test_the_setup_reports_images_in_both_splits_and_objects_that_the_reduction_damages(data, weights):
+def test_the_flag_test_reports_images_in_both_splits_and_objects_that_the_reduction_damages(data, weights):
     shutil.copy(data / "data/images/train/pair_000.png", data / "data/images/val/pair_100.png")
     mask = np.zeros((4096, 4096), np.uint16)
     for number in range(1, 5):  # four lines that fall into one row of the reduced mask
@@ -1010,7 +1010,7 @@ def test_the_setup_reports_images_in_both_splits_and_objects_that_the_reduction_
     assert "절반 넘게 사라지거나 조각나는 객체 3개" in done.stdout
 
 
-def test_features_fill_the_device_then_the_memory_and_are_encoded_in_the_order_of_first_visits(data, weights):
+def test_features_are_cached_on_the_device_then_in_memory_in_the_order_of_first_visits(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(6)]
     size = train_sam2_proper.FeatureCache(predictor, (0, 0)).bytes_per_image
@@ -1031,14 +1031,14 @@ def test_features_fill_the_device_then_the_memory_and_are_encoded_in_the_order_o
     torch.testing.assert_close(together["image_embed"], alone["image_embed"], rtol=1e-2, atol=1e-2)
 
 
-def test_read_ahead_keeps_the_order_and_reads_no_more_than_the_window():
+def test_read_ahead_keeps_the_order_and_reads_only_a_few_items_ahead():
     started = []
     results = train_sam2_proper.read_ahead(lambda item: started.append(item) or 10 * item, iter(range(20)), 2, 3)
     assert [next(results).result() for _ in range(5)] == [0, 10, 20, 30, 40] and set(started) <= set(range(8))
     assert [each.result() for each in results] == [10 * item for item in range(5, 20)]
 
 
-def test_losses_are_fetched_together_and_give_the_same_means(data, weights, monkeypatch):
+def test_losses_fetched_together_give_the_same_means_and_a_nan_names_its_iteration(data, weights, monkeypatch):
     one_by_one, together = (make_training(data, weights, monkeypatch, "--lr", "1e-4") for _ in range(2))
     for iteration in range(1, 6):
         one_by_one.step(iteration)

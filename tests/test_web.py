@@ -130,7 +130,7 @@ def test_one_image_in_a_browser_gives_the_mask_of_the_command_line(tmp_path, bro
     assert (clicked == typed).all() and clicked[40, 40] and not clicked[80, 110]
 
 
-def test_a_folder_is_labelled_in_one_tab_and_q_ends_it(tmp_path, browser):
+def test_a_folder_is_labeled_in_one_browser_tab_and_q_ends_it(tmp_path, browser):
     for name in "abc":
         draw_discs(tmp_path / f"images/{name}.png")
     with WebWindow(tmp_path, browser, "--images", "images", "--output", "masks",
@@ -162,7 +162,7 @@ def test_a_folder_is_labelled_in_one_tab_and_q_ends_it(tmp_path, browser):
     assert (labels[40, 40], labels[80, 110], labels[5, 5]) == (1, 2, 0)
 
 
-def test_ctrl_c_ends_a_video_in_a_browser(tmp_path, browser):
+def test_ctrl_c_ends_the_tracking_window_in_a_browser(tmp_path, browser):
     test_track_video.save_folder(tmp_path / "frames", test_track_video.draw_clip()[0])
     driver = test_track_video.TRACKING_DRIVER.format(folder=str(ROOT / "extras"), script="track_video")
 
@@ -178,7 +178,7 @@ def test_ctrl_c_ends_a_video_in_a_browser(tmp_path, browser):
     assert not (tmp_path / "out/overlay.mp4").exists()
 
 
-def test_web_without_tornado_or_with_a_prompt_is_one_line(tmp_path):
+def test_web_without_tornado_with_a_prompt_or_with_an_unusable_port_is_refused(tmp_path):
     draw_discs(tmp_path / "a.png")
     done = run("test_my_image.py", "--image", "a.png", *DEMO, "--web", cwd=tmp_path, code=1, env=NO_DISPLAY,
                before="sys.modules['tornado'] = None")

@@ -105,7 +105,7 @@ def test_a_box_gives_the_mask_that_sam2_gives(photo, weights):
     assert ((read_mask(photo.parent / "boxed") > 0) == wanted).all()
 
 
-def test_original_and_missing_model(photo, weights):
+def test_without_a_finetuned_model_the_original_one_is_used_as_with_the_flag_original(photo, weights):
     common = ("--image", photo.name, "--model-cfg", SMALL_CFG, "--device", "cpu", "--point", "40,30")
     done = run("test_my_image.py", *common, "--checkpoint", weights, cwd=photo.parent)
     assert "아직 없어 원본 모델" in done.stdout
@@ -127,14 +127,14 @@ def test_a_file_that_is_no_image_is_named(photo, weights):
     assert_fails_in_one_line(segment(photo, weights, "-p", "8,10", code=1), "내 사진.png")
 
 
-def test_without_a_display_it_says_so_before_the_model_is_loaded(photo):
+def test_a_missing_display_is_reported_before_the_model_is_loaded(photo):
     done = segment(photo, "missing.pt", env=NO_DISPLAY, code=1)
     assert_fails_in_one_line(done, "--point", "--auto", "--web")
     if sys.platform == "linux":
         assert "python3-tk" in done.stderr
 
 
-def test_the_real_architecture_runs_through_its_official_name(photo, tmp_path):
+def test_the_official_config_of_sam2_1_tiny_loads_and_runs(photo, tmp_path):
     """Checks that SAM 2.1 tiny at 1024 px with random weights loads and runs, not its masks."""
     name = "configs/sam2.1/sam2.1_hiera_t.yaml"
     torch.save({"model": build_sam2(name, device="cpu").state_dict()}, tmp_path / "sam2.1_hiera_tiny.pt")
@@ -143,7 +143,7 @@ def test_the_real_architecture_runs_through_its_official_name(photo, tmp_path):
     assert read_mask(tmp_path / "output/my_results").shape == (60, 80)
 
 
-def test_points_and_a_box_together_and_several_boxes(photo, weights):
+def test_a_box_with_points_is_one_object_and_several_boxes_are_several_objects(photo, weights):
     segment(photo, weights, "--box", "10,10,60,50", "--point", "40,30,1;70,5,0", "-o", "both")
     both = predict_with_sam2(photo, weights, box=np.array([10, 10, 60, 50]),
                              point_coords=np.array([[40, 30], [70, 5]]), point_labels=np.array([1, 0]))
@@ -163,7 +163,7 @@ def test_points_and_a_box_together_and_several_boxes(photo, weights):
     assert_fails_in_one_line(done, "(2, 2)", "상자")
 
 
-def test_a_rough_mask_is_the_prompt(photo, weights):
+def test_the_flag_mask_gives_a_rough_mask_as_the_prompt(photo, weights):
     rough = draw_pair(3)[1]
     write_image(photo.parent / "rough.png", rough)
     segment(photo, weights, "--mask", "rough.png")
@@ -176,7 +176,7 @@ def test_a_rough_mask_is_the_prompt(photo, weights):
     assert_fails_in_one_line(segment(photo, weights, "--mask", "rough.png", code=1), "세로 50", "세로 60")
 
 
-def test_refine_gives_the_best_logits_back(photo, weights):
+def test_refine_feeds_the_logits_of_the_best_mask_back(photo, weights):
     segment(photo, weights, "--point", "40,30", "--refine", 2)
     predictor = test_my_image.load_predictor(SMALL_CFG, weights, "cpu")
     predictor.set_image(test_my_image.read_image(photo))
@@ -243,7 +243,7 @@ def test_everything_is_written_as_overlay_label_map_and_coco(photo, weights):
     assert "0개" in done.stdout and "--pred-iou-thresh" in done.stdout
 
 
-def test_everything_is_the_same_as_if_each_mask_were_enlarged_first(tmp_path, monkeypatch):
+def test_everything_equals_enlarging_each_mask_before_small_regions_are_removed(tmp_path, monkeypatch):
     """The photo has twice the generator's size: 24 pixels of the generator are 96 of the photo, 25 are 100."""
     image = np.random.default_rng(0).integers(0, 255, (1536, 2048, 3), dtype=np.uint8)
     large, small = np.zeros((768, 1024), np.uint8), np.zeros((768, 1024), np.uint8)
@@ -273,7 +273,7 @@ def test_everything_is_the_same_as_if_each_mask_were_enlarged_first(tmp_path, mo
     assert picture.shape == (768, 1024, 3) and (difference <= 3).mean() > 0.98  # outlines are a little thinner
 
 
-def test_compare_shows_both_models(photo, weights, tmp_path_factory):
+def test_compare_writes_the_masks_of_both_models(photo, weights, tmp_path_factory):
     other = save_small_model(tmp_path_factory.mktemp("other") / "other.pt", seed=1)
     done = segment(photo, weights, "--checkpoint", other, "--compare", "--point", "40,30")
     folder = photo.parent / "output/my_results"
@@ -352,7 +352,7 @@ def test_smaller_objects_are_numbered_on_top_of_larger_ones():
 
 
 @pytest.mark.parametrize("height, width", [(30, 400), (400, 30), (32, 32), (100, 250), (2000, 3000)])
-def test_the_result_picture_suits_images_of_every_shape(tmp_path, height, width):
+def test_the_result_figure_shows_masks_and_frame_for_images_of_every_shape(tmp_path, height, width):
     image, mask = np.full((height, width, 3), 90, np.uint8), np.zeros((height, width), bool)
     mask[height // 4:height // 2, width // 4:width // 2] = True
     candidates = {"fine-tuned model": (np.array([mask] * 3), np.array([0.2, 0.9, 0.4]))}
@@ -486,7 +486,7 @@ def test_a_ctrl_click_on_macos_is_a_background_point(window):
 
 
 @pytest.mark.parametrize("ratio, is_box", [(1, True), (2, False)])
-def test_a_click_may_move_six_pixels_of_the_screen_not_of_the_device(window, monkeypatch, ratio, is_box):
+def test_a_press_that_moves_by_up_to_six_screen_pixels_is_a_click(window, monkeypatch, ratio, is_box):
     monkeypatch.setattr(type(window.figure.canvas), "device_pixel_ratio", ratio)
     (x, y), (right, down) = window.panels[0].transData.transform([(40, 30), (41, 31)])
     drag(window.figure, (40, 30), (40 + 9 / (right - x), 30 - 9 / (y - down)))  # 9 pixels of the device
@@ -506,7 +506,7 @@ def test_undo_takes_back_the_last_prompt(window, key):
 
 
 @pytest.mark.parametrize("key", ["r", "ㄱ"])
-def test_reset_takes_back_all(window, key):
+def test_reset_clears_all_prompts_and_can_be_undone(window, key):
     click(window.figure, 40, 30)
     click(window.figure, 20, 30)
     press(window.figure, key)
@@ -516,7 +516,7 @@ def test_reset_takes_back_all(window, key):
     assert rounded(*window.current) == ([(40, 30, 1), (20, 30, 1)], None)
 
 
-def test_keys_of_matplotlib_do_nothing_but_quit(window):
+def test_keys_of_matplotlib_do_nothing_except_q(window):
     click(window.figure, 40, 30)
     before = window.figure.axes[0].get_yscale(), window.figure.axes[0].get_xscale(), window.current
     for key in ("l", "k", "L", "g", "G", "o", "p", "s", "f", "h", "c", "v", "ctrl+s", None):
@@ -557,7 +557,7 @@ def test_n_finishes_an_object_and_begins_the_next(window, key):
     assert not tint[:, 32:38].any()
 
 
-def test_undo_goes_back_over_a_finished_object(window):
+def test_undo_returns_to_a_finished_object(window):
     click(window.figure, 40, 30)
     press(window.figure, "3")
     press(window.figure, "n")
@@ -568,7 +568,7 @@ def test_undo_goes_back_over_a_finished_object(window):
     assert not window.finished and rounded(*window.current) == ([(40, 30, 1)], None) and window.current.choice == 2
 
 
-def test_an_object_without_a_pixel_is_no_object(window):
+def test_an_object_with_an_empty_mask_is_not_kept(window):
     click(window.figure, 40, 58)
     assert window.current.candidates and not window.objects()
     press(window.figure, "n")
@@ -622,7 +622,7 @@ def test_another_button_does_not_end_a_drag(window):
     assert window.current.box == pytest.approx((10, 10, 50, 50), abs=1)
 
 
-def test_a_click_on_the_outer_half_of_an_edge_pixel_is_in_it(window):
+def test_a_click_on_the_outer_half_of_an_edge_pixel_counts_as_that_pixel(window):
     click(window.figure, -0.4, 30)
     click(window.figure, 79.4, 30)
     assert [point[0] for point in window.current.points] == [0, 79]
@@ -635,7 +635,7 @@ def test_clicks_while_the_toolbar_zooms_place_nothing(window):
     assert not window.asked
 
 
-def test_the_next_window_does_not_get_what_a_browser_sends_to_an_old_one(window):
+def test_late_browser_events_of_a_closed_window_do_not_reach_the_next_window(window):
     plt.close(window.figure)
     following = test_my_image.Window(window.image, window.models, "photo")
     assert following.figure.number != window.figure.number  # matplotlib's WebAgg finds the window by its number
@@ -760,7 +760,7 @@ class RealWindow:
         return self.output
 
 
-def test_a_window_that_hangs_fails_with_a_message():
+def test_a_hanging_window_fails_its_test_with_a_message():
     script = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     with pytest.raises(AssertionError, match="no answer in 0.01 s"), kill_if_it_hangs(script, 0.01):
         script.wait()
@@ -796,7 +796,7 @@ def test_real_window_clicks_drag_undo_and_enter(tmp_path, screen):
     assert (clicked == typed).all() and clicked[40, 40] and not clicked[80, 110]
 
 
-def test_real_window_closing_saves(tmp_path, screen):
+def test_real_window_saves_when_it_is_closed(tmp_path, screen):
     draw_discs(tmp_path / "a.png")
     with RealWindow(tmp_path, screen, "--image", "a.png") as window:
         window.wait_for_window("a.png")
