@@ -292,6 +292,7 @@ def pages_of(path, folder):
             pages.append((f"_p{number:03}", folder / f"{path.stem}_p{number:03}.tif"))
             folder.mkdir(parents=True, exist_ok=True)
             tags = {tag: page.tag_v2[tag] for tag in (262, 305) if tag in page.tag_v2}  # see read_pixels()
+            tags[270] = str(page.info.get("compression"))
             page.save(pages[-1][1], tiffinfo=tags, compression=None)
             if len(page.getbands()) > 1 and page.tag_v2[258][0] > 8:  # Pillow reduces such colors to 8 bits
                 _, pixels = cv2.imdecodemulti(np.memmap(path), COLOR_AND_DEPTH, range=(number - 1, number))
@@ -467,8 +468,8 @@ def read_pixels(path, args):
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
     is_jpeg, indices, palette, tags = False, None, [], {}
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:  # else no palette
-        is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
+        is_jpeg = file.format == "JPEG" or "jpeg" in (file.info.get("compression"), tags.get(270))
         if file.mode == "P" and args.threshold is None:
             indices, palette = np.array(ImageOps.exif_transpose(file)), file.getpalette()[:9]
     is_numbered, is_voc = args.numbered or args.classes, len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
@@ -602,15 +603,16 @@ def to_rle(segmentation, height, width):
 
 def write_pairs(splits, classes, staging, args):
     """Write the usable ones of {split: [Pair]} to images/ and masks/ of `staging`; returns {split: [file name]}."""
-    names, copies, taken = {split: [] for split in splits}, defaultdict(list), {}
+    names, copies = {split: [] for split in splits}, defaultdict(list)
     for split, pairs in splits.items():
         for part in ("images", "masks"):
             (staging / part / split).mkdir(parents=True)
-        for pair in tqdm(pairs, f"{split} 준비", disable=None):
-            stem = pair.name.removesuffix(pair.image.suffix).partition("/")[2].replace("/", "__")
+        stems = [pair.name.removesuffix(pair.image.suffix).partition("/")[2].replace("/", "__") for pair in pairs]
+        counts = Counter(stems)
+        for pair, stem in zip(tqdm(pairs, f"{split} 준비", disable=None), stems):
             try:
-                if (first := taken.setdefault((split, stem), pair)) is not pair:
-                    raise ImageError(f"이름이 같아지는 파일이 있음 ({stem}): {first.name.removeprefix('all/')}")
+                if counts[stem] > 1:
+                    raise ImageError(f"이름이 같아지는 파일이 여럿: {stem}")
                 image, is_flattened = read_over_white(pair.image)
                 mask = (draw_objects(pair.label, image.shape[:2], classes, args.merge) if args.coco
                         else read_source_mask(pair.label, args))
@@ -751,7 +753,8 @@ def print_report(word):
 
 def survey(data_dir, allow_empty):
     """Measure every pair of data/: [Pair], {name: Row} of the usable ones, the classes, {number as text: name}."""
-    problems.clear(), notes.clear()
+    problems.clear()
+    notes.clear()
     pairs, rows, classes, copies = [], {}, {}, defaultdict(list)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # accepted images without an object are no problem
         allow_empty |= bool(json.loads((data_dir / "split.json").read_text(encoding="utf-8")).get("allow_empty"))

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, display_width, draw_pair, write_image
+from matplotlib.figure import Figure
 from pycocotools import mask as coco_mask
 
 import compare_models
