@@ -15,7 +15,7 @@ Chapters:
     settings             every flag with its default, the recipes, the constants
     the run              main(), the command line, the output folder, trackers, --test
     the training loop    train(), Ctrl-C, one step, the optimizer
-    data                 pairs, masks, batches that follow from (seed, iteration), augmentation
+    data                 pairs, batches that follow from (seed, iteration), augmentation; masks and their objects
     features             the encoded images, kept in memory and in files
     prompts and loss     simulated clicks and boxes, the decoder, the loss
     the image encoder    what --encoder trains beside the decoder: nothing, low-rank updates or all weights
@@ -565,13 +565,90 @@ def find_pairs(image_dir, mask_dir):
     return [(image, mask) for image in images if (mask := Path(mask_dir) / f"{image.stem}.png").is_file()]
 
 
-def same_files(train_paths, val_paths):
-    """The names of the validation images whose file is, byte for byte, that of a training image."""
-    sizes = {path.stat().st_size for path in train_paths} & {path.stat().st_size for path in val_paths}
-    train, val = ({path.name: hashlib.sha256(path.read_bytes()).digest() for path in paths
-                   if path.stat().st_size in sizes} for paths in (train_paths, val_paths))
-    known = set(train.values())
-    return [name for name, digest in val.items() if digest in known]
+class Batch(NamedTuple):
+    """The examples of one forward pass: one object and one prompt in each of N images."""
+
+    indices: list                       # of the images in Masks
+    kind: str                           # of the prompts: point, points, box or none
+    corrections: int                    # further clicks, one after the other, on wrong pixels
+    rngs: list                          # a Generator for each image, of its object, augmentation and prompt
+    gt_masks: list                      # for each image bool tensor 1 x H x W
+    images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
+
+
+class Batches(Dataset):
+    """Item i is a run's i-th Batch (from 0) and depends only on the seed and i: resuming needs no saved random state.
+
+    image_size: the side to which images are read and resized; None if their features are cached. start: the first item
+    that is needed.
+    """
+
+    def __init__(self, masks, args, image_size=None, rank=0, processes=1):
+        self.masks, self.args, self.image_size, self.start = masks, args, image_size, 0
+        self.rank, self.processes = rank, processes
+
+    def draw(self, number):
+        """What the seed determines of a Batch: the indices of its images, kind, corrections and generators."""
+        args, iteration, part = self.args, number // self.args.accumulate + 1, number % self.args.accumulate
+        rng = np.random.default_rng([args.seed, iteration])
+        size = args.batch_size * args.accumulate * self.processes
+        indices = rng.integers(self.masks.filled, size=size)
+        kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
+        if kind == "none":
+            indices = rng.integers(len(self.masks), size=size)
+        corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
+        places = range(self.rank, size, self.processes)[part * args.batch_size:(part + 1) * args.batch_size]
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # 0 would repeat rng
+        return indices[places], kind, corrections, rngs
+
+    def __getitem__(self, number):
+        """The Batch, or an ImageError: raised in a worker process, it would print many lines."""
+        masks, gt_masks, images = self.masks, [], []
+        indices, kind, corrections, rngs = self.draw(number)
+        for index, rng in zip(indices, rngs):
+            objects = masks.objects[index]
+            gt_mask = masks.decode(index, objects[rng.permutation(len(objects))[:1]]) if kind != "none" else \
+                masks.labels(index)[None] > 0
+            gt_mask = torch.from_numpy(gt_mask)
+            if self.image_size is not None:
+                try:
+                    image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
+                except ImageError as error:
+                    return error
+                if self.args.augment:
+                    image, gt_mask = augment_example(rng, image, gt_mask)
+                images.append(v2.functional.resize(image, [self.image_size] * 2))
+            gt_masks.append(gt_mask)
+        return Batch(indices, kind, corrections, rngs, gt_masks, torch.stack(images) if images else None)
+
+
+def augment_example(rng, image, gt_masks):
+    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W); vary the image's color.
+
+    Masks are resampled like the image and thresholded at one half: torchvision's nearest neighbor shifts them by half a
+    pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again; after five, nothing is changed.
+    """
+    height, width = image.shape[1:]
+    recolor = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
+    move = v2.Compose([
+        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
+        v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
+        v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
+    layers = gt_masks.to(torch.uint8) * 255
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**63)))
+        for _ in range(5):
+            moved = move(torch.cat([recolor(image), layers]))
+            masks = moved[3:] > 127
+            if not gt_masks.any() or (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
+                return moved[:3], masks
+    return image, gt_masks
+
+
+def ignore_interrupts(_worker):
+    """Ctrl-C also reaches the worker processes; they continue until the training ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Masks:
@@ -632,6 +709,14 @@ def check_header(path, shape):
         raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
 
 
+def read_reduced(path, size):
+    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions differ."""
+    image = read_image(path)
+    if reduced_size(image.shape, max(size)) != size:
+        raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+
+
 def sample_objects(numbers, max_objects):
     """At most max_objects (None: all) of an image's object numbers, in order: the same random sample every time."""
     if max_objects is None or len(numbers) <= max_objects:
@@ -679,18 +764,10 @@ def reduce_labels(labels, max_side):
     return reduced, broken
 
 
-def find_objects(labels):
-    """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, in one pass."""
-    padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
-    starts = np.flatnonzero(np.diff(padded, prepend=0))
-    lengths = np.diff(starts, append=len(padded))
-    runs = np.argsort(padded[starts], kind="stable")[np.count_nonzero(padded[starts] == 0):]  # none of the background
-    starts, lengths = starts[runs], lengths[runs]
-    numbers, first = np.unique(padded[starts], return_index=True)
-    rows, columns = np.divmod(starts, labels.shape[1] + 1)
-    boxes = [np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
-             np.maximum.reduceat(rows + 1, first), np.maximum.reduceat(columns + lengths, first)]
-    return numbers, np.add.reduceat(lengths, first), np.stack(boxes, 1)
+def count_pieces(mask):
+    """The number of connected regions that hold 99 % of a mask (bool H x W); the rest are specks at its edge."""
+    areas = np.sort(cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
+    return int(np.searchsorted(np.cumsum(areas), 0.99 * areas.sum()) + 1)
 
 
 @functools.lru_cache(4)
@@ -699,104 +776,28 @@ def area_weights(full, reduced):
     return cv2.resize(np.eye(full, dtype=np.float32), (full, reduced), interpolation=cv2.INTER_AREA)
 
 
-def count_pieces(mask):
-    """The number of connected regions that hold 99 % of a mask (bool H x W); the rest are specks at its edge."""
-    areas = np.sort(cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
-    return int(np.searchsorted(np.cumsum(areas), 0.99 * areas.sum()) + 1)
+def find_objects(labels):
+    """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, from its runs."""
+    padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
+    starts = np.flatnonzero(np.diff(padded, prepend=0))
+    lengths = np.diff(starts, append=len(padded))
+    by_number = np.argsort(padded[starts], kind="stable")  # the runs of an object follow each other
+    runs = by_number[padded[starts[by_number]] > 0]
+    starts, lengths = starts[runs], lengths[runs]
+    numbers, first = np.unique(padded[starts], return_index=True)  # first: the place of an object's first run
+    rows, columns = np.divmod(starts, labels.shape[1] + 1)
+    boxes = [np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
+             np.maximum.reduceat(rows + 1, first), np.maximum.reduceat(columns + lengths, first)]
+    return numbers, np.add.reduceat(lengths, first), np.stack(boxes, 1)
 
 
-def read_reduced(path, size):
-    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions differ."""
-    image = read_image(path)
-    if reduced_size(image.shape, max(size)) != size:
-        raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-
-
-class Batch(NamedTuple):
-    """The examples of one forward pass: one object and one prompt in each of N images."""
-
-    indices: list                       # of the images in Masks
-    kind: str                           # of the prompts: point, points, box or none
-    corrections: int                    # further clicks, one after the other, on wrong pixels
-    rngs: list                          # a Generator for each image, of its object, augmentation and prompt
-    gt_masks: list                      # for each image bool tensor 1 x H x W
-    images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
-
-
-class Batches(Dataset):
-    """Item i is a run's i-th Batch (from 0) and depends only on the seed and i: resuming needs no saved random state.
-
-    image_size: the side to which images are read and resized; None if their features are cached. start: the first item
-    that is needed.
-    """
-
-    def __init__(self, masks, args, image_size=None, rank=0, processes=1):
-        self.masks, self.args, self.image_size, self.start = masks, args, image_size, 0
-        self.rank, self.processes = rank, processes
-
-    def draw(self, number):
-        """What the seed determines of a Batch: the indices of its images, kind, corrections and generators."""
-        args, iteration, part = self.args, number // self.args.accumulate + 1, number % self.args.accumulate
-        rng = np.random.default_rng([args.seed, iteration])
-        size = args.batch_size * args.accumulate * self.processes
-        indices = rng.integers(self.masks.filled, size=size)
-        kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
-        if kind == "none":
-            indices = rng.integers(len(self.masks), size=size)
-        corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
-        places = range(self.rank, size, self.processes)[part * args.batch_size:(part + 1) * args.batch_size]
-        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # 0 would repeat rng
-        return indices[places], kind, corrections, rngs
-
-    def __getitem__(self, number):
-        """The Batch, or an ImageError: raised in a worker process, it would print many lines."""
-        masks, gt_masks, images = self.masks, [], []
-        indices, kind, corrections, rngs = self.draw(number)
-        for index, rng in zip(indices, rngs):
-            objects = masks.objects[index]
-            gt_mask = masks.decode(index, objects[rng.permutation(len(objects))[:1]]) if kind != "none" else \
-                masks.labels(index)[None] > 0
-            gt_mask = torch.from_numpy(gt_mask)
-            if self.image_size is not None:
-                try:
-                    image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
-                except ImageError as error:
-                    return error
-                if self.args.augment:
-                    image, gt_mask = augment_example(rng, image, gt_mask)
-                images.append(v2.functional.resize(image, [self.image_size] * 2))
-            gt_masks.append(gt_mask)
-        return Batch(indices, kind, corrections, rngs, gt_masks, torch.stack(images) if images else None)
-
-
-def ignore_interrupts(_worker):
-    """Ctrl-C also reaches the worker processes; they continue until the training ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def augment_example(rng, image, gt_masks):
-    """Flip, crop, scale and turn an image (uint8 3 x H x W) and its masks (bool K x H x W); vary the image's color.
-
-    Masks are resampled like the image and thresholded at one half: torchvision's nearest neighbor shifts them by half a
-    pixel. A view with fewer than MIN_FOREGROUND pixels of an object is drawn again; after five, nothing is changed.
-    """
-    height, width = image.shape[1:]
-    recolor = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)  # hue would take four times as long
-    move = v2.Compose([
-        v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(),
-        v2.RandomResizedCrop((height, width), scale=(0.5, 1), ratio=(3 / 4 * width / height, 4 / 3 * width / height)),
-        v2.RandomChoice([v2.Identity(), v2.RandomRotation((90, 90), expand=True)])])
-    layers = gt_masks.to(torch.uint8) * 255
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**63)))
-        for _ in range(5):
-            moved = move(torch.cat([recolor(image), layers]))
-            masks = moved[3:] > 127
-            if not gt_masks.any() or (masks.sum((1, 2)) >= MIN_FOREGROUND).all():
-                return moved[:3], masks
-    return image, gt_masks
+def same_files(train_paths, val_paths):
+    """The names of the validation images whose file is, byte for byte, that of a training image."""
+    sizes = {path.stat().st_size for path in train_paths} & {path.stat().st_size for path in val_paths}
+    train, val = ({path.name: hashlib.sha256(path.read_bytes()).digest() for path in paths
+                   if path.stat().st_size in sizes} for paths in (train_paths, val_paths))
+    known = set(train.values())
+    return [name for name, digest in val.items() if digest in known]
 
 
 # ---- features ----
