@@ -263,7 +263,7 @@ def set_image_in_all(predictors, image, shared):
 
 
 def prompt_kind(kind, number):
-    """The kind of the number-th prompt: with "mixed", point, points and box in turn."""
+    """`kind`, or for "mixed" that of the number-th prompt: point, points and box in turn."""
     return ("point", "points", "box")[number % 3] if kind == "mixed" else kind
 
 
