@@ -10,25 +10,29 @@ PNG); masks/SPLIT/NAME.png, 8-bit, 0 or 255: one object, or 16-bit: numbered obj
 two or more classes, {"1": name}: values are 1000 * class + number; split.json, the sources and the split.
 
 Chapters:
-    settings               constants, messages, what a run reports
+    settings               constants and messages
     the run                main(), the command line, from two folders to data/
-    finding pairs          files and pages, an image and the mask file or the COCO entry of its name
-    reading masks          from the pixels of a mask file, or from COCO polygons and RLE, to a label map
-    writing data/          both files of a pair, EXIF orientation, transparency, the split
+    finding pairs          an image and the mask file of the same name, folders, pages of a TIFF file
+    reading masks          from the pixels of a mask file to a label map
+    COCO                   polygons and RLE drawn as label maps
+    writing data/          both files of a pair, EXIF orientation, transparency, the split, notes
     --check and --preview  every problem in data/, statistics, the contact sheet
     files                  images, locks, files that are never half-written, failures
 """
 
 import argparse
 import atexit
+import colorsys
 import contextlib
 import hashlib
 import json
+import os
 import random
 import re
 import shlex
 import shutil
 import sys
+import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
@@ -38,7 +42,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -53,24 +57,12 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files by a NAS or Windows
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
 AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
-COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, without alpha, upright
-MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
-MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
-MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
-Pair = namedtuple("Pair", "name image label")  # "SPLIT/NAME", path, path of the mask or CocoImage
-CocoImage = namedtuple("CocoImage", "path size objects left_out")  # size: (H, W); objects: [(category, segmentation)]
-Row = namedtuple("Row", "size share objects content")  # (H, W), share of foreground, {number: area}, hash of pixels
 IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
-NOTES = {  # messages by the key of `notes`; --preview shows the pairs of the first ones first
-    "duplicate": "픽셀이 같은 이미지 {:,}장이 한쪽에 더 있습니다",
-    "EXIF": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
-    "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다. 배경으로 쓸 값을 --void로 지정하세요",
-    "empty": "객체가 없는 이미지 {:,}장 (검은 마스크, --allow-empty)",
-    "cut": "가장자리에서 잘린 객체 {:,}개",
-    "small": "학습에서 빠지는 작은 객체 (100픽셀 미만) {:,}개",
+NOTES = {  # messages about changes to some files, by the key under which they are collected
     "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive는 모두 읽고, train/과 val/이 있으면 그 둘만)",
     "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
     "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 한 장씩 따로 묶음이 됩니다",
+    "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다. 배경으로 쓸 값을 --void로 지정하세요",
     "void": "void 픽셀 {:,}개를 배경으로 바꿨습니다",
     "crowds": "iscrowd 영역 {:,}개를 뺐습니다 (객체로 쓰려면 --keep-crowd)",
     "kept_crowds": "iscrowd 영역 {:,}개를 객체로 썼습니다 (빼려면 --keep-crowd 없이, 또는 --category로 다른 범주만)",
@@ -78,10 +70,23 @@ NOTES = {  # messages by the key of `notes`; --preview shows the pairs of the fi
     "orphans": "images에 없는 이미지의 객체 {:,}개를 뺐습니다",
     "unnamed": "categories에 없는 category_id의 객체 {:,}개: 번호를 클래스의 이름으로 씁니다",
     "prefixes": "Label Studio가 이름 앞에 붙인 글자를 이미지 {:,}장에서 떼고 찾았습니다",
+    "empty": "객체가 없는 이미지 {:,}장 (검은 마스크, --allow-empty)",
+    "duplicates": "픽셀이 같은 이미지 {:,}장이 한쪽에 더 있습니다",
+    "cut": "가장자리에서 잘린 객체 {:,}개",
+    "small": "학습에서 빠지는 작은 객체 (100픽셀 미만) {:,}개",
     "white": "투명한 이미지 {:,}장은 흰 바탕에 합쳐 PNG로 썼습니다",
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
+    "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
-problems, notes = {}, defaultdict(list)  # what a run reports: {file name: problem}, {key: [(file name, count)]}
+COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, without alpha, upright
+MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
+MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
+MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
+TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
+REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
+Row = namedtuple("Row", "name image mask size share objects content reasons")  # see measure_pair()
+CocoImage = namedtuple("CocoImage", "path size objects left_out")  # size: (H, W); objects: [(category, segmentation)]
+Pair = namedtuple("Pair", "name image page read_mask")  # "SPLIT/NAME", path, page (0: the file), function of (H, W)
 
 for _stream in (sys.stdout, sys.stderr):
     if hasattr(_stream, "reconfigure"):  # a notebook's stream lacks it
@@ -103,11 +108,11 @@ def main():
     if args.images:
         prepare(args)
     if args.check or args.preview:
-        pairs, rows, classes = survey(args.data_dir, args.allow_empty)
+        rows, problems, notes, classes = survey(args.data_dir, args.allow_empty)
     if args.check:
-        print_check(rows, classes)
+        print_check(rows, problems, notes, classes)
     if args.preview:
-        preview(args.data_dir, pairs, args.preview)
+        preview(args.data_dir, rows, args.preview)
     if not (args.images or args.check or args.preview):
         make_empty_folders(args.data_dir)
     sys.exit(1 if args.check and problems else 0)
@@ -115,8 +120,7 @@ def main():
 
 def parse_args():
     parser = argparse.ArgumentParser(description="내 이미지와 마스크를 data/에 준비하고 확인합니다.", epilog=IMPORT)
-    add, kind, group = (each.add_argument for each in (
-        parser, parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()))
+    add, kind, group = parser.add_argument, *(parser.add_mutually_exclusive_group() for _ in range(2))
     add("--images", type=Path, help="이미지 폴더. 안에 train/과 val/(또는 valid/)이 있으면 그 분할을 지킴")
     add("--masks", type=Path, help="마스크 폴더: 이미지와 이름(확장자 제외)이 같은 파일")
     add("--coco", type=Path, help="마스크 대신 COCO annotations.json (다각형 또는 RLE)")
@@ -126,10 +130,11 @@ def parse_args():
     add("--mask-suffix", default="", metavar="TEXT", help="마스크 이름의 접미사: a.jpg의 마스크가 a_mask.png이면 _mask")
     add("--image-suffix", default="", metavar="TEXT", help="마스크 이름에는 없는 이미지 이름의 접미사")
     add("--recursive", action="store_true", help="하위 폴더도 읽음: a/b.jpg는 a__b.jpg가 됨")
-    kind("--numbered", "--colors", "--colours", action="store_true",
-         help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
-    kind("--classes", action="store_true", help="--masks의 값이나 색이 클래스: 클래스의 이어진 영역 하나가 객체 하나")
-    kind("--threshold", type=float, metavar="N", help="--masks에서 N보다 밝은 곳이 객체 하나 (기본: 127)")
+    kind.add_argument("--numbered", "--colors", "--colours", action="store_true",
+                      help="--masks의 8비트 값이나 색 하나가 객체 하나 (0과 검은색은 배경). 16비트부터는 언제나 번호")
+    kind.add_argument("--classes", action="store_true",
+                      help="--masks의 값이나 색이 클래스 (0과 검은색은 배경): 클래스마다 이어진 영역 하나가 객체 하나")
+    kind.add_argument("--threshold", type=float, metavar="N", help="--masks에서 N보다 밝은 곳이 객체 하나 (기본: 127)")
     add("--void", type=int, nargs="+", action="append", default=[], metavar="N",
         help="--masks에서 배경으로 바꿀 값 N이나 색 R G B, 여러 번 가능 (VOC와 DAVIS 팔레트의 255는 저절로 바꿈)")
     add("--category", action="append", metavar="NAME", help="--coco에서 이 범주만 씀 (여러 번 가능)")
@@ -139,23 +144,26 @@ def parse_args():
     add("--data-dir", type=Path, default=Path("data"), help="결과 폴더 (기본: %(default)s)")
     add("--val-ratio", type=float, default=0.2, help="검증에 쓸 비율 (기본: %(default)s)")
     add("--shuffle-seed", type=int, default=None, help="이 시드로 섞은 뒤 나눔 (기본: 이름순 그대로)")
-    group("--group", metavar="REGEX", help="이름에서 이 정규식(또는 그 첫 괄호)에 맞는 곳이 같은 이미지는 한쪽에만 둠")
-    group("--group-by-folder", dest="group", action="store_const", const="^([^/]+)/",
-          help="--images 바로 아래의 폴더가 같은 이미지는 한쪽에만 둠")
+    group.add_argument("--group", metavar="REGEX",
+                       help="이름에서 이 정규식에 맞는 부분(괄호가 있으면 첫 괄호)이 같은 이미지는 한쪽에만 둠")
+    group.add_argument("--group-by-folder", dest="group", action="store_const", const="^([^/]+)/",
+                       help="--images 바로 아래의 폴더가 같은 이미지는 한쪽에만 둠")
     add("--check", action="store_true", help="data/를 검사: 문제가 있으면 종료 코드 1")
     add("--preview", type=int, metavar="N", help="문제가 있을 만한 쌍부터 N쌍을 한 장에 모아 data/preview.png로 저장")
     args = parser.parse_args()
-    own, val = (args.images, args.masks, args.coco), (args.val_images, args.val_masks, args.val_coco)
-    of_masks = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
+    sets = (args.images, args.masks, args.coco), (args.val_images, args.val_masks, args.val_coco)
+    kinds = (args.numbered, args.classes, args.void, args.threshold is not None, args.mask_suffix, args.image_suffix)
     for is_wrong, message in (
-            (bool(own[0]) != sum(map(bool, own[1:])) or any(val) and [*map(bool, own)] != [*map(bool, val)],
-             f"--images에는 --masks나 --coco를, --val-images에는 --val-masks나 --val-coco를 함께 주세요. {IMPORT}"),
-            (any(of_masks) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
+            (any(bool(images) != bool(masks) + bool(coco) for images, masks, coco in sets),
+             f"--images와 --val-images에는 저마다 마스크 폴더 또는 --coco 파일 하나만 함께 있어야 합니다. {IMPORT}"),
+            (args.val_images and [*map(bool, sets[0])] != [*map(bool, sets[1])],
+             "--val-images는 --images와 함께, --masks와 --val-masks나 --coco와 --val-coco로 씁니다"),
+            (any(kinds) and not args.masks or (args.category or args.keep_crowd) and not args.coco,
              "--numbered, --classes, --threshold, --void, --mask-suffix, --image-suffix는 --masks와, "
              "--category와 --keep-crowd는 --coco와 함께 씁니다"),
             (any(len(void) not in (1, 3) for void in args.void), "--void는 값 하나나 색 R G B여야 합니다"),
             (not 0 <= args.val_ratio < 1, "--val-ratio는 0 이상 1 미만이어야 합니다"),
-            (args.preview is not None and not 1 <= args.preview <= 1000, "--preview는 1에서 1,000까지입니다")):
+            (args.preview is not None and args.preview < 1, "--preview는 1 이상이어야 합니다")):
         if is_wrong:
             parser.error(message)
     try:
@@ -166,64 +174,75 @@ def parse_args():
 
 
 def prepare(args):
-    """Pair the files, split the pairs, check and write them to data/; print a summary."""
-    target, staging = args.data_dir, args.data_dir / ".part"
+    """Pair, check, read the masks, split and write data/; print a summary."""
+    target, staging, problems, notes = args.data_dir, args.data_dir / ".part", {}, defaultdict(list)
+    pairs, sources, classes = collect_pairs(args, problems, notes)
     lock(target / ".lock")
-    atexit.register(shutil.rmtree, staging, ignore_errors=True)
-    shutil.rmtree(staging, ignore_errors=True)
-    pairs, sources, classes = collect_pairs(args)
     settings = {name: value for name, value in vars(args).items()
                 if not isinstance(value, Path) and name not in ("check", "preview")}
-    record, earlier, files = {"sources": sources, "complete": True, **settings}, {}, checksums(target)
+    record = {"sources": sources, "complete": True, **settings}
+    replaced = files_to_replace(target, record)
+    if replaced is None:
+        print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
+        return
+    atexit.register(shutil.rmtree, staging, ignore_errors=True)
+    contents, groups = write_pairs(pairs, problems, staging, args, notes)
+    print_notes(notes, problems, "제외")
+    if not contents:
+        fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
+    if args.group and len(notes["ungrouped"]) == len(contents):
+        fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
+    splits = {split: [name for name in contents if name.startswith(f"{split}/")] for split in SPLITS}
+    is_own = any(splits.values())
+    splits = splits if is_own else split_names(groups, args.val_ratio, args.shuffle_seed)
+    warn_about_split(splits, contents, groups, args.group)
+    if replaced:
+        print(f"{target}에 있던 {sum(name.startswith('masks/') for name in replaced)}쌍을 새 쌍으로 바꿉니다.")
+    put_in_place(staging, target, splits, classes, record)
+    print(f"완료: {target} - 학습 {len(splits['train'])}쌍, 검증 {len(splits['val'])}쌍, 제외 {len(problems)}개"
+          + (" (원본 폴더의 분할)" if is_own else "") + (f", 클래스 {', '.join(classes)}" if classes else ""))
+
+
+def collect_pairs(args, problems, notes):
+    """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
+    pairs, sources, classes = [], set(), {}
+    parts = [("all", args.images, args.masks, args.coco)]
+    if args.val_images:
+        parts = [("train", *parts[0][1:]), ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts:
+        if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
+            fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
+        find = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
+        found, files = find(images, split, args, problems, notes)
+        pairs += found
+        sources.update((f"{split}/{path.name}", path) for path in files)
+        sources.update((pair.name, pair.image) for pair in found)
+    if missing := [name for name in args.category or () if name not in classes]:
+        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(classes)})")
+    used = [name for name, is_used in classes.items() if is_used]
+    if len(used) > MAX_CLASSES and not args.merge:
+        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+    classes.clear()  # the pairs share this dictionary: draw_objects() reads the numbers
+    if len(used) > 1 and not args.merge:
+        classes.update({name: number for number, name in enumerate(used, start=1)})
+    return pairs, [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], classes
+
+
+def files_to_replace(target, record):
+    """The files in data/ that an earlier run wrote, {path: CRC-32}; None if they are what `record` describes.
+
+    Fails if a file was added or edited by hand.
+    """
+    earlier, files = {}, checksums(target)
     with contextlib.suppress(OSError, ValueError, TypeError):
         earlier = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
     if {**earlier, "split": 0} == {**record, "checksums": files, "split": 0}:
-        print(f"이미 준비되어 있습니다: {target} (같은 원본, 같은 분할)")
-        return
+        return None
     own = earlier.get("checksums", files if earlier else {})  # after an unfinished run: all files
     if by_hand := sorted(files.items() - own.items()):
-        fail(f"직접 넣거나 고친 파일은 덮어쓰지 않습니다: {target / by_hand[0][0]}. 다른 --data-dir을 쓰세요")
-
-    names = write_pairs(split_pairs(pairs, args), classes, staging, args)
-    print_report("제외")
-    if not any(names.values()):
-        fail(f"쓸 수 있는 이미지-마스크 쌍이 하나도 없습니다: {args.images}. {IMPORT}")
-    if files:
-        print(f"{target}에 있던 {sum(name.startswith('masks/') for name in files)}쌍을 새 쌍으로 바꿉니다.")
-    replace_json(target / "split.json", {"complete": False})
-    (target / "classes.json").unlink(missing_ok=True)
-    for part in ("images", "masks"):
-        shutil.rmtree(target / part, ignore_errors=True)
-        (staging / part).rename(target / part)
-    if classes:
-        replace_json(target / "classes.json", {number: name for name, number in classes.items()})
-    replace_json(target / "split.json", {**record, "split": names, "checksums": checksums(target)})
-    print(f"완료: {target} - 학습 {len(names['train'])}쌍, 검증 {len(names['val'])}쌍, 제외 {len(problems)}개"
-          + (f", 클래스 {', '.join(classes)}" if classes else "")
-          + ("" if pairs[0].name.startswith("all/") else " (원본 폴더의 분할)"))
-
-
-def collect_pairs(args):
-    """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
-    pairs, sources, categories = [], set(), {}
-    sets = [("all", args.images, args.masks, args.coco)]
-    if args.val_images:
-        sets = [("train", *sets[0][1:]), ("val", args.val_images, args.val_masks, args.val_coco)]
-    for split, images, masks, coco in sets:
-        if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
-            fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
-        found = pairs_from_coco(coco, images, split, args, categories) if coco else pairs_from_masks(
-            masks, images, split, args)
-        pairs += found
-        sources.update((f"{split}/{path.name}", path) for path in ([coco] if coco else [pair.label for pair in found]))
-        sources.update((pair.name, pair.image) for pair in found)
-    if missing := [name for name in args.category or () if name not in categories]:
-        fail(f"{args.coco}에 없는 범주입니다: {', '.join(missing)} (있는 것: {', '.join(categories)})")
-    used = [name for name, is_used in categories.items() if is_used and not args.merge]
-    if len(used) > MAX_CLASSES:
-        fail(f"클래스가 {len(used)}개로 {MAX_CLASSES}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
-    classes = {name: number for number, name in enumerate(used, start=1)} if len(used) > 1 else {}
-    return pairs, [[name, zlib.crc32(path.read_bytes())] for name, path in sorted(sources)], classes
+        fail(f"{target}에 직접 넣거나 고친 파일이 있어 덮어쓰지 않습니다 ({by_hand[0][0]}). "
+             "옮기거나 다른 --data-dir을 쓰세요")
+    return files
 
 
 def make_empty_folders(data_dir):
@@ -235,7 +254,9 @@ def make_empty_folders(data_dir):
 직접 채우기: {data_dir}/images/train/이름.jpg (png)와 {data_dir}/masks/train/이름.png, val은 검증용 (전체의 20% 정도)
   마스크는 객체가 하나면 8비트 PNG (255가 객체, 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
   확인: python prepare_data.py --check
-자동으로 나누기: python prepare_data.py --images 이미지폴더 --masks 마스크폴더 (또는 --coco annotations.json)
+자동으로 나누기 (8비트 값이나 색이 객체의 번호면 --numbered):
+  python prepare_data.py --images 이미지폴더 --masks 마스크폴더
+  또는 python prepare_data.py --images 이미지폴더 --coco annotations.json
 {IMPORT}
 Kvasir-SEG 받기: python download_dataset.py""")
 
@@ -243,25 +264,25 @@ Kvasir-SEG 받기: python download_dataset.py""")
 # ---- finding pairs ----
 
 
-def images_in(folder, split, recursive=False, subfolders=(), skip=None):
-    """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become problems.
+def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=None):
+    """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become `problems`.
 
     split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then define it.
     Folders inside are read if `recursive` or if named in `subfolders`; `skip`, a folder inside, is never read.
     """
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
-    inside = [path.name for path in sorted(folder.iterdir())
-              if path.is_dir() and path.resolve() != skip and not SYSTEM_FILES.search(f"/{path.name}/")]
+    inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.resolve() != skip
+              and not SYSTEM_FILES.search(f"/{path.name}/")]
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     own = own if set(own.values()) == set(SPLITS) else {}
-    unread = [name for name in inside if name not in {*own, *subfolders} and (own or not recursive)]
-    notes["unread"] += [(f"{name}/", 1) for name in unread]
+    folders = {*own, *(inside if recursive and not own else subfolders)}
+    paths = set(walk_files(folder, False)).union(*(walk_files(folder / name, recursive, skip) for name in folders))
     found = []
-    for path in sorted(walk_files(folder, {skip, *((folder / name).resolve() for name in unread)})):
+    for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         first, _, rest = name.partition("/")
-        if path.suffix.lower() in SILENT_SUFFIXES:
+        if path.suffix.lower() in SILENT_SUFFIXES or SYSTEM_FILES.search(f"/{name}"):
             continue
         name = f"{own[first]}/{rest}" if first in own else f"{split}/{name}"
         if path.suffix.lower() not in IMAGE_SUFFIXES:
@@ -270,173 +291,119 @@ def images_in(folder, split, recursive=False, subfolders=(), skip=None):
             problems[name] = "train/과 val/ 밖에 있음"
         else:
             found.append((name, path))
+    notes["unread"] += [(f"{name}/", 1) for name in inside if name not in {path.split("/")[0] for path in folders}]
     return found
 
 
-def walk_files(folder, skipped):
-    """The files of a folder and of those inside but `skipped`; OSError if one is unreadable (glob() would skip it)."""
+def walk_files(folder, recursive, skip=None):
+    """The files of a folder, and of those inside if recursive; OSError if one is unreadable (glob() would skip it)."""
     for path in folder.iterdir():
-        if SYSTEM_FILES.search(f"/{path.name}/" if path.is_dir() else f"/{path.name}"):
-            continue
         if path.is_file():
             yield path
-        elif path.is_dir() and path.resolve() not in {*skipped, folder.resolve(), *folder.resolve().parents}:
-            yield from walk_files(path, skipped)
+        elif recursive and path.is_dir() and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
+            yield from walk_files(path, True, skip)
 
 
-def pages_of(path, folder):
-    """[("", path)], or for a TIFF file of several pages ("_p001", its copy in `folder`), ("_p002", ...), ..."""
-    pages = []
-    with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source, formats=["TIFF"]) as file:
-        for number, page in enumerate(ImageSequence.Iterator(file) if file.n_frames > 1 else (), start=1):
-            pages.append((f"_p{number:03}", folder / f"{path.stem}_p{number:03}.tif"))
-            folder.mkdir(parents=True, exist_ok=True)
-            tags = {tag: page.tag_v2[tag] for tag in (262, 305) if tag in page.tag_v2}  # see read_pixels()
-            tags[270] = str(page.info.get("compression"))
-            page.save(pages[-1][1], tiffinfo=tags, compression=None)
-            if len(page.getbands()) > 1 and page.tag_v2[258][0] > 8:  # Pillow reduces such colors to 8 bits
-                _, pixels = cv2.imdecodemulti(np.memmap(path), COLOR_AND_DEPTH, range=(number - 1, number))
-                cv2.imencode(".tif", pixels[0])[1].tofile(pages[-1][1])
-        return pages or [("", path)]
-    return [("", path)]
-
-
-def pairs_from_masks(masks, images, split, args):
-    """Pair images and mask files by their stems, without suffixes: [Pair]."""
-    suffix, is_same = composed(args.mask_suffix), images.resolve() == masks.resolve()
-    if is_same and not suffix:
-        fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
-    image_files = images_in(images, split, args.recursive, skip=masks.resolve())
-    if is_same:
-        mask_files = [file for file in image_files if composed(file[1].stem).endswith(suffix)]
-        image_files = sorted({*image_files} - {*mask_files})
+def pairs_from_masks(masks, images, split, args, problems, notes):
+    """Pair images and mask files by stem: [Pair], and the mask files; adds {name: problem} for the others."""
+    find = partial(images_in, split=split, recursive=args.recursive, problems=problems, notes=notes)
+    if images.resolve() != masks.resolve():
+        image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
+    elif args.mask_suffix:
+        image_files, mask_files = [], []
+        for name, path in find(images):
+            is_mask = composed(path.stem).endswith(composed(args.mask_suffix))
+            (mask_files if is_mask else image_files).append((name, path))
     else:
-        mask_files = images_in(masks, split, args.recursive, skip=images.resolve())
-    has_splits = not all(name.startswith("all/") for name, _ in mask_files)  # else one folder of masks for both
-    pages = args.data_dir / ".part"
-    by_image = by_stem(image_files, composed(args.image_suffix), has_splits, pages / "image pages")
-    by_mask = by_stem(mask_files, suffix, has_splits, pages / "mask pages")
-    if image_files and not suffix and not by_image.keys() & by_mask.keys():
-        stems, mask_stems = ({composed(name.partition("/")[2]).removesuffix(path.suffix) for name, path in files}
-                             for files in (image_files, mask_files))
-        first = min(stems)
-        for suffix in sorted(stem.removeprefix(first) for stem in mask_stems if stem.startswith(first)):
-            if suffix and {stem + suffix for stem in stems} <= mask_stems:
-                command = ["python", "prepare_data.py", *sys.argv[1:], f"--mask-suffix={suffix}"]
-                fail(f"마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: {shlex.join(command)}")
-    return pair_up(by_image, by_mask)
+        fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
+    pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
+    if image_files and not pairs and not args.mask_suffix:
+        suggest_suffix(*([composed(name.partition("/")[2].removesuffix(path.suffix)) for name, path in files]
+                         for files in (image_files, mask_files)))
+    pairs = [Pair(name, *image, partial(read_source_mask, *mask, args, notes)) for name, image, mask in pairs]
+    return pairs, [path for _, path in mask_files]
 
 
-def by_stem(files, suffix="", has_splits=True, folder=None):
-    """Group [(name, path)] by name without suffixes; with a `folder`, a page of a TIFF file is a file of its own."""
-    found = defaultdict(list)
-    for name, path in files:
-        stem = composed(name if has_splits else name.partition("/")[2]).removesuffix(path.suffix)
-        if not stem.endswith(suffix):
-            notes["suffixes"].append((name, 1))
-            continue
-        for mark, page in pages_of(path, (folder / name).parent) if folder else [("", path)]:
-            own_name = name.removesuffix(path.suffix) + mark + page.suffix
-            found[stem.removesuffix(suffix) + mark].append((own_name, page))
-    return found
+def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask_suffix=""):
+    """Pair files by stem: [(name, (image path, page), (mask path, page))]; files without a pair become `problems`.
 
-
-def pair_up(images, labels):
-    """Pair images and masks (or COCO images) of one key, {key: [(name, value)]}: [Pair]; the others become problems."""
-    pairs = []
-    for key in sorted({*images, *labels}):
-        found, drawn = images.get(key, []), labels.get(key, [])
-        if not drawn or not found:
-            problems.update({name: "이미지 없음" if drawn else "마스크 없음" for name, _ in found or drawn})
-        elif len(found) > 1 or len(drawn) > 1:
-            same = [name.partition("/")[2] for name, _ in max(found, drawn, key=len)]
-            problems[found[0][0]] = f"이름이 같은 파일이 여럿: {', '.join(same)}"
+    Pages of a TIFF file with several are named stem_p001, stem_p002, ...; page is 0 for other files.
+    """
+    found, pairs = defaultdict(lambda: ([], [])), []
+    is_one_mask_folder = all(name.startswith("all/") for name, _ in mask_files)  # for images with a split of their own
+    for part, (files, suffix) in enumerate(((image_files, image_suffix), (mask_files, mask_suffix))):
+        for name, path in files:
+            stem = name.removesuffix(path.suffix)
+            key = composed(stem.partition("/")[2] if is_one_mask_folder else stem)
+            if not key.endswith(composed(suffix)):
+                notes["suffixes"].append((name, 1))
+                continue
+            for page in tiff_pages(path):
+                mark = f"_p{page:03}" if page else ""
+                files_of_key = found[key.removesuffix(composed(suffix)) + mark]
+                files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page)))
+    for stem, (images, masks) in sorted(found.items()):
+        if len(images) > 1 or len(masks) > 1:
+            same = [name for name, _ in max(images, masks, key=len)]
+            problems[same[0]] = "이름이 같은 파일이 여럿: " + ", ".join(Path(name).name for name in same)
+        elif not masks:
+            problems[images[0][0]] = f"마스크 없음 (이름이 {Path(stem).name}{mask_suffix}인 파일)"
+        elif not images:
+            problems[masks[0][0]] = f"이미지 없음 (이름이 {Path(stem).name}{image_suffix}인 파일)"
         else:
-            pairs.append(Pair(*found[0], drawn[0][1]))
+            pairs.append((*images[0], masks[0][1]))
     return pairs
 
 
-def pairs_from_coco(coco_path, images, split, args, categories):
-    """Pair images with the entries of a COCO file: [Pair]; adds to `categories`: {name: whether it has objects}."""
-    entries = read_annotations(coco_path, args, categories)
-    if "boxes" in notes and not any(categories.values()):
-        fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
-             f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
-    folders = {folder for entry in entries for folder in entry.path.split("/")[:-1]}
-    files, places, labels = images_in(images, split, args.recursive, folders), defaultdict(set), defaultdict(list)
-    for name, path in files:  # by its path in the folder, and without train/ or val/
-        for place in (path.relative_to(images).as_posix(), name.partition("/")[2]):
-            places[composed(place)].add(name)
-    for entry in entries:
-        parts = entry.path.split("/")
-        ends = ["/".join(parts[start:]) for start in range(len(parts))]  # CVAT writes folders before it
-        found = next((places[end] for end in ends if end in places), ())
-        if not found and (found := places.get(UPLOAD_PREFIX.sub("", parts[-1], count=1), ())):
-            notes["prefixes"].append((entry.path, 1))
-        name, *others = sorted(found) or [f"{split}/{entry.path}"]
-        if others:
-            problems[f"{split}/{entry.path}"] = f"이미지가 여럿: {', '.join((name, *others))}"
-        else:
-            labels[name].append((f"{split}/{entry.path}", entry))
-    return pair_up({name: [(name, path)] for name, path in files}, labels)
+def suggest_suffix(images, masks):
+    """Fail with the command that pairs all images, [stem], if the masks' stems differ from theirs by one suffix."""
+    suffixes = [mask.removeprefix(images[0]) for mask in sorted(masks) if mask.startswith(images[0])]
+    fitting = [suffix for suffix in suffixes if suffix and {stem + suffix for stem in images} <= set(masks)]
+    if fitting:
+        fail("마스크와 이미지는 이름의 끝이 다릅니다. 다시 실행: "
+             + shlex.join(["python", "prepare_data.py", *sys.argv[1:], f"--mask-suffix={fitting[0]}"])
+             + (f" (또는 {', '.join(fitting[1:])})" if fitting[1:] else ""))
 
 
-def read_annotations(coco_path, args, categories):
-    """Read a COCO file, or the given categories of it: [CocoImage]; adds to `categories`: {name: has it objects}.
+def tiff_pages(path):
+    """The numbers of the pages of a TIFF file of several, from 1 on; [0], the file itself, for other files."""
+    with contextlib.suppress(Exception), Image.open(path, formats=["TIFF"]) as file:  # decode_file() reports bad files
+        if file.n_frames > 1:
+            return range(1, file.n_frames + 1)
+    return [0]
 
-    A region marked iscrowd, which may contain several objects, is left out if its category also has single objects;
-    an image of which all objects are left out is no image without objects and is left out, too.
-    """
-    images = {}
-    try:
-        coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
-        if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
-            raise ValueError("images와 annotations 목록이 없음")
-        for image in coco["images"]:
-            path = composed(str(image.get("file_name") or image["coco_url"]).replace("\\", "/"))
-            if image["id"] in images:
-                fail(f"{coco_path}: {images[image['id']].path}, {path}의 번호가 같습니다. 번호를 다시 매기세요")
-            images[image["id"]] = CocoImage(path, (image.get("height"), image.get("width")), [], [])
-        known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
-        categories.update({name: categories.get(name, False) for name in known.values()})
-        annotations = [(known.get(each.get("category_id"), str(each.get("category_id"))), each)
-                       for each in coco["annotations"]]
-        with_singles = {name for name, annotation in annotations if not annotation.get("iscrowd")}
-        for name, annotation in annotations:
-            if args.category and name not in args.category:
-                continue
-            image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
-            kind = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
-                    else "objects" if not is_crowd
-                    else "kept_crowds" if args.keep_crowd or name not in with_singles else "crowds")
-            if kind != "objects":
-                notes[kind].append((image.path if image else str(annotation["image_id"]), 1))
-            if known and annotation.get("category_id") not in known:
-                notes["unnamed"].append((f"category_id {name}", 1))
-            if kind in ("objects", "kept_crowds"):
-                image.objects.append((name, annotation["segmentation"]))
-                categories[name] = True
-            elif image:
-                image.left_out.append(annotation)
-    except FileNotFoundError:
-        fail(f"파일이 없습니다: {coco_path}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
-             f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
-    return [image for image in images.values() if image.objects or not image.left_out]
+
+def one_page(path, page, folder):
+    """Write the pixels of a page of a TIFF file, counted from 1, to a file in `folder`; returns `path` for page 0."""
+    if not page:
+        return path
+    stack = np.memmap(path, np.uint8, "r")  # not read as a whole for each page
+    _, pages = cv2.imdecodemulti(stack, COLOR_AND_DEPTH, range=(page - 1, page))
+    if not pages:
+        raise ImageError(f"{path}: {page}번째 장을 읽을 수 없습니다")
+    copy = folder / f"{path.stem}.tif"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(cv2.imencode(".tif", pages[0])[1].tobytes())
+    return copy
 
 
 # ---- reading masks ----
 
 
-def read_source_mask(path, args):
+def read_source_mask(path, page, args, notes, _shape=None):
     """Read a mask written by any tool: bool H x W for one object, uint16 H x W for numbered objects (0: background).
 
-    Grey masks of more than 8 bits (microscopy) and PNGs with the VOC palette hold object numbers. With --numbered, each
-    value or color except black is an object; with --classes, each connected region of one. In other masks, pixels above
-    127 in any channel are foreground, or those of 1 if the others are 0. Fails if this would lose objects.
+    Grey masks with more than 8 bits (microscopy tools) and PNGs with the VOC palette hold object numbers. With
+    --numbered, each value or color except black is an object; with --classes, each connected region of one is. In other
+    masks, pixels above 127 in any channel are foreground; in a mask of 0 and 1, pixels of 1 are. Fails if a threshold
+    of 127 would lose objects and no flag selects another reading.
     """
-    values, is_voc = read_pixels(path, args)
+    values, is_voc, void = read_pixels(path, page, args)
+    if args.void or void.any():
+        values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
+        notes["void"].append((path.name, int(void.sum())))
+        if void.any() and not values.any():
+            raise ImageError("void뿐인 마스크")
     is_deep = values.ndim == 2 and values.itemsize > 1
     if args.numbered or args.classes or args.threshold is None and (is_voc or is_deep):
         labels = to_labels(values, args.classes)
@@ -454,32 +421,35 @@ def read_source_mask(path, args):
     return brightness > 127
 
 
-def read_pixels(path, args):
-    """The pixels of a mask, H x W or H x W x 3 (BGR), without void; whether they are indices of the VOC palette.
+def read_pixels(path, page, args):
+    """The pixels of a mask file, H x W or H x W x 3 (BGR); whether they are indices of the VOC palette; void pixels.
 
     Transparent pixels become black; if the picture has a single color, its alpha channel is the mask.
     """
-    values, rgba = decode_file(path, COLOR_AND_DEPTH), read_transparent(path)
+    values = decode_file(one_page(path, page, args.data_dir / ".part" / "mask pages"), COLOR_AND_DEPTH)
+    rgba = read_transparent(path, page)
     if rgba is not None:
         alpha = rgba[..., 3] > rgba[..., 3].max() // 2
         is_plain = (values == values[0, 0]).all() and not alpha.all()
-        values = alpha.astype(np.uint8) * 255 if is_plain else np.where(alpha[..., None], np.atleast_3d(values), 0)
+        colors = np.where(alpha[..., None], np.atleast_3d(values), 0)
+        values = alpha.astype(np.uint8) * 255 if is_plain else colors
     colors = np.atleast_3d(values)
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
     is_jpeg, indices, palette, tags = False, None, [], {}
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:  # else no palette
+        file.seek(max(page - 1, 0))
+        is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
-        is_jpeg = file.format == "JPEG" or "jpeg" in (file.info.get("compression"), tags.get(270))
         if file.mode == "P" and args.threshold is None:
-            indices, palette = np.array(ImageOps.exif_transpose(file)), file.getpalette()[:9]
+            indices, palette = upright(np.array(file), path), file.getpalette()[:9]
     is_numbered, is_voc = args.numbered or args.classes, len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
     if is_jpeg and is_numbered:
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
     is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
-    is_boolean = str(tags.get(305)).startswith("tifffile")  # which stores boolean arrays inverted
-    if is_inverted and not is_numbered and not is_boolean and args.threshold is None:
-        fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
-             "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
+    if is_inverted and not is_numbered and args.threshold is None:
+        if not str(tags.get(305)).startswith("tifffile"):  # which stores boolean arrays so
+            fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
+                 "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
     if palette and (is_voc or is_numbered):
         if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
             values = indices
@@ -488,12 +458,7 @@ def read_pixels(path, args):
     void = is_voc & (np.atleast_3d(values) == 255).all(axis=2)
     for value in args.void:
         void |= ((colors if len(value) == 3 else np.atleast_3d(values)) == value[::-1]).all(axis=2)
-    if args.void or void.any():
-        values = np.where(void if values.ndim == 2 else void[..., None], 0, values)
-        notes["void"].append((path.name, int(void.sum())))
-        if void.any() and not values.any():
-            raise ImageError("void뿐인 마스크")
-    return values, is_voc
+    return values, is_voc, void
 
 
 def has_several_hues(colors):
@@ -516,59 +481,153 @@ def to_labels(values, classes=False):
     if not np.isfinite(values).all() or (values != np.rint(values)).any() or values.min() < 0:
         raise ImageError("번호가 0 이상의 정수가 아님 (밝기면 --threshold N)")
     if values.ndim == 3:
-        values = values.astype(np.int64) @ [1, 2**16, 2**32]
-    if values.max() > 65535:
+        values = sum(values[..., channel].astype(np.int64) << 16 * channel for channel in range(3))
+    if (labels := values).max() > 65535:
         found, indices = np.unique(values, return_inverse=True)
-        values = indices.reshape(values.shape) + (found[0] != 0)
-    if values.max() > 65535:
+        labels = indices.reshape(values.shape) + (found[0] != 0)
+    if labels.max() > 65535:
         raise ImageError("객체가 65,535개보다 많음")
-    labels = values.astype(np.uint16)
+    labels = labels.astype(np.uint16)
     between = (cv2.erode(labels, np.ones((3, 3))) < labels) & (labels < cv2.dilate(labels, np.ones((3, 3))))
     found, elsewhere = np.unique(labels), np.unique(labels[~between])
     if len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values occur only on gradients
         raise ImageError("번호가 아니라 밝기나 번진 색인 마스크 (밝기로 나누려면 --threshold N)")
-    if not classes:
-        return labels
-    regions = np.zeros(labels.shape, np.int32)
-    for value in found[found > 0]:
-        _, own = cv2.connectedComponents((labels == value).astype(np.uint8))
-        regions = np.where(own > 0, own + regions.max(), regions)
-    return to_labels(regions)
+    if classes:
+        regions, count = np.zeros(labels.shape, np.int32), 0
+        for value in found[found > 0]:
+            number, own = cv2.connectedComponents((labels == value).astype(np.uint8))
+            regions[own > 0] = own[own > 0] + count
+            count += number - 1
+        return to_labels(regions)
+    return labels
 
 
-def draw_objects(entry, shape, classes, merge):
-    """Draw the objects of a CocoImage as uint16 labels H x W; smaller objects cover larger ones.
+# ---- COCO ----
 
-    Labels are 1, 2, ...; with `classes`, {name: number}, 1000 * class + 1, ... With `merge`, or for one object without
-    classes, returns the union, bool H x W. shape: (H, W) of the image, upright. Invalid segmentations are skipped and
-    reported; ImageError if none is left.
+
+def read_annotations(coco_path, args, notes):
+    """Read a COCO file, or the given categories of it: ({image id: CocoImage}, names of all categories).
+
+    A region marked iscrowd, which may contain several objects, is left out if its category also has single objects.
     """
-    size, drawn, counts, problem = entry.size, [], Counter(), ""  # drawn: [(value, RLE)]
+    images = {}
+    try:
+        coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
+        if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
+            raise ValueError("images와 annotations 목록이 없음")
+        for image in coco["images"]:
+            path = composed(str(image.get("file_name") or image["coco_url"]).replace("\\", "/"))
+            if image["id"] in images:
+                fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({images[image['id']].path}, {path}). "
+                     "파일을 합쳤다면 번호를 다시 매기세요")
+            images[image["id"]] = CocoImage(path, (image.get("height"), image.get("width")), [], [])
+        known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
+        chosen = [(name, annotation) for annotation in coco["annotations"]
+                  if (name := known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
+                  in (args.category or [name])]
+        with_singles = {name for name, annotation in chosen if not annotation.get("iscrowd")}
+        for name, annotation in chosen:
+            image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
+            is_kept = not is_crowd or args.keep_crowd or name not in with_singles
+            note = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
+                    else ("kept_crowds" if is_kept else "crowds") if is_crowd else "")
+            if known and annotation.get("category_id") not in known:
+                notes["unnamed"].append((f"category_id {name}", 1))
+            if note:
+                notes[note].append((image.path if image else str(annotation["image_id"]), 1))
+            if image and note in ("", "kept_crowds"):
+                image.objects.append((name, annotation["segmentation"]))
+            elif image:
+                image.left_out.append(annotation)
+    except FileNotFoundError:
+        fail(f"파일이 없습니다: {coco_path}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        fail(f"{coco_path}: COCO 형식이 아닙니다 ({type(error).__name__}: {error}). CVAT와 Label Studio에서는 COCO, "
+             f"VIA에서는 Export Annotations (COCO format)로 내보내세요. {IMPORT}")
+    return images, [*known.values()]
+
+
+def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
+    """Like pairs_from_masks, for a COCO file; adds its categories to `classes`: {name: whether it has objects}."""
+    entries, categories = read_annotations(coco_path, args, notes)
+    used = {name for entry in entries.values() for name, _ in entry.objects}
+    if "boxes" in notes and not used:
+        fail(f"{coco_path}: segmentation이 없습니다. 상자로 마스크 만들기: "
+             f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
+    for name in [*categories, *sorted(used)]:
+        classes[name] = classes.get(name) or name in used
+
+    folders = {end for entry in entries.values() for end in ends(entry.path.rpartition("/")[0])
+               if (images / end).is_dir()}
+    files, places = images_in(images, split, args.recursive, problems, notes, folders), defaultdict(set)
+    for file in files:  # by its path in the folder, and without train/ or val/
+        for place in (file[1].relative_to(images).as_posix(), file[0].partition("/")[2]):
+            places[composed(place)].add(file)
+    entries_of, pairs = defaultdict(list), []
+    for entry in entries.values():
+        found = next((places[end] for end in ends(entry.path) if end in places), ())  # CVAT writes folders before it
+        if not found and (found := places.get(UPLOAD_PREFIX.sub("", entry.path.rpartition("/")[2], count=1), ())):
+            notes["prefixes"].append((entry.path, 1))
+        if len(found) == 1:
+            entries_of[min(found)].append(entry)
+        else:
+            problems[f"{split}/{entry.path}"] = "이미지 없음" if not found else (
+                f"이미지가 여럿: {', '.join(name for name, _ in sorted(found))}")
+    for name, path in files:
+        entry, *others = entries_of[name, path] or [None]
+        if not entry:
+            problems[name] = "마스크 없음 (COCO 파일에 없음)"
+        elif others:
+            problems[name] = f"COCO 파일에 두 번 나옴 ({entry.path}, {others[0].path})"
+        elif not entry.objects and (entry.left_out or not args.allow_empty):
+            problems[name] = "마스크 없음 (쓸 객체가 annotations에 없음)"
+        else:
+            read_mask = partial(draw_objects, entry.objects, entry.size, args.merge, entry.path, classes)
+            pairs.append(Pair(name, path, 0, read_mask))
+    return pairs, [coco_path]
+
+
+def ends(path):
+    """The ends of a path, the longest first: "a/b/c", "b/c", "c"; none that could lead out of a folder."""
+    parts = re.sub(r".*(^|/)\.\.(/|$)", "", path).split("/")
+    return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
+
+
+def draw_objects(objects, size, merge, name, classes, shape):
+    """Draw COCO objects, [(class name, segmentation)], as uint16 labels H x W; smaller objects cover larger ones.
+
+    Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
+    `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
+    reported; ImageError if none is left. size: (H, W) in the COCO file or None; shape: that of the image, upright.
+    """
     if None not in size and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
         raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]}x{size[0]}")
     height, width = shape if None in size else map(int, size)
-    for category, segmentation in entry.objects:
+    rles, values, counts, problem = [], [], Counter(), ""
+    for category, segmentation in objects:
         try:
-            rle = to_rle(segmentation, height, width)
+            rles.append(to_rle(segmentation, height, width))
         except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
             problem = f"segmentation을 해석할 수 없음 ({error if type(error) is ValueError else type(error).__name__})"
             continue
-        number = classes.get(category, 0)
-        counts[number] += 1
-        drawn.append((1000 * number + counts[number], rle))
-    if problem and not drawn:
+        counts[category if classes else None] += 1
+        values.append(1000 * classes[category] + counts[category] if classes else len(rles))
+    if problem and not rles:
         raise ImageError(problem)
     if problem:
-        tqdm.write(f"  제외: {entry.path}의 객체 {len(entry.objects) - len(drawn)}개 - {problem}")
-    if drawn and (merge or len(drawn) == 1 and not classes):
-        return coco_mask.decode(coco_mask.merge([rle for _, rle in drawn])) > 0
-    if max(counts.values(), default=0) > (most := MAX_NUMBER if classes else 65535):
-        fail(f"{entry.path}: 한 클래스의 객체가 {most}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
+        tqdm.write(f"  제외: {name}의 객체 {len(objects) - len(rles)}개 - {problem}")
+    if rles and (merge or len(rles) == 1 and not classes):
+        return coco_mask.decode(coco_mask.merge(rles)) > 0
+    if not classes and len(rles) > 65535:
+        raise ImageError("객체가 65,535개보다 많음")
+    if classes and max(counts.values(), default=0) > MAX_NUMBER:
+        fail(f"{name}: 한 클래스의 객체가 {MAX_NUMBER}개보다 많습니다. --category로 고르거나 --merge로 합치세요")
     labels = np.zeros((height, width), np.uint16)
-    for value, rle in sorted(drawn[::-1], key=lambda each: coco_mask.area(each[1]), reverse=True):
-        labels[coco_mask.decode(rle) > 0] = value
-    if hidden := len(drawn) - np.count_nonzero(np.unique(labels)):
-        tqdm.write(f"  제외: {entry.path}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
+    areas = [coco_mask.area(rle) for rle in rles]  # fails for more than 255 at once (pycocotools 2.0.11)
+    for index in np.argsort(areas, kind="stable")[::-1]:
+        labels[coco_mask.decode(rles[index]) > 0] = values[index]
+    if hidden := len(rles) - np.count_nonzero(np.unique(labels)):
+        tqdm.write(f"  제외: {name}의 객체 {hidden}개 - 비었거나 더 작은 객체에 모두 가려짐")
     return labels
 
 
@@ -578,16 +637,17 @@ def to_rle(segmentation, height, width):
     It is checked here because pycocotools crashes on polygons with NaN and leaves pixels beyond the runs undefined.
     """
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
+        counts, is_short = segmentation["counts"], False
         is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)  # see rleFrString() of cocoapi
         if is_cut or segmentation["size"] != [height, width]:
             raise ValueError("RLE가 이미지 크기와 다름")
         rle = {"counts": counts} if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, height, width)
-        try:
+        with contextlib.suppress(ValueError):  # which decode() raises if the runs are longer, as they should be here
             coco_mask.decode({**rle, "size": [height * width - 1, 1]})
-        except ValueError:  # the runs are longer than this, as they should be
-            return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))  # merge() fails on empty runs
-        raise ValueError("RLE가 이미지 크기와 다름")
+            is_short = True
+        if is_short:
+            raise ValueError("RLE가 이미지 크기와 다름")
+        return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))  # merge() fails on empty runs
     parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list
     polygons = [np.array(part, float) for part in parts if len(part) >= 6 or len(parts) == 1]  # fewer have no area
     for points in polygons:
@@ -601,123 +661,123 @@ def to_rle(segmentation, height, width):
 # ---- writing data/ ----
 
 
-def write_pairs(splits, classes, staging, args):
-    """Write the usable ones of {split: [Pair]} to images/ and masks/ of `staging`; returns {split: [file name]}."""
-    names, copies = {split: [] for split in splits}, defaultdict(list)
-    for split, pairs in splits.items():
-        for part in ("images", "masks"):
-            (staging / part / split).mkdir(parents=True)
-        stems = [pair.name.removesuffix(pair.image.suffix).partition("/")[2].replace("/", "__") for pair in pairs]
-        counts = Counter(stems)
-        for pair, stem in zip(tqdm(pairs, f"{split} 준비", disable=None), stems):
-            try:
-                if counts[stem] > 1:
-                    raise ImageError(f"이름이 같아지는 파일이 여럿: {stem}")
-                image, is_flattened = read_over_white(pair.image)
-                mask = (draw_objects(pair.label, image.shape[:2], classes, args.merge) if args.coco
-                        else read_source_mask(pair.label, args))
-                mask = fit_to_image(mask, pair, image.shape[:2], args.allow_empty)
-            except ImageError as problem:
-                problems[pair.name] = problem
-                continue
-            if is_flattened:
-                notes["white"].append((pair.name, 1))
-            is_own = pair.image.suffix.lower() in KEPT_AS_IS and not is_flattened
-            name = stem + (pair.image.suffix if is_own else ".png")
-            if is_own:
-                shutil.copyfile(pair.image, staging / "images" / split / name)
-            else:
-                cv2.imencode(".png", image[..., ::-1])[1].tofile(staging / "images" / split / name)
-            mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
-            cv2.imencode(".png", mask)[1].tofile(staging / "masks" / split / f"{stem}.png")
-            names[split].append(name)
-            copies[image.shape, hashlib.sha256(image).digest()].append(f"{split}/{name}")
-    for same in copies.values():
-        if len({name.split("/")[0] for name in same}) == 2:
-            print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {' = '.join(same)}")
-    return names
+def write_pairs(pairs, problems, staging, args, notes):
+    """Write valid pairs as images/SPLIT/NAME and masks/SPLIT/STEM.png of `staging`; the others become `problems`.
+
+    Returns {"SPLIT/NAME": hash of the image's pixels} and {"SPLIT/NAME": group}; a group is not split.
+    """
+    shutil.rmtree(staging, ignore_errors=True)
+    contents, groups, stems = {}, {}, {}
+    for pair in pairs:
+        split, _, name = pair.name.removesuffix(pair.image.suffix).partition("/")
+        stems.setdefault(f"{split}/{name.replace('/', '__')}", []).append(pair)
+    for stem, (pair, *others) in tqdm(sorted(stems.items()), "준비", disable=None):
+        try:
+            if others:
+                raise ImageError("이름이 같은 파일이 여럿: " + ", ".join(
+                    other.name.partition("/")[2] for other in (pair, *others)))
+            path = pair.image
+            image, is_flattened = read_over_white(path, pair.page, staging / "image pages")
+            mask = fit_to_image(pair.read_mask(image.shape[:2]), path, image.shape[:2], notes, args.allow_empty)
+        except ImageError as problem:
+            problems[pair.name] = str(problem)
+            continue
+        is_own = path.suffix.lower() in KEPT_AS_IS and not is_flattened
+        name = stem + (path.suffix if is_own else ".png")
+        mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
+        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else as_png(image[..., ::-1])),
+                              (staging / "masks" / f"{stem}.png", as_png(mask))):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        found = re.search(args.group, pair.name.partition("/")[2]) if args.group else None
+        group = found and (found[min(1, found.re.groups)] or found[0])
+        notes["white"] += [(path.name, 1)] * is_flattened
+        notes["ungrouped"] += [(pair.name.partition("/")[2], 1)] * bool(args.group and not group)
+        contents[name] = f"{image.shape} {hashlib.sha256(image).hexdigest()}"
+        groups[name] = group or (AUGMENTED.sub("", name).partition("/")[2] if AUGMENTED.search(name) else name)
+    return contents, groups
 
 
-def read_over_white(path):
+def read_over_white(path, page, folder):
     """Read an image like read_image, with transparency composited over white; also returns whether there was any."""
-    image, rgba = read_image(path), read_transparent(path)
+    file = one_page(path, page, folder)
+    image, rgba = read_image(file), read_transparent(path, page)
     if rgba is None or not rgba[..., 3].any():
         return image, False
-    is_deep = decode_file(path, COLOR_AND_DEPTH).dtype != np.uint8
+    is_deep = decode_file(file, COLOR_AND_DEPTH).dtype != np.uint8
     colors, alpha = image if is_deep else rgba[..., :3], rgba[..., 3:] / 255
     return np.rint(colors * alpha + 255 * (1 - alpha)).astype(np.uint8), True
 
 
-def read_transparent(path):
+def read_transparent(path, page):
     """Read a file with transparent pixels as RGBA, uint8 H x W x 4, upright; None if it has none."""
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:
-        if file.mode[-1] in "Aa" or "transparency" in file.info:  # in every format that OpenCV reads
-            rgba = np.array(ImageOps.exif_transpose(file).convert("RGBA"))
+        file.seek(max(page - 1, 0))  # Pillow reads every format with transparency that OpenCV reads
+        if file.mode[-1] in "Aa" or "transparency" in file.info:
+            rgba = upright(np.array(file.convert("RGBA")), path)
             return rgba if (rgba[..., 3] < 255).any() else None
     return None
 
 
-def fit_to_image(mask, pair, shape, allow_empty):
-    """The mask of a pair, fitted to its image of (H, W) `shape`; ImageError if it cannot be used.
+def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
+    """The mask, fitted to an image of (H, W) `shape`; ImageError if it cannot be used.
 
     If the image has an EXIF orientation and the mask fits only its stored pixels, the mask is turned as well.
     """
-    orientation = 1
-    with contextlib.suppress(Exception), Image.open(pair.image) as file:  # damaged metadata raise various errors
-        if "exif" in file.info or file.format == "TIFF":  # else getexif() would decode a PNG
-            orientation = file.getexif().get(0x0112, 1)
-    if orientation > 1:
-        picture = Image.fromarray(mask)
-        picture.getexif()[0x0112] = orientation
-        turned = np.array(ImageOps.exif_transpose(picture))
-        if turned.shape == shape:
-            notes["EXIF" if mask.shape == shape else "turned"].append((pair.name, 1))
-            mask = mask if mask.shape == shape else turned
+    orientation = read_orientation(image_path)
+    turned = turn(mask, orientation)
+    if orientation > 1 and turned.shape == shape:
+        notes["either" if mask.shape == shape else "turned"].append((image_path.name, 1))
+        mask = mask if mask.shape == shape else turned
     if mask.shape != shape:
         raise ImageError("크기가 다름: 이미지 {1}x{0}, 마스크 {3}x{2}".format(*shape, *mask.shape)
                          + " (90도 돌아간 마스크?)" * (mask.shape == shape[::-1]))
     if mask.min() == mask.max() > 0:
         raise ImageError("마스크가 이미지 전체를 덮음")
-    if not mask.any():
-        if not allow_empty:
-            raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
-        notes["empty"].append((pair.name, 1))
+    if not mask.any() and not allow_empty:
+        raise ImageError("마스크가 비어 있음 (객체가 없는 이미지로 넣으려면 --allow-empty)")
+    notes["empty"] += [] if mask.any() else [(image_path.name, 1)]
     return mask
 
 
-def split_pairs(pairs, args):
-    """Split pairs, by the folders they come from or by groups: {split: [Pair]}; warns about what both splits share."""
-    groups, by_name = {}, {pair.name: pair for pair in pairs}
-    for name in by_name:
-        relative = name.partition("/")[2]
-        groups[name] = AUGMENTED.sub("", relative) if AUGMENTED.search(relative) else name
-        if args.group and (found := re.search(args.group, relative)):
-            groups[name] = found[min(1, found.re.groups)] or found[0]
-        elif args.group:
-            notes["ungrouped"].append((relative, 1))
-    if pairs and len(notes["ungrouped"]) == len(pairs):
-        fail(f"--group에 맞는 이름이 없습니다 (이름의 예: {notes['ungrouped'][0][0]})")
-    if args.group and len({*groups.values()}) == 1:
-        print("  주의: 묶음이 하나라 검증에 둘 이미지가 없습니다")
-    splits = {split: [name for name in groups if name.startswith(f"{split}/")] for split in SPLITS}
-    if not any(splits.values()):
-        splits = split_names(groups, args.val_ratio, args.shuffle_seed)
-        stems = [Path(name).stem for name in groups]
-        train, val = ({Path(name).stem.rstrip("0123456789") for name in splits[split]} for split in SPLITS)
-        is_numbered, videos, shared = all(stem[-1].isdecimal() for stem in stems), train | val, sorted(train & val)
-        if is_numbered and shared and 2 <= len(videos) <= len(stems) / 10 and not args.group:
-            print(f"  주의: 이름이 영상 {len(videos)}개의 프레임 같고, {shared[0]}의 프레임이 양쪽에 모두 있습니다. "
-                  r"그렇다면 다시 실행할 때 --group '^(.*?)\d+\.\w+$'을 더하세요")
-    train, val = ({groups[name] for name in splits[split]} for split in SPLITS)
-    for group in sorted(train & val):
-        print(f"  주의: 학습과 검증에 같은 묶음이 있습니다 - {group}")
-    return {split: [by_name[name] for name in names] for split, names in splits.items()}
+def read_orientation(path):
+    """The EXIF orientation of an image file: 1 (upright, or not stated) to 8."""
+    with contextlib.suppress(Exception), Image.open(path) as file:  # damaged metadata raise various errors
+        exif = Image.Exif()
+        exif.load(file.info.get("exif"))  # not getexif(): it would decode a PNG without EXIF, and it reads XMP
+        return file.tag_v2.get(0x0112, 1) if file.format == "TIFF" else exif.get(0x0112, 1)
+    return 1
+
+
+def turn(pixels, orientation):
+    """Turn stored pixels (H x W ...) upright according to the EXIF orientation."""
+    pixels = pixels.swapaxes(0, 1) if orientation >= 5 else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
+    return np.ascontiguousarray(pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels)
+
+
+def upright(pixels, path):
+    """Turn pixels upright that Pillow read; it has turned those of a TIFF file, unless it opened it by its path."""
+    return pixels if path.suffix.lower() in (".tif", ".tiff") else turn(pixels, read_orientation(path))
+
+
+def same_images(contents):
+    """Groups of equal images in {name: content}: [[name, name, ...]]."""
+    found = defaultdict(list)
+    for name, content in contents.items():
+        found[content].append(name)
+    return [names for names in found.values() if len(names) > 1]
+
+
+def as_png(image):
+    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def split_names(groups, val_ratio, shuffle_seed):
-    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, or shuffled, the first part to train.
+    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, the first part to train.
 
-    The cut is the one between two groups that is nearest to val_ratio.
+    With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
+    val_ratio.
     """
     order = sorted(set(groups.values()))
     if shuffle_seed is not None:
@@ -731,6 +791,42 @@ def split_names(groups, val_ratio, shuffle_seed):
     return {"train": names[:cut], "val": names[cut:]}
 
 
+def warn_about_split(splits, contents, groups, pattern):
+    """Print what the two splits share: images, groups, and names that look like the frames of a few videos."""
+    sides = {name: f"{split}/{Path(name).name}" for split in SPLITS for name in splits[split]}
+    for names in same_images(contents):
+        if len({sides[name].split("/")[0] for name in names}) == 2:
+            print(f"  주의: 학습과 검증에 같은 이미지가 있습니다 - {' = '.join(sorted(sides[name] for name in names))}")
+    train, val = ({groups[name] for name in splits[split]} for split in SPLITS)
+    if pattern and len({*groups.values()}) == 1:
+        print("  주의: 묶음이 하나라 검증에 둘 이미지가 없습니다")
+    for group in sorted(train & val):
+        print(f"  주의: 학습과 검증에 같은 묶음이 있습니다 - {group}")
+    stems = [Path(name).stem for name in contents if name.startswith("all/") and not pattern]
+    train, val = ({Path(name).stem.rstrip("0123456789") for name in splits[split]} for split in SPLITS)
+    is_numbered, videos, cut = all(stem[-1].isdecimal() for stem in stems), train | val, sorted(train & val)
+    if is_numbered and cut and 2 <= len(videos) <= len(stems) / 10:
+        print(f"  주의: 이름이 영상 {len(videos)}개의 프레임 같고, {cut[0]}의 프레임이 학습과 검증에 모두 있습니다. "
+              r"그렇다면 다시 실행할 때 --group '^(.*?)\d+\.\w+$'을 더하세요")
+
+
+def put_in_place(staging, target, splits, classes, record):
+    """Replace the old pairs in `target` with the new ones; until all are moved, split.json marks it as unfinished."""
+    write_json(target / "split.json", {"complete": False})
+    (target / "classes.json").unlink(missing_ok=True)
+    for part in ("images", "masks"):
+        shutil.rmtree(target / part, ignore_errors=True)
+        for split, names in splits.items():
+            (target / part / split).mkdir(parents=True)
+            for name in names:
+                path = staging / part / (name if part == "images" else Path(name).with_suffix(".png"))
+                path.rename(target / part / split / path.name)
+    if classes:
+        write_json(target / "classes.json", {number: name for name, number in classes.items()})
+    split = {split: [Path(name).name for name in names] for split, names in splits.items()}
+    write_json(target / "split.json", {**record, "split": split, "checksums": checksums(target)})
+
+
 def checksums(data_dir):
     """{path relative to data_dir: CRC-32} of classes.json and the files of images/ and masks/, without SYSTEM_FILES."""
     paths = [data_dir / "classes.json", *(data_dir / "images").rglob("*"), *(data_dir / "masks").rglob("*")]
@@ -738,8 +834,8 @@ def checksums(data_dir):
     return {name: zlib.crc32(path.read_bytes()) for name, path in names.items() if not SYSTEM_FILES.search(name)}
 
 
-def print_report(word):
-    """Print the line of NOTES for each key of `notes`, with totals and first file names, then each problem."""
+def print_notes(notes, problems, word):
+    """Print NOTES for {key: [(file name, count), ...]}, with totals and first file names, then {name: problem}."""
     for key, found in notes.items():
         named = ", ".join(name.removeprefix("all/") for name, _ in found[:3]) + (" 등" if len(found) > 3 else "")
         if found:
@@ -752,45 +848,48 @@ def print_report(word):
 
 
 def survey(data_dir, allow_empty):
-    """Measure every pair of data/: [Pair], {name: Row} of the usable ones, the classes, {number as text: name}."""
-    problems.clear()
-    notes.clear()
-    pairs, rows, classes, copies = [], {}, {}, defaultdict(list)
+    """Measure every pair of data/; returns [Row], {name: problem}, notes and the classes, {number as text: name}."""
+    rows, problems, notes, classes = [], {}, defaultdict(list), {}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # accepted images without an object are no problem
         allow_empty |= bool(json.loads((data_dir / "split.json").read_text(encoding="utf-8")).get("allow_empty"))
-    try:
-        classes = json.loads((data_dir / "classes.json").read_text(encoding="utf-8"))
-        classes = {str(int(number)): str(name) for number, name in classes.items()}
-    except FileNotFoundError:
-        pass
-    except (ValueError, AttributeError):
-        problems["classes.json"] = '{"1": "이름", ...} 꼴이 아님'
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            classes = json.loads((data_dir / "classes.json").read_text(encoding="utf-8"))
+            classes = {str(int(number)): str(name) for number, name in classes.items()}
+        except (ValueError, AttributeError):
+            problems["classes.json"] = '{"1": "이름", ...} 꼴이 아님'
     for split in SPLITS:
         folders = [data_dir / part / split for part in ("images", "masks")]
         if split == "val" and not any(folder.is_dir() for folder in folders):
             print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
             continue
-        pairs += pair_up(*(by_stem(images_in(folder, split)) for folder in folders))
-    for pair in tqdm(pairs, "검사", disable=None, leave=False):
-        try:
-            rows[pair.name] = row = measure_pair(pair, classes, allow_empty)
-            copies[row.content].append(pair.name)
-        except ImageError as problem:
-            problems[pair.name] = problem
-    for names in copies.values():
-        if len({name.split("/")[0] for name in names}) == 2:
+        files = [images_in(folder, split, False, problems, notes) for folder in folders]
+        pairs = pair_by_stem(*files, problems, notes)
+        for name, (image, _), (mask, _) in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
+            try:
+                rows.append(measure_pair(name, image, mask, classes, allow_empty, notes))
+            except ImageError as problem:
+                problems[name] = problem
+                rows.append(Row(name, image, mask, None, 0, {}, name, ["problem"]))
+    by_name = {row.name: row for row in rows}
+    for names in same_images({row.name: row.content for row in rows}):
+        for name in names:
+            by_name[name].reasons.append("duplicate")
+        if names[0].split("/")[0] != names[-1].split("/")[0]:
             problems[" = ".join(names)] = "학습과 검증에 같은 이미지"
-        elif len(names) > 1:
-            notes["duplicate"].append((" = ".join(names), len(names) - 1))
-    return pairs, rows, classes
+        else:
+            notes["duplicates"].append((" = ".join(names), len(names) - 1))
+    return rows, problems, notes, classes
 
 
-def measure_pair(pair, classes, allow_empty):
+def measure_pair(name, image_path, mask_path, classes, allow_empty, notes):
     """Measure a pair of data/ as a Row; raises ImageError if the pair cannot be used for training."""
-    if pair.image.suffix.lower() not in KEPT_AS_IS or pair.label.name != f"{pair.image.stem}.png":
-        raise ImageError(f"이미지는 jpg, jpeg, png, 마스크는 {pair.image.stem}.png여야 함")
-    image, labels = read_image(pair.image), read_labels(pair.label)
-    if fit_to_image(labels, pair, image.shape[:2], allow_empty) is not labels:
+    if image_path.suffix.lower() not in KEPT_AS_IS:
+        raise ImageError("이미지 없음 (jpg, jpeg, png)")
+    if mask_path.name != f"{image_path.stem}.png":
+        raise ImageError(f"마스크 없음 ({image_path.stem}.png이어야 함)")
+    image, labels = read_image(image_path), read_labels(mask_path)
+    if fit_to_image(labels, image_path, image.shape[:2], notes, allow_empty) is not labels:
         raise ImageError("마스크가 돌리기 전의 픽셀에 맞음 (이미지의 EXIF 방향대로 돌려야 함)")
     areas = np.bincount(labels.ravel())
     numbers = np.flatnonzero(areas[1:]) + 1
@@ -798,12 +897,12 @@ def measure_pair(pair, classes, allow_empty):
         raise ImageError(f"classes.json에 없는 클래스의 값 {wrong[0]} (1000 * 클래스 + 번호여야 함)")
     pixels = (areas[numbers] * min(1, MAX_SIDE / max(labels.shape)) ** 2).round().astype(int)
     border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    for key, count in (("cut", np.count_nonzero(border)), ("small", (pixels < MIN_FOREGROUND).sum()),
-                       ("no_background", labels.all())):
-        if count:
-            notes[key].append((pair.name, int(count)))
-    content = image.shape, hashlib.sha256(image).digest()
-    return Row(labels.shape, (labels > 0).mean(), dict(zip(numbers.tolist(), pixels)), content)
+    found = {"empty": not len(numbers), "EXIF": read_orientation(image_path) > 1, "cut": np.count_nonzero(border),
+             "small": (pixels < MIN_FOREGROUND).sum(), "no_background": labels.all()}
+    for key in ("cut", "small", "no_background"):
+        notes[key] += [(name, int(found[key]))] * bool(found[key])
+    return Row(name, image_path, mask_path, image.shape[:2], (labels > 0).mean(), dict(zip(numbers.tolist(), pixels)),
+               f"{image.shape} {hashlib.sha256(image).hexdigest()}", [key for key, value in found.items() if value])
 
 
 def read_labels(path):
@@ -818,64 +917,74 @@ def read_labels(path):
     return mask if mask.dtype == np.uint16 else (mask > 127).astype(np.uint16)
 
 
-def print_check(rows, classes):
+def print_check(rows, problems, notes, classes):
     """Print sizes, shares of foreground and objects of both splits, then the notes and every problem by file."""
+    spread = partial(np.quantile, q=(0, 0.5, 1))
     for split in SPLITS:
-        good = [row for name, row in rows.items() if name.startswith(f"{split}/")]
+        good = [row for row in rows if row.size and row.name.startswith(f"{split}/")]
         filled, sizes = [row for row in good if row.objects], Counter(row.size for row in good).most_common()
         print(f"{split}: {len(good)}쌍")
         if not filled:
             continue
-        pixels = np.concatenate([[*row.objects.values()] for row in filled])
         common = ", ".join(f"{width}x{height} ({count}장)" for (height, width), count in sizes[:3])
-        shares, numbers, areas = (np.quantile(values, (0, 0.5, 1)) for values in (
-            [row.share for row in filled], [len(row.objects) for row in filled], pixels))
-        small = f"100픽셀 미만 {(pixels < 100).sum()}개, 1,000픽셀 미만 {(pixels < 1000).sum()}개"
+        pixels = np.concatenate([[*row.objects.values()] for row in filled])
         print(f"  크기 {len(sizes)}가지: {common}{' 등' if len(sizes) > 3 else ''}")
-        print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*shares))
-        print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(len(pixels), *numbers))
-        print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀, ".format(*areas)
-              + f"{small} (긴 변이 {MAX_SIDE}보다 크면 줄인 뒤)")
+        print("  전경 비율: 최소 {:.1%}, 중앙값 {:.1%}, 최대 {:.1%}".format(*spread([row.share for row in filled])))
+        print("  객체 {}개: 이미지마다 최소 {:g}, 중앙값 {:g}, 최대 {:g}개".format(
+            len(pixels), *spread([len(row.objects) for row in filled])))
+        small = [(pixels < limit).sum() for limit in (100, 1000)]
+        print("  객체 크기: 최소 {:.0f}픽셀, 중앙값 {:.0f}픽셀, 최대 {:.0f}픽셀, 100픽셀 미만 {}개, "
+              "1,000픽셀 미만 {}개 (긴 변이 {}보다 크면 줄인 뒤)".format(*spread(pixels), *small, MAX_SIDE))
         found = Counter(str(number // 1000) for row in filled for number in row.objects)
         if classes:
             print("  클래스: " + ", ".join(f"{name} {found[number]}개" for number, name in classes.items()))
-    notes.pop("turned", None)  # a problem here
-    print_report("문제")
+    print_notes({key: found for key, found in notes.items() if key != "turned"}, problems, "문제")  # a problem here
     print(f"문제 {len(problems)}개" if problems else "문제 없음")
 
 
-def preview(data_dir, pairs, count):
-    """Write data/preview.png: `count` pairs, those with a problem or a note first, then others spread over data/."""
-    if not pairs:
+def preview(data_dir, rows, count):
+    """Write data/preview.png: `count` pairs spread over data/, those with a reason to look at them first."""
+    if not rows:
         fail(f"{data_dir}에 이미지-마스크 쌍이 없습니다. 먼저 데이터를 준비하세요")
-    from matplotlib.figure import Figure  # takes as long to import as all the rest
+    count, chosen = min(count, len(rows)), []
+    for part in ([row for row in rows if row.reasons], [row for row in rows if not row.reasons]):
+        part = sorted(part, key=lambda row: min(map(REASONS.index, row.reasons), default=0))
+        places = np.linspace(0, len(part) - 1, min(count - len(chosen), len(part))).round().astype(int)
+        chosen += [part[place] for place in places]
+    columns = min(count, 6)
+    sheet = np.full((-(-count // columns) * (TILE + CAPTION), columns * TILE, 3), 255, np.uint8)
+    for place, row in enumerate(chosen):
+        try:
+            tile = draw_tile(row.image, row.mask)
+        except ImageError:
+            tile = np.full((TILE - 8, TILE - 8, 3), 128, np.uint8)  # an unreadable file is grey
+        top, left = 4 + place // columns * (TILE + CAPTION), 4 + place % columns * TILE
+        sheet[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
+        name = row.name if len(row.name) < 34 else row.name[:14] + "..." + row.name[-16:]
+        caption = " ".join([str(place + 1), *sorted(row.reasons, key=REASONS.index)[:1], name])[:36]
+        caption = caption.encode("ascii", "replace").decode()
+        cv2.putText(sheet, caption, (left, top + TILE + 4), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0))
+        if not row.name.isascii():  # OpenCV draws no other letters
+            print(f"  {place + 1}: {row.name}")
+    path = data_dir / "preview.png"
+    write_file(path, as_png(sheet))
+    print(f"저장: {path} ({count}쌍)")
 
-    found = [("problem", joined) for joined in problems] + [(key, joined) for key in NOTES for joined, _ in notes[key]]
-    reasons = {name: key for key, joined in reversed(found) for name in joined.split(" = ")}  # the worst of each pair
-    order = ["problem", *NOTES, ""]
-    ranked = sorted(pairs, key=lambda pair: order.index(reasons.get(pair.name, "")))
-    first = min(count, sum(pair.name in reasons for pair in pairs))
-    places = np.linspace(first, len(pairs) - 1, min(count, len(pairs)) - first).round().astype(int)
-    chosen = [*ranked[:first], *(ranked[place] for place in places)]
-    columns = min(len(chosen), 6)
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.5 * columns, 2.7 * rows))
-    figure.subplots_adjust(0.01, 0.01 / rows, 0.99, 1 - 0.12 / rows, wspace=0.03, hspace=0.16)
-    for place, pair in enumerate(chosen, start=1):
-        axes = figure.add_subplot(rows, columns, place, xticks=[], yticks=[], facecolor="grey")
-        title = f"{place} {reasons.get(pair.name, '')}\n{pair.name[-36:]}".encode("ascii", "replace").decode()
-        axes.set_title(title, fontsize=7)  # without Hangul, which matplotlib's own font lacks
-        print(f"  {place}: {pair.name}")
-        with contextlib.suppress(ImageError):  # an unreadable file is grey
-            image, labels = read_image(pair.image), read_labels(pair.label)
-            step = -(-max(labels.shape) // 500)
-            image, labels = image[::step, ::step], labels[::step, ::step]
-            axes.imshow(image)
-            order_in_image = np.searchsorted(np.unique(labels[labels > 0]), labels)
-            hues = np.ma.masked_array((1 / 3 + 0.618 * order_in_image) % 1, labels == 0)  # golden ratio: distant hues
-            axes.imshow(hues, "hsv", vmin=0, vmax=1, alpha=0.4, interpolation="nearest")
-    figure.savefig(data_dir / "preview.png", dpi=100)
-    print(f"저장: {data_dir / 'preview.png'} ({len(chosen)}쌍)")
+
+def draw_tile(image_path, mask_path):
+    """The image, reduced to fit a tile, with each object in its own color, the first in green."""
+    image, labels = cv2.cvtColor(read_image(image_path), cv2.COLOR_RGB2BGR), read_labels(mask_path)
+    scale = (TILE - 8) / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    for place, number in enumerate(np.unique(labels[labels > 0])):
+        color = 255 * np.array(colorsys.hsv_to_rgb((1 / 3 + 0.618 * place) % 1, 1, 0.86))  # golden ratio: distant hues
+        inside = labels == number
+        image[inside] = (0.65 * image[inside] + 0.35 * color).astype(np.uint8)
+        edges, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(image, edges, -1, color, 1)
+    return image
 
 
 # ---- files ----
@@ -938,11 +1047,22 @@ def lock(path):
     atexit.register(file_lock.release)  # also keeps a reference, without which the lock is released
 
 
-def replace_json(path, value):
-    """Write a JSON file in UTF-8 beside `path` and rename it, so that `path` is never half written."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    path.with_suffix(".tmp").write_bytes(text.encode(errors="backslashreplace"))  # of file names that are not UTF-8
-    path.with_suffix(".tmp").replace(path)
+def write_file(path, content):
+    """Write bytes, or what content(file) writes, beside `path` and rename it, so that `path` is never half written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("wb") as file:
+        content(file) if callable(content) else file.write(content)
+    for _ in range(20):  # on Windows another program may hold `path` for a moment
+        with contextlib.suppress(PermissionError):
+            return temporary.replace(path)
+        time.sleep(0.1)
+    return temporary.replace(path)
+
+
+def write_json(path, value):
+    """Write a JSON file in UTF-8, with escapes for the bytes of a file name that are not valid UTF-8."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 def fail(message):

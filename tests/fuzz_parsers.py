@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import atheris
@@ -48,11 +49,11 @@ def image(data):
     starts = [b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"GIF89a", b"BM", b"II*\x00",
               b""]
     path.write_bytes(data.PickValueInList(starts) + data.ConsumeBytes(4096))
-    args = argparse.Namespace(threshold=data.PickValueInList([None, 0, 127.5]),
+    args = argparse.Namespace(data_dir=FOLDER, threshold=data.PickValueInList([None, 0, 127.5]),
                               void=[[255]] * data.ConsumeBool(),
                               **{name: data.ConsumeBool() for name in ("numbered", "classes", "merge")})
     for read, error in ((test_my_image.read_image, test_my_image.ImageError),
-                        (lambda path: prepare_data.read_source_mask(path, args),
+                        (lambda path: prepare_data.read_source_mask(path, 0, args, defaultdict(list)),
                          (prepare_data.ImageError, SystemExit))):
         try:
             pixels = read(path)
@@ -66,12 +67,12 @@ def labels(data):
     kind = data.PickValueInList([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
     shape = [data.ConsumeIntInRange(1, 6), data.ConsumeIntInRange(1, 6)]
     if data.ConsumeBool():
-        shape.append(3)
+        shape.append(data.ConsumeIntInRange(1, 4))
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     values = np.frombuffer(data.ConsumeBytes(size).ljust(size, b"\0"), kind).reshape(shape)
     for classes in (False, True):
         try:
-            result = prepare_data.to_labels(values, classes)
+            result = prepare_data.to_labels(values[..., :3] if values.ndim == 3 else values, classes)
             assert result.dtype == np.uint16 and result.shape == values.shape[:2]
         except prepare_data.ImageError:
             pass
@@ -111,8 +112,9 @@ def coco(data):
         args = argparse.Namespace(images=FOLDER / "images", coco=FOLDER / "coco.json",
                                   category=[None, ["a.png"]][data.ConsumeBool()], merge=data.ConsumeBool(),
                                   keep_crowd=data.ConsumeBool(), allow_empty=data.ConsumeBool(), recursive=False)
-        for pair in prepare_data.pairs_from_coco(args.coco, args.images, "all", args, {}):
-            prepare_data.draw_objects(pair.label, (40, 40), {}, args.merge)
+        pairs, _ = prepare_data.pairs_from_coco(args.coco, {}, args.images, "all", args, {}, defaultdict(list))
+        for pair in pairs:
+            pair.read_mask((40, 40))
     except (SystemExit, prepare_data.ImageError):
         pass
 

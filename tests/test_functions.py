@@ -559,7 +559,7 @@ def test_invalid_rle_polygons_and_sizes_are_refused():
                   {"size": [2, 3], "counts": "zzzz"}, {"size": [3, 2], "counts": [6]}, [[0, 0, 1, 1]],
                   [[0, 0, 1, 1, float("nan"), 1]], [[0, 0, 1e9, 1, 1, 1]], [["a"] * 6], "abc", 5):
         with pytest.raises(prepare_data.ImageError):
-            prepare_data.draw_objects(prepare_data.CocoImage("a.png", (2, 3), [("a", wrong)], []), (2, 3), {}, False)
+            prepare_data.draw_objects([("a", wrong)], (2, 3), False, "a.png", {}, (2, 3))
     for height, width in ((-1, 5), (0, 5), (2.5, 2), ("3", 3), (10**6, 10**6)):
         with pytest.raises(prepare_data.ImageError):
-            prepare_data.draw_objects(prepare_data.CocoImage("a.png", (height, width), [], []), (60, 80), {}, False)
+            prepare_data.draw_objects([], (height, width), False, "a.png", {}, (60, 80))
