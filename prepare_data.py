@@ -268,7 +268,7 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
     """The image files of a folder: [("SPLIT/relative path", path)]; other files, except texts, become `problems`.
 
     split "all": the split is made later, unless the folder contains train/ and val/ (or valid/), which then define it.
-    Folders inside are read if `recursive` or if named in `subfolders`; `skip`, a folder inside, is never read.
+    Folders inside are read if `recursive`, if named in `subfolders` or if inside train/ or val/; `skip` is never read.
     """
     if not folder.is_dir():
         fail(f"폴더가 없습니다: {folder}")
@@ -277,7 +277,8 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     own = own if set(own.values()) == set(SPLITS) else {}
     folders = {*own, *(inside if recursive and not own else subfolders)}
-    paths = set(walk_files(folder, False)).union(*(walk_files(folder / name, recursive, skip) for name in folders))
+    paths = set(walk_files(folder, False)).union(*(
+        walk_files(folder / name, recursive or name in own, skip) for name in folders))
     found = []
     for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
@@ -404,7 +405,7 @@ def read_source_mask(path, page, args, notes, _shape=None):
         notes["void"].append((path.name, int(void.sum())))
         if void.any() and not values.any():
             raise ImageError("void뿐인 마스크")
-    is_deep = values.ndim == 2 and values.itemsize > 1
+    is_deep = values.ndim == 2 and values.dtype != np.uint8
     if args.numbered or args.classes or args.threshold is None and (is_voc or is_deep):
         labels = to_labels(values, args.classes)
         if labels.all():
@@ -435,8 +436,9 @@ def read_pixels(path, page, args):
         values = alpha.astype(np.uint8) * 255 if is_plain else colors
     colors = np.atleast_3d(values)
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
-    is_jpeg, indices, palette, tags = False, None, [], {}
+    is_jpeg, indices, palette, tags, software = False, None, [], {}, ""
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:  # else no palette
+        software = str(getattr(file, "tag_v2", {}).get(305))  # tifffile writes it into the first page only
         file.seek(max(page - 1, 0))
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
         tags = dict(getattr(file, "tag_v2", {}))
@@ -447,7 +449,7 @@ def read_pixels(path, page, args):
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
     is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
     if is_inverted and not is_numbered and args.threshold is None:
-        if not str(tags.get(305)).startswith("tifffile"):  # which stores boolean arrays so
+        if not software.startswith("tifffile"):  # which stores boolean arrays so
             fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
                  "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
     if palette and (is_voc or is_numbered):

@@ -15,6 +15,7 @@ Chapters:
 
 import argparse
 import contextlib
+import copy
 import csv
 import sys
 import threading
@@ -165,12 +166,13 @@ class AnnotationWindow(Window):
         self.path, self.delayed = None, []
         self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
         while self.paths and not self.path:
-            path = self.paths.pop(0)
+            path = self.paths[0]
             try:
                 self.image, self.path = read_image(path), path
             except ImageError as error:
                 self.failed.append(path)
                 tqdm.write(f"오류: {error}", file=sys.stderr)
+            del self.paths[0]  # now: its features are kept while it is read
         if not self.path:
             return self.close()
         self.size = self.image.shape[:2]
@@ -219,13 +221,9 @@ class AnnotationWindow(Window):
         if (threading.current_thread() is not self.worker.thread or self.learner.has_other_weights
                 or self.worker.priority == NEXT and self.encoding == self.path):
             return
-        heads = [getattr(each.model.sam_mask_decoder, "pred_obj_score_head", each) for each in self.predictors.values()]
-        kept = [(vars(each), dict(vars(each))) for each in (*self.predictors.values(), *heads)]
         while not self.worker.give_way() and self.worker.priority == BACKGROUND and \
                 time.monotonic() - self.touched < PAUSE:
             time.sleep(TICK_MS / 1000)
-        for now, before in kept:
-            now.update(before)
 
     def encode(self, path, image=None):
         """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped.
@@ -236,14 +234,16 @@ class AnnotationWindow(Window):
         if path in {self.path, *self.paths[:1]} - self.encoded.keys():
             with contextlib.suppress(ImageError):  # open_next() reports it
                 image = read_image(path) if image is None else image
-                set_image_in_all(self.predictors.values(), image, self.shared)
-                self.encoded[path] = [(model._features, model._orig_hw) for model in self.predictors.values()]
+                predictors = [copy.copy(each) for each in self.predictors.values()]  # jobs may interrupt each other
+                set_image_in_all(predictors, image, self.shared)
+                self.encoded[path] = predictors
         for old in self.encoded.keys() - {self.path, *self.paths[:1]}:
             del self.encoded[old]
 
     def on_encoded(self, path, _):
         self.is_encoded = self.is_encoded or path == self.path
-        if path == self.path and not (self.clicks or self.finished) and self.learner.is_worth_showing():
+        if path == self.path and not (self.clicks or self.history) and self.learner.is_worth_showing():
+            self.delayed = [each for each in self.delayed if each.args != ("enter",)]  # pressed before it was seen
             self.set_prompts([], None, is_suggested=True)
         self.update()
 
@@ -251,9 +251,8 @@ class AnnotationWindow(Window):
         """In the worker: the candidates for the prompts of an object; incomplete if the prompts have changed since."""
         candidates = {}
         with self.learner.using(self.learner.initial) if self.shows_initial else contextlib.nullcontext():
-            for (title, predictor), encoded in zip(self.predictors.items(), self.encoded.get(path, ())):
+            for title, predictor in zip(self.predictors, self.encoded.get(path, ())):
                 if asked is self.current:
-                    predictor._features, predictor._orig_hw, predictor._is_image_set = *encoded, True
                     candidates[title] = segment(predictor, asked.points, asked.box, refine=self.args.refine)
         return candidates
 
@@ -326,7 +325,7 @@ class AnnotationWindow(Window):
         write_png(mask_path, labels if len(objects) > 1 else 255 * labels.astype(np.uint8))
         print(f"객체 {len(objects)}개, 저장: {mask_path}")
         self.saved += 1
-        self.learner.add(self.path, self.encoded[self.path][-1][0])
+        self.learner.add(self.path, self.encoded[self.path][-1]._features)
         first, was_suggested = self.first
         iou = calculate_iou(first, labels > 0 if was_suggested else labels == 1)
         write_log_row(self.args.output / "annotation_log.csv", self.path.name, self.clicks,

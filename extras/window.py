@@ -80,7 +80,7 @@ class Worker:
 
     def give_way(self):
         """Inside a job: run the waiting jobs of a higher priority; returns whether the thread is to end instead."""
-        while not self.jobs.empty():
+        if not self.jobs.empty():
             entry = self.jobs.get()
             if not entry[2] or entry[0] >= self.priority:
                 self.jobs.put(entry)

@@ -351,7 +351,7 @@ def labeled(window):
     window.is_learning, window.learner.steps = True, 3  # only the test takes steps
     settle(window)
     reference = annotate.Learner(annotate.load_models(window.args)[0]["fine-tuned model"], window.args.output, 3)
-    reference.add(window.path, window.encoded[window.path][-1][0])
+    reference.add(window.path, window.encoded[window.path][-1]._features)
     click(window.figure, 40, 40)
     press(window.figure, "enter")
     settle(window)
@@ -378,7 +378,7 @@ def test_a_step_that_is_interrupted_gives_the_same_weights_to_the_bit(labeled, m
     def encode_next():
         window.encoded.pop(window.paths[0], None)
         window.encode(window.paths[0])
-        encoded.append(window.encoded[window.paths[0]][-1][0]["image_embed"])
+        encoded.append(window.encoded[window.paths[0]][-1]._features["image_embed"])
 
     def interrupted():
         priority = window.worker.priority

@@ -836,10 +836,11 @@ def prepare(folder, *arguments, masks="masks", **options):
 
 
 def test_folders_named_train_and_valid_are_the_split_and_test_is_not_used(tmp_path):
-    write_pairs(tmp_path, ["train/a", "train/b", "valid/c", "test/d"])
+    write_pairs(tmp_path, ["train/a", "train/b", "train/deep/e", "valid/c", "test/d"])
     write_pairs(tmp_path, ["loose"])
     done = prepare(tmp_path)
-    assert split_of(tmp_path) == split_of(tmp_path, "masks") == {"train": ["a.png", "b.png"], "val": ["c.png"]}
+    assert split_of(tmp_path) == {"train": ["a.png", "b.png", "deep__e.png"], "val": ["c.png"]}
+    assert split_of(tmp_path, "masks") == split_of(tmp_path)
     assert json.loads((tmp_path / "data/split.json").read_text())["split"] == split_of(tmp_path)
     assert "test/" in done.stdout and "제외: loose.png - train/과 val/ 밖에 있음" in done.stdout
     shutil.rmtree(tmp_path / "masks")
@@ -984,7 +985,9 @@ def test_each_page_of_a_tiff_stack_is_paired_with_its_page_of_the_mask(tmp_path)
         written = read_grey(tmp_path / f"data/masks/train/z_p{page:03}.png")
         assert (written == (mask > 0) * (6 + page)).all()
     see_through = Image.fromarray(np.dstack([pairs[0][0], pairs[0][1]]))  # the mask is opaque
-    black_is_one = [Image.fromarray(mask == 0) for _, mask in pairs]  # as tifffile writes boolean arrays
+    black_is_one = [Image.fromarray(mask == 0) for _, mask in pairs]  # as tifffile writes boolean arrays:
+    for page in black_is_one[1:]:
+        page.encoderinfo = {"tiffinfo": {262: 0}}  # its name is in the first page only
     see_through.save(tmp_path / "images/z.tif", save_all=True, append_images=[see_through] * 2)
     black_is_one[0].save(tmp_path / "masks/z.tif", save_all=True, append_images=black_is_one[1:],
                          tiffinfo={262: 0, 305: "tifffile.py"})
