@@ -611,16 +611,16 @@ def show(axes, image, masks=()):
 
 
 def mark_prompts(panels, prompts):
-    """Mark [(points, box)], in place of those marked before: (x, y, label) with stars, green or red, boxes in green."""
+    """Mark [(points, box) or (points, box, its color)] in place of those before: stars, red for label 0, and boxes."""
     for artist in [artist for axes in panels for artist in (*axes.collections, *axes.patches)]:
         artist.remove()
-    for axes, (points, box) in itertools.product(panels, prompts):
+    for axes, (points, box, *color) in itertools.product(panels, prompts):
         for x, y, label in points:
             size = max(6, 2.5 * min(axes.bbox.size) / axes.figure.dpi)  # in points of 1/72 inch; it follows the panel
             axes.scatter(x, y, size**2, color="lime" if label else "red", marker="*", edgecolor="black", zorder=3)
         if box:
             x1, y1, x2, y2 = box
-            axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=2))
+            axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=(*color, "lime")[0], lw=2))
 
 
 def colored_masks(objects, title):

@@ -38,6 +38,7 @@ from test_my_image import (
     load_models,
     mark_prompts,
     number_objects,
+    object_color,
     require_display,
     segment,
     set_image_in_all,
@@ -176,7 +177,7 @@ class AnnotationWindow(Window):
         if not self.path:
             return self.close()
         self.size = self.image.shape[:2]
-        self.is_encoded = self.is_suggested = self.shows_initial = False
+        self.is_encoded = self.is_suggested = self.shows_initial = self.hides_masks = False
         self.opened, self.clicks, self.first = time.monotonic(), 0, None
         self.set_title()
         self.ask(partial(self.encode, self.path, self.image), partial(self.on_encoded, self.path))
@@ -344,7 +345,7 @@ class AnnotationWindow(Window):
                 number, _, score = self.current.best(title)
                 found = say(f"mask {number + 1} of 3, score {score:.3f}", f"마스크 {number + 1} / 3, 점수 {score:.3f}")
                 axes.set_title(f"{name}: {found}", size=10)
-        self.marked = [self.current[:2]]
+        self.marked = [(*self.current[:2], np.array(object_color(len(self.finished) + 1)) / 255)]
         mark_prompts(self.panels, self.marked)
         status = message or (
             say("encoding ...", "인코딩하는 중 ...") if not self.is_encoded else

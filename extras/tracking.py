@@ -475,7 +475,8 @@ class FrameWindow(Window):
         show_view(self.axes, image, [(labels == number, object_color(number)) for number in shown])
         waiting = [(key, ([point] if point else [], box)) for key, point, box in (
             action.args for action in self.delayed if action.func == self.prompt_object)]
-        self.marked = [prompt for (frame, _), prompt in (*self.prompts.items(), *waiting) if frame == self.frame]
+        self.marked = [(*prompt, np.array(object_color(number)) / 255)
+                       for (frame, number), prompt in (*self.prompts.items(), *waiting) if frame == self.frame]
         mark_prompts(self.panels, self.marked)
         status = message or (
             say("tracking ...", "따라가는 중 ...") if self.is_tracking else

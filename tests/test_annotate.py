@@ -462,6 +462,8 @@ def test_models_with_different_encoders_do_not_share_features(tmp_path, label):
     saved["model"][name] = saved["model"][name] + 0.01
     torch.save(saved, tmp_path / "other.pt")
     window = label(save_one, more=("--compare", "--checkpoint", "other.pt"))
+    (first, last), = window.encoded.values()
+    assert not torch.equal(first._features["image_embed"], last._features["image_embed"])
     assert not window.shared and list(masks_in(tmp_path / "masks")) == ["a"]
 
 

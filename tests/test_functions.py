@@ -243,6 +243,13 @@ def test_stars_at_clicks_follow_the_size_of_the_panel():
     assert small == [36] and large[0] == pytest.approx(4 * middle[0])
 
 
+def test_boxes_are_green_or_of_the_color_given_with_them_and_replace_those_before():
+    panel = Figure().subplots()
+    for prompts in ([([], [1, 2, 3, 4])], [([], [1, 2, 3, 4]), ([], [5, 6, 7, 8], np.array([0.5, 0, 1]))]):
+        test_my_image.mark_prompts([panel], prompts)
+    assert [patch.get_edgecolor() for patch in panel.patches] == [(0, 1, 0, 1), (0.5, 0, 1, 1)]
+
+
 def test_points_are_parsed():
     parse = test_my_image.parse_points
     assert parse("500,375") == [(500, 375, 1)]
