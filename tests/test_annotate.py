@@ -180,6 +180,18 @@ def title(window):
     return window.figure.canvas.manager.get_window_title()
 
 
+def test_a_second_enter_does_not_accept_a_suggestion_that_was_not_visible_yet(window, monkeypatch):
+    monkeypatch.setattr(window.learner, "is_worth_showing", lambda: True)
+    settle(window)
+    press(window.figure, "enter")
+    press(window.figure, "enter")
+    settle(window)
+    assert (window.saved, window.path.name) == (1, "b.png") and window.objects()
+    press(window.figure, "enter")
+    settle(window)
+    assert (window.saved, window.path.name) == (2, "c.png")
+
+
 def test_an_image_is_shown_before_it_is_encoded_and_clicks_on_it_are_kept(window, monkeypatch):
     assert "encoding" in window.status.get_text()
     shown = window.panels[0].images[0].get_array()
