@@ -105,7 +105,9 @@ def help_of(script):
 
 def flags_in_source(path):
     """The flags of a script without parse_args(): those of demo/ and benchmarks/."""
-    return set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / path).read_text(encoding="utf-8")))
+    source = (ROOT / path).read_text(encoding="utf-8")
+    shared = flags_in_source("benchmarks/study_recipes.py") if "study_recipes.make_parser" in source else set()
+    return shared | set(re.findall(r'add_argument\("(--[\w-]+)"', source))
 
 
 def code(document):
