@@ -616,8 +616,8 @@ def mark_prompts(panels, prompts):
         artist.remove()
     for axes, (points, box, *color) in itertools.product(panels, prompts):
         for x, y, label in points:
-            size = max(6, 2.5 * min(axes.bbox.size) / axes.figure.dpi)  # in points of 1/72 inch; it follows the panel
-            axes.scatter(x, y, size**2, color="lime" if label else "red", marker="*", edgecolor="black", zorder=3)
+            size = 3 * min(axes.figure.get_size_inches() / axes.get_subplotspec().get_geometry()[1::-1])  # / 72 inch
+            axes.scatter(x, y, np.clip(size, 6, 13)**2, color="lime" if label else "red", marker="*", ec="k", zorder=3)
         if box:
             x1, y1, x2, y2 = box
             axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=(*color, "lime")[0], lw=2))

@@ -237,10 +237,11 @@ def test_a_shuffled_split_differs_from_the_sorted_one_and_is_reproducible():
 
 
 def test_stars_at_clicks_follow_the_size_of_the_panel():
-    panels = [Figure(figsize=(side, 2 * side)).subplots() for side in (1, 4, 8)]
-    test_my_image.mark_prompts(panels, [([(3, 4, 1)], None)])
-    small, middle, large = ([each.get_sizes()[0] for each in panel.collections] for panel in panels)
-    assert small == [36] and large[0] == pytest.approx(4 * middle[0])
+    panels = [Figure(figsize=(2 * side, 3 * side)).subplots(1, 2)[0] for side in (1, 3, 9)]
+    test_my_image.mark_prompts(panels, [([(3, 4, 1), (5, 6, 0)], None)])
+    assert [[star.get_sizes()[0] for star in panel.collections] for panel in panels] == [[36] * 2, [81] * 2, [169] * 2]
+    colors = [[star.get_facecolor()[0].tolist(), star.get_edgecolor()[0].tolist()] for star in panels[0].collections]
+    assert colors == [[[0, 1, 0, 1], [0, 0, 0, 1]], [[1, 0, 0, 1], [0, 0, 0, 1]]]
 
 
 def test_boxes_are_green_or_of_the_color_given_with_them_and_replace_those_before():
