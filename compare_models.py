@@ -432,13 +432,15 @@ def save_comparison(path, name, image, gt_masks, results):
     drawn on its masks. A single object has the model's color; several objects have one color each.
     """
     height, width = image.shape[:2]
-    figure, panels = plt.subplots(1, 4, figsize=(14, 14 / 4 * min(height / width, 2) + 0.6), layout="constrained",
+    title = textwrap.fill(printable(name), 18)  # a Korean letter is up to 1/6 inch wide
+    size = 14, 14 / 4 * min(height / width, 2) + 0.1 + 0.2 * len(title.splitlines())  # inches
+    figure, panels = plt.subplots(1, 4, figsize=size, layout="constrained",
                                   subplot_kw={"anchor": "N"})  # else titles may be cut off
     coords, labels = results["original"][1]
     shared = 2 if 2 in labels else 1
     panels[0].imshow(image)
     draw_prompts(panels[0], coords[:, :shared], labels[:, :shared])
-    panels[0].set_title(textwrap.fill(printable(name), 18))  # a Korean letter is up to 1/6 inch wide
+    panels[0].set_title(title)
     panels[1].imshow(overlay_objects(image, gt_masks, (0, 200, 0)))
     single = len(gt_masks) == 1
     panels[1].set_title("ground truth" if single else f"ground truth, {len(gt_masks)} objects")
@@ -730,7 +732,7 @@ def read_ahead(function, items, workers, window):
             queue.append(pool.submit(function, item))
             if len(queue) > window:
                 yield queue.popleft()
-        yield from queue
+        yield from (queue.popleft() for _ in range(len(queue)))  # none is kept here
 
 
 class ImageError(OSError):

@@ -672,7 +672,7 @@ def read_ahead(function, items, workers, window):
             queue.append(pool.submit(function, item))
             if len(queue) > window:
                 yield queue.popleft()
-        yield from queue
+        yield from (queue.popleft() for _ in range(len(queue)))  # none is kept here
 
 
 class ImageError(OSError):

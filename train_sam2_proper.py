@@ -148,7 +148,7 @@ FREE_ON_RESUME = {"checkpoint", "model_cfg", "image_dir", "mask_dir", "val_image
 MAX_SIDE = 1024        # pixels; larger images are reduced to this before training, as in the reference
 MIN_FOREGROUND = 100   # pixels; smaller objects are skipped
 ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with equal probability
-MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py use this many
+MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py give this many
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # weight of the score loss relative to the mask loss
 OBJECT_WEIGHT = 0.5    # weight of the object score's loss, for examples without a prompt if some images have no object
@@ -493,7 +493,7 @@ class Training:
         Returns whether any process was interrupted (its `interrupted` is not empty). Fails if a loss is not finite:
         train() calls it before it saves, so nothing that was learned from such a loss is saved.
         """
-        flag = torch.full_like(self.pending[-1], bool(interrupted))  # the last row: one all_reduce for everything
+        flag = torch.full_like(self.pending[-1], bool(interrupted))  # as the last row: one all_reduce serves all
         values = torch.stack([*self.pending, flag])
         if self.processes > 1:
             torch.distributed.all_reduce(values)
@@ -883,7 +883,7 @@ class FeatureCache:
         device, found = self.predictor.device, []
         for image in images:
             encoded = {}
-            while image[0] not in self.kept.keys() | encoded.keys():
+            while image[0] not in self.kept and image[0] not in encoded:
                 group = [each.result() for each in itertools.islice(self.ahead, self.at_once)] or [self.read(image)]
                 encoded = self.encode(group)
                 for path, levels in encoded.items():
@@ -1360,7 +1360,7 @@ def read_ahead(function, items, workers, window):
             queue.append(pool.submit(function, item))
             if len(queue) > window:
                 yield queue.popleft()
-        yield from queue
+        yield from (queue.popleft() for _ in range(len(queue)))  # none is kept here
 
 
 class ImageError(OSError):

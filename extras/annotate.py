@@ -216,8 +216,8 @@ class AnnotationWindow(Window):
     def give_way(self):
         """In the worker: run jobs of a higher priority first; a learning step stands still while the user is active.
 
-        The model and the predictors are left as they were. No other job may run while the model has other weights, or
-        encode what has become the current image a second time.
+        No job may run while the model has other weights, nor inside the encoding of what has become the current image:
+        clicks need its features.
         """
         if (threading.current_thread() is not self.worker.thread or self.learner.has_other_weights
                 or self.worker.priority == NEXT and self.encoding == self.path):
@@ -227,7 +227,7 @@ class AnnotationWindow(Window):
             time.sleep(TICK_MS / 1000)
 
     def encode(self, path, image=None):
-        """In the worker: keep the features of an image, (features, (H, W)) for each model, unless it was skipped.
+        """In the worker: keep a predictor with the features of an image for each model, unless it was skipped.
 
         image: uint8 H x W x 3; None: read it, as it is the next one.
         """
@@ -235,7 +235,7 @@ class AnnotationWindow(Window):
         if path in {self.path, *self.paths[:1]} - self.encoded.keys():
             with contextlib.suppress(ImageError):  # open_next() reports it
                 image = read_image(path) if image is None else image
-                predictors = [copy.copy(each) for each in self.predictors.values()]  # jobs may interrupt each other
+                predictors = [copy.copy(each) for each in self.predictors.values()]  # no two images share their state
                 set_image_in_all(predictors, image, self.shared)
                 self.encoded[path] = predictors
         for old in self.encoded.keys() - {self.path, *self.paths[:1]}:

@@ -458,7 +458,7 @@ def test_a_click_interrupts_the_encoding_of_the_next_image_but_not_that_of_its_o
     press(window.figure, "s")
     settle(window)
     click(window.figure, 40, 40)
-    was_started = started.wait(60)  # c.png
+    was_started = started.wait(300)  # c.png
     press(window.figure, "s")
     click(window.figure, 40, 40)
     hold.set()
