@@ -38,11 +38,12 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -206,10 +207,9 @@ def prepare(args):
 def collect_pairs(args, problems, notes):
     """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
     pairs, sources, classes = [], set(), {}
-    parts = [("all", args.images, args.masks, args.coco)]
-    if args.val_images:
-        parts = [("train", *parts[0][1:]), ("val", args.val_images, args.val_masks, args.val_coco)]
-    for split, images, masks, coco in parts:
+    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
+             ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts[:1 + bool(args.val_images)]:
         if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
             fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
         find = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
@@ -229,10 +229,7 @@ def collect_pairs(args, problems, notes):
 
 
 def files_to_replace(target, record):
-    """The files in data/ that an earlier run wrote, {path: CRC-32}; None if they are what `record` describes.
-
-    Fails if a file was added or edited by hand.
-    """
+    """The files of an earlier run, {path: CRC-32}; None if `record` describes them. Fails if a file was edited."""
     earlier, files = {}, checksums(target)
     with contextlib.suppress(OSError, ValueError, TypeError):
         earlier = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
@@ -254,8 +251,7 @@ def make_empty_folders(data_dir):
 직접 채우기: {data_dir}/images/train/이름.jpg (png)와 {data_dir}/masks/train/이름.png, val은 검증용 (전체의 20% 정도)
   마스크는 객체가 하나면 8비트 PNG (255가 객체, 0이 배경), 여럿이면 16비트 PNG (값이 객체의 번호, 0이 배경)
   확인: python prepare_data.py --check
-자동으로 나누기 (8비트 값이나 색이 객체의 번호면 --numbered):
-  python prepare_data.py --images 이미지폴더 --masks 마스크폴더
+자동으로 나누기: python prepare_data.py --images 이미지폴더 --masks 마스크폴더 (8비트 값이나 색이 번호면 --numbered)
   또는 python prepare_data.py --images 이미지폴더 --coco annotations.json
 {IMPORT}
 Kvasir-SEG 받기: python download_dataset.py""")
@@ -299,9 +295,9 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
 def walk_files(folder, recursive, skip=None):
     """The files of a folder, and of those inside if recursive; OSError if one is unreadable (glob() would skip it)."""
     for path in folder.iterdir():
-        if path.is_file():
+        if not path.is_dir():  # a broken link, too
             yield path
-        elif recursive and path.is_dir() and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
+        elif recursive and path.resolve() not in (skip, folder.resolve(), *folder.resolve().parents):
             yield from walk_files(path, True, skip)
 
 
@@ -311,10 +307,9 @@ def pairs_from_masks(masks, images, split, args, problems, notes):
     if images.resolve() != masks.resolve():
         image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
     elif args.mask_suffix:
-        image_files, mask_files = [], []
+        image_files, mask_files = files = [], []
         for name, path in find(images):
-            is_mask = composed(path.stem).endswith(composed(args.mask_suffix))
-            (mask_files if is_mask else image_files).append((name, path))
+            files[composed(path.stem).endswith(composed(args.mask_suffix))].append((name, path))
     else:
         fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
     pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
@@ -339,20 +334,22 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
             if not key.endswith(composed(suffix)):
                 notes["suffixes"].append((name, 1))
                 continue
-            for page in tiff_pages(path):
+            for page in (pages := tiff_pages(path)):
                 mark = f"_p{page:03}" if page else ""
                 files_of_key = found[key.removesuffix(composed(suffix)) + mark]
-                files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page)))
+                files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page), len(pages)))
     for stem, (images, masks) in sorted(found.items()):
         if len(images) > 1 or len(masks) > 1:
-            same = [name for name, _ in max(images, masks, key=len)]
+            same = [name for name, *_ in max(images, masks, key=len)]
             problems[same[0]] = "이름이 같은 파일이 여럿: " + ", ".join(Path(name).name for name in same)
         elif not masks:
             problems[images[0][0]] = f"마스크 없음 (이름이 {Path(stem).name}{mask_suffix}인 파일)"
         elif not images:
             problems[masks[0][0]] = f"이미지 없음 (이름이 {Path(stem).name}{image_suffix}인 파일)"
+        elif 1 < images[0][2] != masks[0][2] > 1:  # the pages of several channels would get masks of other slices
+            problems[images[0][0]] = f"장수가 다름: 이미지 {images[0][2]}장, 마스크 {masks[0][2]}장"
         else:
-            pairs.append((*images[0], masks[0][1]))
+            pairs.append((*images[0][:2], masks[0][1]))
     return pairs
 
 
@@ -369,13 +366,32 @@ def suggest_suffix(images, masks):
 def tiff_pages(path):
     """The numbers of the pages of a TIFF file of several, from 1 on; [0], the file itself, for other files."""
     with contextlib.suppress(Exception), Image.open(path, formats=["TIFF"]) as file:  # decode_file() reports bad files
-        if file.n_frames > 1:
-            return range(1, file.n_frames + 1)
+        return range(1, file.n_frames + 1) if file.n_frames > 1 else [0]
     return [0]
 
 
+def read_tags(path):
+    """The tags of the first page of a TIFF file, {number: value}, even if Pillow cannot open it; {} for other files."""
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        head = file.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8) if 43 in head[2:4] else head)  # 43: BigTIFF
+        file.seek(tags.next)
+        tags.load(file)
+        return {**tags, "next": tags.next}  # 0: the only page
+    return {}
+
+
 def one_page(path, page, folder):
-    """Write the pixels of a page of a TIFF file, counted from 1, to a file in `folder`; returns `path` for page 0."""
+    """Write a page of a TIFF file, counted from 1, to a file in `folder` (page 0: `path`); ImageError if misread."""
+    tags = read_tags(path)
+    with contextlib.suppress(TypeError, ValueError):  # damaged tags
+        bits, channels, note = max(tags.get(258, (1,))), tags.get(277, 1), str(tags.get(270))
+        has_alpha, is_planar = (bits, channels) == (8, 2) and tags.get(338) in ((1,), (2,)), tags.get(284) == 2
+        is_cut = re.search(r'^images=(?!1$)\d|"truncated": true', note, re.M) and not tags["next"]  # ImageJ above 4 GB
+        if is_cut or tags.get(32997, 1) > 1:
+            raise ImageError(f"{path}: 스택을 한 장에 담은 TIFF입니다. 여러 장으로 저장하세요")
+        if channels > 1 and (is_planar and bits > 8 or tags.get(262, 2) < 2 and bits <= 16 and not has_alpha):
+            raise ImageError(f"{path}: 채널을 뒤섞어 읽게 되는 TIFF입니다. 채널마다 (색이면 8비트 RGB로) 저장하세요")
     if not page:
         return path
     stack = np.memmap(path, np.uint8, "r")  # not read as a whole for each page
@@ -412,10 +428,8 @@ def read_source_mask(path, page, args, notes, _shape=None):
             notes["no_background"].append((path.name, 1))
         return labels > 0 if args.merge else labels
     brightness = np.atleast_3d(values).max(axis=2)
-    if args.threshold is not None:
-        return brightness > args.threshold
-    if values.ndim == 2 and values.max() == 1:
-        return values > 0
+    if args.threshold is not None or values.ndim == 2 and values.max() == 1:
+        return brightness > (args.threshold or 0)
     if is_label_map(brightness) or values.ndim == 3 and has_several_hues(values):
         fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
              f"--classes, 밝기로 나누려면 --threshold {min(127, brightness.max() // 2)}, 무시할 값은 --void N")
@@ -436,22 +450,20 @@ def read_pixels(path, page, args):
         values = alpha.astype(np.uint8) * 255 if is_plain else colors
     colors = np.atleast_3d(values)
     values = colors[..., 0].copy() if (colors == colors[..., :1]).all() else values
-    is_jpeg, indices, palette, tags, software = False, None, [], {}, ""
+    is_jpeg, indices, palette, tags = False, None, [], read_tags(path)
     with contextlib.suppress(Exception), path.open("rb") as source, Image.open(source) as file:  # else no palette
-        software = str(getattr(file, "tag_v2", {}).get(305))  # tifffile writes it into the first page only
         file.seek(max(page - 1, 0))
         is_jpeg = file.format == "JPEG" or file.info.get("compression") == "jpeg"
-        tags = dict(getattr(file, "tag_v2", {}))
         if file.mode == "P" and args.threshold is None:
             indices, palette = upright(np.array(file), path), file.getpalette()[:9]
     is_numbered, is_voc = args.numbered or args.classes, len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
     if is_jpeg and is_numbered:
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
     is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
-    if is_inverted and not is_numbered and args.threshold is None:
-        if not software.startswith("tifffile"):  # which stores boolean arrays so
-            fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
-                 "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
+    is_boolean = str(tags.get(305)).startswith("tifffile")  # which stores boolean arrays so
+    if is_inverted and not (is_numbered or is_boolean or args.threshold is not None):
+        fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
+             "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
     if palette and (is_voc or is_numbered):
         if not ((colors == 0).all(axis=2) & (indices > 0)).any():  # else the index of black is not 0
             values = indices
@@ -512,7 +524,7 @@ def read_annotations(coco_path, args, notes):
 
     A region marked iscrowd, which may contain several objects, is left out if its category also has single objects.
     """
-    images = {}
+    images, sides = {}, ("height", "width")
     try:
         coco = json.loads(coco_path.read_text(encoding="utf-8-sig"))
         if not all(isinstance(coco.get(part), list) for part in ("images", "annotations")):
@@ -522,7 +534,7 @@ def read_annotations(coco_path, args, notes):
             if image["id"] in images:
                 fail(f"{coco_path}: 두 이미지의 번호가 같습니다: {image['id']} ({images[image['id']].path}, {path}). "
                      "파일을 합쳤다면 번호를 다시 매기세요")
-            images[image["id"]] = CocoImage(path, (image.get("height"), image.get("width")), [], [])
+            images[image["id"]] = CocoImage(path, [float(image.get(side) or 0) for side in sides], [], [])
         known = {category["id"]: str(category["name"]) for category in coco.get("categories") or []}
         chosen = [(name, annotation) for annotation in coco["annotations"]
                   if (name := known.get(annotation.get("category_id"), str(annotation.get("category_id"))))
@@ -537,10 +549,9 @@ def read_annotations(coco_path, args, notes):
                 notes["unnamed"].append((f"category_id {name}", 1))
             if note:
                 notes[note].append((image.path if image else str(annotation["image_id"]), 1))
-            if image and note in ("", "kept_crowds"):
-                image.objects.append((name, annotation["segmentation"]))
-            elif image:
-                image.left_out.append(annotation)
+            if image:
+                is_used = note in ("", "kept_crowds")
+                (image.objects if is_used else image.left_out).append((name, annotation.get("segmentation")))
     except FileNotFoundError:
         fail(f"파일이 없습니다: {coco_path}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -558,7 +569,6 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
              f"python extras/label_with_text.py --images {images} --boxes {coco_path}")
     for name in [*categories, *sorted(used)]:
         classes[name] = classes.get(name) or name in used
-
     folders = {end for entry in entries.values() for end in ends(entry.path.rpartition("/")[0])
                if (images / end).is_dir()}
     files, places = images_in(images, split, args.recursive, problems, notes, folders), defaultdict(set)
@@ -568,7 +578,7 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     entries_of, pairs = defaultdict(list), []
     for entry in entries.values():
         found = next((places[end] for end in ends(entry.path) if end in places), ())  # CVAT writes folders before it
-        if not found and (found := places.get(UPLOAD_PREFIX.sub("", entry.path.rpartition("/")[2], count=1), ())):
+        if not found and (found := places.get(UPLOAD_PREFIX.sub("", ["", *ends(entry.path)][-1], count=1), ())):
             notes["prefixes"].append((entry.path, 1))
         if len(found) == 1:
             entries_of[min(found)].append(entry)
@@ -591,8 +601,10 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
 
 def ends(path):
     """The ends of a path, the longest first: "a/b/c", "b/c", "c"; none that could lead out of a folder."""
+    decoded = composed(unquote(path))  # Label Studio writes %20 for a blank
     parts = re.sub(r".*(^|/)\.\.(/|$)", "", path).split("/")
-    return [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
+    found = [end for start in range(len(parts)) if (end := "/".join(parts[start:])) and not Path(end).is_absolute()]
+    return found + (ends(decoded) if decoded != path else [])
 
 
 def draw_objects(objects, size, merge, name, classes, shape):
@@ -600,11 +612,11 @@ def draw_objects(objects, size, merge, name, classes, shape):
 
     Labels are 1, 2, ... in their order; with `classes`, {name: number}, 1000 * class + 1, ... in each class. With
     `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
-    reported; ImageError if none is left. size: (H, W) in the COCO file or None; shape: that of the image, upright.
+    reported; ImageError if none is left. size: (H, W) in the COCO file, 0 if unknown; shape: that of the image, upright
     """
-    if None not in size and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
-        raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]}x{size[0]}")
-    height, width = shape if None in size else map(int, size)
+    if all(size) and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
+        raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]:g}x{size[0]:g}")
+    height, width = map(int, size if all(size) else shape)
     rles, values, counts, problem = [], [], Counter(), ""
     for category, segmentation in objects:
         try:
@@ -639,17 +651,16 @@ def to_rle(segmentation, height, width):
     It is checked here because pycocotools crashes on polygons with NaN and leaves pixels beyond the runs undefined.
     """
     if isinstance(segmentation, dict):
-        counts, is_short = segmentation["counts"], False
+        counts = segmentation["counts"]
         is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)  # see rleFrString() of cocoapi
         if is_cut or segmentation["size"] != [height, width]:
             raise ValueError("RLE가 이미지 크기와 다름")
         rle = {"counts": counts} if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, height, width)
-        with contextlib.suppress(ValueError):  # which decode() raises if the runs are longer, as they should be here
+        try:
             coco_mask.decode({**rle, "size": [height * width - 1, 1]})
-            is_short = True
-        if is_short:
-            raise ValueError("RLE가 이미지 크기와 다름")
-        return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))  # merge() fails on empty runs
+        except ValueError:  # the runs are longer than that, as they should be; merge() fails on empty runs
+            return coco_mask.encode(coco_mask.decode({**rle, "size": [height, width]}))
+        raise ValueError("RLE가 이미지 크기와 다름")
     parts = segmentation if np.ndim(segmentation[0]) else [segmentation]  # VIA writes one polygon without its list
     polygons = [np.array(part, float) for part in parts if len(part) >= 6 or len(parts) == 1]  # fewer have no area
     for points in polygons:
@@ -687,10 +698,10 @@ def write_pairs(pairs, problems, staging, args, notes):
         is_own = path.suffix.lower() in KEPT_AS_IS and not is_flattened
         name = stem + (path.suffix if is_own else ".png")
         mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
-        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else as_png(image[..., ::-1])),
-                              (staging / "masks" / f"{stem}.png", as_png(mask))):
+        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else image[..., ::-1]),
+                              (staging / "masks" / f"{stem}.png", mask)):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
+            file.write_bytes(content if type(content) is bytes else cv2.imencode(".png", content)[1].tobytes())
         found = re.search(args.group, pair.name.partition("/")[2]) if args.group else None
         group = found and (found[min(1, found.re.groups)] or found[0])
         notes["white"] += [(path.name, 1)] * is_flattened
@@ -722,10 +733,7 @@ def read_transparent(path, page):
 
 
 def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
-    """The mask, fitted to an image of (H, W) `shape`; ImageError if it cannot be used.
-
-    If the image has an EXIF orientation and the mask fits only its stored pixels, the mask is turned as well.
-    """
+    """The mask, turned if it fits only an image's stored pixels; ImageError if unusable. shape: (H, W), upright."""
     orientation = read_orientation(image_path)
     turned = turn(mask, orientation)
     if orientation > 1 and turned.shape == shape:
@@ -771,16 +779,8 @@ def same_images(contents):
     return [names for names in found.values() if len(names) > 1]
 
 
-def as_png(image):
-    return cv2.imencode(".png", image)[1].tobytes()
-
-
 def split_names(groups, val_ratio, shuffle_seed):
-    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, the first part to train.
-
-    With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
-    val_ratio.
-    """
+    """Split {name: group} into {"train": [...], "val": [...]} between two sorted or shuffled groups, near val_ratio."""
     order = sorted(set(groups.values()))
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
@@ -856,8 +856,8 @@ def survey(data_dir, allow_empty):
         allow_empty |= bool(json.loads((data_dir / "split.json").read_text(encoding="utf-8")).get("allow_empty"))
     with contextlib.suppress(FileNotFoundError):
         try:
-            classes = json.loads((data_dir / "classes.json").read_text(encoding="utf-8"))
-            classes = {str(int(number)): str(name) for number, name in classes.items()}
+            found = json.loads((data_dir / "classes.json").read_text(encoding="utf-8")).items()
+            classes = {str(int(number)): str(name) for number, name in found}
         except (ValueError, AttributeError):
             problems["classes.json"] = '{"1": "이름", ...} 꼴이 아님'
     for split in SPLITS:
@@ -969,7 +969,7 @@ def preview(data_dir, rows, count):
         if not row.name.isascii():  # OpenCV draws no other letters
             print(f"  {place + 1}: {row.name}")
     path = data_dir / "preview.png"
-    write_file(path, as_png(sheet))
+    write_file(path, cv2.imencode(".png", sheet)[1].tobytes())
     print(f"저장: {path} ({count}쌍)")
 
 

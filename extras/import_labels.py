@@ -105,7 +105,7 @@ def recognise(folder, layout=None):
     for name in READERS:
         for file, problem in problems[name][:3]:
             print(f"  {name} 형식으로 읽으면: {file} - {problem}")
-    fail(f"{folder}에서 라벨을 찾지 못했습니다 (읽는 형식: {', '.join(READERS)}). "
+    fail(f"{folder}에서 라벨을 찾지 못했습니다 (읽는 형식: {', '.join(READERS)}). 다른 형식이면 COCO로 내보내세요. "
          "마스크 이미지면: python prepare_data.py --images 이미지폴더 --masks 마스크폴더")
 
 
@@ -171,7 +171,12 @@ def read_yolo(folder, problems):
 
     An image without a text file has no objects, as in Ultralytics.
     """
-    (names, files), labels, lengths = yolo_files(folder, problems), {}, set()
+    labels, lengths = {}, set()
+    try:
+        names, files = yolo_files(folder, problems)
+    except ValueError as error:  # the names or a list of images are no text
+        problems.append((folder.name, error))
+        return {}
     for image, (split, text) in tqdm(files.items(), "YOLO", disable=None):
         objects, before = [], len(problems)
         try:
@@ -246,7 +251,7 @@ def read_voc(folder, problems):
             (names, splits), objects = voc_settings(root), []
             if splits and stem not in splits:
                 raise ValueError("ImageSets/Segmentation의 목록에 없음")
-            image = find_image(folder, path, f"../JPEGImages/{stem}")
+            image = find_image(folder, path, f"../JPEGImages/{stem}.jpg")
             classes, numbers = (read_indices(files[kind]) if kind in files else None for kind in ("Class", "Object"))
             classes = np.where(numbers == VOID, VOID, numbers > 0) if classes is None else classes
             numbers = number_regions(classes) if numbers is None else numbers
@@ -290,6 +295,8 @@ def read_folders(folder, problems):
             try:
                 with Image.open(path) as file:
                     pixels = np.array(file.convert("L"))
+                    if file.has_transparency_data and np.array(file.convert("RGBA"))[..., 3].min() < 255:
+                        raise ValueError("투명한 곳이 있는 마스크 (흑백 PNG로 바꾸세요)")
                 if pixels.shape != size or len(np.unique(pixels)) > 2:
                     raise ValueError("이미지와 크기가 다르거나 값이 둘이 아닌 마스크")
                 objects.append({"category": "object", "segmentation": encode_mask(pixels > 0)})
@@ -328,7 +335,7 @@ def read_coco(folder, problems):
                 if image in labels:
                     fail(f"{image}: 라벨이 둘입니다 ({sources[image]}, {name}). 쓸 COCO JSON만 남기세요")
                 split, sources[image] = split_of(path, folder) or split_of(image, folder), name
-                labels[image] = split, None if None in size else size, own
+                labels[image] = split, size if all(size) else None, own
             if objects:
                 problems.append((name, f"images에 없는 이미지의 객체 {sum(map(len, objects.values()))}개"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -26,11 +27,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 SPLIT = re.compile(r"(?:stage1_)?(train|val|test)(?:ing|id|idation)?(?:20\d\d)?", re.IGNORECASE)
-MASK_FOLDER = re.compile("Segmentation|Visualization|^masks$")  # pictures of labels
+MASK_FOLDER = re.compile("Segmentation(Class|Object)|Visualization|^masks$")  # pictures of labels
 VOID = 255  # in VOC: borders and regions without a class
 VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
              "pottedplant sheep sofa train tvmonitor").split()
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names
+Image.MAX_IMAGE_PIXELS = None  # OpenCV has a limit of its own
 OTHER_TOOLS = {  # what a file contains: what it is, and what to do
     "<annotations>": "CVAT XML입니다. CVAT에서 COCO 1.0으로 내보내세요",
     "<bndbox>": "상자만 있는 VOC XML입니다. COCO로 내보내 마스크를 만드세요: "
@@ -81,8 +83,9 @@ def find_image(folder, label, name, stem=""):
     is_image = exact.suffix.lower() in FORMATS and exact.is_file()
     if is_image and not Path(name).is_absolute():
         return exact
-    keys = (base, UPLOAD_PREFIX.sub("", base), Path(base).stem, composed(stem))
-    found = next(filter(None, map(known.get, keys)), [exact] if is_image else [])
+    keys = [key for each in (base, composed(unquote(base)))  # Label Studio writes %20 for a blank
+            for key in (each, UPLOAD_PREFIX.sub("", each), Path(each).stem)]
+    found = next(filter(None, map(known.get, [*keys, composed(stem)])), [exact] if is_image else [])
     ranks = {path: (path.as_posix().endswith(f"/{name}"), split_of(path, folder) == split_of(label / "", folder),
                     len(os.path.commonpath([path, label]))) for path in found}
     best = [path for path in found if ranks[path] == max(ranks.values())]
@@ -112,7 +115,7 @@ def read_text(path):
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path.name}: UTF-8 텍스트가 아님") from None
+        raise ValueError(f"{path.name}: UTF-8 텍스트가 아님 (UTF-8로 다시 저장하세요)") from None
 
 
 @functools.cache
@@ -249,7 +252,8 @@ def voc_settings(root):
         print("class_names.txt가 없어 클래스 번호를 Pascal VOC의 이름으로 부릅니다")
     for split in ("test", "val", "train"):
         path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        splits.update(dict.fromkeys(composed(read_text(path)).split() if path.is_file() else (), split))
+        lines = composed(read_text(path)).splitlines() if path.is_file() else ()
+        splits.update({name: split for line in lines for name in (line.strip(' "'), re.sub(r" +-?1 *$", "", line))})
     return names, splits if {"train", "val"} & {*splits.values()} else {}
 
 
