@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL_CFG, assert_fails_in_one_line, draw_pair, run, write_image
 from files import read_image
-from label_files import draw_polygon
+from label_files import draw_polygon, header_size, other_images
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -270,7 +270,7 @@ def test_an_image_whose_objects_cannot_be_read_is_not_treated_as_empty(tmp_path)
     ("export.json", [{"id": 1, "annotations": [{"result": [{"type": "brushlabels", "original_width": 5}]}]}],
      ["COCO", "Brush labels to PNG"]),
     ("via.json", {"_via_settings": {}, "_via_img_metadata": {}}, ["Export Annotations (COCO format)"]),
-    ("notes.json", {"a": 1}, ["라벨을 찾지 못했습니다", "--masks"]),
+    ("notes.json", {"a": 1}, ["라벨을 찾지 못했습니다", "COCO로 내보내세요", "--masks"]),
 ])
 def test_unsupported_exports_are_refused_with_what_to_export_instead(tmp_path, name, content, words):
     put(tmp_path, "images/p.png")
@@ -341,6 +341,29 @@ def test_labelme_files_without_a_clear_image_and_unusable_shapes_are_named(tmp_p
     assert len(problems) == 10 + 2  # and the points of a.json and points.json
 
 
+@pytest.mark.parametrize("name", ["classes.txt", "list.txt"])
+def test_lists_that_are_not_utf8_are_named(tmp_path, name, capsys):
+    put(tmp_path, "images/p.png")
+    write(tmp_path, "labels/p.txt", YOLO_CIRCLE)
+    if name == "list.txt":
+        write(tmp_path, "data.yaml", "train: list.txt\nnames: [a, b]\n")
+    (tmp_path / name).write_bytes("폴립\n".encode("cp949"))
+    with pytest.raises(SystemExit, match="라벨을 찾지 못했습니다"):
+        import_labels.recognise(tmp_path)
+    assert f"{name}: UTF-8 텍스트가 아님" in capsys.readouterr().out
+
+
+def test_folders_called_segmentation_percent_signs_and_large_images_are_read(tmp_path):
+    put(tmp_path, "Polyp Segmentation/p q.png", "Polyp Segmentation/without label.png")
+    write(tmp_path, "json/1.json", {**LABELME, "imagePath": "p%20q.png"})
+    labels, _ = read("labelme", tmp_path)
+    assert [path.name for path in labels] == ["p q.png"]
+    Image.new("1", (15000, 13000)).save(tmp_path / "large.png")  # Pillow refuses 179 megapixels, unless told not to
+    assert header_size(tmp_path / "large.png") == (13000, 15000)
+    (tmp_path / "large.png").unlink()
+    assert [path.name for path in other_images(tmp_path, labels)] == ["without label.png"]
+
+
 def test_labelme_uses_the_image_in_the_folder_not_the_original_elsewhere(tmp_path):
     put(tmp_path, "original/a.png", "set/a.png")
     write(tmp_path, "set/a.json", {**LABELME, "imagePath": str(tmp_path / "original/a.png")})
@@ -359,7 +382,7 @@ def test_voc_files_of_labelme2voc_keep_their_split_and_classes(tmp_path):
     write(tmp_path / "set", "ImageSets/Segmentation/train.txt", "p\nlost\n")
     write(tmp_path / "set", "ImageSets/Segmentation/val.txt", "q\n")
     done = convert(tmp_path)
-    for words in ("void 픽셀 108개를 배경으로", "SegmentationObject/lost.png - ../JPEGImages/lost: 이미지가 없음",
+    for words in ("void 픽셀 108개를 배경으로", "SegmentationObject/lost.png - ../JPEGImages/lost.jpg: 이미지가 없음",
                   "SegmentationObject/r.png - ImageSets/Segmentation의 목록에 없음",
                   "이미지 2장은 쓰지 않습니다: r.jpg, s.jpg"):
         assert words in done.stdout
@@ -383,6 +406,28 @@ def test_voc_class_masks_without_object_masks_give_one_object_per_region(tmp_pat
     assert len(problems) == 2 and "q.png - 0과 255뿐" in problems[0] and "r.jpg - 팔레트 PNG가 아님" in problems[1]
     write(tmp_path, "labelmap.txt", "# label:color_rgb:parts:actions\nbackground:0,0,0::\n")
     assert_fails_in_one_line(run(SCRIPT, "--dataset", tmp_path, cwd=tmp_path, code=1), "CVAT", "COCO 1.0")
+
+
+def test_voc_names_with_blanks_and_dots_find_their_own_image(tmp_path):
+    put(tmp_path, "JPEGImages/my p.jpg", "JPEGImages/a.jpg")
+    (tmp_path / "SegmentationClass").mkdir()
+    for name in ("my p.png", "a.2.png"):
+        Image.fromarray(VOC_CLASS).save(tmp_path / "SegmentationClass" / name)
+    write(tmp_path, "ImageSets/Segmentation/train.txt", "a.2\n")
+    write(tmp_path, "ImageSets/Segmentation/val.txt", '"my p"\n')
+    labels, problems = read("voc", tmp_path)
+    assert {path.name: split for path, (split, _, _) in labels.items()} == {"my p.jpg": "val"}
+    assert problems == ["SegmentationClass/a.2.png - ../JPEGImages/a.2.jpg: 이미지가 없음"]
+
+
+def test_transparent_masks_of_dsb2018_are_refused_and_opaque_ones_read(tmp_path):
+    put(tmp_path, "a/images/a.png")
+    white, mask = np.full((HEIGHT, WIDTH), 255, np.uint8), circle().astype(np.uint8) * 255
+    write_image(tmp_path / "a/masks/1.png", np.dstack([white, white, white, mask]))
+    write_image(tmp_path / "a/masks/2.png", np.dstack([mask, mask, mask, white]))
+    labels, problems = read("folders", tmp_path)
+    (_, found), = decoded(labels[tmp_path / "a/images/a.png"][2])
+    assert (found == circle()).all() and len(problems) == 1 and "a/masks/1.png - 투명한 곳" in problems[0]
 
 
 def test_folders_of_dsb2018_with_one_mask_per_object_are_read(tmp_path):

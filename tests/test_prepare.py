@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import unicodedata
 from collections import defaultdict
 
@@ -1001,6 +1002,60 @@ def test_each_page_of_a_tiff_stack_is_paired_with_its_page_of_the_mask(tmp_path)
     done = prepare_masks(tmp_path)
     assert names(tmp_path / "data/images/train") == ["z_p002.png"]
     assert all(f"제외: z_p00{page}.tif - 마스크 없음" in done.stdout for page in (1, 3))
+
+
+def with_tag(content, tag, value):
+    """A little-endian TIFF file with another number in one of its tags."""
+    start, = struct.unpack_from("<I", content, 4)
+    places = range(start + 2, start + 2 + 12 * struct.unpack_from("<H", content, start)[0], 12)
+    place, = (place for place in places if struct.unpack_from("<H", content, place)[0] == tag)
+    return content[:place + 8] + struct.pack("<I", value) + content[place + 12:]
+
+
+def test_tiff_channels_and_stacks_that_opencv_misreads_are_refused(tmp_path):
+    image, mask = draw_pair(0)
+    for name in "abcdef":
+        write_image(tmp_path / f"masks/{name}.png", mask)
+    write_image(tmp_path / "images/a.tif", image.astype(np.uint16))
+    deep = (tmp_path / "images/a.tif").read_bytes()
+    (tmp_path / "images/b.tif").write_bytes(with_tag(deep, 262, 1))  # three grey channels, as GDAL writes them
+    (tmp_path / "images/c.tif").write_bytes(with_tag(deep, 284, 2))  # channels one after the other
+    for name, text in (("d", "ImageJ=1.54f\nimages=5\nslices=5\n"), ("e", '{"shape": [5, 60, 80], "truncated": true}'),
+                       ("f", "ImageJ=1.54f\nimages=1\n")):
+        Image.fromarray(image).save(tmp_path / f"images/{name}.tif", tiffinfo={270: text})
+    slices = [Image.fromarray(image[..., channel]) for channel in range(3)] * 2
+    slices[0].save(tmp_path / "images/g.tif", save_all=True, append_images=slices[1:])  # three slices of two channels
+    slices[0].save(tmp_path / "masks/g.tif", save_all=True, append_images=slices[1:3])
+    done = prepare_masks(tmp_path, "--threshold", "127", "--val-ratio", "0")
+    for name, words in (("b.tif", "채널을 뒤섞어"), ("c.tif", "채널을 뒤섞어"), ("d.tif", "스택을 한 장에"),
+                        ("e.tif", "스택을 한 장에"), ("g_p001.tif", "장수가 다름: 이미지 6장, 마스크 3장"),
+                        ("g_p004.tif", "마스크 없음")):
+        assert [line for line in done.stdout.splitlines() if f"제외: {name} - " in line and words in line], name
+    assert names(tmp_path / "data/images/train") == ["a.png", "f.png"]
+
+
+def test_links_to_files_that_are_missing_are_named(tmp_path):
+    make_source(tmp_path, 2)
+    for part in ("images", "masks"):
+        (tmp_path / part / "absent.jpg").symlink_to("not_downloaded.jpg")  # as git-annex and DVC leave them
+    assert_fails_in_one_line(prepare_masks(tmp_path, code=1), "absent.jpg")
+
+
+def test_coco_names_with_percent_signs_and_sizes_of_0_or_as_text_are_read(tmp_path):
+    files = {"my pic.png": ("my%20pic.png", 0, 0), "b 2.png": ("1a2b3c4d-b%202.png", "60", "80.0"),
+             "c%20d.png": ("images/c%20d.png", 60.0, 80.0)}
+    for number, name in enumerate(files):
+        write_image(tmp_path / "images" / name, draw_pair(number)[0])
+    polygon = [[10, 10, 40, 10, 40, 40, 10, 40]]
+    (tmp_path / "a.json").write_text(json.dumps({
+        "images": [{"id": name, "file_name": name, "height": height, "width": width}
+                   for name, height, width in files.values()],
+        "annotations": [{"image_id": name, "category_id": 1, "segmentation": polygon}
+                        for name, _, _ in files.values()]}))
+    prepare_coco(tmp_path, "--val-ratio", "0")
+    for name in files:
+        mask = read_grey(tmp_path / "data/masks/train" / name)
+        assert mask.shape == (60, 80) and (mask[10:40, 10:40] == 255).all() and (mask > 0).sum() == 900
 
 
 def test_transparency_is_composited_over_white_and_cmyk_is_read(tmp_path):
