@@ -54,13 +54,13 @@ IMAGE_SUFFIXES = (*KEPT_AS_IS, ".jfif", ".jpe", ".bmp", ".tif", ".tiff", ".webp"
 SILENT_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".md", ".yaml", ".pt")  # common beside images, not reported
 VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by PASCAL VOC, DAVIS and LabelMe
 SPLITS = ("train", "val")
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files by a NAS or Windows
 UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
 AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
 IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 NOTES = {  # messages about changes to some files, by the key under which they are collected
-    "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive는 모두 읽고, train/과 val/이 있으면 그 둘만)",
+    "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive도 train/ 옆의 test/와, train/과 val/의 밖은 읽지 않음)",
     "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
     "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 한 장씩 따로 묶음이 됩니다",
     "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다. 배경으로 쓸 값을 --void로 지정하세요",
@@ -271,8 +271,9 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
     inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.resolve() != skip
               and not SYSTEM_FILES.search(f"/{path.name}/")]
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
+    tests = {name for name in inside if own and name.lower() in ("test", "testing")}
     own = own if set(own.values()) == set(SPLITS) else {}
-    folders = {*own, *(inside if recursive and not own else subfolders)}
+    folders = {*own, *({*inside} - tests if recursive and not own else subfolders)}
     paths = set(walk_files(folder, False)).union(*(
         walk_files(folder / name, recursive or name in own, skip) for name in folders))
     found = []
@@ -430,7 +431,8 @@ def read_source_mask(path, page, args, notes, _shape=None):
     brightness = np.atleast_3d(values).max(axis=2)
     if args.threshold is not None or values.ndim == 2 and values.max() == 1:
         return brightness > (args.threshold or 0)
-    if is_label_map(brightness) or values.ndim == 3 and has_several_hues(values):
+    is_without_black = brightness.all() and len(np.unique(brightness)) == 2  # 255 may be void
+    if is_label_map(brightness) or is_without_black or values.ndim == 3 and has_several_hues(values):
         fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
              f"--classes, 밝기로 나누려면 --threshold {min(127, brightness.max() // 2)}, 무시할 값은 --void N")
     return brightness > 127
@@ -504,7 +506,8 @@ def to_labels(values, classes=False):
     labels = labels.astype(np.uint16)
     between = (cv2.erode(labels, np.ones((3, 3))) < labels) & (labels < cv2.dilate(labels, np.ones((3, 3))))
     found, elsewhere = np.unique(labels), np.unique(labels[~between])
-    if len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values occur only on gradients
+    is_bright = len(found) > 8 and len(elsewhere) < len(found) / 2  # most values occur only on gradients
+    if is_bright or labels.max() == 65535 and len(elsewhere) < len(found):  # white with a gray edge
         raise ImageError("번호가 아니라 밝기나 번진 색인 마스크 (밝기로 나누려면 --threshold N)")
     if classes:
         regions, count = np.zeros(labels.shape, np.int32), 0
@@ -543,15 +546,14 @@ def read_annotations(coco_path, args, notes):
         for name, annotation in chosen:
             image, is_crowd = images.get(annotation["image_id"]), annotation.get("iscrowd") and not args.merge
             is_kept = not is_crowd or args.keep_crowd or name not in with_singles
-            note = ("orphans" if not image else "boxes" if not annotation.get("segmentation")
+            note = ("orphans" if not image else "boxes" if not (segmentation := annotation.get("segmentation"))
                     else ("kept_crowds" if is_kept else "crowds") if is_crowd else "")
             if known and annotation.get("category_id") not in known:
                 notes["unnamed"].append((f"category_id {name}", 1))
             if note:
                 notes[note].append((image.path if image else str(annotation["image_id"]), 1))
             if image:
-                is_used = note in ("", "kept_crowds")
-                (image.objects if is_used else image.left_out).append((name, annotation.get("segmentation")))
+                (image.objects if note in ("", "kept_crowds") else image.left_out).append((name, segmentation))
     except FileNotFoundError:
         fail(f"파일이 없습니다: {coco_path}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -734,8 +736,7 @@ def read_transparent(path, page):
 
 def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
     """The mask, turned if it fits only an image's stored pixels; ImageError if unusable. shape: (H, W), upright."""
-    orientation = read_orientation(image_path)
-    turned = turn(mask, orientation)
+    turned = turn(mask, orientation := read_orientation(image_path))
     if orientation > 1 and turned.shape == shape:
         notes["either" if mask.shape == shape else "turned"].append((image_path.name, 1))
         mask = mask if mask.shape == shape else turned
@@ -865,8 +866,7 @@ def survey(data_dir, allow_empty):
         if split == "val" and not any(folder.is_dir() for folder in folders):
             print("val: 폴더가 없습니다 (학습은 검증 없이 합니다)")
             continue
-        files = [images_in(folder, split, False, problems, notes) for folder in folders]
-        pairs = pair_by_stem(*files, problems, notes)
+        pairs = pair_by_stem(*(images_in(folder, split, False, problems, notes) for folder in folders), problems, notes)
         for name, (image, _), (mask, _) in tqdm(pairs, f"{split} 검사", disable=None, leave=False):
             try:
                 rows.append(measure_pair(name, image, mask, classes, allow_empty, notes))

@@ -1034,6 +1034,32 @@ def test_tiff_channels_and_stacks_that_opencv_misreads_are_refused(tmp_path):
     assert names(tmp_path / "data/images/train") == ["a.png", "f.png"]
 
 
+def test_masks_of_1_and_255_and_16_bit_masks_with_a_gray_edge_are_refused(tmp_path):
+    image, mask = draw_pair(0)
+    write_image(tmp_path / "images/a.png", image)
+    write_image(tmp_path / "masks/a.png", np.where(mask > 0, 1, 255).astype(np.uint8))  # 255: void
+    assert_fails_in_one_line(prepare_masks(tmp_path, code=1), "--void N", "--threshold 127")
+    prepare_masks(tmp_path, "--void", "255", "--numbered")
+    assert ((read_grey(tmp_path / "data/masks/train/a.png") > 0) == (mask > 0)).all()
+    write_image(tmp_path / "masks/a.png", cv2.blur(mask, (2, 2)).astype(np.uint16) * 257)
+    assert "번진 색인 마스크 (밝기로 나누려면 --threshold N)" in prepare_masks(tmp_path, code=1).stdout
+    write_image(tmp_path / "masks/a.png", mask.astype(np.uint16) * 257)
+    prepare_masks(tmp_path)
+    assert (read_grey(tmp_path / "data/masks/train/a.png") == mask.astype(np.uint16) * 257).all()
+
+
+@pytest.mark.parametrize("names_of_split", [("training", "validation"), ("train", "test")])
+def test_recursive_keeps_a_split_named_training_and_does_not_train_on_test(tmp_path, names_of_split):
+    for number, name in enumerate(names_of_split):
+        image, mask = draw_pair(number)
+        write_image(tmp_path / f"images/{name}/{name}.png", image)
+        write_image(tmp_path / f"masks/{name}/{name}.png", mask)
+    done = prepare_masks(tmp_path, "--recursive")
+    if "test" in names_of_split:
+        assert "읽지 않고 둡니다" in done.stdout and names(tmp_path / "data/images/train") == ["train__train.png"]
+    assert names(tmp_path / "data/images/val") == ([] if "test" in names_of_split else ["validation.png"])
+
+
 def test_links_to_files_that_are_missing_are_named(tmp_path):
     make_source(tmp_path, 2)
     for part in ("images", "masks"):
