@@ -675,7 +675,7 @@ class Masks:
             self.unsampled += len(large) - len(objects)
             self.count += len(objects)
             if len(objects) or not len(numbers):
-                pixels = labels.ravel()
+                pixels = labels.ravel()  # kept as runs: np.repeat(values, lengths) gives these pixels back
                 starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))
                 values, lengths = pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
                 digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes())
@@ -883,6 +883,7 @@ class FeatureCache:
         device, found = self.predictor.device, []
         for image in images:
             encoded = {}
+            # take the next images of `visits` until this one is among them; if `visits` is used up, this one alone
             while image[0] not in self.kept and image[0] not in encoded:
                 group = [each.result() for each in itertools.islice(self.ahead, self.at_once)] or [self.read(image)]
                 encoded = self.encode(group)

@@ -164,9 +164,10 @@ class AnnotationWindow(Window):
 
     def open_next(self):
         """Open the next image; queue its encoding, then that of the image after it. After the last image, close."""
+        is_last = any(action.func == self.close for action in self.delayed)  # q was pressed after Enter
         self.path, self.delayed = None, []
         self.finished, self.current, self.history, self.pressed = [], Segmented([], None, {}), [], None
-        while self.paths and not self.path:
+        while self.paths and not (self.path or is_last):
             path = self.paths[0]
             try:
                 self.image, self.path = read_image(path), path

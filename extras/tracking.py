@@ -325,15 +325,18 @@ class FrameWindow(Window):
             self.slider.set_val((self.frame + 1) % len(self.frames))
 
     def encode(self, frame, pixels):
-        """In the worker: encode a frame as SAM2VideoPredictor does, unless another one is shown by now; its number."""
-        if frame == self.frame:
+        """In the worker: encode a frame as SAM2VideoPredictor does; returns whether it was still shown."""
+        if is_shown := frame == self.frame:
             with torch.inference_mode():
                 image = pixels.to(self.state["device"]).float()[None]
                 self.state["cached_features"] = {frame: (image, self.predictor.forward_image(image))}
-            return frame
+        return is_shown
 
-    def on_encoded(self, frame):
-        self.encoded = self.encoded if frame is None else frame
+    def on_encoded(self, frame, was_shown):
+        if was_shown:
+            self.encoded = frame
+        elif self.asked == frame:
+            self.asked = None  # update() asks again when it is shown again
         self.update()
 
     def on_press(self, event):
@@ -469,7 +472,8 @@ class FrameWindow(Window):
         is_free = not (self.is_tracking or self.is_playing)
         if is_free and self.frame not in (self.encoded, self.asked):
             self.asked = self.frame
-            self.ask(partial(self.encode, self.frame, self.state["images"][self.frame]), self.on_encoded)
+            self.ask(partial(self.encode, self.frame, self.state["images"][self.frame]),
+                     partial(self.on_encoded, self.frame))
         labels = self.labels()
         shown = [] if self.hides_masks else np.unique(labels[labels > 0]).tolist()
         show_view(self.axes, image, [(labels == number, object_color(number)) for number in shown])

@@ -331,6 +331,15 @@ def test_keys_and_clicks_after_enter_on_the_last_image_are_ignored(window):
     assert window.error is None and list(masks_in(window.args.output)) == ["c"]
 
 
+def test_q_after_enter_saves_the_image_before_the_window_closes(window):
+    click(window.figure, 40, 40)
+    for key in ("enter", "q"):  # the image is still being encoded
+        press(window.figure, key)
+    settle(window)
+    assert window.saved == 1 and window.path is None and not plt.fignum_exists(window.figure.number)
+    assert list(masks_in(window.args.output)) == ["a"]
+
+
 def test_undo_returns_to_a_finished_object_and_reset_clears_the_current_one(window):
     settle(window)
     click(window.figure, 40, 40)

@@ -744,6 +744,21 @@ def test_space_plays_the_video_and_stops_it(window):
     assert not window.is_playing and window.encoded == window.frame >= 2
 
 
+def test_a_frame_that_was_left_before_it_was_encoded_is_encoded_when_it_is_shown_again(window):
+    hand, held = Hand(window), threading.Event()
+    window.worker.add(window_module.CLICK, held.wait)
+    window.go_to(1)  # asks for its encoding, which does not start yet
+    window.is_playing = True  # a frame that passes is not encoded
+    window.go_to(2)
+    held.set()
+    hand.settle()
+    assert window.encoded == 0
+    window.is_playing = False
+    window.go_to(1)
+    hand.settle()
+    assert window.encoded == 1
+
+
 def test_a_frame_is_shown_before_it_is_encoded_and_clicks_on_it_are_kept(window):
     hold = threading.Event()
     forward_image = window.predictor.forward_image
