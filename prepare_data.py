@@ -34,6 +34,7 @@ import shutil
 import sys
 import time
 import unicodedata
+import warnings
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from functools import partial
@@ -94,6 +95,7 @@ for _stream in (sys.stdout, sys.stderr):
         _stream.reconfigure(errors="replace")  # a terminal without Hangul shows "?" instead of raising
 cv2.utils.logging.setLogLevel(0)  # a damaged file is reported once, by this script
 Image.MAX_IMAGE_PIXELS = None  # OpenCV has a limit of its own
+warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata
 composed = partial(unicodedata.normalize, "NFC")  # macOS and its zip files decompose the syllables of file names
 
 
@@ -461,9 +463,8 @@ def read_pixels(path, page, args):
     is_numbered, is_voc = args.numbered or args.classes, len(palette) > 3 and palette == VOC_PALETTE[:len(palette)]
     if is_jpeg and is_numbered:
         fail(f"{path}: JPEG은 번호와 색을 바꾸므로 --numbered와 --classes에 쓸 수 없습니다. PNG 원본을 쓰세요")
-    is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8
-    is_boolean = str(tags.get(305)).startswith("tifffile")  # which stores boolean arrays so
-    if is_inverted and not (is_numbered or is_boolean or args.threshold is not None):
+    is_inverted = palette[:3] == [255] * 3 or tags.get(262) == 0 and values.dtype == np.uint8  # tifffile: booleans
+    if is_inverted and not (is_numbered or args.threshold is not None or str(tags.get(305)).startswith("tifffile")):
         fail(f"{path}: 0을 흰색으로 보이는 파일이라 0과 1 중 어느 쪽이 객체인지 알 수 없습니다. "
              "0이 배경이면 --numbered, 보이는 대로 흰색이 객체면 --threshold 127")
     if palette and (is_voc or is_numbered):
@@ -506,8 +507,8 @@ def to_labels(values, classes=False):
     labels = labels.astype(np.uint16)
     between = (cv2.erode(labels, np.ones((3, 3))) < labels) & (labels < cv2.dilate(labels, np.ones((3, 3))))
     found, elsewhere = np.unique(labels), np.unique(labels[~between])
-    is_bright = len(found) > 8 and len(elsewhere) < len(found) / 2  # most values occur only on gradients
-    if is_bright or labels.max() == 65535 and len(elsewhere) < len(found):  # white with a gray edge
+    is_white = labels.max() == 65535 and found[found > 0][0] > 255 and len(elsewhere) < len(found)  # with a gray edge
+    if is_white or len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values occur only on gradients
         raise ImageError("번호가 아니라 밝기나 번진 색인 마스크 (밝기로 나누려면 --threshold N)")
     if classes:
         regions, count = np.zeros(labels.shape, np.int32), 0
@@ -653,9 +654,8 @@ def to_rle(segmentation, height, width):
     It is checked here because pycocotools crashes on polygons with NaN and leaves pixels beyond the runs undefined.
     """
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        is_cut = isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts)  # see rleFrString() of cocoapi
-        if is_cut or segmentation["size"] != [height, width]:
+        is_cut = isinstance(counts := segmentation["counts"], str) and not re.fullmatch("[0-o]*[0-O]", counts)
+        if is_cut or segmentation["size"] != [height, width]:  # see rleFrString() of cocoapi
             raise ValueError("RLE가 이미지 크기와 다름")
         rle = {"counts": counts} if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, height, width)
         try:
