@@ -57,7 +57,7 @@ VOC_PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]  # first three colors; written by 
 SPLITS = ("train", "val")
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 SYSTEM_FILES = re.compile(r"/(\.|@eaDir/|Thumbs\.db$|desktop\.ini$)")  # hidden files, files by a NAS or Windows
-UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
+UPLOAD_PREFIX = re.compile(r"^(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names; not a date
 AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
 IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 NOTES = {  # messages about changes to some files, by the key under which they are collected
@@ -81,8 +81,7 @@ NOTES = {  # messages about changes to some files, by the key under which they a
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
 COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, without alpha, upright
-MAX_SIDE = 1024        # train_sam2_proper.py reduces larger images to this ...
-MIN_FOREGROUND = 100   # ... and then skips objects with fewer pixels
+MAX_SIDE, MIN_FOREGROUND = 1024, 100  # train_sam2_proper.py reduces larger images, then skips objects of fewer pixels
 MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
 TILE, CAPTION = 256, 16  # pixels: the side of a picture in the preview, and the height of the name below it
 REASONS = ("problem", "duplicate", "EXIF", "no_background", "empty", "cut", "small")  # to look at a pair, worst first
@@ -581,7 +580,8 @@ def pairs_from_coco(coco_path, classes, images, split, args, problems, notes):
     entries_of, pairs = defaultdict(list), []
     for entry in entries.values():
         found = next((places[end] for end in ends(entry.path) if end in places), ())  # CVAT writes folders before it
-        if not found and (found := places.get(UPLOAD_PREFIX.sub("", ["", *ends(entry.path)][-1], count=1), ())):
+        without = (places.get(UPLOAD_PREFIX.sub("", end)) for end in ends(entry.path))
+        if not found and (found := next(filter(None, without), ())):
             notes["prefixes"].append((entry.path, 1))
         if len(found) == 1:
             entries_of[min(found)].append(entry)

@@ -31,7 +31,7 @@ MASK_FOLDER = re.compile("Segmentation(Class|Object)|Visualization|^masks$")  # 
 VOID = 255  # in VOC: borders and regions without a class
 VOC_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
              "pottedplant sheep sofa train tvmonitor").split()
-UPLOAD_PREFIX = re.compile(r"(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names
+UPLOAD_PREFIX = re.compile(r"^(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it to file names
 Image.MAX_IMAGE_PIXELS = None  # OpenCV has a limit of its own
 OTHER_TOOLS = {  # what a file contains: what it is, and what to do
     "<annotations>": "CVAT XML입니다. CVAT에서 COCO 1.0으로 내보내세요",
