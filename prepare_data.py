@@ -274,7 +274,7 @@ def images_in(folder, split, recursive, problems, notes, subfolders=(), skip=Non
     own = {name: SPLIT_FOLDERS[name.lower()] for name in inside if split == "all" and name.lower() in SPLIT_FOLDERS}
     tests = {name for name in inside if own and name.lower() in ("test", "testing")}
     own = own if set(own.values()) == set(SPLITS) else {}
-    folders = {*own, *({*inside} - tests if recursive and not own else subfolders)}
+    folders = {*own, *subfolders, *({*inside} - tests if recursive and not own else ())}
     paths = set(walk_files(folder, False)).union(*(
         walk_files(folder / name, recursive or name in own, skip) for name in folders))
     found = []
