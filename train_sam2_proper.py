@@ -7,7 +7,8 @@
     python train_sam2_proper.py --test               check the setup without training
     python train_sam2_proper.py --resume             continue an interrupted training
 
-By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept.
+By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept as
+long as there is memory for them.
 Training passes what predictor._features holds to the prompt encoder and mask decoder, as sagieppel's "Fine-tune SAM2 in
 60 lines" does: predictor.predict() runs under no_grad, so nothing would be learned through it.
 
@@ -83,7 +84,7 @@ Image.MAX_IMAGE_PIXELS = None  # the limit is OpenCV's
 
 # ---- settings ----
 
-SETTINGS = [  # each is a flag: name, default, its type, (type, minimum), or list of choices, help
+SETTINGS = [  # the flags: (name, default, kind, help); kind: a type, (type, minimum) or the list of choices
     # model
     ("checkpoint", "checkpoints/sam2.1_hiera_small.pt", str, "원본 SAM 2.1 체크포인트"),
     ("model_cfg", "configs/sam2.1/sam2.1_hiera_s.yaml", str, "sam2 패키지 안의 모델 설정 이름 또는 내 YAML 파일 경로"),
@@ -206,7 +207,8 @@ def parse_args():
         if fixed := sorted(given.keys() - FREE_ON_RESUME):
             fail("--resume은 저장된 설정으로 이어서 하므로 함께 줄 수 없는 옵션입니다: "
                  f"--{', --'.join(fixed).replace('_', '-')}")
-        settings = load_last(given.setdefault("output_dir", CONFIG["output_dir"]))["settings"]  # it may have been moved
+        given.setdefault("output_dir", CONFIG["output_dir"])  # not the saved one: the folder may have been moved
+        settings = load_last(given["output_dir"])["settings"]
     args = argparse.Namespace(**{**CONFIG, **settings, **given})
     for name, _, kind, _ in SETTINGS:
         value = getattr(args, name)
@@ -313,7 +315,7 @@ def print_setup(training):
 
 def check_images_and_step(training):
     """--test, once the setup has succeeded: decode every image and run one step."""
-    (_, free), problems, started = free_memory(), [], time.time()
+    free, problems, started = free_memory()[1], [], time.time()
     if free < 2e9:
         fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB 이상 필요합니다. 다른 프로그램을 닫아 보세요")
     images = [image for masks in (training.masks, training.val_masks) for image in zip(masks.paths, masks.sizes)]
@@ -344,61 +346,69 @@ def versions():
 
 
 def train(training, trackers):
-    """Run all iterations; log, validate and save at the set intervals. Ctrl-C saves and ends the program."""
+    """Run all iterations; log, validate and save at the set intervals. Ctrl-C or an error saves and ends the program.
+
+    Before the first iteration, the model is validated as it is. --resume first validates what an interruption left out.
+    """
     args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
-    bar = tqdm(range(training.iteration + 1, args.iterations + 1), "학습", initial=training.iteration,
-               total=args.iterations, disable=True if rank else None)
-    with contextlib.closing(bar), deferred_interrupts(training.processes) as interrupted:
-        if not training.rows and training.val_masks:
-            bar.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_masks)}장).")
-            log(training, trackers, validating=True)
-        for iteration in bar:
-            if 0 < args.patience <= training.validations_since_best:
-                bar.write(f"{training.iteration}회에 일찍 끝냅니다: "
-                          f"{training.best_iteration}회 이후로 나아지지 않았습니다.")
-                break
-            validating = iteration % args.save_every == 0 or iteration == args.iterations
-            logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
-            stopping = False
-            try:
-                training.step(iteration)
-                if logging or on_cpu or interrupted and training.processes == 1:  # otherwise do not wait for the GPU
-                    stopping = training.fetch(interrupted)
+    bar = tqdm(desc="학습", initial=training.iteration, total=args.iterations, disable=True if rank else None)
+    with contextlib.closing(bar), deferred_interrupts(training.processes) as training.interrupted:
+        try:
+            while True:
+                iteration = training.iteration
+                validating = iteration % args.save_every == 0 or iteration == args.iterations
+                logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
+                if training.pending and (logging or on_cpu or training.is_interrupted()):  # fetch() waits for the GPU
+                    stopping = training.fetch()
                     bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
-                if logging:
+                    if stopping:
+                        raise KeyboardInterrupt
+                logged = training.rows[-1]["iteration"] if training.rows else -1 if training.val_masks else 0
+                if logging and logged < iteration:
                     log(training, trackers, validating)
-            except ImageError:
-                if rank == 0 and training.iteration:
-                    if training.pending and training.processes == 1:
-                        training.fetch()
-                    save(training, better=False, unfinished=True)
+                    better = validating and iteration > 0 and training.is_best_so_far()
+                    if validating and iteration > 0 and rank == 0:
+                        save(training, better)
+                if iteration == args.iterations:
+                    break
+                if 0 < args.patience <= training.validations_since_best:
+                    bar.write(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
+                    break
+                training.step(iteration + 1)
+                bar.update()
+        except (Exception, KeyboardInterrupt) as error:  # also a damaged image, a full memory, a tracker's failure
+            if rank == 0 and training.iteration:
+                if training.pending and training.processes == 1:  # other processes would not join its all_reduce
+                    training.fetch()
+                save(training, better=False, unfinished=True)
+            if not isinstance(error, KeyboardInterrupt):
                 raise
-            better = validating and training.is_best_so_far()
-            if (validating or stopping) and rank == 0:
-                save(training, better, unfinished=stopping)
-            if stopping:
-                sys.exit(130)
+            if training.processes > 1:
+                torch.distributed.barrier()  # torchrun ends the others when the first one has ended
+            sys.exit(130)
 
 
 def log(training, trackers, validating):
     """Add a row to the log: running means, learning rates and, if validating, what compare_models.py would measure."""
+    if validating and not training.iteration:
+        tqdm.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_masks)}장).")
     row = {"iteration": training.iteration, **dict(zip(("loss", "train_iou"), training.mean or ())),
            **dict(zip(("lr", "encoder_lr"), (group["lr"] for group in training.optimizer.param_groups))),
            "seconds": round(time.time() - training.started, 1)}
-    training.rows.append(row)
     if validating:
         row.update(validate(training))
         means = f"loss {row['loss']:.4f}, 학습 IoU {row['train_iou']:.2%}" if training.mean else "학습 전"
         measured = f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
         measured += f", 특이도 {row['val_specificity']:.2%}" if "val_specificity" in row else ""
         tqdm.write(f"[{training.iteration}/{training.args.iterations}] {means}, 검증 {measured}")
+    training.rows.append(row)
     for track in trackers:
         track(row)
 
 
 @contextlib.contextmanager
 def deferred_interrupts(processes):
-    """A list that gets an entry on Ctrl-C or SIGTERM: train() looks at it after a step, saves and ends.
+    """A list that gets an entry on Ctrl-C or SIGTERM: train() looks at it after each step, saves and ends.
 
     With several processes it looks at it when it logs, so up to LOG_EVERY more iterations are run.
     """
@@ -407,12 +417,15 @@ def deferred_interrupts(processes):
     def on_interrupt(*_):
         interrupted.append(True)  # a second Ctrl-C ends the program; not under torchrun, which sends a second one
         signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
-        print("이번 반복을 마치고 저장합니다." + " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." * (processes == 1))
+        with contextlib.suppress(OSError, RuntimeError):  # Ctrl-C has ended `tee`; or it interrupted another print()
+            print("이번 반복을 마치고 저장합니다." + " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." * (processes == 1))
 
-    with contextlib.ExitStack() as handlers_before:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers_before.callback(signal.signal, number, signal.signal(number, on_interrupt) or signal.SIG_DFL)
+    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
 
 
 class Training:
@@ -429,13 +442,12 @@ class Training:
                      for path, digest in zip(masks.paths, masks.hashes)}
         cached = args.encoder == "frozen" and not args.augment  # the features of training images stay the same
         self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes)
-        val_images = list(zip(self.val_masks.paths, self.val_masks.sizes))[rank::processes]  # of this process
+        # of this process, in the order in which validate() uses them
+        val_images = list(zip(self.val_masks.paths, self.val_masks.sizes))[rank::processes]
         self.cache, self.val_cache = make_caches(self.predictor, self.dataset, val_images, args)
-        choose_weights(self.model, args)
-        self.model.knows_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
+        prepare_weights(self.model, args)
+        self.teaches_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.sam_mask_decoder.train()
-        self.model.sam_prompt_encoder.train()
         self.batch_loss = BatchLoss(self.predictor, self.masks, self.cache, args)
         if processes > 1:  # the weights of masks that are not in the loss get no gradient
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
@@ -446,10 +458,11 @@ class Training:
         self.started = time.time()
         self.iteration, self.rows, self.mean, self.encoded = 0, [], None, 0  # encoded: images, by this process
         self.pending = []  # a tensor (loss, IoU) on the device for each iteration since the last fetch()
+        self.interrupted = []  # see deferred_interrupts()
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
         if args.resume:
             restore(self, load_last(args.output_dir))
-            self.dataset.start = self.iteration * args.accumulate  # in time: first_visits() runs when it is needed
+            self.dataset.start = self.iteration * args.accumulate  # first_visits(), a generator, has not started yet
 
     def count_encoded(self, _encoder, inputs, _outputs):
         self.encoded += len(inputs[0])
@@ -467,8 +480,8 @@ class Training:
         self.__dict__.pop("batches", None)
 
     def step(self, iteration):
-        """One step of the optimizer, without waiting for the device: fetch() gets the loss and the IoU."""
-        args, total = self.args, 0
+        """One step of the optimizer; the loss and the IoU stay on the device until fetch() gets them."""
+        args, total, self.model.knows_absence = self.args, 0, self.teaches_absence
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration)
         for number in range(1, args.accumulate + 1):
@@ -487,13 +500,17 @@ class Training:
         self.pending.append(total)
         self.iteration = iteration
 
-    def fetch(self, interrupted=()):
+    def is_interrupted(self):
+        """Whether this process may stop now: several processes stop together, see fetch()."""
+        return bool(self.interrupted) and self.processes == 1
+
+    def fetch(self):
         """Wait for the device and add the steps since the last call to the running means of loss and IoU.
 
-        Returns whether any process was interrupted (its `interrupted` is not empty). Fails if a loss is not finite:
-        train() calls it before it saves, so nothing that was learned from such a loss is saved.
+        Returns whether any process was interrupted. Fails if a loss is not finite: train() calls it before it saves, so
+        nothing that was learned from such a loss is saved.
         """
-        flag = torch.full_like(self.pending[-1], bool(interrupted))  # as the last row: one all_reduce serves all
+        flag = torch.full_like(self.pending[-1], bool(self.interrupted))  # one more row: one all_reduce serves all
         values = torch.stack([*self.pending, flag])
         if self.processes > 1:
             torch.distributed.all_reduce(values)
@@ -504,9 +521,9 @@ class Training:
                 names = ", ".join(self.masks.paths[index].name for number in range(count)
                                   for index in self.dataset.draw((iteration - 1) * count + number)[0])
                 fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
-                     "이번 반복은 저장하지 않았고, 전에 저장한 모델은 그대로입니다")
-            smoothed = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(self.mean or (), now)]
-            self.mean = smoothed or now
+                     "마지막으로 저장한 뒤의 학습은 저장하지 않았고, 전에 저장한 모델은 그대로입니다")
+            self.mean = now if self.mean is None else [SMOOTHING * old + (1 - SMOOTHING) * new
+                                                       for old, new in zip(self.mean, now)]
         self.pending = []
         return bool(stopping)
 
@@ -568,16 +585,16 @@ def find_pairs(image_dir, mask_dir):
 class Batch(NamedTuple):
     """The examples of one forward pass: one object and one prompt in each of N images."""
 
-    indices: list                       # of the images in Masks
+    indices: np.ndarray                 # of the images in Masks
     kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
-    rngs: list                          # a Generator for each image, of its object, augmentation and prompt
+    rngs: list                          # a Generator for each image: drew its object and view, will draw its prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
     images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
 
 
 class Batches(Dataset):
-    """Item i is a run's i-th Batch (from 0) and depends only on the seed and i: resuming needs no saved random state.
+    """Item i is a run's i-th Batch (from 0) and follows from the settings and i: resuming needs no random state.
 
     image_size: the side to which images are read and resized; None if their features are cached. start: the first item
     that is needed.
@@ -589,16 +606,17 @@ class Batches(Dataset):
 
     def draw(self, number):
         """What the seed determines of a Batch: the indices of its images, kind, corrections and generators."""
-        args, iteration, part = self.args, number // self.args.accumulate + 1, number % self.args.accumulate
-        rng = np.random.default_rng([args.seed, iteration])
-        size = args.batch_size * args.accumulate * self.processes
-        indices = rng.integers(self.masks.filled, size=size)
+        args = self.args
+        iteration, part = number // args.accumulate + 1, number % args.accumulate
+        rng = np.random.default_rng([args.seed, iteration])  # the same in every process and part of an iteration
+        shape = args.accumulate, args.batch_size, self.processes
+        indices = rng.integers(self.masks.filled, size=math.prod(shape))
         kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
-            indices = rng.integers(len(self.masks), size=size)
+            indices = rng.integers(len(self.masks), size=math.prod(shape))
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
-        places = range(self.rank, size, self.processes)[part * args.batch_size:(part + 1) * args.batch_size]
-        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # 0 would repeat rng
+        places = np.arange(math.prod(shape)).reshape(shape)[part, :, self.rank].tolist()
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # NumPy ignores a last 0
         return indices[places], kind, corrections, rngs
 
     def __getitem__(self, number):
@@ -607,9 +625,10 @@ class Batches(Dataset):
         indices, kind, corrections, rngs = self.draw(number)
         for index, rng in zip(indices, rngs):
             objects = masks.objects[index]
-            gt_mask = masks.decode(index, objects[rng.permutation(len(objects))[:1]]) if kind != "none" else \
-                masks.labels(index)[None] > 0
-            gt_mask = torch.from_numpy(gt_mask)
+            if kind == "none":
+                gt_mask = torch.from_numpy(masks.labels(index)[None] > 0)  # the union of all objects
+            else:
+                gt_mask = torch.from_numpy(masks.decode(index, objects[rng.permutation(len(objects))[:1]]))
             if self.image_size is not None:
                 try:
                     image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
@@ -674,9 +693,9 @@ class Masks:
             self.left_out += len(numbers) - len(large)
             self.unsampled += len(large) - len(objects)
             self.count += len(objects)
-            if len(objects) or not len(numbers):
+            if len(objects) or not len(numbers):  # not if all objects are too small
                 pixels = labels.ravel()  # kept as runs: np.repeat(values, lengths) gives these pixels back
-                starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))
+                starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))  # ~: another value, so that 0 is a start
                 values, lengths = pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
                 digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes())
                 example = image_path, labels.shape, objects, digest.hexdigest(), (values, lengths)
@@ -742,7 +761,7 @@ def reduce_labels(labels, max_side):
         return labels, 0
     reduced, broken = np.zeros(size, np.uint16), 0
     numbers, areas, boxes = find_objects(labels)
-    for index in np.argsort(-areas, kind="stable")[::-1]:  # the smallest object first
+    for index in np.argsort(areas, kind="stable"):  # the smallest object first
         top, left, bottom, right = boxes[index]
         mask = labels[top:bottom, left:right] == numbers[index]
         rows = slice(top * height // labels.shape[0], -(-bottom * height // labels.shape[0]))
@@ -772,19 +791,21 @@ def count_pieces(mask):
 
 @functools.lru_cache(4)
 def area_weights(full, reduced):
-    """How much of each of `full` pixels of an axis lies in each of `reduced` pixels: float32 reduced x full."""
-    return cv2.resize(np.eye(full, dtype=np.float32), (full, reduced), interpolation=cv2.INTER_AREA)
+    """How much of each of `reduced` pixels of an axis each of `full` pixels covers: float32 reduced x full."""
+    edges, pixels = np.arange(reduced + 1)[:, None] * full / reduced, np.arange(full)
+    overlaps = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return (overlaps.clip(0) * reduced / full).astype(np.float32)
 
 
 def find_objects(labels):
     """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, from its runs."""
     padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
     starts = np.flatnonzero(np.diff(padded, prepend=0))
-    lengths = np.diff(starts, append=len(padded))
-    by_number = np.argsort(padded[starts], kind="stable")  # the runs of an object follow each other
-    runs = by_number[padded[starts[by_number]] > 0]
-    starts, lengths = starts[runs], lengths[runs]
-    numbers, first = np.unique(padded[starts], return_index=True)  # first: the place of an object's first run
+    values, lengths = padded[starts], np.diff(starts, append=len(padded))
+    order = np.argsort(values, kind="stable")  # the runs of an object follow each other ...
+    order = order[values[order] > 0]           # ... without those of the background
+    values, starts, lengths = values[order], starts[order], lengths[order]
+    numbers, first = np.unique(values, return_index=True)
     rows, columns = np.divmod(starts, labels.shape[1] + 1)
     boxes = [np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
              np.maximum.reduceat(rows + 1, first), np.maximum.reduceat(columns + lengths, first)]
@@ -812,16 +833,16 @@ def make_caches(predictor, batches, val_images, args):
     """
     if args.encoder != "frozen":
         return None, FeatureCache(predictor, (0, 0), [], torch.float32, amp=False)  # features change all the time
-    on_device, on_host = free_memory(predictor.device)
-    limits = on_device // 2, on_host // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free_device, free_host = free_memory(predictor.device)
+    limits = free_device // 2, free_host // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.cache_gb is not None:
         limits = tuple(int(min(limit, args.cache_gb * 1e9)) for limit in limits)
     val_cache = FeatureCache(predictor, limits, val_images, torch.float32, False, args)
     if batches.image_size:
         return None, val_cache
-    used = min(len(val_images), val_cache.on_device)
-    used = used, min(len(val_images), val_cache.capacity) - used
-    rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, used)]
+    on_device = min(len(val_images), val_cache.on_device)
+    counts = on_device, min(len(val_images), val_cache.capacity) - on_device
+    rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, counts)]
     return FeatureCache(predictor, rest, first_visits(batches), torch.float16, args.amp, args), val_cache
 
 
@@ -860,8 +881,9 @@ class FeatureCache:
     """
 
     def __init__(self, predictor, limits, visits=(), dtype=torch.float16, amp=True, settings=None):
-        self.predictor, self.dtype, self.amp, self.kept, model = predictor, dtype, amp, {}, predictor.model
-        self.folder, self.limits = settings and settings.cache_dir, limits
+        model = predictor.model
+        self.predictor, self.dtype, self.amp, self.kept, self.limits = predictor, dtype, amp, {}, limits
+        self.folder = settings and settings.cache_dir
         # C, C / 8 and C / 4 channels at the strides 16, 4 and 8: C * S**2 / 64 numbers in all
         self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         self.on_device = limits[0] // self.bytes_per_image  # images
@@ -880,49 +902,58 @@ class FeatureCache:
 
     def __call__(self, images):
         """Features of [(path, (H, W) of its mask), ...]: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
-        device, found = self.predictor.device, []
-        for image in images:
-            encoded = {}
-            # take the next images of `visits` until this one is among them; if `visits` is used up, this one alone
-            while image[0] not in self.kept and image[0] not in encoded:
-                group = [each.result() for each in itertools.islice(self.ahead, self.at_once)] or [self.read(image)]
-                encoded = self.encode(group)
-                for path, levels in encoded.items():
-                    if len(self.kept) < self.capacity:
-                        place = device if len(self.kept) < self.on_device else "cpu"
-                        self.kept[path] = [level.to(place) for level in levels]
-            found.append(encoded.get(image[0]) or self.kept[image[0]])
-        embeddings, *others = (torch.cat([level.to(device, non_blocking=True) for level in levels]).float()
+        found = [self.kept.get(path) or self.encode_up_to(path, size) for path, size in images]
+        embeddings, *others = (torch.cat([to_device(level, self.predictor.device) for level in levels]).float()
                                for levels in zip(*found))
         return {"image_embed": embeddings, "high_res_feats": others}
 
+    def encode_up_to(self, path, size):
+        """Encode the next images of `visits`, until `path` is among them, or it alone after their end; keep what fits.
+
+        Returns the features of `path`.
+        """
+        encoded = {}
+        while path not in encoded:
+            group = [future.result() for future in itertools.islice(self.ahead, self.at_once)]
+            encoded = self.encode(group or [self.read((path, size))])
+            for name, levels in encoded.items():
+                if len(self.kept) < self.capacity:
+                    place = self.predictor.device if len(self.kept) < self.on_device else "cpu"
+                    self.kept[name] = [level.to(place) for level in levels]
+        return encoded[path]
+
     def read(self, image):
-        """(path, file of its features or None, the features in that file or the image as uint8 H x W x 3)."""
+        """(path, file of its features or None, the features in that file or None, image uint8 H x W x 3 or None)."""
         (path, size), entry = image, None
         if self.folder:
             key = self.identity.copy()
             key.update(repr(size).encode() + path.read_bytes())
             entry = Path(self.folder, f"{key.hexdigest()}.npz")
             with contextlib.suppress(Exception), np.load(entry) as stored:  # missing or damaged: many error types
-                return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)]
-        return path, entry, read_reduced(path, size)
+                return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)], None
+        return path, entry, None, read_reduced(path, size)
 
     @torch.no_grad()
     def encode(self, group):
         """{path: [image_embed, stride 4, stride 8]} of what read() gave: each 1 x C x h x w in self.dtype."""
         transforms, device = self.predictor._transforms.transforms, self.predictor.device
-        results = {path: content for path, _, content in group}
-        if new := {path: entry for path, entry, content in group if isinstance(content, np.ndarray)}:
-            images = [torch.from_numpy(results[path]).to(device).permute(2, 0, 1).contiguous() for path in new]
+        results = {path: levels for path, _, levels, _ in group}
+        if new := [(path, entry, image) for path, entry, levels, image in group if levels is None]:
             with mixed_precision(device, self.amp):
-                images = torch.stack([transforms(image.float() / 255) for image in images])
+                images = torch.stack([transforms(torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
+                                                 .float() / 255) for _, _, image in new])
                 features = encode_images(self.predictor, images)
             levels = [level.to(self.dtype).split(1) for level in (features["image_embed"], *features["high_res_feats"])]
-            results.update(zip(new, zip(*levels)))
-        for path, entry in new.items():
-            if entry:
-                write_file(entry, lambda file: np.savez(file, *(each.cpu().numpy() for each in results[path])))  # noqa: B023
+            for number, (path, entry, _) in enumerate(new):
+                results[path] = [level[number] for level in levels]
+                if entry:
+                    write_file(entry, lambda file: np.savez(file, *(each.cpu().numpy() for each in results[path])))  # noqa: B023
         return results
+
+
+def to_device(tensor, device):
+    """Copy a tensor to a device, without waiting on CUDA; on MPS that may read freed memory (PyTorch issue 189690)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def mixed_precision(device, wanted=True):
@@ -949,7 +980,8 @@ class BatchLoss(torch.nn.Module):
 
     def forward(self, batch):
         """(loss, IoU), scalars. Without a prompt, if some images have no object, OBJECT_WEIGHT times the binary
-        cross-entropy of the object score is added. Raises the ImageError that Batches may give for a batch."""
+        cross-entropy of the object score is added, and the IoU of an image without an object is 1 if the object score
+        is negative, else 0. Raises the ImageError that Batches may give for a batch."""
         if isinstance(batch, ImageError):
             raise batch
         args, predictor = self.args, self.predictor
@@ -957,22 +989,22 @@ class BatchLoss(torch.nn.Module):
             if self.cache is not None:
                 features = self.cache([(self.masks.paths[index], self.masks.sizes[index]) for index in batch.indices])
             else:
-                images = batch.images.to(predictor.device, non_blocking=True).float() / 255
+                images = to_device(batch.images, predictor.device).float() / 255
                 images = v2.functional.normalize(images, predictor._transforms.mean, predictor._transforms.std)
                 features = encode_images(predictor, images)
-            low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, [
-                masks[0].numpy() for masks in batch.gt_masks], batch.rngs, batch.corrections)
-        results = torch.stack([torch.stack(image_loss(predictor, *example, args)) for example in zip(
-            low_res_masks.split(1), scores.split(1), batch.gt_masks)])
+            objects = [gt_mask[0].numpy() for gt_mask in batch.gt_masks]
+            low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, objects, batch.rngs,
+                                                     batch.corrections)
+        examples = zip(low_res_masks.split(1), scores.split(1), batch.gt_masks)
+        losses, ious = torch.stack([torch.stack(image_loss(predictor, *each, args)) for each in examples]).unbind(1)
         if batch.kind != "none" or not self.model.knows_absence:
-            return results.mean(0).unbind()
+            return losses.mean(), ious.mean()
         # an image without an object trains only the object score: learning empty masks lowers the IoU elsewhere
-        object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()[:, 0]
-        visible = torch.tensor([float(masks.any()) for masks in batch.gt_masks]).to(object_scores.device)
-        loss = (results[:, 0] * visible).mean() + OBJECT_WEIGHT * torch.nn.functional.binary_cross_entropy_with_logits(
+        object_scores = self.model.sam_mask_decoder.pred_obj_score_head.last.float()[:, 0]  # kept by load_weights()
+        visible = torch.tensor([float(gt_mask.any()) for gt_mask in batch.gt_masks]).to(object_scores.device)
+        loss = (losses * visible).mean() + OBJECT_WEIGHT * torch.nn.functional.binary_cross_entropy_with_logits(
             object_scores, visible)
-        iou = torch.where(visible > 0, results[:, 1], (object_scores < 0).float()).mean()
-        return loss, iou
+        return loss, torch.where(visible > 0, ious, (object_scores < 0).float()).mean()
 
 
 def prompt_kind(kind, number):
@@ -1070,9 +1102,9 @@ def best_masks(predictor, sizes, low_res_masks, scores):
 
 def image_loss(predictor, low_res_masks, scores, gt_masks, args):
     """training_loss of the K prompts on one image, at the size of gt_masks, bool tensor K x H x W."""
-    count = {"first": 1, "all": 3}[args.supervise]  # masks in the loss; the others are not enlarged
+    count = 1 if args.supervise == "first" else 3  # masks in the loss; the others are not enlarged
     logits = predictor._transforms.postprocess_masks(low_res_masks[:, :count], gt_masks.shape[1:])
-    target = gt_masks.to(logits.device, non_blocking=True).float()
+    target = to_device(gt_masks, logits.device).float()
     return training_loss(logits, scores[:, :count].float(), target, args.dice_weight)
 
 
@@ -1099,7 +1131,7 @@ def training_loss(logits, scores, gt_masks, dice_weight=0.0):
 # ---- the image encoder ----
 
 
-def choose_weights(model, args):
+def prepare_weights(model, args):
     """Add what --encoder lora and --grad-checkpointing need, and freeze all weights that --encoder does not train."""
     trunk = model.image_encoder.trunk
     if args.encoder == "lora":
@@ -1149,19 +1181,24 @@ def validate(training):
     "val_specificity": the share of images without any object in which nothing is found. Without validation: {}."""
     share = range(training.rank, len(training.val_masks), training.processes)
     bar = tqdm(share, "검증", leave=False, disable=True if training.rank else None)
-    results = [result for index in bar for result in validate_image(training, index)]
+    results = []
+    for index in bar:
+        if training.is_interrupted():
+            raise KeyboardInterrupt
+        results += validate_image(training, index)
     if training.processes > 1:
         shares = [None] * training.processes
         torch.distributed.all_gather_object(shares, results)
         results = sum(shares, [])
-    columns = zip(("val_loss", "val_iou", "val_dice", "val_specificity"), zip(*results))
-    columns = {name: [value for value in values if value is not None] for name, values in columns}
+    columns = {name: [value for value in values if value is not None] for name, values in zip(
+        ("val_loss", "val_iou", "val_dice", "val_specificity"), zip(*results))}
     return {name: float(np.mean(values)) for name, values in columns.items() if values}
 
 
 @torch.no_grad()
 def validate_image(training, index):
-    """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss at most at MAX_SIDE.
+    """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss, at most at MAX_SIDE, is the
+    mean over those that are decoded together.
 
     Without prompts: of the union of its objects; if there is none: (None, None, None, whether nothing is found).
     """
@@ -1179,8 +1216,11 @@ def validate_image(training, index):
         best = best_masks(predictor, [labels.shape] * len(part), low_res_masks, scores)
         if kind == "none" and nothing_found(predictor.model):
             best[0][:] = False
-        results += [(loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None) if gt_mask.any()
-                    else (None, None, None, not mask.any()) for mask, gt_mask in zip(best, gt_masks)]
+        for mask, gt_mask in zip(best, gt_masks):
+            if gt_mask.any():
+                results.append((loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None))
+            else:
+                results.append((None, None, None, not mask.any()))
     return results
 
 
@@ -1284,7 +1324,9 @@ def restore(training, last):
     training.optimizer.load_state_dict(last["optimizer"])
     if last["scaler"]:  # empty if the earlier run needed no scaler (bfloat16, or another device)
         training.scaler.load_state_dict(last["scaler"])
-    vars(training).update({name: last[name] for name in PROGRESS}, started=time.time() - last["seconds"])
+    for name in PROGRESS:
+        setattr(training, name, last[name])
+    training.started = time.time() - last["seconds"]
 
 
 def save_log(rows, output_dir):

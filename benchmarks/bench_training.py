@@ -88,7 +88,7 @@ def time_iterations(args, checkpoint, pairs):
     plain.model.sam_prompt_encoder.train()
     plain_optimizer = torch.optim.AdamW(plain.model.parameters(), lr=1e-5, weight_decay=4e-5)
     settings = argparse.Namespace(**{**project.CONFIG, "amp": args.amp})
-    project.choose_weights(ours.model, settings)
+    project.prepare_weights(ours.model, settings)
     our_optimizer = project.make_optimizer(ours.model, settings)
     ours.model.sam_mask_decoder.train()
     ours.model.sam_prompt_encoder.train()

@@ -47,7 +47,7 @@ class Learner:
     def __init__(self, predictor, folder, steps=STEPS, lr=LR):
         settings = {**train.CONFIG, **train.IMPROVED, "lr": lr, "encoder_lr": lr, "amp": False}
         self.predictor, self.folder, self.steps, self.args = predictor, Path(folder), steps, Namespace(**settings)
-        train.choose_weights(predictor.model, self.args)
+        train.prepare_weights(predictor.model, self.args)
         self.trained = {name: each for name, each in predictor.model.named_parameters() if each.requires_grad}
         self.initial = self.good = self.copy()
         self.optimizer = train.make_optimizer(predictor.model, self.args)

@@ -86,12 +86,14 @@ def test_validation_without_prompts_equals_compare_models(with_empty, weights):
     done = train(with_empty, weights, "--prompt", "any", "--val-prompt", "none", "--iterations", 6, "--save-every", 3,
                  "--lr", "1e-3", "--batch-size", 2)
     assert "학습 이미지 중 객체가 없는 것 2장" in done.stdout and "검증 이미지 중 객체가 없는 것 2장" in done.stdout
-    last = read_rows(with_empty / "output/train_log.csv")[-1]
+    first, *_, last = read_rows(with_empty / "output/train_log.csv")
     done = run("compare_models.py", *MODEL, "--checkpoint", weights, "--finetuned", "output/sam2_final.pt",
                "--prompt", "none", cwd=with_empty)
     summary = json.loads((with_empty / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["finetuned_iou"] == float(last["val_iou"])
     assert summary["finetuned_specificity"] == float(last["val_specificity"])
+    assert summary["original_iou"] == float(first["val_iou"])  # before training, the object score means nothing
+    assert summary["original_specificity"] == float(first["val_specificity"])
     assert (summary["num_images"], summary["num_objects"]) == (6, 4) and "특이도" in done.stdout
     rows = read_rows(with_empty / "output/comparison/per_image.csv")
     assert [row["object"] for row in rows] == [""] * 4

@@ -3,14 +3,19 @@
 | tests | subject |
 |---|---|
 | scripts | a training step, a validation, a comparison, a prediction |
+| copies | finished before the source is freed |
 | the check itself | what MPS lacks is found |
 """
+
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from as_on_mps import AsOnMPS, operators_that_mps_lacks
 from conftest import ROOT, SMALL_CFG, run
+
+import train_sam2_proper
 
 LACKING = operators_that_mps_lacks()
 
@@ -40,6 +45,17 @@ def test_segmenting_an_image_works_on_mps(data, weights):
                              "data/images/val/pair_100.png", "--point", "40,30", "--box", "10,10,60,50", "--refine", 1,
                              cwd=data)
     assert "aten::convolution" in operators
+
+
+def test_copies_to_mps_are_waited_for():
+    """PyTorch issue 189690: such a copy may read memory that has been freed."""
+    for name, waits in (("cuda", False), ("mps", True), ("cpu", True)):
+        tensor = mock.Mock()
+        train_sam2_proper.to_device(tensor, torch.device(name))
+        tensor.to.assert_called_once_with(torch.device(name), non_blocking=not waits)
+    scripts = [path for folder in (".", "extras", "extras/sam_med3d_ich") for path in (ROOT / folder).glob("*.py")]
+    assert len(scripts) > 20
+    assert not [path for path in scripts if "non_blocking=True" in path.read_text(encoding="utf-8")]
 
 
 def test_float64_and_operators_that_mps_lacks_are_detected():

@@ -294,6 +294,36 @@ def test_a_damaged_image_stops_training_after_saving_and_it_resumes_bit_for_bit(
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
+@pytest.mark.parametrize("happens", ["training.interrupted.append(True)", "raise RuntimeError('CUDA out of memory')"],
+                         ids=["Ctrl-C", "memory"])
+def test_an_interrupted_validation_loses_nothing_and_resume_begins_with_it(data, weights, monkeypatch, happens):
+    """The log and the weights are those of a training that was not interrupted."""
+    arguments = ("--iterations", 4, "--save-every", 2, "--lr", "1e-3")
+    train(data, weights, *arguments, "--output-dir", "whole")
+    during_the_last = f"""
+import contextlib
+def during_validation(bar, *items, close=contextlib.closing):
+    import __main__ as script
+    validate_image = script.validate_image
+    def interrupted(training, index):
+        if training.iteration == 4:
+            {happens}
+        return validate_image(training, index)
+    script.validate_image = interrupted
+    contextlib.closing = close
+    return close(bar)
+contextlib.closing = during_validation"""
+    done = train(data, weights, *arguments, before=during_the_last, code=130 if "append" in happens else 1)
+    assert "4회까지 저장했습니다" in done.stdout and [row["iteration"] for row in read_log(data)] == ["0", "1", "2"]
+    if "memory" in happens:
+        assert_fails_in_one_line(done, "메모리가 부족합니다")
+    train(data, weights, "--resume")
+    logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "output")]
+    assert logs[0] == logs[1]
+    for name in ("sam2_final.pt", "sam2_best.pt"):
+        assert distance(load(data / "whole" / name), load(data / "output" / name)) == 0
+
+
 def test_tensorboard_and_wandb_get_the_log(data, weights):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train(data, weights, "--iterations", 12, "--save-every", 6, "--tensorboard", "--wandb", "polyps",
@@ -1045,7 +1075,8 @@ def test_losses_fetched_together_give_the_same_means_and_a_nan_names_its_iterati
         assert not one_by_one.fetch()
         together.step(iteration)
     assert together.mean is None and len(together.pending) == 5
-    assert together.fetch([True]) and together.mean == one_by_one.mean and not together.pending
+    together.interrupted.append(True)
+    assert together.fetch() and together.mean == one_by_one.mean and not together.pending
     together.step(6)
     together.pending[-1] = together.pending[-1] * float("nan")
     with pytest.raises(SystemExit, match="6회"):

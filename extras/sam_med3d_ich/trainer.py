@@ -72,7 +72,7 @@ class Trainer:
         """The encoder's features in float32. Only the encoder, which takes most of the time, uses mixed precision."""
         mixed = torch.autocast("cuda", self.precision) if self.precision else contextlib.nullcontext()
         with mixed:
-            features = self.model.encode(image.to(self.device, non_blocking=True))
+            features = self.model.encode(image.to(self.device, non_blocking=self.device.startswith("cuda")))
         return features.float()
 
     def click_losses(self, features, mask, generators):
@@ -89,7 +89,7 @@ class Trainer:
     def losses(self, batch, epoch):
         """(mask loss, label loss) of each volume in a batch, [B] each; 0 where a volume has no mask or no label."""
         features = self.encode(batch["image"])
-        mask = batch["mask"].to(self.device, non_blocking=True)
+        mask = batch["mask"].to(self.device, non_blocking=self.device.startswith("cuda"))
         _, logits = self.model.head(features)
         label_loss = label_losses(logits, mask, batch["label"].to(self.device))
         bleeding = mask.flatten(1).any(1)
