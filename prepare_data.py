@@ -618,7 +618,7 @@ def draw_objects(objects, size, merge, name, classes, shape):
     reported; ImageError if none is left. size: (H, W) in the COCO file, 0 if unknown; shape: that of the image, upright
     """
     if any(size) and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
-        raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {size[1]:g}x{size[0]:g}")
+        raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {float(size[1]):g}x{float(size[0]):g}")
     height, width = map(int, size if any(size) else shape)
     rles, values, counts, problem = [], [], Counter(), ""
     for category, segmentation in objects:
