@@ -386,11 +386,12 @@ def read_tags(path):
 def one_page(path, page, folder):
     """Write a page of a TIFF file, counted from 1, to a file in `folder` (page 0: `path`); ImageError if misread."""
     tags = read_tags(path)
-    with contextlib.suppress(TypeError, ValueError):  # damaged tags
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # damaged tags, or not a TIFF file
         bits, channels, note = max(tags.get(258, (1,))), tags.get(277, 1), str(tags.get(270))
         has_alpha, is_planar = (bits, channels) == (8, 2) and tags.get(338) in ((1,), (2,)), tags.get(284) == 2
         is_cut = re.search(r'^images=(?!1$)\d|"truncated": true', note, re.M) and not tags["next"]  # ImageJ above 4 GB
-        if is_cut or tags.get(32997, 1) > 1:
+        is_larger = path.stat().st_size > 2 * tags[256] * tags[257] * channels * bits / 8  # than this one picture
+        if is_cut and is_larger or tags.get(32997, 1) > 1:
             raise ImageError(f"{path}: 스택을 한 장에 담은 TIFF입니다. 여러 장으로 저장하세요")
         if channels > 1 and (is_planar and bits > 8 or tags.get(262, 2) < 2 and bits <= 16 and not has_alpha):
             raise ImageError(f"{path}: 채널을 뒤섞어 읽게 되는 TIFF입니다. 채널마다 (색이면 8비트 RGB로) 저장하세요")
@@ -432,7 +433,7 @@ def read_source_mask(path, page, args, notes, _shape=None):
     brightness = np.atleast_3d(values).max(axis=2)
     if args.threshold is not None or values.ndim == 2 and values.max() == 1:
         return brightness > (args.threshold or 0)
-    is_without_black = brightness.all() and len(np.unique(brightness)) == 2  # 255 may be void
+    is_without_black = 0 < brightness.min() < 8 and len(np.unique(brightness)) == 2  # 1 and 255: which is void?
     if is_label_map(brightness) or is_without_black or values.ndim == 3 and has_several_hues(values):
         fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
              f"--classes, 밝기로 나누려면 --threshold {min(127, brightness.max() // 2)}, 무시할 값은 --void N")
@@ -617,9 +618,9 @@ def draw_objects(objects, size, merge, name, classes, shape):
     `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
     reported; ImageError if none is left. size: (H, W) in the COCO file, 0 if unknown; shape: that of the image, upright
     """
-    if any(size) and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
+    if all(size) and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
         raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {float(size[1]):g}x{float(size[0]):g}")
-    height, width = map(int, size if any(size) else shape)
+    height, width = map(int, size if all(size) else shape)
     rles, values, counts, problem = [], [], Counter(), ""
     for category, segmentation in objects:
         try:

@@ -352,6 +352,7 @@ def train(training, trackers):
     """
     args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
     bar = tqdm(desc="학습", initial=training.iteration, total=args.iterations, disable=True if rank else None)
+    better = False  # whether the model is the best so far and not saved as such yet
     with contextlib.closing(bar), deferred_interrupts(training.processes) as training.interrupted:
         try:
             while True:
@@ -369,6 +370,7 @@ def train(training, trackers):
                     better = validating and iteration > 0 and training.is_best_so_far()
                     if validating and iteration > 0 and rank == 0:
                         save(training, better)
+                    better = False
                 if iteration == args.iterations:
                     break
                 if 0 < args.patience <= training.validations_since_best:
@@ -380,9 +382,11 @@ def train(training, trackers):
             if rank == 0 and training.iteration:
                 if training.pending and training.processes == 1:  # other processes would not join its all_reduce
                     training.fetch()
-                save(training, better=False, unfinished=True)
+                save(training, better, unfinished=True)
             if not isinstance(error, KeyboardInterrupt):
                 raise
+            if not training.iteration:
+                print("아직 학습하지 않아 저장하지 않았습니다.")
             if training.processes > 1:
                 torch.distributed.barrier()  # torchrun ends the others when the first one has ended
             sys.exit(130)
@@ -401,9 +405,9 @@ def log(training, trackers, validating):
         measured = f"IoU {row['val_iou']:.2%}, Dice {row['val_dice']:.2%}" if "val_iou" in row else "없음"
         measured += f", 특이도 {row['val_specificity']:.2%}" if "val_specificity" in row else ""
         tqdm.write(f"[{training.iteration}/{training.args.iterations}] {means}, 검증 {measured}")
-    training.rows.append(row)
     for track in trackers:
         track(row)
+    training.rows.append(row)  # last: if something failed, --resume logs and validates this iteration again
 
 
 @contextlib.contextmanager

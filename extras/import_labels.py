@@ -295,7 +295,8 @@ def read_folders(folder, problems):
             try:
                 with Image.open(path) as file:
                     pixels = np.array(file.convert("L"))
-                    if file.has_transparency_data and np.array(file.convert("RGBA"))[..., 3].min() < 255:
+                    is_transparent = file.mode[-1] in "Aa" or "transparency" in file.info
+                    if is_transparent and np.array(file.convert("RGBA"))[..., 3].min() < 255:
                         raise ValueError("투명한 곳이 있는 마스크 (흑백 PNG로 바꾸세요)")
                 if pixels.shape != size or len(np.unique(pixels)) > 2:
                     raise ValueError("이미지와 크기가 다르거나 값이 둘이 아닌 마스크")
@@ -335,7 +336,7 @@ def read_coco(folder, problems):
                 if image in labels:
                     fail(f"{image}: 라벨이 둘입니다 ({sources[image]}, {name}). 쓸 COCO JSON만 남기세요")
                 split, sources[image] = split_of(path, folder) or split_of(image, folder), name
-                labels[image] = split, size if any(size) else None, own
+                labels[image] = split, size if all(size) else None, own
             if objects:
                 problems.append((name, f"images에 없는 이미지의 객체 {sum(map(len, objects.values()))}개"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -253,7 +253,8 @@ def voc_settings(root):
     for split in ("test", "val", "train"):
         path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         lines = composed(read_text(path)).splitlines() if path.is_file() else ()
-        splits.update({name: split for line in lines for name in (line.strip(' "'), re.sub(r" +-?1 *$", "", line))})
+        splits.update({name: split for line in lines if line.strip()
+                       for name in (line.strip(' "\t'), re.sub(r"\s+-?[01]\s*$", "", line))})
     return names, splits if {"train", "val"} & {*splits.values()} else {}
 
 

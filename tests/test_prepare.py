@@ -1023,6 +1023,10 @@ def test_tiff_channels_and_stacks_that_opencv_misreads_are_refused(tmp_path):
     for name, text in (("d", "ImageJ=1.54f\nimages=5\nslices=5\n"), ("e", '{"shape": [5, 60, 80], "truncated": true}'),
                        ("f", "ImageJ=1.54f\nimages=1\n")):
         Image.fromarray(image).save(tmp_path / f"images/{name}.tif", tiffinfo={270: text})
+        with (tmp_path / f"images/{name}.tif").open("ab") as file:
+            file.write(4 * image.tobytes())  # the other slices
+    for folder, file in (("masks", Image.fromarray(mask)), ("images", Image.fromarray(image))):
+        file.save(tmp_path / f"{folder}/i.tif", tiffinfo={270: "ImageJ=1.54f\nimages=5\n"})  # a page cut off a stack
     slices = [Image.fromarray(image[..., channel]) for channel in range(3)] * 2
     slices[0].save(tmp_path / "images/g.tif", save_all=True, append_images=slices[1:])  # three slices of two channels
     slices[0].save(tmp_path / "masks/g.tif", save_all=True, append_images=slices[1:3])
@@ -1034,7 +1038,7 @@ def test_tiff_channels_and_stacks_that_opencv_misreads_are_refused(tmp_path):
                         ("e.tif", "스택을 한 장에"), ("h.tif", "손상"), ("g_p004.tif", "마스크 없음"),
                         ("g_p001.tif", "장수가 다름: 이미지 6장, 마스크 3장")):
         assert [line for line in done.stdout.splitlines() if f"제외: {name} - " in line and words in line], name
-    assert names(tmp_path / "data/images/train") == ["a.png", "f.png"]
+    assert names(tmp_path / "data/images/train") == ["a.png", "f.png", "i.png"]
 
 
 def test_masks_of_1_and_255_and_16_bit_masks_with_a_gray_edge_are_refused(tmp_path):

@@ -294,34 +294,57 @@ def test_a_damaged_image_stops_training_after_saving_and_it_resumes_bit_for_bit(
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
-@pytest.mark.parametrize("happens", ["training.interrupted.append(True)", "raise RuntimeError('CUDA out of memory')"],
-                         ids=["Ctrl-C", "memory"])
-def test_an_interrupted_validation_loses_nothing_and_resume_begins_with_it(data, weights, monkeypatch, happens):
-    """The log and the weights are those of a training that was not interrupted."""
-    arguments = ("--iterations", 4, "--save-every", 2, "--lr", "1e-3")
-    train(data, weights, *arguments, "--output-dir", "whole")
-    during_the_last = f"""
+def during_the_validation_of_iteration_4(happens):
+    """Code for run(before=...) that runs `happens` in the middle of a validation."""
+    return f"""
 import contextlib
-def during_validation(bar, *items, close=contextlib.closing):
+def before_the_first_step(bar, close=contextlib.closing):
     import __main__ as script
     validate_image = script.validate_image
-    def interrupted(training, index):
+    def validate_and_more(training, index):
         if training.iteration == 4:
             {happens}
         return validate_image(training, index)
-    script.validate_image = interrupted
-    contextlib.closing = close
+    script.validate_image, contextlib.closing = validate_and_more, close
     return close(bar)
-contextlib.closing = during_validation"""
-    done = train(data, weights, *arguments, before=during_the_last, code=130 if "append" in happens else 1)
+contextlib.closing = before_the_first_step"""
+
+
+@pytest.mark.parametrize("happens, code", [("training.interrupted.append(True)", 130),
+                                           ("raise RuntimeError('CUDA out of memory')", 1)], ids=["Ctrl-C", "memory"])
+def test_an_interrupted_validation_loses_nothing_and_resume_begins_with_it(data, weights, happens, code):
+    """The log and the weights are those of a training that was not interrupted."""
+    arguments = ("--iterations", 4, "--save-every", 2, "--lr", "1e-3")
+    train(data, weights, *arguments, "--output-dir", "whole")
+    done = train(data, weights, *arguments, before=during_the_validation_of_iteration_4(happens), code=code)
     assert "4회까지 저장했습니다" in done.stdout and [row["iteration"] for row in read_log(data)] == ["0", "1", "2"]
-    if "memory" in happens:
+    if code == 1:
         assert_fails_in_one_line(done, "메모리가 부족합니다")
     train(data, weights, "--resume")
     logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("whole", "output")]
     assert logs[0] == logs[1]
     for name in ("sam2_final.pt", "sam2_best.pt"):
         assert distance(load(data / "whole" / name), load(data / "output" / name)) == 0
+
+
+def test_a_best_model_that_cannot_be_written_is_not_claimed_by_sam2_last(data, weights):
+    refused = """
+import pathlib
+def replace(self, target, original=pathlib.Path.replace):
+    if target.name == "sam2_best.pt":
+        raise OSError(28, "No space left on device", str(target))
+    return original(self, target)
+pathlib.Path.replace = replace"""
+    done = train(data, weights, "--iterations", 2, before=refused, code=1)
+    assert_fails_in_one_line(done, "sam2_best.pt", "No space left")
+    assert not (data / "output/sam2_last.pt").exists()
+
+
+def test_a_row_that_a_tracker_refuses_is_logged_again(data, weights, monkeypatch):
+    training = make_training(data, weights, monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        train_sam2_proper.log(training, [lambda row: 1 / 0], validating=True)
+    assert not training.rows
 
 
 def test_tensorboard_and_wandb_get_the_log(data, weights):
