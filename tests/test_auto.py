@@ -72,6 +72,8 @@ def test_an_image_without_an_object_trains_only_the_object_score(with_empty, wei
     monkeypatch.setattr(sys, "argv", ["train", *map(str, MODEL), "--checkpoint", str(weights), "--prompt", "none",
                                       "--batch-size", "2"])
     training = train_sam2_proper.Training(train_sam2_proper.parse_args(), "cpu")
+    assert training.teaches_absence and not training.model.knows_absence  # before the first step
+    training.model.knows_absence = True
     masks = [torch.from_numpy(training.masks.labels(index)[None] > 0) for index in (6, 7)]  # the empty ones
     loss, iou = training.batch_loss(train_sam2_proper.Batch([6, 7], "none", 0, [None, None], masks))
     scores = training.model.sam_mask_decoder.pred_obj_score_head.last[:, 0]
