@@ -618,9 +618,9 @@ def draw_objects(objects, size, merge, name, classes, shape):
     `merge`, or for one object without classes, returns the union, bool H x W. Invalid segmentations are skipped and
     reported; ImageError if none is left. size: (H, W) in the COCO file, 0 if unknown; shape: that of the image, upright
     """
-    if all(size) and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
+    if any(size) and [*size] not in ([*shape], [*shape[::-1]]):  # reversed: of an image before its EXIF turn
         raise ImageError(f"크기가 다름: 이미지 {shape[1]}x{shape[0]}, COCO 파일 {float(size[1]):g}x{float(size[0]):g}")
-    height, width = map(int, size if all(size) else shape)
+    height, width = map(int, size if any(size) else shape)
     rles, values, counts, problem = [], [], Counter(), ""
     for category, segmentation in objects:
         try:

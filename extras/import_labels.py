@@ -336,7 +336,7 @@ def read_coco(folder, problems):
                 if image in labels:
                     fail(f"{image}: 라벨이 둘입니다 ({sources[image]}, {name}). 쓸 COCO JSON만 남기세요")
                 split, sources[image] = split_of(path, folder) or split_of(image, folder), name
-                labels[image] = split, size if all(size) else None, own
+                labels[image] = split, size if any(size) else None, own
             if objects:
                 problems.append((name, f"images에 없는 이미지의 객체 {sum(map(len, objects.values()))}개"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
