@@ -61,7 +61,7 @@ UPLOAD_PREFIX = re.compile(r"^(?=\d*[a-f])[0-9a-f]{8}-")  # Label Studio adds it
 AUGMENTED = re.compile(r"\.rf\.\w+(?=\.\w+$)")  # Roboflow's copies of NAME.jpg are NAME_jpg.rf.HASH.jpg
 IMPORT = "YOLO, LabelMe, VOC 같은 다른 도구의 라벨: python extras/import_labels.py --dataset DIR"
 NOTES = {  # messages about changes to some files, by the key under which they are collected
-    "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive도 train/ 옆의 test/와, train/과 val/의 밖은 읽지 않음)",
+    "unread": "하위 폴더 {:,}개는 읽지 않고 둡니다 (--recursive로 읽음. train/ 옆의 test/, train/과 val/의 밖은 제외)",
     "suffixes": "이름의 끝이 --mask-suffix나 --image-suffix와 다른 파일 {:,}개는 쓰지 않았습니다",
     "ungrouped": "--group에 맞지 않는 이미지 {:,}장은 한 장씩 따로 묶음이 됩니다",
     "no_background": "마스크 {:,}장에 배경(0, 검은색)이 없습니다. 배경으로 쓸 값을 --void로 지정하세요",
@@ -80,6 +80,7 @@ NOTES = {  # messages about changes to some files, by the key under which they a
     "turned": "EXIF 방향대로 이미지 {:,}장의 마스크를 돌렸습니다 (돌리기 전의 픽셀에 그린 마스크)",
     "either": "EXIF 방향이 있는 이미지 {:,}장은 마스크의 방향을 알 수 없어 그대로 씁니다. --preview로 확인하세요",
 }
+TIFF_TAGS = (256, 257, 258, 262, 270, 277, 284, 305, 338, 32997)  # width ... samples ... software ... image depth
 COLOR_AND_DEPTH = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH  # of the file, without alpha, upright
 MAX_SIDE, MIN_FOREGROUND = 1024, 100  # train_sam2_proper.py reduces larger images, then skips objects of fewer pixels
 MAX_CLASSES, MAX_NUMBER = 64, 999  # what 1000 * class + number has room for
@@ -208,9 +209,10 @@ def prepare(args):
 def collect_pairs(args, problems, notes):
     """The pairs of the command line: ([Pair], [[source file, CRC-32]], {class name: number in the masks})."""
     pairs, sources, classes = [], set(), {}
-    parts = [("train" if args.val_images else "all", args.images, args.masks, args.coco),
-             ("val", args.val_images, args.val_masks, args.val_coco)]
-    for split, images, masks, coco in parts[:1 + bool(args.val_images)]:
+    parts = [("all", args.images, args.masks, args.coco)]
+    if args.val_images:
+        parts = [("train", *parts[0][1:]), ("val", args.val_images, args.val_masks, args.val_coco)]
+    for split, images, masks, coco in parts:
         if args.data_dir.resolve() in (images.resolve(), *images.resolve().parents):
             fail(f"--images가 결과 폴더 {args.data_dir} 안에 있습니다. 원본은 다른 폴더에 두세요")
         find = partial(pairs_from_coco, coco, classes) if coco else partial(pairs_from_masks, masks)
@@ -230,7 +232,10 @@ def collect_pairs(args, problems, notes):
 
 
 def files_to_replace(target, record):
-    """The files of an earlier run, {path: CRC-32}; None if `record` describes them. Fails if a file was edited."""
+    """The files in data/ that an earlier run wrote, {path: CRC-32}; None if they are what `record` describes.
+
+    Fails if a file was added or edited by hand.
+    """
     earlier, files = {}, checksums(target)
     with contextlib.suppress(OSError, ValueError, TypeError):
         earlier = dict(json.loads((target / "split.json").read_text(encoding="utf-8")))
@@ -309,9 +314,10 @@ def pairs_from_masks(masks, images, split, args, problems, notes):
     if images.resolve() != masks.resolve():
         image_files, mask_files = find(images, skip=masks.resolve()), find(masks, skip=images.resolve())
     elif args.mask_suffix:
-        image_files, mask_files = files = [], []
+        image_files, mask_files = [], []
         for name, path in find(images):
-            files[composed(path.stem).endswith(composed(args.mask_suffix))].append((name, path))
+            is_mask = composed(path.stem).endswith(composed(args.mask_suffix))
+            (mask_files if is_mask else image_files).append((name, path))
     else:
         fail(f"--images와 --masks가 같은 폴더입니다: {images}. 마스크를 다른 폴더로 옮기거나 --mask-suffix를 주세요")
     pairs = pair_by_stem(image_files, mask_files, problems, notes, args.image_suffix, args.mask_suffix)
@@ -336,7 +342,8 @@ def pair_by_stem(image_files, mask_files, problems, notes, image_suffix="", mask
             if not key.endswith(composed(suffix)):
                 notes["suffixes"].append((name, 1))
                 continue
-            for page in (pages := tiff_pages(path)):
+            pages = tiff_pages(path)
+            for page in pages:
                 mark = f"_p{page:03}" if page else ""
                 files_of_key = found[key.removesuffix(composed(suffix)) + mark]
                 files_of_key[part].append((f"{stem}{mark}{path.suffix}", (path, page), len(pages)))
@@ -373,28 +380,46 @@ def tiff_pages(path):
 
 
 def read_tags(path):
-    """The tags of the first page of a TIFF file, {number: value}, even if Pillow cannot open it; {} for other files."""
-    with contextlib.suppress(Exception), path.open("rb") as file:
+    """TIFF_TAGS of the first page of a TIFF file, {number: value}, even if Pillow cannot open it; {} for other files.
+
+    Raises ImageError if they are damaged. "next" is the place of the second page, 0 if there is none.
+    """
+    with path.open("rb") as file:
         head = file.read(8)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8) if 43 in head[2:4] else head)  # 43: BigTIFF
-        file.seek(tags.next)
-        tags.load(file)
-        return {**tags, "next": tags.next}  # 0: the only page
-    return {}
+        if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):  # the last one is BigTIFF
+            return {}
+        try:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8) if head[2] == 43 else head)
+            file.seek(tags.next)
+            tags.load(file)
+            return {**{number: tags[number] for number in TIFF_TAGS if number in tags}, "next": tags.next}
+        except Exception:  # Pillow raises many types for damaged tags
+            raise ImageError(f"{path}: 손상된 TIFF입니다") from None
+
+
+def check_tiff(path):
+    """ImageError if OpenCV would mix up the channels of a TIFF file, or see only the first picture of its page."""
+    tags = read_tags(path)
+    if not tags:
+        return
+    try:
+        bits, channels, note = max(tags.get(258, (1,))), tags.get(277, 1), str(tags.get(270))
+        has_alpha, is_planar = (bits, channels) == (8, 2) and tags.get(338) in ((1,), (2,)), tags.get(284) == 2
+        is_larger = path.stat().st_size > 2 * tags[256] * tags[257] * channels * bits / 8  # than one picture
+        is_stack = is_larger and not tags["next"] and re.search(r'^images=(?!1$)\d|"truncated": true', note, re.M)
+        is_stack = is_stack or tags.get(32997, 1) > 1
+        is_mixed = channels > 1 and (is_planar and bits > 8 or tags.get(262, 2) < 2 and bits <= 16 and not has_alpha)
+    except (KeyError, TypeError):  # width or height is missing; several numbers in place of one
+        raise ImageError(f"{path}: 손상된 TIFF입니다") from None
+    if is_stack:  # ImageJ writes it so above 4 GB
+        raise ImageError(f"{path}: 스택을 한 장에 담은 TIFF입니다. 여러 장으로 저장하세요")
+    if is_mixed:
+        raise ImageError(f"{path}: 채널을 뒤섞어 읽게 되는 TIFF입니다. 채널마다 (색이면 8비트 RGB로) 저장하세요")
 
 
 def one_page(path, page, folder):
-    """Write a page of a TIFF file, counted from 1, to a file in `folder` (page 0: `path`); ImageError if misread."""
-    tags = read_tags(path)
-    with contextlib.suppress(TypeError, ValueError, KeyError):  # damaged tags, or not a TIFF file
-        bits, channels, note = max(tags.get(258, (1,))), tags.get(277, 1), str(tags.get(270))
-        has_alpha, is_planar = (bits, channels) == (8, 2) and tags.get(338) in ((1,), (2,)), tags.get(284) == 2
-        is_cut = re.search(r'^images=(?!1$)\d|"truncated": true', note, re.M) and not tags["next"]  # ImageJ above 4 GB
-        is_larger = path.stat().st_size > 2 * tags[256] * tags[257] * channels * bits / 8  # than this one picture
-        if is_cut and is_larger or tags.get(32997, 1) > 1:
-            raise ImageError(f"{path}: 스택을 한 장에 담은 TIFF입니다. 여러 장으로 저장하세요")
-        if channels > 1 and (is_planar and bits > 8 or tags.get(262, 2) < 2 and bits <= 16 and not has_alpha):
-            raise ImageError(f"{path}: 채널을 뒤섞어 읽게 되는 TIFF입니다. 채널마다 (색이면 8비트 RGB로) 저장하세요")
+    """Write a page of a TIFF file, counted from 1, to a file in `folder`; returns `path` for page 0. See check_tiff."""
+    check_tiff(path)
     if not page:
         return path
     stack = np.memmap(path, np.uint8, "r")  # not read as a whole for each page
@@ -431,8 +456,10 @@ def read_source_mask(path, page, args, notes, _shape=None):
             notes["no_background"].append((path.name, 1))
         return labels > 0 if args.merge else labels
     brightness = np.atleast_3d(values).max(axis=2)
-    if args.threshold is not None or values.ndim == 2 and values.max() == 1:
-        return brightness > (args.threshold or 0)
+    if args.threshold is not None:
+        return brightness > args.threshold
+    if values.ndim == 2 and values.max() == 1:
+        return values > 0
     is_without_black = 0 < brightness.min() < 8 and len(np.unique(brightness)) == 2  # 1 and 255: which is void?
     if is_label_map(brightness) or is_without_black or values.ndim == 3 and has_several_hues(values):
         fail(f"{path}: 127보다 밝은 곳이 객체 하나인 마스크가 아닙니다. 값이나 색마다 객체면 --numbered, 클래스면 "
@@ -507,7 +534,7 @@ def to_labels(values, classes=False):
     labels = labels.astype(np.uint16)
     between = (cv2.erode(labels, np.ones((3, 3))) < labels) & (labels < cv2.dilate(labels, np.ones((3, 3))))
     found, elsewhere = np.unique(labels), np.unique(labels[~between])
-    is_white = labels.max() == 65535 and found[found > 0][0] > 255 and len(elsewhere) < len(found)  # with a gray edge
+    is_white = labels.max() == 65535 and found[found > 0][0] > 255 and len(elsewhere) < len(found)  # with a grey edge
     if is_white or len(found) > 8 and len(elsewhere) < len(found) / 2:  # most values occur only on gradients
         raise ImageError("번호가 아니라 밝기나 번진 색인 마스크 (밝기로 나누려면 --threshold N)")
     if classes:
@@ -701,10 +728,10 @@ def write_pairs(pairs, problems, staging, args, notes):
         is_own = path.suffix.lower() in KEPT_AS_IS and not is_flattened
         name = stem + (path.suffix if is_own else ".png")
         mask = mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
-        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else image[..., ::-1]),
-                              (staging / "masks" / f"{stem}.png", mask)):
+        for file, content in ((staging / "images" / name, path.read_bytes() if is_own else as_png(image[..., ::-1])),
+                              (staging / "masks" / f"{stem}.png", as_png(mask))):
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content if type(content) is bytes else cv2.imencode(".png", content)[1].tobytes())
+            file.write_bytes(content)
         found = re.search(args.group, pair.name.partition("/")[2]) if args.group else None
         group = found and (found[min(1, found.re.groups)] or found[0])
         notes["white"] += [(path.name, 1)] * is_flattened
@@ -736,8 +763,12 @@ def read_transparent(path, page):
 
 
 def fit_to_image(mask, image_path, shape, notes, allow_empty=False):
-    """The mask, turned if it fits only an image's stored pixels; ImageError if unusable. shape: (H, W), upright."""
-    turned = turn(mask, orientation := read_orientation(image_path))
+    """The mask, fitted to an image of (H, W) `shape`; ImageError if it cannot be used.
+
+    If the image has an EXIF orientation and the mask fits only its stored pixels, the mask is turned as well.
+    """
+    orientation = read_orientation(image_path)
+    turned = turn(mask, orientation)
     if orientation > 1 and turned.shape == shape:
         notes["either" if mask.shape == shape else "turned"].append((image_path.name, 1))
         mask = mask if mask.shape == shape else turned
@@ -781,8 +812,16 @@ def same_images(contents):
     return [names for names in found.values() if len(names) > 1]
 
 
+def as_png(image):
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
 def split_names(groups, val_ratio, shuffle_seed):
-    """Split {name: group} into {"train": [...], "val": [...]} between two sorted or shuffled groups, near val_ratio."""
+    """Split {name: group} into {"train": [...], "val": [...]}: sorted by group, the first part to train.
+
+    With a shuffle_seed the sorted groups are shuffled first. The cut is the one between two groups that is nearest to
+    val_ratio.
+    """
     order = sorted(set(groups.values()))
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(order)
@@ -970,7 +1009,7 @@ def preview(data_dir, rows, count):
         if not row.name.isascii():  # OpenCV draws no other letters
             print(f"  {place + 1}: {row.name}")
     path = data_dir / "preview.png"
-    write_file(path, cv2.imencode(".png", sheet)[1].tobytes())
+    write_file(path, as_png(sheet))
     print(f"저장: {path} ({count}쌍)")
 
 

@@ -352,7 +352,6 @@ def train(training, trackers):
     """
     args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
     bar = tqdm(desc="학습", initial=training.iteration, total=args.iterations, disable=True if rank else None)
-    better = False  # whether the model is the best so far and not saved as such yet
     with contextlib.closing(bar), deferred_interrupts(training.processes) as training.interrupted:
         try:
             while True:
@@ -364,13 +363,14 @@ def train(training, trackers):
                     bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
                     if stopping:
                         raise KeyboardInterrupt
-                logged = training.rows[-1]["iteration"] if training.rows else -1 if training.val_masks else 0
+                # without validation images, there is nothing to log before the first iteration
+                logged = training.rows[-1]["iteration"] if training.rows else -bool(training.val_masks)
                 if logging and logged < iteration:
                     log(training, trackers, validating)
-                    better = validating and iteration > 0 and training.is_best_so_far()
-                    if validating and iteration > 0 and rank == 0:
-                        save(training, better)
-                    better = False
+                    if validating and iteration > 0:
+                        better = training.is_best_so_far()
+                        if rank == 0:
+                            save(training, better)
                 if iteration == args.iterations:
                     break
                 if 0 < args.patience <= training.validations_since_best:
@@ -382,7 +382,7 @@ def train(training, trackers):
             if rank == 0 and training.iteration:
                 if training.pending and training.processes == 1:  # other processes would not join its all_reduce
                     training.fetch()
-                save(training, better, unfinished=True)
+                save(training, better=training.best_iteration == training.iteration, unfinished=True)
             if not isinstance(error, KeyboardInterrupt):
                 raise
             if not training.iteration:
@@ -485,7 +485,8 @@ class Training:
 
     def step(self, iteration):
         """One step of the optimizer; the loss and the IoU stay on the device until fetch() gets them."""
-        args, total, self.model.knows_absence = self.args, 0, self.teaches_absence
+        args, total = self.args, 0
+        self.model.knows_absence = self.teaches_absence  # not before: the original model is validated as it is
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * learning_rate_factor(args, iteration)
         for number in range(1, args.accumulate + 1):
@@ -592,7 +593,7 @@ class Batch(NamedTuple):
     indices: np.ndarray                 # of the images in Masks
     kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
-    rngs: list                          # a Generator for each image: drew its object and view, will draw its prompt
+    rngs: list                          # a Generator for each image, used for object and augmentation, then the prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
     images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
 
@@ -614,13 +615,14 @@ class Batches(Dataset):
         iteration, part = number // args.accumulate + 1, number % args.accumulate
         rng = np.random.default_rng([args.seed, iteration])  # the same in every process and part of an iteration
         shape = args.accumulate, args.batch_size, self.processes
-        indices = rng.integers(self.masks.filled, size=math.prod(shape))
+        size = math.prod(shape)
+        indices = rng.integers(self.masks.filled, size=size)
         kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
-            indices = rng.integers(len(self.masks), size=math.prod(shape))
+            indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
-        places = np.arange(math.prod(shape)).reshape(shape)[part, :, self.rank].tolist()
-        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # NumPy ignores a last 0
+        places = np.arange(size).reshape(shape)[part, :, self.rank].tolist()
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # + 0 would repeat rng
         return indices[places], kind, corrections, rngs
 
     def __getitem__(self, number):
@@ -773,7 +775,7 @@ def reduce_labels(labels, max_side):
         if mask.size > labels.size // 8:
             coverage = cv2.resize((labels == numbers[index]).astype(np.float32), (width, height),
                                   interpolation=cv2.INTER_AREA)[rows, columns]
-        else:  # the same result, faster for small objects
+        else:  # equal within 0.001, faster for small objects
             coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
                 @ area_weights(labels.shape[1], width)[columns, left:right].T
         pieces, area, place = count_pieces(mask), coverage.sum(), reduced[rows, columns]

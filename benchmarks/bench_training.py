@@ -90,8 +90,6 @@ def time_iterations(args, checkpoint, pairs):
     settings = argparse.Namespace(**{**project.CONFIG, "amp": args.amp})
     project.prepare_weights(ours.model, settings)
     our_optimizer = project.make_optimizer(ours.model, settings)
-    ours.model.sam_mask_decoder.train()
-    ours.model.sam_prompt_encoder.train()
     on_cuda = torch.device(device).type == "cuda"
     half = on_cuda and args.amp and project.autocast_dtype() == torch.float16
     scaler = torch.amp.GradScaler("cuda", enabled=half)

@@ -259,7 +259,7 @@ def voc_settings(root):
 
 
 def read_indices(path):
-    """The indices of a palette or gray PNG, int32 H x W; ValueError for other files and masks of one object."""
+    """The indices of a palette or grey PNG, int32 H x W; ValueError for other files and masks of one object."""
     with Image.open(path) as file:
         if file.format != "PNG" or file.mode not in ("P", "L", "I", "I;16"):
             raise ValueError(f"팔레트 PNG가 아님 ({file.format}, {file.mode}; 색이면 prepare_data.py --masks --colors)")

@@ -248,7 +248,7 @@ class Window:
         key = (event.key or "").lower()  # None for a key without a name; lower case also with Caps Lock
         key = KOREAN_KEYBOARD.get(key, key)
         if key in plt.rcParams["keymap.quit"]:
-            self.act(partial(self.close), False)
+            self.act(partial(self.close), False)  # after the clicks and keys that still wait
         elif key == "0":
             self.set_view()
         elif key == "h":

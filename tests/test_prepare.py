@@ -1032,16 +1032,18 @@ def test_tiff_channels_and_stacks_that_opencv_misreads_are_refused(tmp_path):
     slices[0].save(tmp_path / "masks/g.tif", save_all=True, append_images=slices[1:3])
     write_image(tmp_path / "masks/h.png", mask)
     (tmp_path / "images/h.tif").write_bytes(deep[:len(deep) // 2])
+    write_image(tmp_path / "masks/j.png", mask)
+    (tmp_path / "images/j.tif").write_bytes(deep[:6])  # ends within the header, of which Pillow raises struct.error
     done = prepare_masks(tmp_path, "--threshold", "127", "--val-ratio", "0")
     assert "Warning" not in done.stderr  # by Pillow
     for name, words in (("b.tif", "채널을 뒤섞어"), ("c.tif", "채널을 뒤섞어"), ("d.tif", "스택을 한 장에"),
-                        ("e.tif", "스택을 한 장에"), ("h.tif", "손상"), ("g_p004.tif", "마스크 없음"),
+                        ("e.tif", "스택을 한 장에"), ("h.tif", "손상"), ("j.tif", "손상"), ("g_p004.tif", "마스크 없음"),
                         ("g_p001.tif", "장수가 다름: 이미지 6장, 마스크 3장")):
         assert [line for line in done.stdout.splitlines() if f"제외: {name} - " in line and words in line], name
     assert names(tmp_path / "data/images/train") == ["a.png", "f.png", "i.png"]
 
 
-def test_masks_of_1_and_255_and_16_bit_masks_with_a_gray_edge_are_refused(tmp_path):
+def test_masks_of_1_and_255_and_16_bit_masks_with_a_grey_edge_are_refused(tmp_path):
     image, mask = draw_pair(0)
     write_image(tmp_path / "images/a.png", image)
     write_image(tmp_path / "masks/a.png", np.where(mask > 0, 1, 255).astype(np.uint8))  # 255: void
