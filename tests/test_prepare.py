@@ -1037,8 +1037,8 @@ def test_tiff_channels_and_stacks_that_opencv_misreads_are_refused(tmp_path):
     done = prepare_masks(tmp_path, "--threshold", "127", "--val-ratio", "0")
     assert "Warning" not in done.stderr  # by Pillow
     for name, words in (("b.tif", "채널을 뒤섞어"), ("c.tif", "채널을 뒤섞어"), ("d.tif", "스택을 한 장에"),
-                        ("e.tif", "스택을 한 장에"), ("h.tif", "손상"), ("j.tif", "손상"), ("g_p004.tif", "마스크 없음"),
-                        ("g_p001.tif", "장수가 다름: 이미지 6장, 마스크 3장")):
+                        ("e.tif", "스택을 한 장에"), ("h.tif", "손상"), ("j.tif", "손상"),
+                        ("g_p004.tif", "마스크 없음"), ("g_p001.tif", "장수가 다름: 이미지 6장, 마스크 3장")):
         assert [line for line in done.stdout.splitlines() if f"제외: {name} - " in line and words in line], name
     assert names(tmp_path / "data/images/train") == ["a.png", "f.png", "i.png"]
 
