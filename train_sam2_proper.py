@@ -283,14 +283,13 @@ def print_setup(training):
     """Print the device, the data, the trained weights and the cache."""
     args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
     cache, val_cache = training.cache, training.val_cache
-    broken = f", {MAX_SIDE}픽셀로 줄이면 절반 넘게 사라지거나 조각나는 객체 {masks.broken}개" if masks.broken else ""
     unsampled = f" (이미지마다 {args.max_objects}개까지만 검증하므로 제외한 객체 {val_masks.unsampled}개)" \
         if val_masks.unsampled else ""
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
                "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
     print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
-          f"{masks.left_out}개{broken}), 검증 {len(val_masks)}장, 객체 {val_masks.count}개{unsampled}")
+          f"{masks.left_out}개), 검증 {len(val_masks)}장, 객체 {val_masks.count}개{unsampled}")
     for name, each, prompts in (("학습", masks, args.prompt), ("검증", val_masks, args.val_prompt)):
         if each.empty:
             print(f"{name} 이미지 중 객체가 없는 것 {each.empty}장: 프롬프트가 없을 때만 쓰므로 "
@@ -631,10 +630,8 @@ class Batches(Dataset):
         indices, kind, corrections, rngs = self.draw(number)
         for index, rng in zip(indices, rngs):
             objects = masks.objects[index]
-            if kind == "none":
-                gt_mask = torch.from_numpy(masks.labels(index)[None] > 0)  # the union of all objects
-            else:
-                gt_mask = torch.from_numpy(masks.decode(index, objects[rng.permutation(len(objects))[:1]]))
+            number = None if kind == "none" else objects[rng.permutation(len(objects))[0]]
+            gt_mask = torch.from_numpy(masks.reduced(index, number))[None]
             if self.image_size is not None:
                 try:
                     image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
@@ -679,48 +676,59 @@ def ignore_interrupts(_worker):
 class Masks:
     """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
 
-    Masks are reduced to max_side, which damages `broken` objects. Skipped: objects below min_foreground pixels
-    (`left_out`), all but a sample of max_objects in an image (`unsampled`), and the `empty` images, whose masks are
-    black, unless keep_empty: then they come after the `filled` images. For each image: its path in `paths`, (H, W)
-    of its mask in `sizes`, the numbers of its objects in `objects` (`count` in all), the hash of its mask in `hashes`.
+    max_side: of images and masks in training, in pixels. Skipped: objects that then have fewer than min_foreground
+    pixels (`left_out`), all but a sample of max_objects in an image (`unsampled`), and the `empty` images, whose masks
+    are black, unless keep_empty: then they come after the `filled` images. For each image: its path in `paths`, (H, W)
+    of its mask in `shapes` and, reduced to max_side, in `sizes`, the numbers of its objects in `objects` (`count` in
+    all), the hash of its mask in `hashes`.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None, keep_empty=False):
-        self.left_out = self.broken = self.unsampled = self.count = 0
+        self.left_out = self.unsampled = self.count = 0
         filled, empty = [], []
         for image_path, mask_path in tqdm(pairs, "마스크 읽기", disable=None, leave=False):
             labels = read_mask(mask_path)
             check_header(image_path, labels.shape)
-            labels, broken = reduce_labels(labels, max_side)
-            numbers, areas, _ = find_objects(labels)
-            large = numbers[areas >= min_foreground]
+            size = reduced_size(labels.shape, max_side)
+            values, lengths = runs = run_lengths(labels)
+            areas = np.bincount(values, lengths) * math.prod(size) / labels.size  # of all numbers, reduced
+            areas[0] = 0  # the background
+            large = np.flatnonzero(areas >= min_foreground).astype(np.uint16)
             objects = sample_objects(large, max_objects)
-            self.broken += broken
-            self.left_out += len(numbers) - len(large)
+            self.left_out += np.count_nonzero(areas) - len(large)
             self.unsampled += len(large) - len(objects)
             self.count += len(objects)
-            if len(objects) or not len(numbers):  # not if all objects are too small
-                pixels = labels.ravel()  # kept as runs: np.repeat(values, lengths) gives these pixels back
-                starts = np.flatnonzero(np.diff(pixels, prepend=~pixels[:1]))  # ~: another value, so that 0 is a start
-                values, lengths = pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
-                digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes())
-                example = image_path, labels.shape, objects, digest.hexdigest(), (values, lengths)
+            if len(objects) or not areas.any():  # not if all objects are too small
+                digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes()).hexdigest()
+                example = image_path, labels.shape, size, objects, digest, runs
                 (filled if len(objects) else empty).append(example)
         self.filled, self.empty = len(filled), len(empty)
         kept = filled + empty * keep_empty
-        self.paths, self.sizes, self.objects, self.hashes, self.runs = zip(*kept) if kept else ((),) * 5
+        self.paths, self.shapes, self.sizes, self.objects, self.hashes, self.runs = zip(*kept) if kept else ((),) * 6
 
     def __len__(self):
         return len(self.paths)
 
     def labels(self, index):
         """The numbered mask of the index-th image: uint16 H x W."""
-        return np.repeat(*self.runs[index]).reshape(self.sizes[index])
+        return np.repeat(*self.runs[index]).reshape(self.shapes[index])
 
-    def decode(self, index, numbers=None):
-        """Masks of the objects of these numbers (all, by default) of the index-th image: bool N x H x W."""
-        numbers = self.objects[index] if numbers is None else np.asarray(numbers)
-        return self.labels(index) == numbers[:, None, None]
+    def decode(self, index):
+        """The masks of all objects of the index-th image: bool N x H x W."""
+        return self.labels(index) == self.objects[index][:, None, None]
+
+    def reduced(self, index, number=None):
+        """One object's mask or, without a number, the union of all, reduced to max_side: bool H x W."""
+        labels = self.labels(index)
+        return reduce_mask(labels > 0 if number is None else labels == number, self.sizes[index])
+
+
+def run_lengths(labels):
+    """Values and lengths of the runs of equal pixels, in row-major order: np.repeat(values, lengths) is labels.ravel().
+    """
+    pixels = labels.ravel()
+    starts = np.append(0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1)
+    return pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
 
 
 def check_header(path, shape):
@@ -755,67 +763,17 @@ def reduced_size(shape, max_side):
     return tuple(max(1, round(side * scale)) for side in shape[:2])
 
 
-def reduce_labels(labels, max_side):
-    """Shrink a numbered mask (uint16 H x W) so that the longer side is at most max_side pixels; never enlarge.
+def reduce_mask(mask, size):
+    """Reduce a mask (bool H x W) to `size`; a broad object keeps its area, and a thin line is neither lost nor broken.
 
-    An object gets the pixels that it covers by at least a half, a thin one by at least a quarter or an eighth; those
-    that two objects share go to the smaller one.
-    Returns: the reduced mask, and the number of objects that lose more than half of their area or break into pieces.
+    The object gets the pixels that it covers at least by a half or, where no pixel beside them is fully covered, less.
+    Specks, with less than an eighth of its largest coverage, are dropped.
     """
-    size = height, width = reduced_size(labels.shape, max_side)
-    if size == labels.shape:
-        return labels, 0
-    reduced, broken = np.zeros(size, np.uint16), 0
-    numbers, areas, boxes = find_objects(labels)
-    for index in np.argsort(areas, kind="stable"):  # the smallest object first
-        top, left, bottom, right = boxes[index]
-        mask = labels[top:bottom, left:right] == numbers[index]
-        rows = slice(top * height // labels.shape[0], -(-bottom * height // labels.shape[0]))
-        columns = slice(left * width // labels.shape[1], -(-right * width // labels.shape[1]))
-        if mask.size > labels.size // 8:
-            coverage = cv2.resize((labels == numbers[index]).astype(np.float32), (width, height),
-                                  interpolation=cv2.INTER_AREA)[rows, columns]
-        else:  # equal within 0.001, faster for small objects
-            coverage = area_weights(labels.shape[0], height)[rows, top:bottom] @ mask.astype(np.float32) \
-                @ area_weights(labels.shape[1], width)[columns, left:right].T
-        pieces, area, place = count_pieces(mask), coverage.sum(), reduced[rows, columns]
-        for least in (0.5, 0.25, 0.125):  # less, where a thin object would lose half its area or break
-            kept = coverage >= least
-            if count_pieces(kept) <= pieces and kept.sum() >= area / 2:
-                break
-        kept &= place == 0  # what smaller objects have left
-        place[kept] = numbers[index]
-        broken += count_pieces(kept) > pieces or kept.sum() < area / 2
-    return reduced, broken
-
-
-def count_pieces(mask):
-    """The number of connected regions that hold 99 % of a mask (bool H x W); the rest are specks at its edge."""
-    areas = np.sort(cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])[::-1]
-    return int(np.searchsorted(np.cumsum(areas), 0.99 * areas.sum()) + 1)
-
-
-@functools.lru_cache(4)
-def area_weights(full, reduced):
-    """How much of each of `reduced` pixels of an axis each of `full` pixels covers: float32 reduced x full."""
-    edges, pixels = np.arange(reduced + 1)[:, None] * full / reduced, np.arange(full)
-    overlaps = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    return (overlaps.clip(0) * reduced / full).astype(np.float32)
-
-
-def find_objects(labels):
-    """Numbers, areas and boxes (top, left, bottom + 1, right + 1) of the objects of a numbered mask, from its runs."""
-    padded = np.pad(labels, ((0, 0), (0, 1))).ravel()  # so that no run of equal pixels continues in the next row
-    starts = np.flatnonzero(np.diff(padded, prepend=0))
-    values, lengths = padded[starts], np.diff(starts, append=len(padded))
-    order = np.argsort(values, kind="stable")  # the runs of an object follow each other ...
-    order = order[values[order] > 0]           # ... without those of the background
-    values, starts, lengths = values[order], starts[order], lengths[order]
-    numbers, first = np.unique(values, return_index=True)
-    rows, columns = np.divmod(starts, labels.shape[1] + 1)
-    boxes = [np.minimum.reduceat(rows, first), np.minimum.reduceat(columns, first),
-             np.maximum.reduceat(rows + 1, first), np.maximum.reduceat(columns + lengths, first)]
-    return numbers, np.add.reduceat(lengths, first), np.stack(boxes, 1)
+    if mask.shape == size:
+        return mask
+    coverage = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+    largest_nearby = cv2.dilate(coverage, np.ones((3, 3)))
+    return (coverage >= largest_nearby**2 / 2) & (coverage > coverage.max() / 8)
 
 
 def same_files(train_paths, val_paths):
@@ -1213,12 +1171,11 @@ def validate_image(training, index):
     kind, labels, numbers = prompt_kind(args.val_prompt, index), masks.labels(index), masks.objects[index]
     if kind == "none":
         labels, numbers = (labels > 0).astype(np.uint16), np.ones(1, np.uint16)
-    reduced, _ = reduce_labels(labels, MAX_SIDE)
     for part in in_parts(numbers, labels.shape):
         gt_masks = labels == part[:, None, None]
         low_res_masks, scores = simulate_prompts(predictor, features, kind, gt_masks)
-        target = torch.from_numpy(reduced == part[:, None, None])
-        loss, _ = image_loss(predictor, low_res_masks, scores, target, args)
+        reduced = np.stack([reduce_mask(mask, reduced_size(mask.shape, MAX_SIDE)) for mask in gt_masks])
+        loss, _ = image_loss(predictor, low_res_masks, scores, torch.from_numpy(reduced), args)
         best = best_masks(predictor, [labels.shape] * len(part), low_res_masks, scores)
         if kind == "none" and nothing_found(predictor.model):
             best[0][:] = False

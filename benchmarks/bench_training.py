@@ -198,7 +198,8 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng, am
 
 def project_iteration(batch_loss, optimizer, scaler, indices, rng):
     """One iteration of train_sam2_proper.py on a batch of images."""
-    gt_masks = [torch.from_numpy(batch_loss.masks.decode(index)[:1]) for index in indices]
+    masks = batch_loss.masks
+    gt_masks = [torch.from_numpy(masks.reduced(index, masks.objects[index][0]))[None] for index in indices]
     loss, _ = batch_loss(project.Batch(indices, "point", 0, [rng] * len(indices), gt_masks))
     optimizer.zero_grad()
     scaler.scale(loss).backward()

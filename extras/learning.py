@@ -176,10 +176,12 @@ class Learner:
             indices[0] = count - 1
         kind, rngs = KINDS[rng.integers(len(KINDS))], rng.spawn(BATCH)
         corrections = int(rng.integers(CORRECTIONS)) if kind == "points" else 0
-        gt_masks = [masks.labels(0)[None] > 0 if kind == "none" else
-                    masks.decode(0, each.permutation(masks.objects[0])[:1])
-                    for masks, each in ((self.masks[index], each) for index, each in zip(indices, rngs))]
-        return train.Batch(indices, kind, corrections, rngs, [torch.from_numpy(mask) for mask in gt_masks])
+        gt_masks = []
+        for index, each in zip(indices, rngs):
+            masks = self.masks[index]
+            number = None if kind == "none" else each.permutation(masks.objects[0])[0]
+            gt_masks.append(torch.from_numpy(masks.reduced(0, number))[None])
+        return train.Batch(indices, kind, corrections, rngs, gt_masks)
 
     def step(self, batch):
         loss, _ = self.batch_loss(batch)
@@ -209,7 +211,7 @@ class Learner:
         masks, size, predictor = self.masks[index], self.sizes[index], self.predictor
         if kind == "none" and masks.count > 1:
             return 0.0  # one mask of all objects cannot agree with the separate objects that were saved
-        gt_masks = masks.decode(0, masks.objects[0][:self.args.max_objects])
+        gt_masks = [masks.reduced(0, number) for number in masks.objects[0][:self.args.max_objects]]
         features = self.cache([(self.paths[index], size)])
         found = train.best_masks(predictor, [size] * len(gt_masks),
                                  *train.simulate_prompts(predictor, features, kind, gt_masks))

@@ -324,68 +324,52 @@ def test_reduced_size_shrinks_the_longer_side_and_never_enlarges():
     assert reduced_size((5000, 1), 1024) == (1024, 1)
 
 
-def test_find_objects_gives_numbers_areas_and_boxes():
-    numbers, areas, boxes = train_sam2_proper.find_objects(np.array([[0, 7, 7], [2, 0, 7]], np.uint16))
-    assert numbers.tolist() == [2, 7] and areas.tolist() == [1, 3]
-    assert boxes.tolist() == [[1, 0, 2, 1], [0, 1, 2, 3]]
-    assert len(train_sam2_proper.find_objects(np.zeros((2, 2), np.uint16))[2]) == 0
+def test_run_lengths_give_the_pixels_back():
+    values, lengths = train_sam2_proper.run_lengths(np.array([[0, 7, 7], [7, 0, 9]], np.uint16))
+    assert values.tolist() == [0, 7, 0, 9] and lengths.tolist() == [1, 3, 1, 1]
+    assert [part.tolist() for part in train_sam2_proper.run_lengths(np.zeros((2, 2), np.uint16))] == [[0], [4]]
 
 
 @pytest.mark.parametrize("side", [2999, 3000, 4096])
-def test_a_reduced_object_stays_centered_on_its_pixels(side):
-    labels = np.zeros((side * 3 // 4, side), np.uint16)
-    cv2.circle(labels, (1513, 815), 151, 65535, -1)
-    reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
-    assert broken == 0 and set(np.unique(reduced)) == {0, 65535}
+def test_a_reduced_object_stays_centered_and_has_the_pixels_that_it_covers_by_half(side):
+    mask = np.zeros((side * 3 // 4, side), np.uint8)
+    cv2.circle(mask, (1513, 815), 151, 1, -1)
+    size = train_sam2_proper.reduced_size(mask.shape, 1024)
+    reduced = train_sam2_proper.reduce_mask(mask > 0, size)
     scale = side / 1024
     for found, wanted in zip(np.nonzero(reduced), (815, 1513)):  # pixel centers: (i + 0.5) / scale - 0.5
         assert abs(found.mean() - ((wanted + 0.5) / scale - 0.5)) < 0.1
-    coverage = cv2.resize((labels > 0).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
-    assert np.array_equal(reduced > 0, coverage >= 0.5)
+    coverage = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+    assert np.array_equal(reduced, coverage >= 0.5)
 
 
-@pytest.mark.parametrize("side, width", [(1500, 1), (3000, 1), (3000, 2), (4096, 1), (4096, 2)])
-def test_a_thin_line_stays_in_one_piece_when_reduced(side, width):
-    labels = np.zeros((side // 2, side), np.uint16)
-    cv2.line(labels, (side // 20, side // 10), (side * 9 // 10, side * 2 // 5), 3, width)
-    reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
-    assert broken == 0 and cv2.connectedComponents((reduced > 0).astype(np.uint8))[0] == 2
+@pytest.mark.parametrize("side", [1500, 3000, 4096, 9000])
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("end", [0.1, 0.12, 0.4, 0.49])
+def test_a_thin_line_stays_in_one_piece_when_reduced(side, width, end):
+    mask = np.zeros((side // 2, side), np.uint8)
+    cv2.line(mask, (side // 20, side // 10), (side * 9 // 10, int(side * end)), 1, width)
+    reduced = train_sam2_proper.reduce_mask(mask > 0, train_sam2_proper.reduced_size(mask.shape, 1024))
+    pieces, _, stats, _ = cv2.connectedComponentsWithStats(reduced.astype(np.uint8))
+    assert pieces == 2 and stats[1, cv2.CC_STAT_WIDTH] >= 1024 * 0.84
 
 
-@pytest.mark.parametrize("shape", [(3000, 4000), (2999, 3999), (1500, 1280)])
-def test_an_object_of_a_reduced_label_map_has_the_pixels_that_it_covers_by_half(shape):
-    labels, rng = np.zeros(shape, np.uint16), np.random.default_rng(0)
-    for number in range(1, 40):
-        center = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
-        cv2.ellipse(labels, center, (60, 25), int(rng.integers(180)), 0, 360, number, -1)
-    reduced, _ = train_sam2_proper.reduce_labels(labels, 1024)
-    for number in (1, 20, 39):
-        coverage = cv2.resize((labels == number).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
-        assert ((coverage >= 0.5) & (reduced == 0)).sum() == 0
-        assert ((reduced == number) & (coverage < 0.49)).sum() == 0
-
-
-def test_objects_that_others_cover_when_reduced_are_counted_and_a_stray_pixel_changes_nothing():
+def test_each_object_is_reduced_on_its_own_and_a_stray_pixel_is_dropped():
     lines = np.zeros((4096, 4096), np.uint16)
-    for number in range(1, 9):  # eight lines of one pixel, four in a reduced pixel
+    for number in range(1, 5):  # four lines of one pixel that fall into one row of the reduced mask
         lines[99 + number, 200:3000] = number
-    reduced, broken = train_sam2_proper.reduce_labels(lines, 1024)
-    assert len(np.unique(reduced)) == 3 and broken == 6
-    blob = np.zeros((3000, 4000), np.uint16)
+    for number in range(1, 5):
+        assert np.argwhere(train_sam2_proper.reduce_mask(lines == number, (1024, 1024))).tolist() == [
+            [25, x] for x in range(50, 750)]
+    blob = np.zeros((3000, 4000), np.uint8)
     cv2.circle(blob, (2000, 1500), 700, 1, -1)
+    alone = train_sam2_proper.reduce_mask(blob > 0, (768, 1024))
     blob[100, 100] = 1
-    reduced, broken = train_sam2_proper.reduce_labels(blob, 1024)
-    coverage = cv2.resize((blob > 0).astype(np.float32), reduced.shape[::-1], interpolation=cv2.INTER_AREA)
-    assert broken == 0 and np.array_equal(reduced > 0, coverage >= 0.5)
-
-
-def test_objects_that_vanish_when_reduced_are_counted_and_touching_ones_keep_their_numbers():
-    labels = np.zeros((4096, 4096), np.uint16)
-    labels[:, :2048], labels[:, 2048:] = 1, 2
-    labels[100, 100] = 3  # covers a sixteenth of a pixel
-    reduced, broken = train_sam2_proper.reduce_labels(labels, 1024)
-    assert broken == 1
-    assert (reduced[:, :512] == 1).all() and (reduced[:, 512:] == 2).all()
+    assert np.array_equal(train_sam2_proper.reduce_mask(blob > 0, (768, 1024)), alone)
+    half = np.zeros((4096, 4096), bool)
+    half[:, :2048] = True
+    assert np.array_equal(train_sam2_proper.reduce_mask(half, (1024, 1024)), half[::4, ::4])
+    assert not train_sam2_proper.reduce_mask(np.zeros((2000, 2000), bool), (1024, 1024)).any()
 
 
 def test_images_of_every_kind_are_read_as_rgb(tmp_path):

@@ -831,7 +831,8 @@ def test_masks_kept_in_memory_equal_those_of_the_files(tmp_path):
         labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         assert np.array_equal(masks.labels(index), labels) and masks.objects[index].tolist() == [7, 9, 300]
         assert np.array_equal(masks.decode(index), [labels == number for number in (7, 9, 300)])
-        assert np.array_equal(masks.decode(index, [300]), [labels == 300])
+        assert np.array_equal(masks.reduced(index, 300), labels == 300)
+        assert np.array_equal(masks.reduced(index), labels > 0)
     sampled = train_sam2_proper.Masks(pairs, 1024, 1, 2)
     assert sampled.count == 8 and sampled.unsampled == 4
     assert all(set(objects.tolist()) < {7, 9, 300} for objects in sampled.objects)
@@ -1060,16 +1061,21 @@ def test_encoder_full_trains_the_whole_image_encoder_and_caches_nothing(data, we
     assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "output")["best_iou"], abs=1e-6)
 
 
-def test_the_flag_test_reports_images_in_both_splits_and_objects_that_the_reduction_damages(data, weights):
+def test_images_that_are_in_both_splits_are_reported(data, weights):
     shutil.copy(data / "data/images/train/pair_000.png", data / "data/images/val/pair_100.png")
-    mask = np.zeros((4096, 4096), np.uint16)
-    for number in range(1, 5):  # four lines that fall into one row of the reduced mask
-        mask[99 + number, 200:3000] = number
-    write_image(data / "data/images/train/lines.png", np.zeros((4096, 4096, 3), np.uint8))
-    write_image(data / "data/masks/train/lines.png", mask)
-    done = train(data, weights, "--iterations", 1)
+    done = train(data, weights, "--test")
     assert "검증 이미지 1장이 학습 이미지와 같은 파일입니다 (pair_100.png)" in done.stdout
-    assert "절반 넘게 사라지거나 조각나는 객체 3개" in done.stdout
+
+
+def test_lines_that_share_the_pixels_of_the_reduced_image_are_trained_one_by_one(data):
+    mask = np.zeros((4096, 4096), np.uint16)
+    for number in range(1, 5):
+        mask[99 + number, 200:3000] = number
+    write_image(data / "lines.png", mask)
+    masks = train_sam2_proper.Masks([(data / "lines.png",) * 2], 1024, 100)
+    assert masks.objects[0].tolist() == [1, 2, 3, 4] and masks.sizes == ((1024, 1024),)
+    assert [masks.reduced(0, number).sum() for number in masks.objects[0]] == [700] * 4
+    assert masks.reduced(0).sum() == 700 and masks.labels(0).shape == (4096, 4096)
 
 
 def test_features_are_cached_on_the_device_then_in_memory_in_the_order_of_first_visits(data, weights):
