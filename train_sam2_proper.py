@@ -363,8 +363,9 @@ def train(training, trackers):
                     if stopping:
                         raise KeyboardInterrupt
                 # without validation images, there is nothing to log before the first iteration
-                logged = training.rows[-1]["iteration"] if training.rows else -bool(training.val_masks)
-                if logging and logged < iteration:
+                nothing_to_log = iteration == 0 and not training.val_masks
+                is_logged = training.rows and training.rows[-1]["iteration"] == iteration  # before --resume
+                if logging and not is_logged and not nothing_to_log:
                     log(training, trackers, validating)
                     if validating and iteration > 0:
                         better = training.is_best_so_far()
@@ -796,18 +797,18 @@ def make_caches(predictor, batches, val_images, args):
     their memory first, as every validation needs all of them, and full precision, as in compare_models.py.
     """
     if args.encoder != "frozen":
-        return None, FeatureCache(predictor, (0, 0), [], torch.float32, amp=False)  # features change all the time
+        return None, FeatureCache(predictor, args, (0, 0), full_precision=True)  # features change all the time
     free_device, free_host = free_memory(predictor.device)
     limits = free_device // 2, free_host // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.cache_gb is not None:
         limits = tuple(int(min(limit, args.cache_gb * 1e9)) for limit in limits)
-    val_cache = FeatureCache(predictor, limits, val_images, torch.float32, False, args)
+    val_cache = FeatureCache(predictor, args, limits, val_images, full_precision=True)
     if batches.image_size:
         return None, val_cache
     on_device = min(len(val_images), val_cache.on_device)
     counts = on_device, min(len(val_images), val_cache.capacity) - on_device
     rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, counts)]
-    return FeatureCache(predictor, rest, first_visits(batches), torch.float16, args.amp, args), val_cache
+    return FeatureCache(predictor, args, rest, first_visits(batches)), val_cache
 
 
 def free_memory(device="cpu"):
@@ -837,29 +838,28 @@ class FeatureCache:
     """The features in predictor._features of each image: encoded at its first visit and kept from then on.
 
     limits: bytes to keep on the device and, when that is full, in the memory of the machine. Other images are encoded
-        at each visit, and rounded to `dtype` too, so that results do not depend on the memory.
-    visits: images in the order of their first visits; they are read ahead by `workers` threads and, on a GPU, encoded
-        AT_ONCE at a time. amp: encode in mixed precision on CUDA.
-    settings: with its cache_dir, features are also kept there as files, across runs. A file's name is a hash of
-        everything that its content depends on; a damaged file is written again.
+        at each visit, and rounded too, so that results do not depend on the memory.
+    visits: images in the order of their first visits; they are read ahead by `--workers` threads and, on a GPU, encoded
+        AT_ONCE at a time.
+    full_precision: keep float32, encoded without mixed precision; else float16.
+    With --cache-dir, features are also kept there as files, across runs. A file's name is a hash of everything that its
+    content depends on; a damaged file is written again.
     """
 
-    def __init__(self, predictor, limits, visits=(), dtype=torch.float16, amp=True, settings=None):
+    def __init__(self, predictor, args, limits, visits=(), full_precision=False):
         model = predictor.model
-        self.predictor, self.dtype, self.amp, self.kept, self.limits = predictor, dtype, amp, {}, limits
-        self.folder = settings and settings.cache_dir
+        self.predictor, self.limits, self.folder, self.kept = predictor, limits, args.cache_dir, {}
+        self.dtype, self.amp = (torch.float32, False) if full_precision else (torch.float16, args.amp)
         # C, C / 8 and C / 4 channels at the strides 16, 4 and 8: C * S**2 / 64 numbers in all
-        self.bytes_per_image = dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
+        self.bytes_per_image = self.dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         self.on_device = limits[0] // self.bytes_per_image  # images
-        self.capacity = self.on_device + limits[1] // self.bytes_per_image
+        self.capacity = self.on_device + limits[1] // self.bytes_per_image  # with those in the machine's memory
         self.at_once = 1 if predictor.device.type == "cpu" else AT_ONCE  # one: the same bits as set_image()
-        self.ahead = read_ahead(self.read, itertools.islice(visits, self.capacity),
-                                settings.workers if settings else 0, 2 * self.at_once)
+        self.ahead = read_ahead(self.read, itertools.islice(visits, self.capacity), args.workers, 2 * self.at_once)
         if self.folder:
-            on_cuda = amp and predictor.device.type == "cuda"
-            self.identity = hashlib.sha256(repr([
-                model.image_size, dtype, predictor.device.type, autocast_dtype() if on_cuda else None,
-                OmegaConf.to_yaml(read_config(settings.model_cfg)), versions()]).encode())
+            precision = autocast_dtype() if self.amp and predictor.device.type == "cuda" else None
+            self.identity = hashlib.sha256(repr([model.image_size, self.dtype, predictor.device.type, precision,
+                                                 OmegaConf.to_yaml(read_config(args.model_cfg)), versions()]).encode())
             for name, tensor in model.state_dict().items():
                 if not TRAINED["frozen"].match(name):
                     self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())

@@ -94,7 +94,7 @@ def time_iterations(args, checkpoint, pairs):
     half = on_cuda and args.amp and project.autocast_dtype() == torch.float16
     scaler = torch.amp.GradScaler("cuda", enabled=half)
     masks = project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
-    batch_loss = project.BatchLoss(ours, masks, project.FeatureCache(ours, (0, 0), amp=args.amp), settings)
+    batch_loss = project.BatchLoss(ours, masks, project.FeatureCache(ours, settings, (0, 0)), settings)
     rng = np.random.default_rng(0)
 
     # each image is visited 3.75 times on average, as in 3,000 iterations over 800 images, in random order
@@ -105,7 +105,7 @@ def time_iterations(args, checkpoint, pairs):
         project_iteration(batch_loss, our_optimizer, scaler, batch, rng)
     memory = [free // 2 for free in project.free_memory(device)]
     first_visits = [(masks.paths[index], masks.sizes[index]) for index in dict.fromkeys(visits)]
-    cache = batch_loss.cache = project.FeatureCache(ours, memory, first_visits, amp=args.amp, settings=settings)
+    cache = batch_loss.cache = project.FeatureCache(ours, settings, memory, first_visits)
     rows = []
     for batch in batches:
         seen = np.mean([masks.paths[index] in cache.kept for index in batch])

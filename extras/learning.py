@@ -52,7 +52,7 @@ class Learner:
         self.initial = self.good = self.copy()
         self.optimizer = train.make_optimizer(predictor.model, self.args)
         limits = [free // 2 for free in train.free_memory(predictor.device)]
-        self.cache = train.FeatureCache(predictor, limits, amp=self.args.amp)  # the features of set_image()
+        self.cache = train.FeatureCache(predictor, self.args, limits)  # the features of set_image()
         self.batch_loss = train.BatchLoss(predictor, self, self.cache, self.args)
         self.paths, self.sizes, self.masks = [], [], []  # of the images that steps draw from, the newest last
         self.waiting, self.unwritten, self.is_written, self.has_other_weights = deque(), False, False, False

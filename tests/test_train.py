@@ -10,6 +10,7 @@
 | encoder | LoRA, full, learning rate, checkpointing, augmentation |
 """
 
+import argparse
 import csv
 import gc
 import json
@@ -46,6 +47,7 @@ from sam2.build_sam import build_sam2
 import train_sam2_proper
 
 CHANNELS = OmegaConf.load(SMALL_CFG).model.image_encoder.neck.d_model
+DEFAULTS = argparse.Namespace(**train_sam2_proper.CONFIG)
 TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
 
 
@@ -618,7 +620,7 @@ def test_batches_of_images_of_several_sizes_train(data, weights):
 
 def test_a_batch_gives_the_masks_that_its_images_give_one_by_one(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
-    cache = train_sam2_proper.FeatureCache(predictor, (0, 10**9))
+    cache = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (0, 10**9))
     images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(3)]
     sizes = [size for _, size in images]
     prompts = [(np.array([point], np.float32), np.ones(1)) for point in ([10, 20], [40, 30], [70, 5])]
@@ -1081,9 +1083,8 @@ def test_lines_that_share_the_pixels_of_the_reduced_image_are_trained_one_by_one
 def test_features_are_cached_on_the_device_then_in_memory_in_the_order_of_first_visits(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(6)]
-    size = train_sam2_proper.FeatureCache(predictor, (0, 0)).bytes_per_image
-    settings = train_sam2_proper.argparse.Namespace(**train_sam2_proper.CONFIG)
-    cache = train_sam2_proper.FeatureCache(predictor, (5 * size // 2, 2 * size), images, settings=settings)
+    size = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (0, 0)).bytes_per_image
+    cache = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (5 * size // 2, 2 * size), images)
     assert (cache.on_device, cache.capacity) == (2, 4)  # of six images
     cache.at_once = 3  # as on a GPU, where it is AT_ONCE
     encoded = []
@@ -1095,7 +1096,7 @@ def test_features_are_cached_on_the_device_then_in_memory_in_the_order_of_first_
     cache(images[3:])  # the fourth is kept; the last two do not fit and are encoded at each visit
     cache(images[4:])
     assert encoded == [3, 1, 1, 1, 1, 1] and len(cache.kept) == 4
-    alone = train_sam2_proper.FeatureCache(predictor, (0, 0))(images[:1])
+    alone = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (0, 0))(images[:1])
     torch.testing.assert_close(together["image_embed"], alone["image_embed"], rtol=1e-2, atol=1e-2)
 
 
