@@ -116,6 +116,11 @@ def train(folder, weights, *arguments, **options):
                *arguments, cwd=folder, **options)
 
 
+def compare(folder, weights, *arguments):
+    return run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
+               "--num-visualize", 0, *arguments, cwd=folder)
+
+
 def test_masks_below_100_pixels_are_skipped_and_counted(data, weights):
     speck = np.zeros((60, 80), np.uint8)
     speck[:3, :33] = 255  # 99 pixels
@@ -145,7 +150,7 @@ def test_the_iou_of_a_large_validation_image_is_measured_at_full_size_and_its_lo
     write_image(data / "data/images/val/tall.png", image)
     write_image(data / "data/masks/val/tall.png", mask)
     train(data, weights, "--iterations", 1)
-    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    compare(data, weights)
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"]
     training, sizes = make_training(data, weights, monkeypatch), []
@@ -164,13 +169,13 @@ def test_image_and_mask_of_different_sizes_are_named(data, weights):
 
 def test_same_seed_gives_the_same_files(data, weights):
     for folder in ("one", "two"):
-        train(data, weights, "--iterations", 12, "--lr", "1e-3", "--save-every", 6, "--output-dir", folder)
+        train(data, weights, "--iterations", 6, "--lr", "1e-3", "--save-every", 3, "--output-dir", folder)
     for name in ("sam2_best.pt", "sam2_final.pt"):
         assert distance(load(data / "one" / name), load(data / "two" / name)) == 0
     assert (data / "one/training_curve.png").read_bytes() == (data / "two/training_curve.png").read_bytes()
     logs = [[{**row, "seconds": None} for row in read_log(data, folder)] for folder in ("one", "two")]
     assert logs[0] == logs[1]
-    train(data, weights, "--iterations", 12, "--lr", "1e-3", "--seed", 1, "--output-dir", "three")
+    train(data, weights, "--iterations", 6, "--lr", "1e-3", "--seed", 1, "--output-dir", "three")
     assert distance(load(data / "one/sam2_final.pt"), load(data / "three/sam2_final.pt")) > 0
 
 
@@ -233,8 +238,7 @@ def test_max_grad_norm_shortens_the_gradients(data, weights):
 def test_each_prompt_trains_its_embeddings_and_is_validated_as_in_compare_models(data, weights, prompt):
     train(data, weights, "--prompt", prompt, "--val-prompt", prompt, "--iterations", 14, "--save-every", 7,
           "--batch-size", 4, "--lr", "1e-3")
-    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--prompt", prompt,
-        cwd=data)
+    compare(data, weights, "--prompt", prompt)
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"] and summary["prompt"] == prompt
     before, after = load(weights), load(data / "output/sam2_final.pt")
@@ -577,7 +581,7 @@ def test_images_that_do_not_fit_the_cache_are_encoded_at_each_visit(data, weight
 
 
 def test_features_on_disk_are_reused_and_damaged_ones_are_encoded_again(data, weights):
-    arguments = ("--iterations", 12, "--lr", "1e-4", "--cache-dir", "features")
+    arguments = ("--iterations", 6, "--lr", "1e-4", "--cache-dir", "features")
     train(data, weights, *arguments, "--output-dir", "first")
     entries = sorted((data / "features").iterdir())
     first = read_summary(data / "first")["encodings_per_process"]
@@ -596,7 +600,7 @@ def test_features_on_disk_are_reused_and_damaged_ones_are_encoded_again(data, we
 
 
 def test_features_on_disk_are_not_used_for_another_image_or_model(data, weights, tmp_path_factory):
-    arguments = ("--iterations", 12, "--cache-dir", "features")
+    arguments = ("--iterations", 6, "--cache-dir", "features")
     train(data, weights, *arguments, "--output-dir", "first")
     changed = data / "data/images/val/pair_100.png"
     write_image(changed, 255 - cv2.imread(str(changed)))
@@ -639,7 +643,7 @@ def test_image_size_is_the_side_that_the_model_sees(data, weights):
     arguments = ("--model-cfg", SMALL_CFG, "--device", "cpu", "--image-size", 512)
     done = run("train_sam2_proper.py", *arguments, "--checkpoint", weights, "--iterations", 2, cwd=data)
     assert f"한 장 {2 * CHANNELS * (32**2 + 128**2 // 8 + 64**2 // 4) / 1e6:.2g} MB" in done.stdout
-    run("compare_models.py", *arguments, "--checkpoint", weights, cwd=data)
+    run("compare_models.py", *arguments, "--checkpoint", weights, "--num-visualize", 0, cwd=data)
     summary = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert summary["image_size"] == 512
     assert summary["finetuned_iou"] == read_summary(data / "output")["best_iou"]
@@ -731,7 +735,7 @@ def test_recipe_improved_trains_all_mask_heads_and_validates_with_the_middle_cli
     train(data, weights, "--recipe", "improved", "--iterations", 12, "--save-every", 6, "--warmup", 2)
     summary = read_summary(data / "output")
     assert summary["settings"]["val_prompt"] == "point" and summary["settings"]["supervise"] == "all"
-    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    compare(data, weights)
     compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["finetuned_iou"] == summary["best_iou"]
     idle = re.compile(r"output_hypernetworks_mlps\.0")  # of the single mask, which multimask_output never shows
@@ -758,7 +762,7 @@ def test_objects_of_numbered_masks_are_trained_and_compared_one_by_one(tmp_path,
     assert "학습 6장, 객체 12개 (전경 100픽셀 미만이라 뺀 객체 6개), 검증 4장, 객체 12개" in done.stdout
     summary = read_summary(tmp_path / "output")
     assert summary["train_objects"] == summary["val_objects"] == 12
-    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=tmp_path)
+    compare(tmp_path, weights)
     with (tmp_path / "output/comparison/per_image.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["image"], row["object"]) for row in rows] == [
@@ -774,8 +778,7 @@ def test_max_objects_validates_the_same_objects_as_compare_models(tmp_path, weig
     done = train(tmp_path, weights, "--iterations", 2, "--max-objects", 2, "--val-prompt", prompt, "--lr", "1e-3",
                  "--dice-weight", 1, "--supervise", "all")
     assert "검증 4장, 객체 8개 (이미지마다 2개까지만 검증하므로 제외한 객체 4개)" in done.stdout
-    done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
-               "--max-objects", 2, "--prompt", prompt, cwd=tmp_path)
+    done = compare(tmp_path, weights, "--max-objects", 2, "--prompt", prompt)
     assert "이미지마다 2개까지만 비교하므로 제외한 객체: 4개" in done.stdout
     compared = json.loads((tmp_path / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["num_objects"] == 8
@@ -873,8 +876,8 @@ def test_lora_weights_are_saved_as_an_official_checkpoint_and_resumed_bit_for_bi
     assert_plain_sam2_opens(data / "whole/sam2_final.pt")
     name = "image_encoder.trunk.blocks.0.attn.qkv.weight"
     assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) == 2
-    run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", "--finetuned",
-        "whole/sam2_best.pt", cwd=data)  # merged weights give the masks that the training validated
+    # merged weights give the masks that the training validated
+    compare(data, weights, "--finetuned", "whole/sam2_best.pt")
     compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "whole")["best_iou"], abs=1e-6)
 
@@ -1057,7 +1060,7 @@ def test_encoder_full_trains_the_whole_image_encoder_and_caches_nothing(data, we
     assert {"image_encoder.trunk.patch_embed.proj.weight", "sam_mask_decoder.conv_s0.weight",
             "sam_mask_decoder.output_hypernetworks_mlps.1.layers.2.weight"} <= changed
     assert not any(name.startswith("memory") for name in changed)
-    done = run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu", cwd=data)
+    done = compare(data, weights)
     assert "모델마다 인코딩" in done.stdout
     compared = json.loads((data / "output/comparison/summary.json").read_text(encoding="utf-8"))
     assert compared["finetuned_iou"] == pytest.approx(read_summary(data / "output")["best_iou"], abs=1e-6)
