@@ -4,13 +4,13 @@
     python train_sam2_proper.py --recipe improved    higher IoU from the same number of training examples
     python train_sam2_proper.py --recipe strongest   highest IoU: trains the image encoder too, which takes longer
     python train_sam2_proper.py --encoder lora       the guide's loss, with low-rank updates of the image encoder
-    python train_sam2_proper.py --test               check the setup without training
+    python train_sam2_proper.py --test               check the setup: read all images, run one step, save nothing
     python train_sam2_proper.py --resume             continue an interrupted training
 
-By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept as
-long as there is memory for them.
-Training passes what predictor._features holds to the prompt encoder and mask decoder, as sagieppel's "Fine-tune SAM2 in
-60 lines" does: predictor.predict() runs under no_grad, so nothing would be learned through it.
+By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept if
+they fit in memory (not with --augment).
+Training calls the prompt encoder and the mask decoder itself, on what predictor._features holds, as sagieppel's
+"Fine-tune SAM2 in 60 lines" does: predictor.predict() runs under no_grad, so nothing would be learned through it.
 
 Chapters:
     settings             every flag with its default, the recipes, the constants
@@ -152,7 +152,7 @@ ANY = ("point", "points", "box", "none")  # kinds of --prompt any, drawn with eq
 MAX_POINTS = 3         # most clicks of --prompt points in training; validation and compare_models.py give this many
 BOX_JITTER = 0.1       # standard deviation of a box's sides, as a share of its size, at most 20 px (as in SAM)
 SCORE_WEIGHT = 0.05    # weight of the score loss relative to the mask loss
-OBJECT_WEIGHT = 0.5    # weight of the object score's loss, for examples without a prompt if some images have no object
+OBJECT_WEIGHT = 0.5    # weight of the object score's loss; it is trained if images without any object are in the data
 LOG_EVERY = 10         # iterations between two rows of train_log.csv
 AT_ONCE = 16           # images that a GPU encodes at once for the cache
 SMOOTHING = 0.98       # running mean of loss and IoU; it starts with the first value
@@ -252,7 +252,7 @@ def claim_folder(folder):
     except OSError as error:  # Lustre without flock, SMB, NFS without lockd
         print(f"주의: 이 파일 시스템은 파일을 잠그지 못합니다 ({path}: {error.strerror}). "
               "같은 폴더에서 두 번 실행하지 마세요", file=sys.stderr)
-        held = contextlib.nullcontext()
+        return contextlib.nullcontext()
     for leftover in folder.glob("*.[0-9]*.tmp"):  # left by a run that was killed while writing
         leftover.unlink()
     return held
@@ -280,7 +280,7 @@ def open_trackers(args, at_end):
 
 
 def print_setup(training):
-    """Print the device, the data, the trained weights and the cache."""
+    """Print the device, the data, the number of trained weights and the size of the cache."""
     args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
     cache, val_cache = training.cache, training.val_cache
     unsampled = f" (이미지마다 {args.max_objects}개까지만 검증하므로 제외한 객체 {val_masks.unsampled}개)" \
@@ -345,39 +345,22 @@ def versions():
 
 
 def train(training, trackers):
-    """Run all iterations; log, validate and save at the set intervals. Ctrl-C or an error saves and ends the program.
+    """Run all iterations. Ctrl-C or an error saves and ends the program; with several processes, an error of the first.
 
     Before the first iteration, the model is validated as it is. --resume first validates what an interruption left out.
     """
-    args, rank, on_cpu = training.args, training.rank, training.predictor.device.type == "cpu"
+    args, rank, patience = training.args, training.rank, training.args.patience or math.inf
     bar = tqdm(desc="학습", initial=training.iteration, total=args.iterations, disable=True if rank else None)
     with contextlib.closing(bar), deferred_interrupts(training.processes) as training.interrupted:
         try:
-            while True:
-                iteration = training.iteration
-                validating = iteration % args.save_every == 0 or iteration == args.iterations
-                logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
-                if training.pending and (logging or on_cpu or training.is_interrupted()):  # fetch() waits for the GPU
-                    stopping = training.fetch()
-                    bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
-                    if stopping:
-                        raise KeyboardInterrupt
-                # without validation images, there is nothing to log before the first iteration
-                nothing_to_log = iteration == 0 and not training.val_masks
-                is_logged = training.rows and training.rows[-1]["iteration"] == iteration  # before --resume
-                if logging and not is_logged and not nothing_to_log:
-                    log(training, trackers, validating)
-                    if validating and iteration > 0:
-                        better = training.is_best_so_far()
-                        if rank == 0:
-                            save(training, better)
-                if iteration == args.iterations:
-                    break
-                if 0 < args.patience <= training.validations_since_best:
-                    bar.write(f"{iteration}회에 일찍 끝냅니다: {training.best_iteration}회 이후로 나아지지 않았습니다.")
-                    break
-                training.step(iteration + 1)
+            record(training, trackers, bar)
+            while training.iteration < args.iterations and training.validations_since_best < patience:
+                training.step(training.iteration + 1)
                 bar.update()
+                record(training, trackers, bar)
+            if training.iteration < args.iterations:
+                bar.write(f"{training.iteration}회에 일찍 끝냅니다: "
+                          f"{training.best_iteration}회 이후로 나아지지 않았습니다.")
         except (Exception, KeyboardInterrupt) as error:  # also a damaged image, a full memory, a tracker's failure
             if rank == 0 and training.iteration:
                 if training.pending and training.processes == 1:  # other processes would not join its all_reduce
@@ -390,6 +373,31 @@ def train(training, trackers):
             if training.processes > 1:
                 torch.distributed.barrier()  # torchrun ends the others when the first one has ended
             sys.exit(130)
+
+
+def record(training, trackers, bar):
+    """Log, validate and save what is due after the last iteration; KeyboardInterrupt if the user stopped the training.
+
+    Not due: what the training had logged before --resume and, without validation images, iteration 0.
+    """
+    args, iteration = training.args, training.iteration
+    validating = iteration % args.save_every == 0 or iteration == args.iterations
+    logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
+    stopping = training.interrupted and training.processes == 1  # several processes agree in fetch()
+    # on a GPU not after each iteration: fetch() waits for it
+    if training.pending and (logging or stopping or training.predictor.device.type == "cpu"):
+        any_interrupted = training.fetch()
+        bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
+        if any_interrupted:
+            raise KeyboardInterrupt
+    is_logged = training.rows and training.rows[-1]["iteration"] == iteration
+    if not logging or is_logged or not (iteration or training.val_masks):
+        return
+    log(training, trackers, validating)
+    if validating and iteration > 0:
+        better = training.is_best_so_far()
+        if training.rank == 0:
+            save(training, better)
 
 
 def log(training, trackers, validating):
@@ -414,14 +422,15 @@ def log(training, trackers, validating):
 def deferred_interrupts(processes):
     """A list that gets an entry on Ctrl-C or SIGTERM: train() looks at it after each step, saves and ends.
 
-    With several processes it looks at it when it logs, so up to LOG_EVERY more iterations are run.
+    With several processes it looks at it when it logs, so up to LOG_EVERY more iterations are run. validate() looks at
+    it after each image.
     """
     interrupted = []
 
     def on_interrupt(*_):
         interrupted.append(True)  # a second Ctrl-C ends the program; not under torchrun, which sends a second one
         signal.signal(signal.SIGINT, signal.SIG_IGN if processes > 1 else signal.SIG_DFL)
-        with contextlib.suppress(OSError, RuntimeError):  # Ctrl-C has ended `tee`; or it interrupted another print()
+        with contextlib.suppress(OSError, RuntimeError):  # if Ctrl-C also ended `tee`, or interrupted another print()
             print("이번 반복을 마치고 저장합니다." + " 바로 끝내려면 Ctrl-C를 한 번 더 누르세요." * (processes == 1))
 
     before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -437,6 +446,7 @@ class Training:
 
     def __init__(self, args, device, rank=0, processes=1):
         self.args, self.device, self.rank, self.processes = args, device, rank, processes
+        last = load_last(args.output_dir) if args.resume else None
         checkpoint = Path(args.output_dir, "sam2_last.pt") if args.resume else args.checkpoint
         self.predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
         self.model = self.predictor.model
@@ -445,7 +455,8 @@ class Training:
                      for split, masks in (("train", self.masks), ("val", self.val_masks))
                      for path, digest in zip(masks.paths, masks.hashes)}
         cached = args.encoder == "frozen" and not args.augment  # the features of training images stay the same
-        self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes)
+        self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes,
+                               start=last["iteration"] * args.accumulate if last else 0)
         # of this process, in the order in which validate() uses them
         val_images = list(zip(self.val_masks.paths, self.val_masks.sizes))[rank::processes]
         self.cache, self.val_cache = make_caches(self.predictor, self.dataset, val_images, args)
@@ -464,9 +475,8 @@ class Training:
         self.pending = []  # a tensor (loss, IoU) on the device for each iteration since the last fetch()
         self.interrupted = []  # see deferred_interrupts()
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
-        if args.resume:
-            restore(self, load_last(args.output_dir))
-            self.dataset.start = self.iteration * args.accumulate  # first_visits(), a generator, has not started yet
+        if last:
+            restore(self, last)
 
     def count_encoded(self, _encoder, inputs, _outputs):
         self.encoded += len(inputs[0])
@@ -505,17 +515,13 @@ class Training:
         self.pending.append(total)
         self.iteration = iteration
 
-    def is_interrupted(self):
-        """Whether this process may stop now: several processes stop together, see fetch()."""
-        return bool(self.interrupted) and self.processes == 1
-
     def fetch(self):
         """Wait for the device and add the steps since the last call to the running means of loss and IoU.
 
-        Returns whether any process was interrupted. Fails if a loss is not finite: train() calls it before it saves, so
-        nothing that was learned from such a loss is saved.
+        Returns whether any process was interrupted. Fails if a loss is not finite: record() calls it before it saves,
+        so nothing that was learned from such a loss is saved.
         """
-        flag = torch.full_like(self.pending[-1], bool(self.interrupted))  # one more row: one all_reduce serves all
+        flag = torch.full_like(self.pending[-1], bool(self.interrupted))  # as a last row: one all_reduce serves all
         values = torch.stack([*self.pending, flag])
         if self.processes > 1:
             torch.distributed.all_reduce(values)
@@ -544,10 +550,12 @@ class Training:
 def make_optimizer(model, args):
     """AdamW over the trained weights; those of the image encoder have their own learning rate."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [{"params": [parameter for name, parameter in trained if name.startswith("image_encoder.") == encoder],
-               "lr": rate, "initial_lr": rate} for encoder, rate in ((False, args.lr), (True, args.encoder_lr))]
+    decoder = [parameter for name, parameter in trained if not name.startswith("image_encoder.")]
+    encoder = [parameter for name, parameter in trained if name.startswith("image_encoder.")]
+    groups = [{"params": parameters, "lr": lr, "initial_lr": lr}
+              for parameters, lr in ((decoder, args.lr), (encoder, args.encoder_lr)) if parameters]
     fused = next(model.parameters()).device.type != "mps"  # on MPS, fused AdamW is untested
-    return torch.optim.AdamW([each for each in groups if each["params"]], weight_decay=args.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
 
 
 def learning_rate_factor(args, iteration):
@@ -566,7 +574,7 @@ def load_masks(args):
     if not masks.filled:
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
-    limit = None if args.val_prompt == "none" else args.max_objects  # the union of an image's objects leaves none out
+    limit = None if args.val_prompt == "none" else args.max_objects  # "none" uses all objects of an image
     return masks, Masks(val_pairs, math.inf, 1, limit, keep_empty=args.val_prompt == "none")
 
 
@@ -593,7 +601,7 @@ class Batch(NamedTuple):
     indices: np.ndarray                 # of the images in Masks
     kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
-    rngs: list                          # a Generator for each image, used for object and augmentation, then the prompt
+    rngs: list                          # a Generator for each image: draws the object, augmentation, then the prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
     images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
 
@@ -602,11 +610,11 @@ class Batches(Dataset):
     """Item i is a run's i-th Batch (from 0) and follows from the settings and i: resuming needs no random state.
 
     image_size: the side to which images are read and resized; None if their features are cached. start: the first item
-    that is needed.
+    that the run needs.
     """
 
-    def __init__(self, masks, args, image_size=None, rank=0, processes=1):
-        self.masks, self.args, self.image_size, self.start = masks, args, image_size, 0
+    def __init__(self, masks, args, image_size=None, rank=0, processes=1, start=0):
+        self.masks, self.args, self.image_size, self.start = masks, args, image_size, start
         self.rank, self.processes = rank, processes
 
     def draw(self, number):
@@ -614,15 +622,15 @@ class Batches(Dataset):
         args = self.args
         iteration, part = number // args.accumulate + 1, number % args.accumulate
         rng = np.random.default_rng([args.seed, iteration])  # the same in every process and part of an iteration
-        shape = args.accumulate, args.batch_size, self.processes
-        size = math.prod(shape)
+        part_size = args.batch_size * self.processes
+        size = args.accumulate * part_size  # of the batches of all parts and processes
         indices = rng.integers(self.masks.filled, size=size)
         kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
             indices = rng.integers(len(self.masks), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
-        places = np.arange(size).reshape(shape)[part, :, self.rank].tolist()
-        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # + 0 would repeat rng
+        places = range(part * part_size + self.rank, (part + 1) * part_size, self.processes)  # of this process
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # [a, b, 0] is [a, b]
         return indices[places], kind, corrections, rngs
 
     def __getitem__(self, number):
@@ -631,8 +639,8 @@ class Batches(Dataset):
         indices, kind, corrections, rngs = self.draw(number)
         for index, rng in zip(indices, rngs):
             objects = masks.objects[index]
-            number = None if kind == "none" else objects[rng.permutation(len(objects))[0]]
-            gt_mask = torch.from_numpy(masks.reduced(index, number))[None]
+            label = None if kind == "none" else objects[rng.permutation(len(objects))[0]]
+            gt_mask = torch.from_numpy(masks.reduced(index, label))[None]
             if self.image_size is not None:
                 try:
                     image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
@@ -677,11 +685,11 @@ def ignore_interrupts(_worker):
 class Masks:
     """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
 
-    max_side: of images and masks in training, in pixels. Skipped: objects that then have fewer than min_foreground
-    pixels (`left_out`), all but a sample of max_objects in an image (`unsampled`), and the `empty` images, whose masks
-    are black, unless keep_empty: then they come after the `filled` images. For each image: its path in `paths`, (H, W)
-    of its mask in `shapes` and, reduced to max_side, in `sizes`, the numbers of its objects in `objects` (`count` in
-    all), the hash of its mask in `hashes`.
+    Objects with fewer than min_foreground pixels after the reduction to max_side are skipped (`left_out`), as are all
+    but a sample of max_objects in an image (`unsampled`), and images that have only objects too small. Images with a
+    black mask (`empty`) are skipped or, with keep_empty, follow the `filled` ones. For each image: its path in `paths`,
+    (H, W) of its mask in `shapes` and, reduced, in `sizes`, the numbers of its objects in `objects` (`count` in all),
+    the hash of its mask in `hashes`.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None, keep_empty=False):
@@ -704,7 +712,7 @@ class Masks:
                 example = image_path, labels.shape, size, objects, digest, runs
                 (filled if len(objects) else empty).append(example)
         self.filled, self.empty = len(filled), len(empty)
-        kept = filled + empty * keep_empty
+        kept = filled + (empty if keep_empty else [])
         self.paths, self.shapes, self.sizes, self.objects, self.hashes, self.runs = zip(*kept) if kept else ((),) * 6
 
     def __len__(self):
@@ -713,10 +721,6 @@ class Masks:
     def labels(self, index):
         """The numbered mask of the index-th image: uint16 H x W."""
         return np.repeat(*self.runs[index]).reshape(self.shapes[index])
-
-    def decode(self, index):
-        """The masks of all objects of the index-th image: bool N x H x W."""
-        return self.labels(index) == self.objects[index][:, None, None]
 
     def reduced(self, index, number=None):
         """One object's mask or, without a number, the union of all, reduced to max_side: bool H x W."""
@@ -767,8 +771,8 @@ def reduced_size(shape, max_side):
 def reduce_mask(mask, size):
     """Reduce a mask (bool H x W) to `size`; a broad object keeps its area, and a thin line is neither lost nor broken.
 
-    The object gets the pixels that it covers at least by a half or, where no pixel beside them is fully covered, less.
-    Specks, with less than an eighth of its largest coverage, are dropped.
+    A pixel is kept if its coverage is at least half the square of the largest in its 3 x 3 neighborhood: one half at
+    the edge of a broad object, less along a thin line. Less than an eighth of the mask's largest coverage is dropped.
     """
     if mask.shape == size:
         return mask
@@ -801,13 +805,14 @@ def make_caches(predictor, batches, val_images, args):
     free_device, free_host = free_memory(predictor.device)
     limits = free_device // 2, free_host // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.cache_gb is not None:
-        limits = tuple(int(min(limit, args.cache_gb * 1e9)) for limit in limits)
+        on_device = min(limits[0], int(args.cache_gb * 1e9))
+        limits = on_device, min(limits[1], int(args.cache_gb * 1e9) - on_device)
     val_cache = FeatureCache(predictor, args, limits, val_images, full_precision=True)
     if batches.image_size:
         return None, val_cache
     on_device = min(len(val_images), val_cache.on_device)
-    counts = on_device, min(len(val_images), val_cache.capacity) - on_device
-    rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, counts)]
+    on_host = min(len(val_images), val_cache.capacity) - on_device
+    rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, (on_device, on_host))]
     return FeatureCache(predictor, args, rest, first_visits(batches)), val_cache
 
 
@@ -838,7 +843,8 @@ class FeatureCache:
     """The features in predictor._features of each image: encoded at its first visit and kept from then on.
 
     limits: bytes to keep on the device and, when that is full, in the memory of the machine. Other images are encoded
-        at each visit, and rounded too, so that results do not depend on the memory.
+        at each visit and rounded too, so that results do not depend on the memory (on a GPU, up to the rounding
+        errors of encoding them in groups).
     visits: images in the order of their first visits; they are read ahead by `--workers` threads and, on a GPU, encoded
         AT_ONCE at a time.
     full_precision: keep float32, encoded without mixed precision; else float16.
@@ -854,7 +860,7 @@ class FeatureCache:
         self.bytes_per_image = self.dtype.itemsize * model.hidden_dim * model.image_size**2 // 64
         self.on_device = limits[0] // self.bytes_per_image  # images
         self.capacity = self.on_device + limits[1] // self.bytes_per_image  # with those in the machine's memory
-        self.at_once = 1 if predictor.device.type == "cpu" else AT_ONCE  # one: the same bits as set_image()
+        self.at_once = 1 if predictor.device.type == "cpu" else AT_ONCE  # 1 gives the same bits as set_image()
         self.ahead = read_ahead(self.read, itertools.islice(visits, self.capacity), args.workers, 2 * self.at_once)
         if self.folder:
             precision = autocast_dtype() if self.amp and predictor.device.type == "cuda" else None
@@ -872,10 +878,8 @@ class FeatureCache:
         return {"image_embed": embeddings, "high_res_feats": others}
 
     def encode_up_to(self, path, size):
-        """Encode the next images of `visits`, until `path` is among them, or it alone after their end; keep what fits.
-
-        Returns the features of `path`.
-        """
+        """The features of `path`: encode the next images of `visits` until it is among them or, when `visits` has
+        ended, it alone; keep what fits."""
         encoded = {}
         while path not in encoded:
             group = [future.result() for future in itertools.islice(self.ahead, self.at_once)]
@@ -943,9 +947,9 @@ class BatchLoss(torch.nn.Module):
         self.model = predictor.model  # a part of this module, so that DistributedDataParallel finds its weights
 
     def forward(self, batch):
-        """(loss, IoU), scalars. Without a prompt, if some images have no object, OBJECT_WEIGHT times the binary
-        cross-entropy of the object score is added, and the IoU of an image without an object is 1 if the object score
-        is negative, else 0. Raises the ImageError that Batches may give for a batch."""
+        """(loss, IoU), scalars. If the data has images without any object, prompt "none" adds OBJECT_WEIGHT times the
+        binary cross-entropy of the object score, and the IoU of such an image is 1 if its object score is negative,
+        else 0. Raises the ImageError that Batches may give for a batch."""
         if isinstance(batch, ImageError):
             raise batch
         args, predictor = self.args, self.predictor
@@ -960,7 +964,7 @@ class BatchLoss(torch.nn.Module):
             low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, objects, batch.rngs,
                                                      batch.corrections)
         examples = zip(low_res_masks.split(1), scores.split(1), batch.gt_masks)
-        losses, ious = torch.stack([torch.stack(image_loss(predictor, *each, args)) for each in examples]).unbind(1)
+        losses, ious = map(torch.stack, zip(*(image_loss(predictor, *each, args) for each in examples)))
         if batch.kind != "none" or not self.model.knows_absence:
             return losses.mean(), ious.mean()
         # an image without an object trains only the object score: learning empty masks lowers the IoU elsewhere
@@ -997,7 +1001,7 @@ def simulate_prompts(predictor, features, kind, gt_masks, rngs=None, corrections
 def first_prompt(kind, mask, rng=None):
     """A box (jittered with rng) or a click on a bool H x W mask: (float32 P x 2 (x, y) in pixels, int32 P labels).
 
-    Of kind "none": the point with label -1 that SAM2Base._forward_sam_heads gives if there is no prompt.
+    For "none", the point with label -1 that SAM2Base._forward_sam_heads gives if there is no prompt.
     """
     if kind == "none":
         return np.zeros((1, 2), np.float32), np.array([-1], np.int32)
@@ -1059,7 +1063,7 @@ def best_masks(predictor, sizes, low_res_masks, scores):
     """The masks with the highest score that predict_masks gave, at their N images' sizes: N arrays, bool H x W."""
     found = []
     for masks, best, size in zip(low_res_masks.split(1), scores.float().cpu().numpy().argmax(1), sizes):
-        logits = predictor._transforms.postprocess_masks(masks, size)  # all three: the same bits as in predict()
+        logits = predictor._transforms.postprocess_masks(masks, size)  # scaling all three gives the bits of predict()
         found.append((logits[0, best] > 0).cpu().numpy())
     return found
 
@@ -1144,27 +1148,27 @@ def validate(training):
     """The loss, and what compare_models.py would measure now: "val_loss", "val_iou", "val_dice" and, without prompts,
     "val_specificity": the share of images without any object in which nothing is found. Without validation: {}."""
     share = range(training.rank, len(training.val_masks), training.processes)
-    bar = tqdm(share, "검증", leave=False, disable=True if training.rank else None)
     results = []
-    for index in bar:
-        if training.is_interrupted():
-            raise KeyboardInterrupt
+    for index in tqdm(share, "검증", leave=False, disable=True if training.rank else None):
+        if training.interrupted:
+            break
         results += validate_image(training, index)
+    shares = [(bool(training.interrupted), results)] * training.processes
     if training.processes > 1:
-        shares = [None] * training.processes
-        torch.distributed.all_gather_object(shares, results)
-        results = sum(shares, [])
-    columns = {name: [value for value in values if value is not None] for name, values in zip(
-        ("val_loss", "val_iou", "val_dice", "val_specificity"), zip(*results))}
-    return {name: float(np.mean(values)) for name, values in columns.items() if values}
+        torch.distributed.all_gather_object(shares, shares[0])
+    if any(interrupted for interrupted, _ in shares):
+        raise KeyboardInterrupt
+    values = {name: [each[name] for _, results in shares for each in results if name in each]
+              for name in ("val_loss", "val_iou", "val_dice", "val_specificity")}
+    return {name: float(np.mean(each)) for name, each in values.items() if each}
 
 
 @torch.no_grad()
 def validate_image(training, index):
-    """(loss, IoU, Dice, None) of each object of the index-th validation image; the loss, at most at MAX_SIDE, is the
-    mean over those that are decoded together.
+    """The values of validate() for each object of the index-th validation image: dicts.
 
-    Without prompts: of the union of its objects; if there is none: (None, None, None, whether nothing is found).
+    Objects that are decoded together share one loss, their mean, on masks reduced to MAX_SIDE. Without prompts, the
+    union of the objects counts as one; if there is none, the only value is whether nothing is found.
     """
     args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
     features = training.val_cache([(masks.paths[index], masks.sizes[index])])
@@ -1180,10 +1184,9 @@ def validate_image(training, index):
         if kind == "none" and nothing_found(predictor.model):
             best[0][:] = False
         for mask, gt_mask in zip(best, gt_masks):
-            if gt_mask.any():
-                results.append((loss.item(), calculate_iou(mask, gt_mask), calculate_dice(mask, gt_mask), None))
-            else:
-                results.append((None, None, None, not mask.any()))
+            results.append({"val_loss": loss.item(), "val_iou": calculate_iou(mask, gt_mask),
+                            "val_dice": calculate_dice(mask, gt_mask)} if gt_mask.any() else
+                           {"val_specificity": not mask.any()})
     return results
 
 
@@ -1219,7 +1222,7 @@ def save(training, better, unfinished=False):
                scaler=training.scaler.state_dict(), **{name: getattr(training, name) for name in PROGRESS},
                seconds=time.time() - training.started, settings={name: getattr(training.args, name) for name in CONFIG},
                processes=training.processes, data=training.data)
-    for write in (save_log, save_curve):
+    for write in (save_log, save_curve) if training.rows else ():
         try:
             write(training.rows, folder)
         except PermissionError as error:  # on Windows, while Excel has the file open; sam2_last.pt has the rows
@@ -1267,7 +1270,7 @@ def load_last(output_dir):
 
 
 def restore(training, last):
-    """Continue from the content of sam2_last.pt; fails if the data or the number of processes differ."""
+    """Continue from the content of sam2_last.pt; fails if masks, names or the number of processes differ."""
     before, now = last["data"], training.data
     changes = {"없어짐": before.keys() - now.keys(), "새로 생김": now.keys() - before.keys(),
                "바뀜": {name for name in before.keys() & now.keys() if before[name] != now[name]}}
@@ -1281,7 +1284,8 @@ def restore(training, last):
     print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
     if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
         print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
-    training.model.load_state_dict(last["unmerged"], strict=False)  # over the merged weights of load_predictor()
+    # --encoder lora: load_predictor() took the merged weights for the base; restore the base and its low-rank updates
+    training.model.load_state_dict(last["unmerged"], strict=False)
     for group in last["optimizer"]["param_groups"]:
         group["fused"] = training.optimizer.defaults["fused"]  # depends on the device
     training.optimizer.load_state_dict(last["optimizer"])
@@ -1289,6 +1293,8 @@ def restore(training, last):
         training.scaler.load_state_dict(last["scaler"])
     for name in PROGRESS:
         setattr(training, name, last[name])
+    if last["iteration"] == training.args.iterations < last["settings"]["iterations"]:
+        training.rows.pop()  # now the last iteration: it is validated and logged again
     training.started = time.time() - last["seconds"]
 
 

@@ -107,7 +107,7 @@ def label(name, stream, pairs, kept, args):
             kept[path] = predictor._features
         started = time.perf_counter()
         predict = partial(predict_mask, predictor, kept[path], stream.sizes[index])
-        result.append([simulate(predict, gt_mask) for gt_mask in stream.decode(index)])
+        result.append([simulate(predict, gt_mask) for gt_mask in split_objects(stream, index)])
         labeled = time.perf_counter()
         shutil.copy(masks_of[path.stem], folder / f"{path.stem}.png")
         if learner:
@@ -127,8 +127,13 @@ def validate(predictor, args):
         masks = project.Masks([(image, mask)], 10**9, 1)
         predictor.set_image(project.read_image(image))
         predict = partial(predict_mask, predictor, predictor._features, masks.sizes[0])
-        ious += [simulate(predict, gt_mask, clicks=1)[0] for gt_mask in masks.decode(0)]
+        ious += [simulate(predict, gt_mask, clicks=1)[0] for gt_mask in split_objects(masks, 0)]
     return f"{100 * np.mean(ious):10.1f}"
+
+
+def split_objects(masks, index):
+    """The masks of the objects of the index-th image: bool N x H x W."""
+    return masks.labels(index) == masks.objects[index][:, None, None]
 
 
 @torch.no_grad()

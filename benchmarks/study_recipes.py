@@ -226,8 +226,8 @@ def measure(training):
     """COLUMNS and specificity on the validation images, in percent; NaN where there is nothing to measure."""
     predictor, masks, objects, unions, right = training.predictor, training.val_masks, [], [], []
     for index, (path, size) in enumerate(zip(masks.paths, masks.sizes)):
-        features, gt_masks, columns = training.val_cache([(path, size)]), masks.decode(index), []
-        union = masks.labels(index)[None] > 0
+        features, labels, columns = training.val_cache([(path, size)]), masks.labels(index), []
+        gt_masks, union = labels == masks.objects[index][:, None, None], labels[None] > 0
         for kind in ("point", "box", "none") if index < masks.filled else ("none",):
             truth = union if kind == "none" else gt_masks
             with torch.no_grad():
