@@ -16,7 +16,7 @@ Chapters:
     settings             every flag with its default, the recipes, the constants
     the run              main(), the command line, the output folder, trackers, --test
     the training loop    train(), Ctrl-C, one step, the optimizer
-    data                 pairs, batches that follow from (seed, iteration), augmentation; masks and their objects
+    data                 batches that follow from (seed, iteration), augmentation; images, masks and their objects
     features             the encoded images, kept in memory and in files
     prompts and loss     simulated clicks and boxes, the decoder, the loss
     the image encoder    what --encoder trains beside the decoder: nothing, low-rank updates or all weights
@@ -29,6 +29,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -281,16 +282,16 @@ def open_trackers(args, at_end):
 
 def print_setup(training):
     """Print the device, the data, the number of trained weights and the size of the cache."""
-    args, masks, val_masks, processes = training.args, training.masks, training.val_masks, training.processes
+    args, images, val_images, processes = training.args, training.images, training.val_images, training.processes
     cache, val_cache = training.cache, training.val_cache
-    unsampled = f" (이미지마다 {args.max_objects}개까지만 검증하므로 제외한 객체 {val_masks.unsampled}개)" \
-        if val_masks.unsampled else ""
+    unsampled = f" (이미지마다 {args.max_objects}개까지만 검증하므로 제외한 객체 {val_images.unsampled}개)" \
+        if val_images.unsampled else ""
     encoder = {"frozen": "이미지 인코더와 conv_s0, conv_s1은 고정", "full": "이미지 인코더도 모두 학습",
                "lora": f"이미지 인코더의 블록은 랭크 {args.lora_rank}의 LoRA로 학습하고 neck은 고정"}[args.encoder]
     print(f"장치: {training.device}" + (f", 프로세스 {processes}개" if processes > 1 else ""))
-    print(f"학습 {len(masks)}장, 객체 {masks.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
-          f"{masks.left_out}개), 검증 {len(val_masks)}장, 객체 {val_masks.count}개{unsampled}")
-    for name, each, prompts in (("학습", masks, args.prompt), ("검증", val_masks, args.val_prompt)):
+    print(f"학습 {len(images)}장, 객체 {images.count}개 (전경 {MIN_FOREGROUND}픽셀 미만이라 뺀 객체 "
+          f"{images.left_out}개), 검증 {len(val_images)}장, 객체 {val_images.count}개{unsampled}")
+    for name, each, prompts in (("학습", images, args.prompt), ("검증", val_images, args.val_prompt)):
         if each.empty:
             print(f"{name} 이미지 중 객체가 없는 것 {each.empty}장: 프롬프트가 없을 때만 쓰므로 "
                   f"{name}에 {'씁니다' if prompts in ('none', 'any') else '쓰지 않습니다'}")
@@ -299,14 +300,14 @@ def print_setup(training):
     if cache is None:
         print("학습 이미지의 특징은 캐시하지 않고 쓸 때마다 인코딩합니다.")
     else:
-        print(f"특징 캐시: 학습 {len(masks)}장 중 {min(len(masks), cache.capacity)}장, 검증 {len(val_masks)}장 중 "
-              f"{min(len(val_masks), processes * val_cache.capacity)}장이 들어갑니다 "
+        print(f"특징 캐시: 학습 {len(images)}장 중 {min(len(images), cache.capacity)}장, 검증 {len(val_images)}장 중 "
+              f"{min(len(val_images), processes * val_cache.capacity)}장이 들어갑니다 "
               f"(한 장 {cache.bytes_per_image / 1e6:.2g} MB, 한도 {sum(val_cache.limits) / 1e9:.3g} GB)"
               + (f", 파일로도 남깁니다: {cache.folder}" if cache.folder else ""))
-    if same := same_files(masks.paths, val_masks.paths):
+    if same := same_files(images, val_images):
         print(f"주의: 검증 이미지 {len(same)}장이 학습 이미지와 같은 파일입니다 ({', '.join(same[:3])}). "
               "검증 IoU가 실제보다 높게 나옵니다")
-    if not val_masks:
+    if not val_images:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
     if not (args.resume or args.test) and Path(args.output_dir, "sam2_last.pt").exists():
         print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
@@ -317,10 +318,10 @@ def check_images_and_step(training):
     free, problems, started = free_memory()[1], [], time.time()
     if free < 2e9:
         fail(f"메모리가 {free / 1e9:.1f} GB 남았습니다. 2 GB 이상 필요합니다. 다른 프로그램을 닫아 보세요")
-    images = [image for masks in (training.masks, training.val_masks) for image in zip(masks.paths, masks.sizes)]
+    images = [*training.images, *training.val_images]
     for image in tqdm(images, "이미지 검사", leave=False, disable=None):
         try:
-            read_reduced(*image)
+            image.read()
         except ImageError as error:
             problems.append(str(error))
     if problems:
@@ -391,7 +392,7 @@ def record(training, trackers, bar):
         if any_interrupted:
             raise KeyboardInterrupt
     is_logged = training.rows and training.rows[-1]["iteration"] == iteration
-    if not logging or is_logged or not (iteration or training.val_masks):
+    if not logging or is_logged or not (iteration or training.val_images):
         return
     log(training, trackers, validating)
     if validating and iteration > 0:
@@ -403,7 +404,7 @@ def record(training, trackers, bar):
 def log(training, trackers, validating):
     """Add a row to the log: running means, learning rates and, if validating, what compare_models.py would measure."""
     if validating and not training.iteration:
-        tqdm.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_masks)}장).")
+        tqdm.write(f"학습하기 전의 모델부터 검증합니다 (이미지 {len(training.val_images)}장).")
     row = {"iteration": training.iteration, **dict(zip(("loss", "train_iou"), training.mean or ())),
            **dict(zip(("lr", "encoder_lr"), (group["lr"] for group in training.optimizer.param_groups))),
            "seconds": round(time.time() - training.started, 1)}
@@ -450,20 +451,17 @@ class Training:
         checkpoint = Path(args.output_dir, "sam2_last.pt") if args.resume else args.checkpoint
         self.predictor = load_predictor(args.model_cfg, checkpoint, device, args.image_size)
         self.model = self.predictor.model
-        self.masks, self.val_masks = load_masks(args)
-        self.data = {f"{split}/{path.name}": digest  # hash of each mask, for --resume to compare
-                     for split, masks in (("train", self.masks), ("val", self.val_masks))
-                     for path, digest in zip(masks.paths, masks.hashes)}
+        self.images, self.val_images = load_images(args)
+        self.data = {f"{split}/{image.path.name}": image.mask_hash  # for --resume to compare
+                     for split, images in (("train", self.images), ("val", self.val_images)) for image in images}
         cached = args.encoder == "frozen" and not args.augment  # the features of training images stay the same
-        self.dataset = Batches(self.masks, args, None if cached else self.model.image_size, rank, processes,
+        self.dataset = Batches(self.images, args, None if cached else self.model.image_size, rank, processes,
                                start=last["iteration"] * args.accumulate if last else 0)
-        # of this process, in the order in which validate() uses them
-        val_images = list(zip(self.val_masks.paths, self.val_masks.sizes))[rank::processes]
-        self.cache, self.val_cache = make_caches(self.predictor, self.dataset, val_images, args)
+        self.cache, self.val_cache = make_caches(self.predictor, self.dataset, self.val_images[rank::processes], args)
         prepare_weights(self.model, args)
-        self.teaches_absence = self.model.pred_obj_scores and self.masks.filled < len(self.masks)
+        self.teaches_absence = self.model.pred_obj_scores and self.images.filled < len(self.images)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.batch_loss = BatchLoss(self.predictor, self.masks, self.cache, args)
+        self.batch_loss = BatchLoss(self.predictor, self.cache, args)
         if processes > 1:  # the weights of masks that are not in the loss get no gradient
             self.batch_loss = DistributedDataParallel(self.batch_loss, find_unused_parameters=True)
         self.optimizer = make_optimizer(self.model, args)
@@ -529,8 +527,8 @@ class Training:
         for iteration, now in enumerate(steps, self.iteration + 1 - len(steps)):
             if not math.isfinite(now[0]):
                 count = self.args.accumulate
-                names = ", ".join(self.masks.paths[index].name for number in range(count)
-                                  for index in self.dataset.draw((iteration - 1) * count + number)[0])
+                names = ", ".join(image.path.name for number in range(count)
+                                  for image in self.dataset.draw((iteration - 1) * count + number)[0])
                 fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
                      "마지막으로 저장한 뒤의 학습은 저장하지 않았고, 전에 저장한 모델은 그대로입니다")
             self.mean = now if self.mean is None else [SMOOTHING * old + (1 - SMOOTHING) * new
@@ -567,15 +565,15 @@ def learning_rate_factor(args, iteration):
 # ---- data ----
 
 
-def load_masks(args):
-    """The training masks and the validation masks (none, if there is no folder of validation images)."""
-    masks = Masks(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND,
-                  keep_empty=args.prompt in ("none", "any"))
-    if not masks.filled:
+def load_images(args):
+    """The images for training and for validation (none, if there is no folder of validation images): LabeledImages."""
+    images = LabeledImages(find_pairs(args.image_dir, args.mask_dir), MAX_SIDE, MIN_FOREGROUND,
+                           keep_empty=args.prompt in ("none", "any"))
+    if not images.filled:
         fail(f"학습할 쌍이 없습니다: {args.image_dir}, {args.mask_dir}. 확인: python prepare_data.py --check")
     val_pairs = find_pairs(args.val_image_dir, args.val_mask_dir) if Path(args.val_image_dir).is_dir() else []
     limit = None if args.val_prompt == "none" else args.max_objects  # "none" uses all objects of an image
-    return masks, Masks(val_pairs, math.inf, 1, limit, keep_empty=args.val_prompt == "none")
+    return images, LabeledImages(val_pairs, math.inf, 1, limit, keep_empty=args.val_prompt == "none")
 
 
 def find_pairs(image_dir, mask_dir):
@@ -598,12 +596,12 @@ def find_pairs(image_dir, mask_dir):
 class Batch(NamedTuple):
     """The examples of one forward pass: one object and one prompt in each of N images."""
 
-    indices: np.ndarray                 # of the images in Masks
+    images: list                        # N LabeledImages whose features are cached, else empty
     kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
     rngs: list                          # a Generator for each image: draws the object, augmentation, then the prompt
     gt_masks: list                      # for each image bool tensor 1 x H x W
-    images: torch.Tensor | None = None  # uint8 N x 3 x S x S; None if their features are cached
+    pixels: torch.Tensor | None = None  # uint8 N x 3 x S x S, if features are not cached
 
 
 class Batches(Dataset):
@@ -613,44 +611,45 @@ class Batches(Dataset):
     that the run needs.
     """
 
-    def __init__(self, masks, args, image_size=None, rank=0, processes=1, start=0):
-        self.masks, self.args, self.image_size, self.start = masks, args, image_size, start
+    def __init__(self, images, args, image_size=None, rank=0, processes=1, start=0):
+        self.images, self.args, self.image_size, self.start = images, args, image_size, start
         self.rank, self.processes = rank, processes
 
     def draw(self, number):
-        """What the seed determines of a Batch: the indices of its images, kind, corrections and generators."""
+        """What the seed determines of a Batch: its images, kind, corrections and generators."""
         args = self.args
         iteration, part = number // args.accumulate + 1, number % args.accumulate
         rng = np.random.default_rng([args.seed, iteration])  # the same in every process and part of an iteration
         part_size = args.batch_size * self.processes
         size = args.accumulate * part_size  # of the batches of all parts and processes
-        indices = rng.integers(self.masks.filled, size=size)
+        indices = rng.integers(self.images.filled, size=size)
         kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
-            indices = rng.integers(len(self.masks), size=size)
+            indices = rng.integers(len(self.images), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
         places = range(part * part_size + self.rank, (part + 1) * part_size, self.processes)  # of this process
         rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # [a, b, 0] is [a, b]
-        return indices[places], kind, corrections, rngs
+        return [self.images[indices[place]] for place in places], kind, corrections, rngs
 
     def __getitem__(self, number):
         """The Batch, or an ImageError: raised in a worker process, it would print many lines."""
-        masks, gt_masks, images = self.masks, [], []
-        indices, kind, corrections, rngs = self.draw(number)
-        for index, rng in zip(indices, rngs):
-            objects = masks.objects[index]
-            label = None if kind == "none" else objects[rng.permutation(len(objects))[0]]
-            gt_mask = torch.from_numpy(masks.reduced(index, label))[None]
+        gt_masks, resized = [], []
+        images, kind, corrections, rngs = self.draw(number)
+        for image, rng in zip(images, rngs):
+            label = None if kind == "none" else image.objects[rng.permutation(len(image.objects))[0]]
+            gt_mask = torch.from_numpy(image.mask(label))[None]
             if self.image_size is not None:
                 try:
-                    image = torch.from_numpy(read_reduced(masks.paths[index], masks.sizes[index])).permute(2, 0, 1)
+                    pixels = torch.from_numpy(image.read()).permute(2, 0, 1)
                 except ImageError as error:
                     return error
                 if self.args.augment:
-                    image, gt_mask = augment_example(rng, image, gt_mask)
-                images.append(v2.functional.resize(image, [self.image_size] * 2))
+                    pixels, gt_mask = augment_example(rng, pixels, gt_mask)
+                resized.append(v2.functional.resize(pixels, [self.image_size] * 2))
             gt_masks.append(gt_mask)
-        return Batch(indices, kind, corrections, rngs, gt_masks, torch.stack(images) if images else None)
+        if resized:  # without the images: what a worker process returns is copied
+            return Batch([], kind, corrections, rngs, gt_masks, torch.stack(resized))
+        return Batch(images, kind, corrections, rngs, gt_masks)
 
 
 def augment_example(rng, image, gt_masks):
@@ -682,14 +681,12 @@ def ignore_interrupts(_worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Masks:
-    """The numbered masks of a folder, read once and kept in memory as runs of equal pixels; image headers are checked.
+class LabeledImages(list):
+    """The LabeledImages of pairs (image path, mask path): masks are read, images are opened to compare their sizes.
 
     Objects with fewer than min_foreground pixels after the reduction to max_side are skipped (`left_out`), as are all
-    but a sample of max_objects in an image (`unsampled`), and images that have only objects too small. Images with a
-    black mask (`empty`) are skipped or, with keep_empty, follow the `filled` ones. For each image: its path in `paths`,
-    (H, W) of its mask in `shapes` and, reduced, in `sizes`, the numbers of its objects in `objects` (`count` in all),
-    the hash of its mask in `hashes`.
+    but a sample of max_objects in an image (`unsampled`), and images that have only objects too small; `count` objects
+    are left. Images with a black mask (`empty`) are skipped or, with keep_empty, follow the `filled` ones.
     """
 
     def __init__(self, pairs, max_side, min_foreground, max_objects=None, keep_empty=False):
@@ -707,25 +704,44 @@ class Masks:
             self.left_out += np.count_nonzero(areas) - len(large)
             self.unsampled += len(large) - len(objects)
             self.count += len(objects)
-            if len(objects) or not areas.any():  # not if all objects are too small
-                digest = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes()).hexdigest()
-                example = image_path, labels.shape, size, objects, digest, runs
-                (filled if len(objects) else empty).append(example)
+            mask_hash = hashlib.sha256(repr(labels.shape).encode() + values.tobytes() + lengths.tobytes()).hexdigest()
+            image = LabeledImage(image_path, labels.shape, size, objects, mask_hash, runs)
+            if len(objects):
+                filled.append(image)
+            elif not areas.any():
+                empty.append(image)
         self.filled, self.empty = len(filled), len(empty)
-        kept = filled + (empty if keep_empty else [])
-        self.paths, self.shapes, self.sizes, self.objects, self.hashes, self.runs = zip(*kept) if kept else ((),) * 6
+        super().__init__(filled + (empty if keep_empty else []))
 
-    def __len__(self):
-        return len(self.paths)
 
-    def labels(self, index):
-        """The numbered mask of the index-th image: uint16 H x W."""
-        return np.repeat(*self.runs[index]).reshape(self.shapes[index])
+@dataclasses.dataclass(eq=False)
+class LabeledImage:
+    """An image and its numbered mask, which is kept in memory as runs of equal pixels."""
 
-    def reduced(self, index, number=None):
-        """One object's mask or, without a number, the union of all, reduced to max_side: bool H x W."""
-        labels = self.labels(index)
-        return reduce_mask(labels > 0 if number is None else labels == number, self.sizes[index])
+    path: Path           # of the image
+    shape: tuple         # (H, W) of image and mask
+    size: tuple          # the same, reduced to max_side
+    objects: np.ndarray  # the numbers of the objects to train or validate
+    mask_hash: str
+    runs: tuple          # see run_lengths()
+
+    def read(self):
+        """The image, reduced to `size`: uint8 H x W x 3; ImageError if its proportions differ from the mask's."""
+        image = read_image(self.path)
+        if reduced_size(image.shape, max(self.size)) != self.size:
+            raise ImageError(f"{self.path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
+        if image.shape[:2] != self.size:
+            image = cv2.resize(image, self.size[::-1], interpolation=cv2.INTER_AREA)
+        return image
+
+    def labels(self):
+        """The numbered mask: uint16 H x W."""
+        return np.repeat(*self.runs).reshape(self.shape)
+
+    def mask(self, number=None):
+        """One object's mask or, without a number, the union of all, reduced to `size`: bool H x W."""
+        labels = self.labels()
+        return reduce_mask(labels > 0 if number is None else labels == number, self.size)
 
 
 def run_lengths(labels):
@@ -745,14 +761,6 @@ def check_header(path, shape):
         raise ImageError(f"{path}: {error.strerror or '손상되었거나 읽지 못하는 형식의 이미지입니다'}") from None
     if shape not in (size, size[::-1]):
         raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-
-
-def read_reduced(path, size):
-    """Read an image and reduce it to its mask's (H, W); ImageError if its proportions differ."""
-    image = read_image(path)
-    if reduced_size(image.shape, max(size)) != size:
-        raise ImageError(f"{path}: 마스크와 크기가 다릅니다. python prepare_data.py --check 로 확인하세요")
-    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def sample_objects(numbers, max_objects):
@@ -781,11 +789,11 @@ def reduce_mask(mask, size):
     return (coverage >= largest_nearby**2 / 2) & (coverage > coverage.max() / 8)
 
 
-def same_files(train_paths, val_paths):
+def same_files(images, val_images):
     """The names of the validation images whose file is, byte for byte, that of a training image."""
-    sizes = {path.stat().st_size for path in train_paths} & {path.stat().st_size for path in val_paths}
-    train, val = ({path.name: hashlib.sha256(path.read_bytes()).digest() for path in paths
-                   if path.stat().st_size in sizes} for paths in (train_paths, val_paths))
+    sizes = {image.path.stat().st_size for image in images} & {image.path.stat().st_size for image in val_images}
+    train, val = ({image.path.name: hashlib.sha256(image.path.read_bytes()).digest() for image in each
+                   if image.path.stat().st_size in sizes} for each in (images, val_images))
     known = set(train.values())
     return [name for name, digest in val.items() if digest in known]
 
@@ -796,7 +804,7 @@ def same_files(train_paths, val_paths):
 def make_caches(predictor, batches, val_images, args):
     """Caches of the features of training and of validation images: (FeatureCache or None, FeatureCache).
 
-    batches: the run's Batches, not read yet; val_images: [(path, (H, W) of its mask), ...].
+    batches: the run's Batches; val_images: of this process, in the order in which validate() uses them.
     None if training images are encoded at every visit: by a trained encoder, or augmented. Validation images get
     their memory first, as every validation needs all of them, and full precision, as in compare_models.py.
     """
@@ -828,14 +836,14 @@ def free_memory(device="cpu"):
 
 
 def first_visits(batches):
-    """(path, (H, W) of its mask) of each image of a run, in the order in which the batches use them first."""
-    masks, seen = batches.masks, set()
+    """The images of a run, in the order in which the batches use them first."""
+    seen = set()
     for number in range(batches.start, batches.args.iterations * batches.args.accumulate):
-        for index in batches.draw(number)[0]:
-            if index not in seen:
-                seen.add(index)
-                yield masks.paths[index], masks.sizes[index]
-        if len(seen) == len(masks):
+        for image in batches.draw(number)[0]:
+            if image not in seen:
+                seen.add(image)
+                yield image
+        if len(seen) == len(batches.images):
             return
 
 
@@ -871,46 +879,46 @@ class FeatureCache:
                     self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())
 
     def __call__(self, images):
-        """Features of [(path, (H, W) of its mask), ...]: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
-        found = [self.kept.get(path) or self.encode_up_to(path, size) for path, size in images]
+        """Features of N LabeledImages: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
+        found = [self.kept.get(image.path) or self.encode_up_to(image) for image in images]
         embeddings, *others = (torch.cat([to_device(level, self.predictor.device) for level in levels]).float()
                                for levels in zip(*found))
         return {"image_embed": embeddings, "high_res_feats": others}
 
-    def encode_up_to(self, path, size):
-        """The features of `path`: encode the next images of `visits` until it is among them or, when `visits` has
-        ended, it alone; keep what fits."""
+    def encode_up_to(self, image):
+        """The features of an image: encode the next ones of `visits` until it is among them or, if there are no more,
+        it alone; keep what fits."""
         encoded = {}
-        while path not in encoded:
+        while image.path not in encoded:
             group = [future.result() for future in itertools.islice(self.ahead, self.at_once)]
-            encoded = self.encode(group or [self.read((path, size))])
-            for name, levels in encoded.items():
+            encoded = self.encode(group or [self.read(image)])
+            for path, levels in encoded.items():
                 if len(self.kept) < self.capacity:
                     place = self.predictor.device if len(self.kept) < self.on_device else "cpu"
-                    self.kept[name] = [level.to(place) for level in levels]
-        return encoded[path]
+                    self.kept[path] = [level.to(place) for level in levels]
+        return encoded[image.path]
 
     def read(self, image):
-        """(path, file of its features or None, the features in that file or None, image uint8 H x W x 3 or None)."""
-        (path, size), entry = image, None
+        """(path, file of its features or None, the features in that file or None, uint8 H x W x 3 or None)."""
+        entry = None
         if self.folder:
             key = self.identity.copy()
-            key.update(repr(size).encode() + path.read_bytes())
+            key.update(repr(image.size).encode() + image.path.read_bytes())
             entry = Path(self.folder, f"{key.hexdigest()}.npz")
             with contextlib.suppress(Exception), np.load(entry) as stored:  # missing or damaged: many error types
-                return path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)], None
-        return path, entry, None, read_reduced(path, size)
+                return image.path, entry, [torch.from_numpy(stored[f"arr_{number}"]) for number in range(3)], None
+        return image.path, entry, None, image.read()
 
     @torch.no_grad()
     def encode(self, group):
         """{path: [image_embed, stride 4, stride 8]} of what read() gave: each 1 x C x h x w in self.dtype."""
         transforms, device = self.predictor._transforms.transforms, self.predictor.device
         results = {path: levels for path, _, levels, _ in group}
-        if new := [(path, entry, image) for path, entry, levels, image in group if levels is None]:
+        if new := [(path, entry, pixels) for path, entry, levels, pixels in group if levels is None]:
             with mixed_precision(device, self.amp):
-                images = torch.stack([transforms(torch.from_numpy(image).to(device).permute(2, 0, 1).contiguous()
-                                                 .float() / 255) for _, _, image in new])
-                features = encode_images(self.predictor, images)
+                inputs = torch.stack([transforms(torch.from_numpy(pixels).to(device).permute(2, 0, 1).contiguous()
+                                                 .float() / 255) for _, _, pixels in new])
+                features = encode_images(self.predictor, inputs)
             levels = [level.to(self.dtype).split(1) for level in (features["image_embed"], *features["high_res_feats"])]
             for number, (path, entry, _) in enumerate(new):
                 results[path] = [level[number] for level in levels]
@@ -941,9 +949,9 @@ def autocast_dtype():
 class BatchLoss(torch.nn.Module):
     """A batch's mean training_loss, plus the loss of the object score; the one module that DDP wraps."""
 
-    def __init__(self, predictor, masks, cache, args):
+    def __init__(self, predictor, cache, args):
         super().__init__()
-        self.predictor, self.masks, self.cache, self.args = predictor, masks, cache, args
+        self.predictor, self.cache, self.args = predictor, cache, args
         self.model = predictor.model  # a part of this module, so that DistributedDataParallel finds its weights
 
     def forward(self, batch):
@@ -955,11 +963,11 @@ class BatchLoss(torch.nn.Module):
         args, predictor = self.args, self.predictor
         with mixed_precision(predictor.device, args.amp):
             if self.cache is not None:
-                features = self.cache([(self.masks.paths[index], self.masks.sizes[index]) for index in batch.indices])
+                features = self.cache(batch.images)
             else:
-                images = to_device(batch.images, predictor.device).float() / 255
-                images = v2.functional.normalize(images, predictor._transforms.mean, predictor._transforms.std)
-                features = encode_images(predictor, images)
+                pixels = to_device(batch.pixels, predictor.device).float() / 255
+                pixels = v2.functional.normalize(pixels, predictor._transforms.mean, predictor._transforms.std)
+                features = encode_images(predictor, pixels)
             objects = [gt_mask[0].numpy() for gt_mask in batch.gt_masks]
             low_res_masks, scores = simulate_prompts(predictor, features, batch.kind, objects, batch.rngs,
                                                      batch.corrections)
@@ -1147,7 +1155,7 @@ def encode_images(predictor, images):
 def validate(training):
     """The loss, and what compare_models.py would measure now: "val_loss", "val_iou", "val_dice" and, without prompts,
     "val_specificity": the share of images without any object in which nothing is found. Without validation: {}."""
-    share = range(training.rank, len(training.val_masks), training.processes)
+    share = range(training.rank, len(training.val_images), training.processes)
     results = []
     for index in tqdm(share, "검증", leave=False, disable=True if training.rank else None):
         if training.interrupted:
@@ -1170,9 +1178,9 @@ def validate_image(training, index):
     Objects that are decoded together share one loss, their mean, on masks reduced to MAX_SIDE. Without prompts, the
     union of the objects counts as one; if there is none, the only value is whether nothing is found.
     """
-    args, predictor, masks, results = training.args, training.predictor, training.val_masks, []
-    features = training.val_cache([(masks.paths[index], masks.sizes[index])])
-    kind, labels, numbers = prompt_kind(args.val_prompt, index), masks.labels(index), masks.objects[index]
+    args, predictor, image, results = training.args, training.predictor, training.val_images[index], []
+    features = training.val_cache([image])
+    kind, labels, numbers = prompt_kind(args.val_prompt, index), image.labels(), image.objects
     if kind == "none":
         labels, numbers = (labels > 0).astype(np.uint16), np.ones(1, np.uint16)
     for part in in_parts(numbers, labels.shape):
@@ -1333,8 +1341,8 @@ def finish(training):
     by_validation = any("val_iou" in row for row in rows)  # not if no validation image has an object
     write_json(folder / "training_summary.json", {
         "settings": {**vars(training.args), "processes": training.processes}, "device": training.device,
-        "versions": versions(), "train_images": len(training.masks), "train_objects": training.masks.count,
-        "val_images": len(training.val_masks), "val_objects": training.val_masks.count,
+        "versions": versions(), "train_images": len(training.images), "train_objects": training.images.count,
+        "val_images": len(training.val_images), "val_objects": training.val_images.count,
         "trained_weights": sum(map(torch.numel, training.parameters)), "encodings_per_process": training.encoded,
         "iterations": training.iteration, "start_iou": start, "best_iou": training.best,
         "best_iteration": training.best_iteration,

@@ -93,8 +93,8 @@ def time_iterations(args, checkpoint, pairs):
     on_cuda = torch.device(device).type == "cuda"
     half = on_cuda and args.amp and project.autocast_dtype() == torch.float16
     scaler = torch.amp.GradScaler("cuda", enabled=half)
-    masks = project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
-    batch_loss = project.BatchLoss(ours, masks, project.FeatureCache(ours, settings, (0, 0)), settings)
+    labeled = project.LabeledImages(pairs, project.MAX_SIDE, project.MIN_FOREGROUND)
+    batch_loss = project.BatchLoss(ours, project.FeatureCache(ours, settings, (0, 0)), settings)
     rng = np.random.default_rng(0)
 
     # each image is visited 3.75 times on average, as in 3,000 iterations over 800 images, in random order
@@ -102,17 +102,18 @@ def time_iterations(args, checkpoint, pairs):
     batches = np.split(visits, range(args.batch_size, len(visits), args.batch_size))
     plain_iterations(plain, plain_optimizer, scaler, pairs[:1], rng, args.amp)  # warm up: neither counts
     for batch in (batches[0], batches[-1]):  # the last one may be smaller
-        project_iteration(batch_loss, our_optimizer, scaler, batch, rng)
+        project_iteration(batch_loss, our_optimizer, scaler, [labeled[index] for index in batch], rng)
     memory = [free // 2 for free in project.free_memory(device)]
-    first_visits = [(masks.paths[index], masks.sizes[index]) for index in dict.fromkeys(visits)]
+    first_visits = [labeled[index] for index in dict.fromkeys(visits)]
     cache = batch_loss.cache = project.FeatureCache(ours, settings, memory, first_visits)
     rows = []
     for batch in batches:
-        seen = np.mean([masks.paths[index] in cache.kept for index in batch])
+        images = [labeled[index] for index in batch]
+        seen = np.mean([image.path in cache.kept for image in images])
         rows.append((seen, len(batch),
                      timed(device, plain_iterations, plain, plain_optimizer, scaler, [pairs[i] for i in batch], rng,
                            args.amp),
-                     timed(device, project_iteration, batch_loss, our_optimizer, scaler, batch, rng)))
+                     timed(device, project_iteration, batch_loss, our_optimizer, scaler, images, rng)))
     seen, images, plain_time, our_time = np.array(rows).T
     precision = f", {project.autocast_dtype()}".replace("torch.", "") if on_cuda and args.amp else ""
     print(f"{args.model_cfg}, {ours.model.image_size} px, {device}{precision}, {torch.get_num_threads()} CPU threads, "
@@ -196,11 +197,10 @@ def plain_iteration(predictor, optimizer, scaler, image_path, mask_path, rng, am
     return loss.item(), iou.item()
 
 
-def project_iteration(batch_loss, optimizer, scaler, indices, rng):
+def project_iteration(batch_loss, optimizer, scaler, images, rng):
     """One iteration of train_sam2_proper.py on a batch of images."""
-    masks = batch_loss.masks
-    gt_masks = [torch.from_numpy(masks.reduced(index, masks.objects[index][0]))[None] for index in indices]
-    loss, _ = batch_loss(project.Batch(indices, "point", 0, [rng] * len(indices), gt_masks))
+    gt_masks = [torch.from_numpy(image.mask(image.objects[0]))[None] for image in images]
+    loss, _ = batch_loss(project.Batch(images, "point", 0, [rng] * len(images), gt_masks))
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)

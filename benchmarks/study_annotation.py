@@ -57,7 +57,7 @@ def main():
     pairs = [pairs[index] for index in order]
     if args.order == "uncertain":
         pairs = sort_by_certainty(pairs, args)
-    stream = project.Masks(pairs, 10**9, project.MIN_FOREGROUND)
+    stream = project.LabeledImages(pairs, 10**9, project.MIN_FOREGROUND)
     print(f"{args.model_cfg}, {len(stream)} images of {args.split}, seed {args.seed}, order {args.order}, {args.steps} "
           f"steps per image, lr {args.lr:g}\nfirst and second half of the stream:", flush=True)
     print(f"{'':10} clicks to 0.75 IoU   clicks to 0.85 IoU   IoU after one click  s per image to label, to learn"
@@ -101,13 +101,14 @@ def label(name, stream, pairs, kept, args):
     predictor = project.load_predictor(args.model_cfg, args.checkpoint, args.device)
     learner = learning.Learner(predictor, folder, args.steps, args.lr) if name == "learning" else None
     masks_of, result, seconds = {image.stem: mask for image, mask in pairs}, [], np.zeros(2)
-    for index, path in enumerate(stream.paths):
+    for index, image in enumerate(stream):
+        path = image.path
         if path not in kept:
             predictor.set_image(project.read_image(path))
             kept[path] = predictor._features
         started = time.perf_counter()
-        predict = partial(predict_mask, predictor, kept[path], stream.sizes[index])
-        result.append([simulate(predict, gt_mask) for gt_mask in split_objects(stream, index)])
+        predict = partial(predict_mask, predictor, kept[path], image.size)
+        result.append([simulate(predict, image.mask(number)) for number in image.objects])
         labeled = time.perf_counter()
         shutil.copy(masks_of[path.stem], folder / f"{path.stem}.png")
         if learner:
@@ -115,7 +116,7 @@ def label(name, stream, pairs, kept, args):
             while learner.work():
                 pass
         elif name == "training" and (index + 1) % args.every == 0:
-            train(predictor, stream.paths[:index + 1], folder, args)
+            train(predictor, [each.path for each in stream[:index + 1]], folder, args)
         seconds += labeled - started, time.perf_counter() - labeled
     return predictor, result, seconds / len(stream)
 
@@ -123,17 +124,12 @@ def label(name, stream, pairs, kept, args):
 def validate(predictor, args):
     """The mean IoU after one click of the objects in data/images/val, in percent, as text."""
     ious = []
-    for image, mask in project.find_pairs(args.data_dir / "images/val", args.data_dir / "masks/val"):
-        masks = project.Masks([(image, mask)], 10**9, 1)
-        predictor.set_image(project.read_image(image))
-        predict = partial(predict_mask, predictor, predictor._features, masks.sizes[0])
-        ious += [simulate(predict, gt_mask, clicks=1)[0] for gt_mask in split_objects(masks, 0)]
+    pairs = project.find_pairs(args.data_dir / "images/val", args.data_dir / "masks/val")
+    for image in project.LabeledImages(pairs, 10**9, 1):
+        predictor.set_image(image.read())
+        predict = partial(predict_mask, predictor, predictor._features, image.size)
+        ious += [simulate(predict, image.mask(number), clicks=1)[0] for number in image.objects]
     return f"{100 * np.mean(ious):10.1f}"
-
-
-def split_objects(masks, index):
-    """The masks of the objects of the index-th image: bool N x H x W."""
-    return masks.labels(index) == masks.objects[index][:, None, None]
 
 
 @torch.no_grad()

@@ -152,9 +152,10 @@ def run(job):
         patches.append(mock.patch.object(project, "SCORE_WEIGHT", options["score_weight"]))
     if "views" in options:
         pairs = write_views(pairs, options["views"], args.cache_dir / "views")
-    patches.append(mock.patch.object(project, "load_masks", lambda settings: (
-        project.Masks(pairs, project.MAX_SIDE, project.MIN_FOREGROUND, keep_empty=settings.prompt in ("none", "any")),
-        project.Masks(val_pairs, 10**9, 1, keep_empty=True))))
+    patches.append(mock.patch.object(project, "load_images", lambda settings: (
+        project.LabeledImages(pairs, project.MAX_SIDE, project.MIN_FOREGROUND,
+                              keep_empty=settings.prompt in ("none", "any")),
+        project.LabeledImages(val_pairs, 10**9, 1, keep_empty=True))))
     patches.append(mock.patch.object(project, "tqdm", lambda items, *_, **__: items))
     started = time.process_time()
     for patch in patches:
@@ -224,18 +225,18 @@ def view(array, number):
 
 def measure(training):
     """COLUMNS and specificity on the validation images, in percent; NaN where there is nothing to measure."""
-    predictor, masks, objects, unions, right = training.predictor, training.val_masks, [], [], []
-    for index, (path, size) in enumerate(zip(masks.paths, masks.sizes)):
-        features, labels, columns = training.val_cache([(path, size)]), masks.labels(index), []
-        gt_masks, union = labels == masks.objects[index][:, None, None], labels[None] > 0
-        for kind in ("point", "box", "none") if index < masks.filled else ("none",):
+    predictor, objects, unions, right = training.predictor, [], [], []
+    for image in training.val_images:
+        features, labels, columns, size = training.val_cache([image]), image.labels(), [], image.size
+        gt_masks, union = labels == image.objects[:, None, None], labels[None] > 0
+        for kind in ("point", "box", "none") if len(image.objects) else ("none",):
             truth = union if kind == "none" else gt_masks
             with torch.no_grad():
                 low_res_masks, scores = project.simulate_prompts(predictor, features, kind, truth)
             best = project.best_masks(predictor, [size] * len(truth), low_res_masks, scores)
             if kind == "none" and project.nothing_found(predictor.model):
                 best[0][:] = False
-            if kind == "none" and index < masks.filled:
+            if kind == "none" and len(image.objects):
                 unions.append([calculate(best[0], union[0]) for calculate in MEASURES])
             elif kind == "none":
                 right.append(not best[0].any())

@@ -53,8 +53,8 @@ class Learner:
         self.optimizer = train.make_optimizer(predictor.model, self.args)
         limits = [free // 2 for free in train.free_memory(predictor.device)]
         self.cache = train.FeatureCache(predictor, self.args, limits)  # the features of set_image()
-        self.batch_loss = train.BatchLoss(predictor, self, self.cache, self.args)
-        self.paths, self.sizes, self.masks = [], [], []  # of the images that steps draw from, the newest last
+        self.batch_loss = train.BatchLoss(predictor, self.cache, self.args)
+        self.images = []  # the train.LabeledImages that steps draw from, the newest last
         self.waiting, self.unwritten, self.is_written, self.has_other_weights = deque(), False, False, False
         self.learned, self.queued, self.iteration = {}, 0, 0  # learned: {STEM: hash of its mask}; queued: steps
         self.gains, self.agreements = [], []  # IoU of the last images: beyond the last good weights; without a prompt
@@ -79,7 +79,7 @@ class Learner:
         for stem in [stem for stem in self.learned if stem in images and self.learned[stem] == self.hash_mask(stem)]:
             self.keep(images.pop(stem))
         self.waiting.extend((image, None) for image in images.values())
-        self.queued *= bool(self.paths)
+        self.queued *= bool(self.images)
 
     def hash_mask(self, stem):
         return hashlib.sha256((self.folder / f"{stem}.png").read_bytes()).hexdigest()
@@ -110,7 +110,7 @@ class Learner:
         """Do one piece of work, as short as one step; returns whether there is more."""
         if self.queued:
             batch = self.draw()
-            missing = [index for index in batch.indices if self.paths[index] not in self.cache.kept]
+            missing = [image for image in batch.images if image.path not in self.cache.kept]
             if missing and self.cache.capacity >= BATCH:
                 self.encode(missing[0])
             else:
@@ -123,30 +123,30 @@ class Learner:
 
     def start(self, path, features):
         """Measure the model on a newly labeled image and queue the image's steps, also in learned_last.pt."""
-        if self.keep(path) and self.encode(-1, features):
-            self.measure(-1)
+        if self.keep(path) and self.encode(self.images[-1], features):
+            self.measure(self.images[-1])
             self.learned.pop(path.stem, None)  # the newest is the last, also if its mask was changed
             self.learned[path.stem] = self.hash_mask(path.stem)
             self.queued = self.steps
             if self.steps:
                 self.write_last()
             else:  # no step draws from it
-                for each in (self.paths, self.sizes, self.masks, self.cache.kept):
-                    each.clear()
+                self.images.clear()
+                self.cache.kept.clear()
 
     def keep(self, path):
         """Add an image and its mask to those that steps draw from; returns whether it can be learned."""
+        pairs = [(path, self.folder / f"{path.stem}.png")]
         try:
-            masks = train.Masks([(path, self.folder / f"{path.stem}.png")], train.MAX_SIDE, train.MIN_FOREGROUND)
+            images = train.LabeledImages(pairs, train.MAX_SIDE, train.MIN_FOREGROUND)
         except train.ImageError as error:
             return tqdm.write(f"학습하지 않습니다: {error}", file=sys.stderr)
-        if not masks.filled:
+        if not images:
             return tqdm.write(f"{path.name}: 마스크가 {train.MIN_FOREGROUND}픽셀보다 작아 학습하지 않습니다")
-        for each, value in ((self.paths, path), (self.sizes, masks.sizes[0]), (self.masks, masks)):
-            each.append(value)
+        self.images += images
         return True
 
-    def encode(self, index, features=None):
+    def encode(self, image, features=None):
         """Keep the features of an image; if memory is full, they replace the oldest. Drop an unreadable image.
 
         Returns whether the image was encoded.
@@ -157,31 +157,28 @@ class Learner:
         if features and cache.capacity:
             place = self.predictor.device if len(kept) < cache.on_device else "cpu"
             levels = features["image_embed"], *features["high_res_feats"]
-            kept[self.paths[index]] = [level.to(place, cache.dtype) for level in levels]
+            kept[image.path] = [level.to(place, cache.dtype) for level in levels]
             return True
         try:
-            return bool(cache([(self.paths[index], self.sizes[index])]))
+            return bool(cache([image]))
         except train.ImageError as error:
             tqdm.write(f"학습하지 않습니다: {error}", file=sys.stderr)
-            for each in (self.paths, self.sizes, self.masks):
-                del each[index]
-            self.queued *= bool(self.paths)
+            self.images.remove(image)
+            self.queued *= bool(self.images)
             return False
 
     def draw(self):
         """The train.Batch of an iteration, determined by its number. Every second one contains the newest image."""
-        rng, count = np.random.default_rng([self.args.seed, self.iteration]), len(self.paths)
+        rng, count = np.random.default_rng([self.args.seed, self.iteration]), len(self.images)
         indices = rng.integers(max(0, count - max(BATCH, self.cache.capacity)), count, BATCH).tolist()
         if self.iteration % 2 == 0:
             indices[0] = count - 1
         kind, rngs = KINDS[rng.integers(len(KINDS))], rng.spawn(BATCH)
         corrections = int(rng.integers(CORRECTIONS)) if kind == "points" else 0
-        gt_masks = []
-        for index, each in zip(indices, rngs):
-            masks = self.masks[index]
-            number = None if kind == "none" else each.permutation(masks.objects[0])[0]
-            gt_masks.append(torch.from_numpy(masks.reduced(0, number))[None])
-        return train.Batch(indices, kind, corrections, rngs, gt_masks)
+        images = [self.images[index] for index in indices]
+        gt_masks = [image.mask(None if kind == "none" else each.permutation(image.objects)[0])
+                    for image, each in zip(images, rngs)]
+        return train.Batch(images, kind, corrections, rngs, [torch.from_numpy(mask[None]) for mask in gt_masks])
 
     def step(self, batch):
         loss, _ = self.batch_loss(batch)
@@ -193,28 +190,27 @@ class Learner:
         if not all(each.isfinite().all() for each in self.trained.values()):
             self.go_back("손실이 유한하지 않아")
 
-    def measure(self, index):
+    def measure(self, image):
         """Note how well an image that was not learned yet is segmented: from one click, and without a prompt."""
-        gain = self.iou(index, "point")
+        gain = self.iou(image, "point")
         with self.using(self.good):
-            gain -= self.iou(index, "point")
+            gain -= self.iou(image, "point")
         self.gains = [*self.gains, gain][-RECENT:]
-        self.agreements = [*self.agreements, self.iou(index, "none")][-RECENT:]
+        self.agreements = [*self.agreements, self.iou(image, "none")][-RECENT:]
         if sum(self.gains) <= -LOST * RECENT:
             self.go_back(f"첫 제안의 IoU가 {LOST:.0%}p 떨어져")
         elif len(self.gains) == RECENT and sum(self.gains) >= 0:
             self.good, self.gains = self.copy(), []
 
     @torch.no_grad()
-    def iou(self, index, kind):
+    def iou(self, image, kind):
         """IoU of the mask with the highest score: of a click in the middle of each object (mean), or of kind "none"."""
-        masks, size, predictor = self.masks[index], self.sizes[index], self.predictor
-        if kind == "none" and masks.count > 1:
+        predictor = self.predictor
+        if kind == "none" and len(image.objects) > 1:
             return 0.0  # one mask of all objects cannot agree with the separate objects that were saved
-        gt_masks = [masks.reduced(0, number) for number in masks.objects[0][:self.args.max_objects]]
-        features = self.cache([(self.paths[index], size)])
-        found = train.best_masks(predictor, [size] * len(gt_masks),
-                                 *train.simulate_prompts(predictor, features, kind, gt_masks))
+        gt_masks = [image.mask(number) for number in image.objects[:self.args.max_objects]]
+        found = train.best_masks(predictor, [image.size] * len(gt_masks),
+                                 *train.simulate_prompts(predictor, self.cache([image]), kind, gt_masks))
         if kind == "none" and train.nothing_found(predictor.model):
             found[0][:] = False
         return float(np.mean([train.calculate_iou(*pair) for pair in zip(found, gt_masks)]))

@@ -38,21 +38,21 @@ def with_empty(data):
 def test_images_without_an_object_are_sampled_only_for_examples_without_a_prompt(with_empty):
     folder = with_empty / "data"
     pairs = train_sam2_proper.find_pairs(folder / "images/train", folder / "masks/train")
-    masks = train_sam2_proper.Masks(pairs, 1024, 100, keep_empty=True)
-    assert (len(masks), masks.filled, masks.empty, masks.left_out) == (8, 6, 2, 0)
-    assert [path.stem for path in masks.paths[6:]] == ["empty_1", "empty_2"]
-    assert len(train_sam2_proper.Masks(pairs, 1024, 100)) == 6
+    images = train_sam2_proper.LabeledImages(pairs, 1024, 100, keep_empty=True)
+    assert (len(images), images.filled, images.empty, images.left_out) == (8, 6, 2, 0)
+    assert [image.path.stem for image in images[6:]] == ["empty_1", "empty_2"]
+    assert len(train_sam2_proper.LabeledImages(pairs, 1024, 100)) == 6
     args = train_sam2_proper.argparse.Namespace(**{**train_sam2_proper.CONFIG, "prompt": "any", "batch_size": 8})
-    batches, kinds, drawn = train_sam2_proper.Batches(masks, args), set(), {True: set(), False: set()}
+    batches, kinds, drawn = train_sam2_proper.Batches(images, args), set(), {True: set(), False: set()}
     for number in range(60):
         batch = batches[number]
         kinds.add(batch.kind)
-        drawn[batch.kind == "none"] |= set(batch.indices.tolist())
-        for index, mask in zip(batch.indices, batch.gt_masks):
-            assert mask.any() == (index < 6)
+        drawn[batch.kind == "none"] |= set(batch.images)
+        for image, mask in zip(batch.images, batch.gt_masks):
+            assert mask.any() == (image in images[:6])
             if batch.kind == "none":
-                assert np.array_equal(mask[0].numpy(), masks.labels(index) > 0)
-    assert kinds == {"point", "points", "box", "none"} and drawn == {True: set(range(8)), False: set(range(6))}
+                assert np.array_equal(mask[0].numpy(), image.labels() > 0)
+    assert kinds == {"point", "points", "box", "none"} and drawn == {True: set(images), False: set(images[:6])}
 
 
 def test_prediction_without_a_prompt_equals_that_of_sam2(data, weights):
@@ -74,8 +74,9 @@ def test_an_image_without_an_object_trains_only_the_object_score(with_empty, wei
     training = train_sam2_proper.Training(train_sam2_proper.parse_args(), "cpu")
     assert training.teaches_absence and not training.model.knows_absence  # before the first step
     training.model.knows_absence = True
-    masks = [torch.from_numpy(training.masks.labels(index)[None] > 0) for index in (6, 7)]  # the empty ones
-    loss, iou = training.batch_loss(train_sam2_proper.Batch([6, 7], "none", 0, [None, None], masks))
+    images = training.images[6:]  # the empty ones
+    masks = [torch.from_numpy(image.mask()[None]) for image in images]
+    loss, iou = training.batch_loss(train_sam2_proper.Batch(images, "none", 0, [None, None], masks))
     scores = training.model.sam_mask_decoder.pred_obj_score_head.last[:, 0]
     assert loss.item() == pytest.approx(0.5 * torch.log1p(scores.exp()).mean().item(), rel=1e-5)
     assert iou.item() == (scores < 0).float().mean().item()

@@ -96,11 +96,12 @@ def test_labels_made_or_changed_since_the_last_save_are_learned(tmp_path, start)
         pass
     write_image(tmp_path / "masks/0.png", draw_pair(7)[1])
     again = start([0, 1, 2], steps=1)
-    assert [path.stem for path in again.paths] == ["1"] and [path.stem for path, _ in again.waiting] == ["0", "2"]
+    assert [image.path.stem for image in again.images] == ["1"]
+    assert [path.stem for path, _ in again.waiting] == ["0", "2"]
     while again.work():
         pass
-    assert again.iteration == 4 and [path.stem for path in again.paths] == ["1", "0", "2"]
-    assert [path.stem for path in start([0, 1, 2]).paths] == ["1", "0", "2"]  # the newest last
+    assert again.iteration == 4 and [image.path.stem for image in again.images] == ["1", "0", "2"]
+    assert [image.path.stem for image in start([0, 1, 2]).images] == ["1", "0", "2"]  # the newest last
 
 
 def test_the_newest_image_is_in_every_second_batch(tmp_path, start):
@@ -110,10 +111,10 @@ def test_the_newest_image_is_in_every_second_batch(tmp_path, start):
     batches = []
     for learner.iteration in range(40):
         batches.append(learner.draw())
-    assert all(batch.indices[0] == 2 for batch in batches[::2])
-    assert {batch.indices[0] for batch in batches[1::2]} == {0, 1, 2}
+    assert all(batch.images[0] is learner.images[2] for batch in batches[::2])
+    assert {batch.images[0] for batch in batches[1::2]} == set(learner.images)
     assert {batch.kind for batch in batches} == set(train.ANY)
-    assert all(len(batch.indices) == 4 and mask.any() for batch in batches for mask in batch.gt_masks)
+    assert all(len(batch.images) == 4 and mask.any() for batch in batches for mask in batch.gt_masks)
 
 
 def test_masks_below_100_pixels_are_not_learned(tmp_path, start, capsys):
@@ -121,7 +122,7 @@ def test_masks_below_100_pixels_are_not_learned(tmp_path, start, capsys):
     mask[:9, :11] = 255
     write_image(tmp_path / "masks/0.png", mask)
     learner = start([0])
-    assert not learner.work() and not learner.paths and "0.png: 마스크가 100픽셀보다 작아" in capsys.readouterr().out
+    assert not learner.work() and not learner.images and "0.png: 마스크가 100픽셀보다 작아" in capsys.readouterr().out
 
 
 def test_a_drop_by_ten_points_restores_the_last_good_weights(tmp_path, start, capsys, monkeypatch):
@@ -177,7 +178,7 @@ def test_a_labeled_image_that_became_unreadable_is_skipped_when_resuming(tmp_pat
     again = start(range(3), steps=4)
     while again.work():
         pass
-    assert "images/0.png" in capsys.readouterr().err and [path.stem for path in again.paths] == ["1", "2"]
+    assert "images/0.png" in capsys.readouterr().err and [image.path.stem for image in again.images] == ["1", "2"]
 
 
 @pytest.mark.parametrize("capacity", [0, 2])
@@ -207,5 +208,5 @@ def test_with_0_steps_images_are_measured_but_not_kept_in_memory(tmp_path, start
         add(learner, image(tmp_path, number))
         learner.finish()
     assert len(learner.agreements) == len(learner.learned) == 3
-    assert not (learner.paths or learner.masks or learner.cache.kept or learner.queued)
+    assert not (learner.images or learner.cache.kept or learner.queued)
     assert not (learner.folder / "learned_last.pt").exists()

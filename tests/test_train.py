@@ -116,6 +116,11 @@ def train(folder, weights, *arguments, **options):
                *arguments, cwd=folder, **options)
 
 
+def train_images(folder):
+    pairs = train_sam2_proper.find_pairs(folder / "data/images/train", folder / "data/masks/train")
+    return train_sam2_proper.LabeledImages(pairs, 1024, 100)
+
+
 def compare(folder, weights, *arguments):
     return run("compare_models.py", "--model-cfg", SMALL_CFG, "--checkpoint", weights, "--device", "cpu",
                "--num-visualize", 0, *arguments, cwd=folder)
@@ -595,9 +600,8 @@ def test_training_with_cached_features_gives_the_same_weights(data, weights):
 
 def test_features_are_cached_in_half_precision_for_training_and_in_full_for_validation(data, weights, monkeypatch):
     training = make_training(data, weights, monkeypatch)
-    path, size = training.masks.paths[0], training.masks.sizes[0]
-    half, full = training.cache([(path, size)]), training.val_cache([(path, size)])
-    training.predictor.set_image(train_sam2_proper.read_image(path))
+    half, full = training.cache(training.images[:1]), training.val_cache(training.images[:1])
+    training.predictor.set_image(training.images[0].read())
     exact = training.predictor._features
     assert torch.equal(full["image_embed"], exact["image_embed"])
     for one, two in zip([half["image_embed"], *half["high_res_feats"]],
@@ -660,8 +664,7 @@ def test_batches_of_images_of_several_sizes_train(data, weights):
 def test_a_batch_gives_the_masks_that_its_images_give_one_by_one(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     cache = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (0, 10**9))
-    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(3)]
-    sizes = [size for _, size in images]
+    images, sizes = train_images(data)[:3], [(60, 80)] * 3
     prompts = [(np.array([point], np.float32), np.ones(1)) for point in ([10, 20], [40, 30], [70, 5])]
     with torch.no_grad():
         for own in (images, images[:1]):  # an image for each click; one for all
@@ -824,22 +827,21 @@ def test_max_objects_validates_the_same_objects_as_compare_models(tmp_path, weig
 
 def test_each_training_example_is_one_object_and_every_object_is_drawn(tmp_path, monkeypatch):
     make_numbered_data(tmp_path)
-    masks = train_sam2_proper.Masks(train_sam2_proper.find_pairs(tmp_path / "data/images/train",
-                                                                 tmp_path / "data/masks/train"), 1024, 100)
+    images = train_images(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", "--batch-size", "4"])
-    batches = train_sam2_proper.Batches(masks, train_sam2_proper.parse_args())
+    batches = train_sam2_proper.Batches(images, train_sam2_proper.parse_args())
     seen = set()
     for number in range(20):
         batch = batches[number]
         assert len(batch.gt_masks) == len(batch.rngs) == 4 and batch.kind == "point"
-        for index, rng, gt_mask in zip(batch.indices, batch.rngs, batch.gt_masks):
-            labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train" / masks.paths[index].name)
+        for image, rng, gt_mask in zip(batch.images, batch.rngs, batch.gt_masks):
+            labels = train_sam2_proper.read_mask(tmp_path / "data/masks/train" / image.path.name)
             value, = set(labels[gt_mask[0]].tolist())
             assert (labels == value).sum() == gt_mask.sum() and gt_mask.shape == (1, 60, 80)
             (x, y), = train_sam2_proper.first_prompt("point", gt_mask[0], rng)[0].astype(int)
             assert gt_mask[0, y, x]
-            seen.add((int(index), value))
-    assert seen == {(index, value) for index in range(6) for value in (7, 300)}
+            seen.add((image, value))
+    assert seen == {(image, value) for image in images for value in (7, 300)}
 
 
 def test_a_batch_depends_only_on_its_number_and_is_divided_among_processes(data, weights, monkeypatch):
@@ -847,13 +849,13 @@ def test_a_batch_depends_only_on_its_number_and_is_divided_among_processes(data,
 
     def drawn(batches, number):
         batch = batches[number]
-        return batch.kind, batch.corrections, [(int(index), rng.random(), mask.sum()) for index, rng, mask in
-                                               zip(batch.indices, batch.rngs, batch.gt_masks)]
-    alone = train_sam2_proper.Batches(training.masks, training.args)
+        return batch.kind, batch.corrections, [(image.path, rng.random(), mask.sum()) for image, rng, mask in
+                                               zip(batch.images, batch.rngs, batch.gt_masks)]
+    alone = train_sam2_proper.Batches(training.images, training.args)
     assert drawn(alone, 7) == drawn(alone, 7) != drawn(alone, 5)
     training.args.batch_size = 1
     for number in range(6):
-        shares = [drawn(train_sam2_proper.Batches(training.masks, training.args, None, rank, 2), number)
+        shares = [drawn(train_sam2_proper.Batches(training.images, training.args, None, rank, 2), number)
                   for rank in (0, 1)]
         training.args.batch_size = 2
         whole = drawn(alone, number)
@@ -865,16 +867,16 @@ def test_a_batch_depends_only_on_its_number_and_is_divided_among_processes(data,
 def test_masks_kept_in_memory_equal_those_of_the_files(tmp_path):
     make_numbered_data(tmp_path)
     pairs = train_sam2_proper.find_pairs(tmp_path / "data/images/val", tmp_path / "data/masks/val")
-    masks = train_sam2_proper.Masks(pairs, 1024, 1)
-    assert masks.count == 12 and masks.unsampled == masks.left_out == 0
-    for index, (_, path) in enumerate(pairs):
-        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        assert np.array_equal(masks.labels(index), labels) and masks.objects[index].tolist() == [7, 9, 300]
-        assert np.array_equal(masks.reduced(index, 300), labels == 300)
-        assert np.array_equal(masks.reduced(index), labels > 0)
-    sampled = train_sam2_proper.Masks(pairs, 1024, 1, 2)
+    images = train_sam2_proper.LabeledImages(pairs, 1024, 1)
+    assert images.count == 12 and images.unsampled == images.left_out == 0
+    for image, (path, mask_path) in zip(images, pairs):
+        labels = cv2.imread(str(mask_path), cv2.IMREAD_UNCHANGED)
+        assert image.path == path and image.objects.tolist() == [7, 9, 300]
+        assert np.array_equal(image.labels(), labels)
+        assert np.array_equal(image.mask(300), labels == 300) and np.array_equal(image.mask(), labels > 0)
+    sampled = train_sam2_proper.LabeledImages(pairs, 1024, 1, 2)
     assert sampled.count == 8 and sampled.unsampled == 4
-    assert all(set(objects.tolist()) < {7, 9, 300} for objects in sampled.objects)
+    assert all(set(image.objects.tolist()) < {7, 9, 300} for image in sampled)
 
 
 def test_an_object_in_two_pieces_is_one_object_and_numbered_masks_resume_bit_for_bit(tmp_path, weights):
@@ -1111,15 +1113,15 @@ def test_lines_that_share_the_pixels_of_the_reduced_image_are_trained_one_by_one
     for number in range(1, 5):
         mask[99 + number, 200:3000] = number
     write_image(data / "lines.png", mask)
-    masks = train_sam2_proper.Masks([(data / "lines.png",) * 2], 1024, 100)
-    assert masks.objects[0].tolist() == [1, 2, 3, 4] and masks.sizes == ((1024, 1024),)
-    assert [masks.reduced(0, number).sum() for number in masks.objects[0]] == [700] * 4
-    assert masks.reduced(0).sum() == 700 and masks.labels(0).shape == (4096, 4096)
+    image, = train_sam2_proper.LabeledImages([(data / "lines.png",) * 2], 1024, 100)
+    assert image.objects.tolist() == [1, 2, 3, 4] and image.size == (1024, 1024)
+    assert [image.mask(number).sum() for number in image.objects] == [700] * 4
+    assert image.mask().sum() == 700 and image.labels().shape == (4096, 4096)
 
 
 def test_features_are_cached_on_the_device_then_in_memory_in_the_order_of_first_visits(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
-    images = [(data / f"data/images/train/pair_00{number}.png", (60, 80)) for number in range(6)]
+    images = train_images(data)
     size = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (0, 0)).bytes_per_image
     cache = train_sam2_proper.FeatureCache(predictor, DEFAULTS, (5 * size // 2, 2 * size), images)
     assert (cache.on_device, cache.capacity) == (2, 4)  # of six images
@@ -1127,7 +1129,7 @@ def test_features_are_cached_on_the_device_then_in_memory_in_the_order_of_first_
     encoded = []
     predictor.model.image_encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
     together = cache(images[:1])
-    assert encoded == [3] and list(cache.kept) == [path for path, _ in images[:3]]
+    assert encoded == [3] and list(cache.kept) == [image.path for image in images[:3]]
     cache(images[1:3])
     assert encoded == [3]
     cache(images[3:])  # the fourth is kept; the last two do not fit and are encoded at each visit
