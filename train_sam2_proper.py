@@ -129,7 +129,7 @@ SETTINGS = [  # the flags: (name, default, kind, help); kind: a type, (type, min
     # output and system
     ("output_dir", "output", str, "결과를 쓸 폴더"),
     ("device", "auto", str, "장치: auto, mps, cuda, cpu"),
-    ("cache_gb", None, (float, 0), "이미지 특징을 메모리에 둘 한도(GB), 0이면 끔 (기본: 남은 메모리의 절반)"),
+    ("cache_gb", None, (float, 0), "특징을 메모리에 둘 한도(GB, 프로세스마다), 0이면 끔 (기본: 남은 메모리의 절반)"),
     ("cache_dir", None, str, "이미지 특징을 파일로도 남겨 다음 실행에 쓸 폴더 (기본: 쓰지 않음)"),
     ("tensorboard", False, bool, "결과 폴더의 tensorboard/에 TensorBoard 로그도 쓰기"),
     ("wandb", None, str, "Weights & Biases의 이 프로젝트에도 기록 (기본: 쓰지 않음)"),
@@ -346,7 +346,7 @@ def versions():
 
 
 def train(training, trackers):
-    """Run all iterations. Ctrl-C or an error saves and ends the program; with several processes, an error of the first.
+    """Run all iterations. Ctrl-C or an error ends the program after saving (in several processes, errors of the first).
 
     Before the first iteration, the model is validated as it is. --resume first validates what an interruption left out.
     """
@@ -379,13 +379,13 @@ def train(training, trackers):
 def record(training, trackers, bar):
     """Log, validate and save what is due after the last iteration; KeyboardInterrupt if the user stopped the training.
 
-    Not due: what the training had logged before --resume and, without validation images, iteration 0.
+    An iteration that was logged before --resume is skipped, as is iteration 0 if there are no validation images.
     """
     args, iteration = training.args, training.iteration
     validating = iteration % args.save_every == 0 or iteration == args.iterations
     logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
     stopping = training.interrupted and training.processes == 1  # several processes agree in fetch()
-    # on a GPU not after each iteration: fetch() waits for it
+    # fetch() waits for a GPU, so it is not called after every iteration there
     if training.pending and (logging or stopping or training.predictor.device.type == "cpu"):
         any_interrupted = training.fetch()
         bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
@@ -685,7 +685,7 @@ class LabeledImages(list):
     """The LabeledImages of pairs (image path, mask path): masks are read, images are opened to compare their sizes.
 
     Objects with fewer than min_foreground pixels after the reduction to max_side are skipped (`left_out`), as are all
-    but a sample of max_objects in an image (`unsampled`), and images that have only objects too small; `count` objects
+    but a sample of max_objects in an image (`unsampled`), and images whose objects are all too small; `count` objects
     are left. Images with a black mask (`empty`) are skipped or, with keep_empty, follow the `filled` ones.
     """
 
@@ -723,7 +723,8 @@ class LabeledImage:
     size: tuple          # the same, reduced to max_side
     objects: np.ndarray  # the numbers of the objects to train or validate
     mask_hash: str
-    runs: tuple          # see run_lengths()
+    runs: tuple          # of the numbered mask, see run_lengths()
+    masks: dict = dataclasses.field(default_factory=dict)  # the runs of each mask that mask() has reduced
 
     def read(self):
         """The image, reduced to `size`: uint8 H x W x 3; ImageError if its proportions differ from the mask's."""
@@ -740,13 +741,14 @@ class LabeledImage:
 
     def mask(self, number=None):
         """One object's mask or, without a number, the union of all, reduced to `size`: bool H x W."""
-        labels = self.labels()
-        return reduce_mask(labels > 0 if number is None else labels == number, self.size)
+        if number not in self.masks:
+            labels = self.labels()
+            self.masks[number] = run_lengths(reduce_mask(labels > 0 if number is None else labels == number, self.size))
+        return np.repeat(*self.masks[number]).reshape(self.size)
 
 
 def run_lengths(labels):
-    """Values and lengths of the runs of equal pixels, in row-major order: np.repeat(values, lengths) is labels.ravel().
-    """
+    """Values and lengths of an array's runs of equal values: np.repeat(values, lengths) is labels.ravel()."""
     pixels = labels.ravel()
     starts = np.append(0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1)
     return pixels[starts], np.diff(starts, append=len(pixels)).astype(np.int32)
@@ -777,7 +779,8 @@ def reduced_size(shape, max_side):
 
 
 def reduce_mask(mask, size):
-    """Reduce a mask (bool H x W) to `size`; a broad object keeps its area, and a thin line is neither lost nor broken.
+    """Reduce a mask (bool H x W) to `size`. A broad object keeps its area. A thin line is neither lost nor broken, but
+    may lose a pixel where it meets a broad object.
 
     A pixel is kept if its coverage is at least half the square of the largest in its 3 x 3 neighborhood: one half at
     the edge of a broad object, less along a thin line. Less than an eighth of the mask's largest coverage is dropped.
@@ -886,8 +889,8 @@ class FeatureCache:
         return {"image_embed": embeddings, "high_res_feats": others}
 
     def encode_up_to(self, image):
-        """The features of an image: encode the next ones of `visits` until it is among them or, if there are no more,
-        it alone; keep what fits."""
+        """Encode the next images of `visits` until `image` is among them or, if there are no more, only `image`; keep
+        what fits. Returns the features of `image`."""
         encoded = {}
         while image.path not in encoded:
             group = [future.result() for future in itertools.islice(self.ahead, self.at_once)]
@@ -1290,8 +1293,11 @@ def restore(training, last):
     if last["iteration"] > training.args.iterations:
         fail(f"이미 {last['iteration']}회까지 학습했습니다. --iterations를 더 크게 주세요")
     print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
-    if training.args.scheduler == "cosine" and last["settings"]["iterations"] != training.args.iterations:
-        print(f"주의: 이제부터 학습률은 {training.args.iterations}회에 맞춘 cosine을 따릅니다.")
+    rows, iterations, before = last["rows"], training.args.iterations, last["settings"]["iterations"]
+    if training.args.scheduler == "cosine" and iterations != before:
+        print(f"주의: 이제부터 학습률은 {iterations}회에 맞춘 cosine을 따릅니다.")
+    if rows and rows[-1]["iteration"] == iterations != before and iterations % training.args.save_every:
+        rows.pop()  # was logged without a validation; as the last iteration, it gets one
     # --encoder lora: load_predictor() took the merged weights for the base; restore the base and its low-rank updates
     training.model.load_state_dict(last["unmerged"], strict=False)
     for group in last["optimizer"]["param_groups"]:
@@ -1301,8 +1307,6 @@ def restore(training, last):
         training.scaler.load_state_dict(last["scaler"])
     for name in PROGRESS:
         setattr(training, name, last[name])
-    if last["iteration"] == training.args.iterations < last["settings"]["iterations"]:
-        training.rows.pop()  # now the last iteration: it is validated and logged again
     training.started = time.time() - last["seconds"]
 
 

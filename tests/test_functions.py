@@ -343,6 +343,27 @@ def test_a_reduced_object_stays_centered_and_has_the_pixels_that_it_covers_by_ha
     assert np.array_equal(reduced, coverage >= 0.5)
 
 
+@pytest.mark.parametrize("shape", [(3000, 4000), (2999, 3999), (1500, 1280)])
+def test_small_reduced_objects_have_the_pixels_that_they_cover_by_half(shape):
+    rng, size = np.random.default_rng(0), train_sam2_proper.reduced_size(shape, 1024)
+    for _ in range(5):
+        mask = np.zeros(shape, np.uint8)
+        center = (int(rng.integers(shape[1])), int(rng.integers(shape[0])))
+        cv2.ellipse(mask, center, (60, 25), int(rng.integers(180)), 0, 360, 1, -1)
+        reduced = train_sam2_proper.reduce_mask(mask > 0, size)
+        coverage = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+        assert not (reduced ^ (coverage >= 0.5))[(coverage >= 0.5) | (coverage < 0.45)].any()
+
+
+def test_a_thin_line_that_meets_a_broad_object_loses_a_pixel_at_most():
+    mask = np.zeros((3000, 4000), np.uint8)
+    cv2.circle(mask, (1000, 1500), 400, 1, -1)
+    mask[1500, 1000:3600] = 1
+    reduced = train_sam2_proper.reduce_mask(mask > 0, (768, 1024))
+    row = reduced[384, 256:921]
+    assert row.sum() >= len(row) - 1 and reduced.sum() - row.sum() > 30_000
+
+
 @pytest.mark.parametrize("side", [1500, 3000, 4096, 9000])
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("end", [0.1, 0.12, 0.4, 0.49])

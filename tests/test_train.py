@@ -312,25 +312,43 @@ def test_several_processes_end_together_in_a_validation_after_saving(data, weigh
     happens = "training.interrupted += [True] * training.rank"
     done = train(data, weights, *arguments, code=130,
                  **as_two_processes(during_the_validation_of_iteration_4(happens)))
+    assert (data / "exit_code_of_rank_1").read_text() == "130"
     assert "4회까지 저장했습니다" in done.stdout and "torchrun --nproc-per-node=2" in done.stdout
     assert torch.load(data / "output/sam2_last.pt", weights_only=True)["iteration"] == 4
     assert read_log(data)[-1]["iteration"] == "2"
 
 
-def test_the_iteration_that_becomes_the_last_by_resuming_is_validated(data, weights):
-    fails = """
+@pytest.mark.parametrize("reached, logged, after", [
+    (1, ["0", "1"], ["0", "1"]),                 # logged without a validation: replaced
+    (3, ["0", "1", "2"], ["0", "1", "2", "3"]),  # not logged: added
+    (2, ["0", "1", "2"], ["0", "1", "2"]),       # validated: kept
+])
+def test_the_iteration_that_becomes_the_last_by_resuming_is_validated_once(data, weights, reached, logged, after):
+    fails = f"""
 import torch
 def step(self, *arguments, original=torch.optim.AdamW.step, calls=[]):
     calls.append(1)
-    if len(calls) == 2:
+    if len(calls) == {reached} + 1:
         raise RuntimeError("CUDA out of memory")
     return original(self, *arguments)
 torch.optim.AdamW.step = step"""
-    train(data, weights, "--iterations", 5, "--save-every", 5, code=1, before=fails)
-    assert [row.get("val_iou") != "" for row in read_log(data)] == [True, False]  # iteration 1 is logged only
-    done = train(data, weights, "--resume", "--iterations", 1)
-    assert "[1/1]" in done.stdout and (data / "output/sam2_best.pt").is_file()
-    assert [row["iteration"] for row in read_log(data)] == ["0", "1"] and float(read_log(data)[1]["val_iou"]) > 0
+    train(data, weights, "--iterations", 6, "--save-every", 2, "--lr", "1e-3", code=1, before=fails)
+    assert [row["iteration"] for row in read_log(data)] == logged
+    done = train(data, weights, "--resume", "--iterations", reached)
+    assert done.stdout.count(f"[{reached}/{reached}]") == (reached != 2)
+    assert (data / "output/sam2_best.pt").is_file()
+    assert [row["iteration"] for row in read_log(data)] == after and float(read_log(data)[-1]["val_iou"]) > 0
+    last = torch.load(data / "output/sam2_last.pt", weights_only=True)
+    assert (last["best_iteration"], last["validations_since_best"]) == (reached, 0)
+
+
+def test_a_training_stopped_in_its_first_iteration_without_validation_images_can_end_there(data, weights):
+    shutil.rmtree(data / "data/images/val")
+    stop = "import torch\ntorch.optim.AdamW.step = lambda *_, step=torch.optim.AdamW.step, **__: (step(*_), " \
+           "os.kill(os.getpid(), signal.SIGINT))"
+    train(data, weights, "--iterations", 5, code=130, before=stop)
+    assert "[1/1]" in train(data, weights, "--resume", "--iterations", 1).stdout
+    assert [row["iteration"] for row in read_log(data)] == ["1"]
 
 
 def during_the_validation_of_iteration_4(happens):
@@ -416,14 +434,17 @@ def test_wandb_without_a_login_ends_in_one_line_when_the_setup_is_checked(data, 
 
 
 def as_two_processes(before=""):
-    """Options of run() for what torchrun does: a second process, forked, is rank 1."""
+    """Options of run() for what torchrun does: a forked process is rank 1; its exit code is written to a file."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     fork = """
 child = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+def wait_for_rank_1():
+    with open("exit_code_of_rank_1", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 if child:
-    atexit.register(os.waitpid, child, 0)
+    atexit.register(wait_for_rank_1)
 """
     return {"before": fork + before, "env": {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}}
 
@@ -446,6 +467,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(data, weights, encoder)
         assert done.returncode == 0, done.stderr
     else:
         done = run(data / "keep_weights.py", *arguments, "--output-dir", "two", cwd=data, **as_two_processes())
+        assert (data / "exit_code_of_rank_1").read_text() == "0"
     assert "프로세스 2개" in done.stdout and done.stdout.count("[12/12]") == 1  # only one process prints
     first, second, saved = load(data / "rank0.pt"), load(data / "rank1.pt"), load(data / "two/sam2_final.pt")
     assert distance(first, second) == distance(first, saved) == 0
