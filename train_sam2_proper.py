@@ -1293,10 +1293,10 @@ def restore(training, last):
     if last["iteration"] > training.args.iterations:
         fail(f"이미 {last['iteration']}회까지 학습했습니다. --iterations를 더 크게 주세요")
     print(f"{last['iteration']}회까지 진행한 학습을 이어서 합니다.")
-    rows, iterations, before = last["rows"], training.args.iterations, last["settings"]["iterations"]
-    if training.args.scheduler == "cosine" and iterations != before:
+    rows, iterations, planned = last["rows"], training.args.iterations, last["settings"]["iterations"]
+    if training.args.scheduler == "cosine" and iterations != planned:
         print(f"주의: 이제부터 학습률은 {iterations}회에 맞춘 cosine을 따릅니다.")
-    if rows and rows[-1]["iteration"] == iterations != before and iterations % training.args.save_every:
+    if rows and rows[-1]["iteration"] == iterations != planned and iterations % training.args.save_every:
         rows.pop()  # was logged without a validation; as the last iteration, it gets one
     # --encoder lora: load_predictor() took the merged weights for the base; restore the base and its low-rank updates
     training.model.load_state_dict(last["unmerged"], strict=False)

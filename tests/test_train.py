@@ -641,6 +641,13 @@ def test_images_that_do_not_fit_the_cache_are_encoded_at_each_visit(data, weight
     assert distance(load(data / "some/sam2_final.pt"), load(data / "all/sam2_final.pt")) == 0
 
 
+def test_cache_gb_is_one_limit_for_the_memory_of_the_device_and_of_the_machine(data, weights, monkeypatch):
+    monkeypatch.setattr(train_sam2_proper, "free_memory", lambda *_: (4_000_000, 4_000_000))
+    assert make_training(data, weights, monkeypatch).val_cache.limits == (2_000_000, 2_000_000)
+    training = make_training(data, weights, monkeypatch, "--cache-gb", "0.003")
+    assert training.val_cache.limits == (2_000_000, 1_000_000)
+
+
 def test_features_on_disk_are_reused_and_damaged_ones_are_encoded_again(data, weights):
     arguments = ("--iterations", 6, "--lr", "1e-4", "--cache-dir", "features")
     train(data, weights, *arguments, "--output-dir", "first")
