@@ -4,7 +4,7 @@
     python train_sam2_proper.py --recipe improved    higher IoU from the same number of training examples
     python train_sam2_proper.py --recipe strongest   highest IoU: trains the image encoder too, which takes longer
     python train_sam2_proper.py --encoder lora       the guide's loss, with low-rank updates of the image encoder
-    python train_sam2_proper.py --test               check the setup: read all images, run one step, save nothing
+    python train_sam2_proper.py --test               check the setup: read all images, run one step, save no model
     python train_sam2_proper.py --resume             continue an interrupted training
 
 By default the image encoder is frozen, so each image is encoded once, at its first visit, and its features are kept if
@@ -309,8 +309,10 @@ def print_setup(training):
               "검증 IoU가 실제보다 높게 나옵니다")
     if not val_images:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
+    if training.model.knows_absence and not training.teaches_absence:
+        print("주의: 원본은 객체가 없는 이미지를 알아보지만, 학습 이미지에 그런 것이 없어 학습한 모델은 못 알아봅니다")
     if not (args.resume or args.test) and Path(args.output_dir, "sam2_last.pt").exists():
-        print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
+        print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습 결과를 지웁니다. 이어서 하려면 --resume")
 
 
 def check_images_and_step(training):
@@ -346,7 +348,7 @@ def versions():
 
 
 def train(training, trackers):
-    """Run all iterations. Ctrl-C or an error ends the program after saving (in several processes, errors of the first).
+    """Run all iterations. Ctrl-C or an error ends the program after saving (of several processes' errors, the first's).
 
     Before the first iteration, the model is validated as it is. --resume first validates what an interruption left out.
     """
@@ -377,26 +379,24 @@ def train(training, trackers):
 
 
 def record(training, trackers, bar):
-    """Log, validate and save what is due after the last iteration; KeyboardInterrupt if the user stopped the training.
-
-    An iteration that was logged before --resume is skipped, as is iteration 0 if there are no validation images.
-    """
+    """Log, validate and save what is due after an iteration; raises KeyboardInterrupt if the user stopped training."""
     args, iteration = training.args, training.iteration
     validating = iteration % args.save_every == 0 or iteration == args.iterations
-    logging = validating or iteration % LOG_EVERY == 0 or iteration == 1
+    log_due = validating or iteration % LOG_EVERY == 0 or iteration == 1
     stopping = training.interrupted and training.processes == 1  # several processes agree in fetch()
-    # fetch() waits for a GPU, so it is not called after every iteration there
-    if training.pending and (logging or stopping or training.predictor.device.type == "cpu"):
+    # fetch() waits for a GPU; where an iteration is long anyway, it is called after each, so that Ctrl-C takes effect
+    if training.pending and (log_due or stopping or training.device == "cpu" or args.encoder != "frozen"):
         any_interrupted = training.fetch()
         bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
         if any_interrupted:
             raise KeyboardInterrupt
-    is_logged = training.rows and training.rows[-1]["iteration"] == iteration
-    if not logging or is_logged or not (iteration or training.val_images):
+    logged_before_resume = training.rows and training.rows[-1]["iteration"] == iteration
+    nothing_to_log = iteration == 0 and not training.val_images
+    if not log_due or logged_before_resume or nothing_to_log:
         return
     log(training, trackers, validating)
     if validating and iteration > 0:
-        better = training.is_best_so_far()
+        better = training.update_best()
         if training.rank == 0:
             save(training, better)
 
@@ -421,10 +421,9 @@ def log(training, trackers, validating):
 
 @contextlib.contextmanager
 def deferred_interrupts(processes):
-    """A list that gets an entry on Ctrl-C or SIGTERM: train() looks at it after each step, saves and ends.
+    """A list that gets an entry on Ctrl-C or SIGTERM. record() reads it after each step, validate() after each image.
 
-    With several processes it looks at it when it logs, so up to LOG_EVERY more iterations are run. validate() looks at
-    it after each image.
+    Several processes read it together, in fetch(): after up to LOG_EVERY iterations if the encoder is frozen.
     """
     interrupted = []
 
@@ -473,6 +472,7 @@ class Training:
         self.pending = []  # a tensor (loss, IoU) on the device for each iteration since the last fetch()
         self.interrupted = []  # see deferred_interrupts()
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
+        self.is_unsaved = not args.resume
         if last:
             restore(self, last)
 
@@ -481,7 +481,7 @@ class Training:
 
     @functools.cached_property
     def batches(self):
-        """The Batches from the next iteration on, read ahead by --workers if nothing is cached."""
+        """An iterator over each Batch from the next iteration on, read ahead by --workers if nothing is cached."""
         return iter(DataLoader(self.dataset, sampler=itertools.count(self.dataset.start),
                                collate_fn=operator.itemgetter(0), worker_init_fn=ignore_interrupts,
                                num_workers=self.args.workers if self.dataset.image_size else 0,
@@ -519,16 +519,15 @@ class Training:
         Returns whether any process was interrupted. Fails if a loss is not finite: record() calls it before it saves,
         so nothing that was learned from such a loss is saved.
         """
-        flag = torch.full_like(self.pending[-1], bool(self.interrupted))  # as a last row: one all_reduce serves all
+        flag = torch.full_like(self.pending[-1], bool(self.interrupted))  # as a last row, for the same all_reduce
         values = torch.stack([*self.pending, flag])
         if self.processes > 1:
             torch.distributed.all_reduce(values)
         *steps, (stopping, _) = (values.cpu() / self.processes).tolist()
         for iteration, now in enumerate(steps, self.iteration + 1 - len(steps)):
             if not math.isfinite(now[0]):
-                count = self.args.accumulate
-                names = ", ".join(image.path.name for number in range(count)
-                                  for image in self.dataset.draw((iteration - 1) * count + number)[0])
+                numbers = range((iteration - 1) * self.args.accumulate, iteration * self.args.accumulate)
+                names = ", ".join(image.path.name for number in numbers for image in self.dataset.draw(number)[0])
                 fail(f"손실이 유한하지 않습니다 ({iteration}회, 이미지 {names}). --lr을 낮춰 보세요. "
                      "마지막으로 저장한 뒤의 학습은 저장하지 않았고, 전에 저장한 모델은 그대로입니다")
             self.mean = now if self.mean is None else [SMOOTHING * old + (1 - SMOOTHING) * new
@@ -536,8 +535,8 @@ class Training:
         self.pending = []
         return bool(stopping)
 
-    def is_best_so_far(self):
-        """Whether the last row's validation IoU or, without validation images, training IoU is the best so far."""
+    def update_best(self):
+        """Count a validation; returns whether its IoU (without validation images: the training IoU) is the best yet."""
         iou = self.rows[-1].get("val_iou", self.mean[1])
         self.validations_since_best += 1
         if better := iou > self.best:
@@ -607,7 +606,7 @@ class Batch(NamedTuple):
 class Batches(Dataset):
     """Item i is a run's i-th Batch (from 0) and follows from the settings and i: resuming needs no random state.
 
-    image_size: the side to which images are read and resized; None if their features are cached. start: the first item
+    image_size: read the images and resize them to this side; None if their features are cached. start: the first item
     that the run needs.
     """
 
@@ -622,13 +621,14 @@ class Batches(Dataset):
         rng = np.random.default_rng([args.seed, iteration])  # the same in every process and part of an iteration
         part_size = args.batch_size * self.processes
         size = args.accumulate * part_size  # of the batches of all parts and processes
-        indices = rng.integers(self.images.filled, size=size)
+        indices = rng.integers(self.images.filled, size=size)  # the others show no object
         kind = ANY[rng.integers(len(ANY))] if args.prompt == "any" else prompt_kind(args.prompt, rng.integers(3))
         if kind == "none":
             indices = rng.integers(len(self.images), size=size)
         corrections = int(rng.integers(MAX_POINTS)) if kind == "points" else 0
         places = range(part * part_size + self.rank, (part + 1) * part_size, self.processes)  # of this process
-        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]  # [a, b, 0] is [a, b]
+        # + 1, because NumPy seeds [a, b, 0] like [a, b]
+        rngs = [np.random.default_rng([args.seed, iteration, place + 1]) for place in places]
         return [self.images[indices[place]] for place in places], kind, corrections, rngs
 
     def __getitem__(self, number):
@@ -682,7 +682,7 @@ def ignore_interrupts(_worker):
 
 
 class LabeledImages(list):
-    """The LabeledImages of pairs (image path, mask path): masks are read, images are opened to compare their sizes.
+    """A LabeledImage for each pair (image path, mask path). Masks are read; of images, only the size is compared.
 
     Objects with fewer than min_foreground pixels after the reduction to max_side are skipped (`left_out`), as are all
     but a sample of max_objects in an image (`unsampled`), and images whose objects are all too small; `count` objects
@@ -782,8 +782,8 @@ def reduce_mask(mask, size):
     """Reduce a mask (bool H x W) to `size`. A broad object keeps its area. A thin line is neither lost nor broken, but
     may lose a pixel where it meets a broad object.
 
-    A pixel is kept if its coverage is at least half the square of the largest in its 3 x 3 neighborhood: one half at
-    the edge of a broad object, less along a thin line. Less than an eighth of the mask's largest coverage is dropped.
+    A pixel is kept if its coverage is at least m**2 / 2, where m is the largest coverage in its 3 x 3 neighborhood: one
+    half beside a full pixel (m = 1), less along a thin line (m < 1). Specks below coverage.max() / 8 are dropped.
     """
     if mask.shape == size:
         return mask
@@ -804,10 +804,10 @@ def same_files(images, val_images):
 # ---- features ----
 
 
-def make_caches(predictor, batches, val_images, args):
+def make_caches(predictor, dataset, val_images, args):
     """Caches of the features of training and of validation images: (FeatureCache or None, FeatureCache).
 
-    batches: the run's Batches; val_images: of this process, in the order in which validate() uses them.
+    dataset: the run's Batches; val_images: of this process, in the order in which validate() uses them.
     None if training images are encoded at every visit: by a trained encoder, or augmented. Validation images get
     their memory first, as every validation needs all of them, and full precision, as in compare_models.py.
     """
@@ -816,15 +816,15 @@ def make_caches(predictor, batches, val_images, args):
     free_device, free_host = free_memory(predictor.device)
     limits = free_device // 2, free_host // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if args.cache_gb is not None:
-        on_device = min(limits[0], int(args.cache_gb * 1e9))
-        limits = on_device, min(limits[1], int(args.cache_gb * 1e9) - on_device)
+        wanted = int(args.cache_gb * 1e9)
+        limits = min(limits[0], wanted), min(limits[1], max(0, wanted - limits[0]))
     val_cache = FeatureCache(predictor, args, limits, val_images, full_precision=True)
-    if batches.image_size:
+    if dataset.image_size:
         return None, val_cache
-    on_device = min(len(val_images), val_cache.on_device)
+    on_device = min(len(val_images), val_cache.on_device)  # images
     on_host = min(len(val_images), val_cache.capacity) - on_device
     rest = [limit - count * val_cache.bytes_per_image for limit, count in zip(limits, (on_device, on_host))]
-    return FeatureCache(predictor, args, rest, first_visits(batches)), val_cache
+    return FeatureCache(predictor, args, rest, first_visits(dataset)), val_cache
 
 
 def free_memory(device="cpu"):
@@ -838,15 +838,15 @@ def free_memory(device="cpu"):
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else 0, free
 
 
-def first_visits(batches):
-    """The images of a run, in the order in which the batches use them first."""
+def first_visits(dataset):
+    """The images of a run, in the order in which its Batches use them first."""
     seen = set()
-    for number in range(batches.start, batches.args.iterations * batches.args.accumulate):
-        for image in batches.draw(number)[0]:
+    for number in range(dataset.start, dataset.args.iterations * dataset.args.accumulate):
+        for image in dataset.draw(number)[0]:
             if image not in seen:
                 seen.add(image)
                 yield image
-        if len(seen) == len(batches.images):
+        if len(seen) == len(dataset.images):
             return
 
 
@@ -854,8 +854,8 @@ class FeatureCache:
     """The features in predictor._features of each image: encoded at its first visit and kept from then on.
 
     limits: bytes to keep on the device and, when that is full, in the memory of the machine. Other images are encoded
-        at each visit and rounded too, so that results do not depend on the memory (on a GPU, up to the rounding
-        errors of encoding them in groups).
+        at each visit and converted to the same type, so that results do not depend on the memory (on a GPU, up to the
+        rounding errors of encoding them in groups).
     visits: images in the order of their first visits; they are read ahead by `--workers` threads and, on a GPU, encoded
         AT_ONCE at a time.
     full_precision: keep float32, encoded without mixed precision; else float16.
@@ -882,15 +882,15 @@ class FeatureCache:
                     self.identity.update(name.encode() + tensor.cpu().numpy().tobytes())
 
     def __call__(self, images):
-        """Features of N LabeledImages: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
+        """Features of a list of N LabeledImage: {"image_embed": N x C x h x w, "high_res_feats": [2 such]}."""
         found = [self.kept.get(image.path) or self.encode_up_to(image) for image in images]
         embeddings, *others = (torch.cat([to_device(level, self.predictor.device) for level in levels]).float()
                                for levels in zip(*found))
         return {"image_embed": embeddings, "high_res_feats": others}
 
     def encode_up_to(self, image):
-        """Encode the next images of `visits` until `image` is among them or, if there are no more, only `image`; keep
-        what fits. Returns the features of `image`."""
+        """Features of an image that is not kept. Encodes and keeps the next images of `visits` up to it; these fit in
+        memory, so when they are used up, each other image is encoded alone."""
         encoded = {}
         while image.path not in encoded:
             group = [future.result() for future in itertools.islice(self.ahead, self.at_once)]
@@ -959,8 +959,8 @@ class BatchLoss(torch.nn.Module):
 
     def forward(self, batch):
         """(loss, IoU), scalars. If the data has images without any object, prompt "none" adds OBJECT_WEIGHT times the
-        binary cross-entropy of the object score, and the IoU of such an image is 1 if its object score is negative,
-        else 0. Raises the ImageError that Batches may give for a batch."""
+        binary cross-entropy of the object score; such an image trains only that, and its IoU is 1 if the score is
+        negative, else 0. Raises a damaged image's ImageError, which Batches returns in place of a Batch."""
         if isinstance(batch, ImageError):
             raise batch
         args, predictor = self.args, self.predictor
@@ -1164,12 +1164,13 @@ def validate(training):
         if training.interrupted:
             break
         results += validate_image(training, index)
-    shares = [(bool(training.interrupted), results)] * training.processes
+    own = bool(training.interrupted), results
+    shares = [own] * training.processes
     if training.processes > 1:
-        torch.distributed.all_gather_object(shares, shares[0])
+        torch.distributed.all_gather_object(shares, own)
     if any(interrupted for interrupted, _ in shares):
         raise KeyboardInterrupt
-    values = {name: [each[name] for _, results in shares for each in results if name in each]
+    values = {name: [each[name] for _, part in shares for each in part if name in each]
               for name in ("val_loss", "val_iou", "val_dice", "val_specificity")}
     return {name: float(np.mean(each)) for name, each in values.items() if each}
 
@@ -1217,7 +1218,7 @@ def calculate_dice(pred_mask, gt_mask):
 # attributes of Training that sam2_last.pt keeps beside the weights, the optimizer and the settings
 PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "encoded")
 COLUMNS = ("iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
-           "seconds")  # of train_log.csv, where there are values
+           "seconds")  # of train_log.csv; a column without any value is left out
 
 
 def save(training, better, unfinished=False):
@@ -1226,6 +1227,10 @@ def save(training, better, unfinished=False):
     unfinished: the training ends before its last iteration, so the command line that continues it is printed.
     """
     folder, state = Path(training.args.output_dir), training.model.state_dict()
+    if training.is_unsaved:  # what an earlier training left in the folder would pass for this one's
+        for name in ("sam2_best.pt", "sam2_final.pt", "training_summary.json"):
+            (folder / name).unlink(missing_ok=True)
+        training.is_unsaved = False
     if better:
         save_model(training, folder / "sam2_best.pt")
     save_model(training, folder / "sam2_last.pt", optimizer=training.optimizer.state_dict(),
@@ -1296,8 +1301,9 @@ def restore(training, last):
     rows, iterations, planned = last["rows"], training.args.iterations, last["settings"]["iterations"]
     if training.args.scheduler == "cosine" and iterations != planned:
         print(f"주의: 이제부터 학습률은 {iterations}회에 맞춘 cosine을 따릅니다.")
-    if rows and rows[-1]["iteration"] == iterations != planned and iterations % training.args.save_every:
-        rows.pop()  # was logged without a validation; as the last iteration, it gets one
+    is_new_end = iterations != planned and iterations % training.args.save_every
+    if is_new_end and rows and rows[-1]["iteration"] == iterations:
+        rows.pop()  # it was logged without a validation
     # --encoder lora: load_predictor() took the merged weights for the base; restore the base and its low-rank updates
     training.model.load_state_dict(last["unmerged"], strict=False)
     for group in last["optimizer"]["param_groups"]:

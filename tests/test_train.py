@@ -47,6 +47,14 @@ from sam2.build_sam import build_sam2
 import train_sam2_proper
 
 CHANNELS = OmegaConf.load(SMALL_CFG).model.image_encoder.neck.d_model
+FAILS_IN_STEP = """
+import torch
+def step(self, *arguments, original=torch.optim.AdamW.step, calls=[]):
+    calls.append(1)
+    if len(calls) == {}:
+        raise RuntimeError("CUDA out of memory")
+    return original(self, *arguments)
+torch.optim.AdamW.step = step"""
 DEFAULTS = argparse.Namespace(**train_sam2_proper.CONFIG)
 TRAINED = re.compile(r"sam_prompt_encoder\.|sam_mask_decoder\.(?!conv_s[01]\.)")
 
@@ -324,15 +332,8 @@ def test_several_processes_end_together_in_a_validation_after_saving(data, weigh
     (2, ["0", "1", "2"], ["0", "1", "2"]),       # validated: kept
 ])
 def test_the_iteration_that_becomes_the_last_by_resuming_is_validated_once(data, weights, reached, logged, after):
-    fails = f"""
-import torch
-def step(self, *arguments, original=torch.optim.AdamW.step, calls=[]):
-    calls.append(1)
-    if len(calls) == {reached} + 1:
-        raise RuntimeError("CUDA out of memory")
-    return original(self, *arguments)
-torch.optim.AdamW.step = step"""
-    train(data, weights, "--iterations", 6, "--save-every", 2, "--lr", "1e-3", code=1, before=fails)
+    train(data, weights, "--iterations", 6, "--save-every", 2, "--lr", "1e-3", code=1,
+          before=FAILS_IN_STEP.format(reached + 1))
     assert [row["iteration"] for row in read_log(data)] == logged
     done = train(data, weights, "--resume", "--iterations", reached)
     assert done.stdout.count(f"[{reached}/{reached}]") == (reached != 2)
@@ -489,6 +490,17 @@ def test_ctrl_c_saves_and_prints_how_to_resume(data, weights):
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
+def test_an_interrupted_new_training_leaves_no_model_of_the_earlier_one(data, weights):
+    train(data, weights, "--iterations", 2)
+    names = {"sam2_best.pt", "sam2_final.pt", "training_summary.json"}
+    train(data, weights, "--iterations", 5, "--save-every", 4, code=130, before=signal_at("[0/5]", signal.SIGTERM))
+    assert {path.name for path in (data / "output").iterdir()} >= names  # nothing was learned yet
+    train(data, weights, "--iterations", 5, "--save-every", 4, code=1, before=FAILS_IN_STEP.format(3))
+    assert not {path.name for path in (data / "output").iterdir()} & names
+    train(data, weights, "--resume")
+    assert {path.name for path in (data / "output").iterdir()} >= names
+
+
 def test_resume_uses_the_settings_of_the_saved_training(data, weights):
     assert_fails_in_one_line(train(data, weights, "--resume", code=1), "이어서 할 학습이 없습니다")
     train(data, weights, "--recipe", "improved", "--batch-size", 2, "--iterations", 4, "--save-every", 3)
@@ -498,7 +510,7 @@ def test_resume_uses_the_settings_of_the_saved_training(data, weights):
     assert "cosine" in done.stdout and "이전 학습" not in done.stdout
     settings = read_summary(data / "output")["settings"]
     assert settings["batch_size"] == 2 and settings["prompt"] == "mixed" and settings["iterations"] == 6
-    assert "output의 이전 학습을 덮어씁니다" in train(data, weights, "--iterations", 1).stdout
+    assert "output의 이전 학습 결과를 지웁니다" in train(data, weights, "--iterations", 1).stdout
 
 
 def test_resume_refuses_other_data_and_names_the_pairs(data, weights):
