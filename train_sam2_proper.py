@@ -383,9 +383,9 @@ def record(training, trackers, bar):
     args, iteration = training.args, training.iteration
     validating = iteration % args.save_every == 0 or iteration == args.iterations
     log_due = validating or iteration % LOG_EVERY == 0 or iteration == 1
-    stopping = training.interrupted and training.processes == 1  # several processes agree in fetch()
-    # fetch() waits for a GPU; where an iteration is long anyway, it is called after each, so that Ctrl-C takes effect
-    if training.pending and (log_due or stopping or training.device == "cpu" or args.encoder != "frozen"):
+    # fetch() waits for the GPU, so not after each iteration; but several processes notice Ctrl-C only there
+    fetch_due = log_due or training.device == "cpu" or training.processes > 1 and args.encoder != "frozen"
+    if training.pending and (fetch_due or training.processes == 1 and training.interrupted):
         any_interrupted = training.fetch()
         bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
         if any_interrupted:
@@ -1229,7 +1229,8 @@ def save(training, better, unfinished=False):
     folder, state = Path(training.args.output_dir), training.model.state_dict()
     if training.is_unsaved:  # what an earlier training left in the folder would pass for this one's
         for name in ("sam2_best.pt", "sam2_final.pt", "training_summary.json"):
-            (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # on Windows, while another program has it open
+                (folder / name).unlink(missing_ok=True)
         training.is_unsaved = False
     if better:
         save_model(training, folder / "sam2_best.pt")

@@ -55,6 +55,14 @@ def test_images_without_an_object_are_sampled_only_for_examples_without_a_prompt
     assert kinds == {"point", "points", "box", "none"} and drawn == {True: set(images), False: set(images[:6])}
 
 
+def test_a_training_that_would_forget_images_without_an_object_warns(with_empty, weights):
+    taught = torch.load(weights, weights_only=True)
+    torch.save({**taught, "knows_absence": True}, with_empty / "taught.pt")
+    arguments = ("train_sam2_proper.py", *MODEL, "--checkpoint", "taught.pt", "--test", "--prompt")
+    assert "못 알아봅니다" in run(*arguments, "point", cwd=with_empty).stdout
+    assert "못 알아봅니다" not in run(*arguments, "any", cwd=with_empty).stdout
+
+
 def test_prediction_without_a_prompt_equals_that_of_sam2(data, weights):
     predictor = train_sam2_proper.load_predictor(SMALL_CFG, weights, "cpu")
     predictor.set_image(train_sam2_proper.read_image(data / "data/images/val/pair_100.png"))

@@ -493,7 +493,8 @@ def test_ctrl_c_saves_and_prints_how_to_resume(data, weights):
 def test_an_interrupted_new_training_leaves_no_model_of_the_earlier_one(data, weights):
     train(data, weights, "--iterations", 2)
     names = {"sam2_best.pt", "sam2_final.pt", "training_summary.json"}
-    train(data, weights, "--iterations", 5, "--save-every", 4, code=130, before=signal_at("학습하기 전의 모델부터", signal.SIGTERM))
+    stop = signal_at("학습하기 전의 모델부터", signal.SIGTERM)
+    train(data, weights, "--iterations", 5, "--save-every", 4, code=130, before=stop)
     assert {path.name for path in (data / "output").iterdir()} >= names  # nothing was learned yet
     train(data, weights, "--iterations", 5, "--save-every", 4, code=1, before=FAILS_IN_STEP.format(3))
     assert not {path.name for path in (data / "output").iterdir()} & names
