@@ -310,9 +310,10 @@ def print_setup(training):
     if not val_images:
         print("검증 데이터가 없어 학습 IoU(이동 평균)로 최고 모델을 고릅니다.")
     if training.model.knows_absence and not training.teaches_absence:
-        print("주의: 원본은 객체가 없는 이미지를 알아보지만, 학습 이미지에 그런 것이 없어 학습한 모델은 못 알아봅니다")
+        print("주의: 이 체크포인트는 객체가 없는 이미지를 가려내지만, 그런 이미지 없이 학습하면 그 능력을 잃습니다. "
+              "지키려면 그런 이미지도 데이터에 넣고 --prompt any로 학습하세요")
     if not (args.resume or args.test) and Path(args.output_dir, "sam2_last.pt").exists():
-        print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습 결과를 지웁니다. 이어서 하려면 --resume")
+        print(f"주의: 처음 저장할 때 {args.output_dir}의 이전 학습을 덮어씁니다. 이어서 하려면 --resume")
 
 
 def check_images_and_step(training):
@@ -348,7 +349,7 @@ def versions():
 
 
 def train(training, trackers):
-    """Run all iterations. Ctrl-C or an error ends the program after saving (of several processes' errors, the first's).
+    """Run all iterations. Ctrl-C or an error (with several processes, in the first) ends the program after saving.
 
     Before the first iteration, the model is validated as it is. --resume first validates what an interruption left out.
     """
@@ -383,8 +384,8 @@ def record(training, trackers, bar):
     args, iteration = training.args, training.iteration
     validating = iteration % args.save_every == 0 or iteration == args.iterations
     log_due = validating or iteration % LOG_EVERY == 0 or iteration == 1
-    # fetch() waits for the GPU, so not after each iteration; but several processes notice Ctrl-C only there
-    fetch_due = log_due or training.device == "cpu" or training.processes > 1 and args.encoder != "frozen"
+    # fetch() waits for the GPU, so not after each iteration; but several processes agree on Ctrl-C there
+    fetch_due = log_due or training.device == "cpu" or training.processes > 1 and training.cache is None
     if training.pending and (fetch_due or training.processes == 1 and training.interrupted):
         any_interrupted = training.fetch()
         bar.set_postfix(loss=f"{training.mean[0]:.4f}", IoU=f"{training.mean[1]:.1%}", refresh=False)
@@ -423,7 +424,7 @@ def log(training, trackers, validating):
 def deferred_interrupts(processes):
     """A list that gets an entry on Ctrl-C or SIGTERM. record() reads it after each step, validate() after each image.
 
-    Several processes read it together, in fetch(): after up to LOG_EVERY iterations if the encoder is frozen.
+    Several processes read it together, in fetch(): after up to LOG_EVERY iterations if features are cached.
     """
     interrupted = []
 
@@ -472,7 +473,6 @@ class Training:
         self.pending = []  # a tensor (loss, IoU) on the device for each iteration since the last fetch()
         self.interrupted = []  # see deferred_interrupts()
         self.best, self.best_iteration, self.validations_since_best = -1.0, 0, 0
-        self.is_unsaved = not args.resume
         if last:
             restore(self, last)
 
@@ -595,7 +595,7 @@ def find_pairs(image_dir, mask_dir):
 class Batch(NamedTuple):
     """The examples of one forward pass: one object and one prompt in each of N images."""
 
-    images: list                        # N LabeledImages whose features are cached, else empty
+    images: list                        # N LabeledImage, if their features are cached, else empty
     kind: str                           # of the prompts: point, points, box or none
     corrections: int                    # further clicks, one after the other, on wrong pixels
     rngs: list                          # a Generator for each image: draws the object, augmentation, then the prompt
@@ -723,8 +723,8 @@ class LabeledImage:
     size: tuple          # the same, reduced to max_side
     objects: np.ndarray  # the numbers of the objects to train or validate
     mask_hash: str
-    runs: tuple          # of the numbered mask, see run_lengths()
-    masks: dict = dataclasses.field(default_factory=dict)  # the runs of each mask that mask() has reduced
+    runs: tuple = dataclasses.field(repr=False)  # of the numbered mask, see run_lengths()
+    masks: dict = dataclasses.field(default_factory=dict, repr=False)  # the runs of each mask that mask() has reduced
 
     def read(self):
         """The image, reduced to `size`: uint8 H x W x 3; ImageError if its proportions differ from the mask's."""
@@ -1155,6 +1155,9 @@ def encode_images(predictor, images):
 # ---- validation ----
 
 
+MEASURES = "val_loss", "val_iou", "val_dice", "val_specificity"  # of validate()
+
+
 def validate(training):
     """The loss, and what compare_models.py would measure now: "val_loss", "val_iou", "val_dice" and, without prompts,
     "val_specificity": the share of images without any object in which nothing is found. Without validation: {}."""
@@ -1171,7 +1174,7 @@ def validate(training):
     if any(interrupted for interrupted, _ in shares):
         raise KeyboardInterrupt
     values = {name: [each[name] for _, part in shares for each in part if name in each]
-              for name in ("val_loss", "val_iou", "val_dice", "val_specificity")}
+              for name in MEASURES}
     return {name: float(np.mean(each)) for name, each in values.items() if each}
 
 
@@ -1217,8 +1220,7 @@ def calculate_dice(pred_mask, gt_mask):
 
 # attributes of Training that sam2_last.pt keeps beside the weights, the optimizer and the settings
 PROGRESS = ("iteration", "rows", "mean", "best", "best_iteration", "validations_since_best", "encoded")
-COLUMNS = ("iteration", "loss", "train_iou", "lr", "encoder_lr", "val_loss", "val_iou", "val_dice", "val_specificity",
-           "seconds")  # of train_log.csv; a column without any value is left out
+COLUMNS = ("iteration", "loss", "train_iou", "lr", "encoder_lr", *MEASURES, "seconds")  # of train_log.csv, if not empty
 
 
 def save(training, better, unfinished=False):
@@ -1227,11 +1229,6 @@ def save(training, better, unfinished=False):
     unfinished: the training ends before its last iteration, so the command line that continues it is printed.
     """
     folder, state = Path(training.args.output_dir), training.model.state_dict()
-    if training.is_unsaved:  # what an earlier training left in the folder would pass for this one's
-        for name in ("sam2_best.pt", "sam2_final.pt", "training_summary.json"):
-            with contextlib.suppress(PermissionError):  # on Windows, while another program has it open
-                (folder / name).unlink(missing_ok=True)
-        training.is_unsaved = False
     if better:
         save_model(training, folder / "sam2_best.pt")
     save_model(training, folder / "sam2_last.pt", optimizer=training.optimizer.state_dict(),
@@ -1250,6 +1247,9 @@ def save(training, better, unfinished=False):
         command = f"torchrun --nproc-per-node={processes}" if training.processes > 1 else "python"
         tqdm.write(f"{training.iteration}회까지 저장했습니다. 이어서 하려면: "
                    f'{command} "{sys.argv[0]}" --resume --output-dir "{folder}"')
+        names = ["sam2_final.pt", "training_summary.json"] + ["sam2_best.pt"] * (not training.best_iteration)
+        if earlier := [name for name in names if (folder / name).exists()]:
+            tqdm.write(f"주의: 이번 학습의 결과가 아닌, 이전에 끝난 학습의 파일입니다: {', '.join(earlier)}")
 
 
 def save_model(training, path, **more):
@@ -1303,7 +1303,7 @@ def restore(training, last):
     if training.args.scheduler == "cosine" and iterations != planned:
         print(f"주의: 이제부터 학습률은 {iterations}회에 맞춘 cosine을 따릅니다.")
     is_new_end = iterations != planned and iterations % training.args.save_every
-    if is_new_end and rows and rows[-1]["iteration"] == iterations:
+    if is_new_end and rows and rows[-1]["iteration"] == iterations and not rows[-1].keys() & set(MEASURES):
         rows.pop()  # it was logged without a validation
     # --encoder lora: load_predictor() took the merged weights for the base; restore the base and its low-rank updates
     training.model.load_state_dict(last["unmerged"], strict=False)

@@ -106,9 +106,10 @@ def label(name, stream, pairs, kept, args):
         if path not in kept:
             predictor.set_image(project.read_image(path))
             kept[path] = predictor._features
+        gt_masks = [image.mask(number) for number in image.objects]
         started = time.perf_counter()
         predict = partial(predict_mask, predictor, kept[path], image.size)
-        result.append([simulate(predict, image.mask(number)) for number in image.objects])
+        result.append([simulate(predict, gt_mask) for gt_mask in gt_masks])
         labeled = time.perf_counter()
         shutil.copy(masks_of[path.stem], folder / f"{path.stem}.png")
         if learner:

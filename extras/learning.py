@@ -54,7 +54,7 @@ class Learner:
         limits = [free // 2 for free in train.free_memory(predictor.device)]
         self.cache = train.FeatureCache(predictor, self.args, limits)  # the features of set_image()
         self.batch_loss = train.BatchLoss(predictor, self.cache, self.args)
-        self.images = []  # the train.LabeledImages that steps draw from, the newest last
+        self.images = []  # each train.LabeledImage that steps draw from, the newest last
         self.waiting, self.unwritten, self.is_written, self.has_other_weights = deque(), False, False, False
         self.learned, self.queued, self.iteration = {}, 0, 0  # learned: {STEM: hash of its mask}; queued: steps
         self.gains, self.agreements = [], []  # IoU of the last images: beyond the last good weights; without a prompt

@@ -59,8 +59,8 @@ def test_a_training_that_would_forget_images_without_an_object_warns(with_empty,
     taught = torch.load(weights, weights_only=True)
     torch.save({**taught, "knows_absence": True}, with_empty / "taught.pt")
     arguments = ("train_sam2_proper.py", *MODEL, "--checkpoint", "taught.pt", "--test", "--prompt")
-    assert "못 알아봅니다" in run(*arguments, "point", cwd=with_empty).stdout
-    assert "못 알아봅니다" not in run(*arguments, "any", cwd=with_empty).stdout
+    assert "그 능력을 잃습니다" in run(*arguments, "point", cwd=with_empty).stdout
+    assert "그 능력을 잃습니다" not in run(*arguments, "any", cwd=with_empty).stdout
 
 
 def test_prediction_without_a_prompt_equals_that_of_sam2(data, weights):

@@ -343,6 +343,14 @@ def test_the_iteration_that_becomes_the_last_by_resuming_is_validated_once(data,
     assert (last["best_iteration"], last["validations_since_best"]) == (reached, 0)
 
 
+def test_a_finished_training_that_is_extended_and_ends_where_it_was_is_not_validated_again(data, weights):
+    train(data, weights, "--iterations", 3, "--save-every", 2, "--lr", "1e-3")
+    before = read_log(data)
+    train(data, weights, "--resume", "--iterations", 6, code=1, before=FAILS_IN_STEP.format(1))
+    done = train(data, weights, "--resume", "--iterations", 3)
+    assert "[3/3]" not in done.stdout and read_log(data) == before
+
+
 def test_a_training_stopped_in_its_first_iteration_without_validation_images_can_end_there(data, weights):
     shutil.rmtree(data / "data/images/val")
     stop = "import torch\ntorch.optim.AdamW.step = lambda *_, step=torch.optim.AdamW.step, **__: (step(*_), " \
@@ -490,16 +498,15 @@ def test_ctrl_c_saves_and_prints_how_to_resume(data, weights):
     assert distance(load(data / "output/sam2_final.pt"), load(data / "whole/sam2_final.pt")) == 0
 
 
-def test_an_interrupted_new_training_leaves_no_model_of_the_earlier_one(data, weights):
+def test_an_interrupted_training_names_the_files_of_an_earlier_one(data, weights):
     train(data, weights, "--iterations", 2)
-    names = {"sam2_best.pt", "sam2_final.pt", "training_summary.json"}
-    stop = signal_at("학습하기 전의 모델부터", signal.SIGTERM)
-    train(data, weights, "--iterations", 5, "--save-every", 4, code=130, before=stop)
-    assert {path.name for path in (data / "output").iterdir()} >= names  # nothing was learned yet
-    train(data, weights, "--iterations", 5, "--save-every", 4, code=1, before=FAILS_IN_STEP.format(3))
-    assert not {path.name for path in (data / "output").iterdir()} & names
-    train(data, weights, "--resume")
-    assert {path.name for path in (data / "output").iterdir()} >= names
+    best = (data / "output/sam2_best.pt").read_bytes()
+    done = train(data, weights, "--iterations", 5, "--save-every", 2, code=1, before=FAILS_IN_STEP.format(2))
+    assert "파일입니다: sam2_final.pt, training_summary.json, sam2_best.pt\n" in done.stdout
+    assert (data / "output/sam2_best.pt").read_bytes() == best
+    done = train(data, weights, "--resume", code=1, before=FAILS_IN_STEP.format(3))  # iteration 2 has been validated
+    assert "파일입니다: sam2_final.pt, training_summary.json\n" in done.stdout
+    assert (data / "output/sam2_best.pt").read_bytes() != best
 
 
 def test_resume_uses_the_settings_of_the_saved_training(data, weights):
@@ -511,7 +518,7 @@ def test_resume_uses_the_settings_of_the_saved_training(data, weights):
     assert "cosine" in done.stdout and "이전 학습" not in done.stdout
     settings = read_summary(data / "output")["settings"]
     assert settings["batch_size"] == 2 and settings["prompt"] == "mixed" and settings["iterations"] == 6
-    assert "output의 이전 학습 결과를 지웁니다" in train(data, weights, "--iterations", 1).stdout
+    assert "output의 이전 학습을 덮어씁니다" in train(data, weights, "--iterations", 1).stdout
 
 
 def test_resume_refuses_other_data_and_names_the_pairs(data, weights):
