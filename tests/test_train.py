@@ -499,7 +499,7 @@ def test_ctrl_c_saves_and_prints_how_to_resume(data, weights):
 
 
 def test_an_interrupted_training_names_the_files_of_an_earlier_one(data, weights):
-    train(data, weights, "--iterations", 2)
+    train(data, weights, "--iterations", 2, "--lr", "1e-3")
     best = (data / "output/sam2_best.pt").read_bytes()
     done = train(data, weights, "--iterations", 5, "--save-every", 2, code=1, before=FAILS_IN_STEP.format(2))
     assert "파일입니다: sam2_final.pt, training_summary.json, sam2_best.pt\n" in done.stdout
