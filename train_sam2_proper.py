@@ -682,7 +682,7 @@ def ignore_interrupts(_worker):
 
 
 class LabeledImages(list):
-    """A LabeledImage for each pair (image path, mask path). Masks are read; of images, only the size is compared.
+    """A LabeledImage for each pair (image path, mask path). Masks are read; images are only checked for their size.
 
     Objects with fewer than min_foreground pixels after the reduction to max_side are skipped (`left_out`), as are all
     but a sample of max_objects in an image (`unsampled`), and images whose objects are all too small; `count` objects

@@ -33,7 +33,8 @@ atexit.register(end)  # before the imports below, so that it runs after what the
 for name in ("cv2", "matplotlib.pyplot", "psutil", "sam2.sam2_image_predictor", "torch.distributed",
              "torchvision.transforms.v2", *sys.argv[1:]):
     importlib.import_module(name)
-with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # TorchScript is deprecated
     sys.modules["sam2.sam2_image_predictor"].SAM2Transforms(1024, 0)  # compiled once: 0.3 seconds less in each child
 gc.freeze()  # so that a child's garbage collection copies no memory
 
